@@ -1,0 +1,1 @@
+"""Lightning datamodules: safety prompts, general-capability text, and the module that holds both."""
