@@ -1,0 +1,41 @@
+"""Let all ranks fail together when a reward fails on one, so that none waits for ever in the next all-reduce."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from nspo_lightning.rewards.base import RewardError
+
+__all__ = ["raise_on_all_ranks"]
+
+
+def raise_on_all_ranks(error: RewardError | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise if any rank of a distributed run has an error; every rank must call this equally often.
+
+    The usual case costs one all-reduce of a single number; messages travel only when there is one. A rank whose reward
+    hangs gets here when its `timeout_s` is over, so that must be shorter than the process group's own timeout.
+
+    Args:
+        error: what went wrong on this rank, if anything.
+        group: the ranks that must agree; all of them by default.
+
+    Raises:
+        RewardError: on all ranks alike: the lowest failing rank's error, which names that rank and how many failed.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        if error is not None:
+            raise error
+        return
+    on_gpu = dist.get_backend(group) == "nccl"
+    failed = torch.tensor(float(error is not None), device=torch.cuda.current_device() if on_gpu else "cpu")
+    dist.all_reduce(failed, group=group)
+    if not failed.item():
+        return
+    world_size = dist.get_world_size(group)
+    errors: list[tuple[str, str] | None] = [None] * world_size
+    dist.all_gather_object(errors, None if error is None else (str(error), error.reward), group=group)
+    rank, (message, reward) = next((rank, found) for rank, found in enumerate(errors) if found is not None)
+    raise RewardError(
+        f"On rank {rank} (of {world_size}; {int(failed.item())} failed, all stop together): {message}", reward
+    ) from error

@@ -1,0 +1,286 @@
+"""Several rewards as one: called side by side, checked, weighted and summed as TRL does it.
+
+`total[b] = sum_k weight[k] * score_k[b]` over the rewards that scored sample b; a sample that none scored is NaN, which
+the advantages leave out. B is the number of completions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.rewards.agreement import raise_on_all_ranks
+from nspo_lightning.rewards.arguments import accepted_arguments, is_async, reward_name
+from nspo_lightning.rewards.base import RewardError, Text
+from nspo_lightning.rewards.function import as_reward
+from nspo_lightning.rewards.messages import match_format
+from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
+from nspo_lightning.rewards.validate import score_tensor
+
+__all__ = ["RewardResult", "RewardSet"]
+
+_RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
+"""Columns that the arguments proper replace, as in TRL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardResult:
+    """The rewards of one batch of B completions.
+
+    Attributes:
+        total: shape (B,), float32, CPU: the weighted sum; NaN for an excluded sample.
+        per_reward: name to shape (B,), unweighted; NaN where that reward gave None.
+        metrics: scalars that the rewards reported, by TensorBoard name (`judge/<name>/errors`, ...).
+        extra: columns that the rewards reported with TRL's `log_extra`, by name.
+    """
+
+    total: Tensor
+    per_reward: dict[str, Tensor]
+    metrics: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def excluded(self) -> Tensor:
+        """Samples that no reward scored: shape (B,), bool."""
+        return self.total.isnan()
+
+    def statistics(self) -> dict[str, float]:
+        """Mean and Bessel-corrected std of each reward over its scored samples.
+
+        Returns:
+            `rewards/<name>/mean` and `rewards/<name>/std`; NaN mean if it scored none, std 0 if it scored one.
+        """
+        values: dict[str, float] = {}
+        for name, scores in self.per_reward.items():
+            scored = scores[~scores.isnan()]
+            values[f"rewards/{name}/mean"] = scored.mean().item() if len(scored) else math.nan
+            values[f"rewards/{name}/std"] = scored.std().item() if len(scored) > 1 else 0.0
+        return values
+
+
+class RewardSet:
+    """Rewards by weight. Under `torch.distributed` all ranks raise together when one fails.
+
+    Args:
+        rewards: callables of TRL's protocol, sync or async, or dotted paths of such; a dict gives their names.
+        weights: one for each reward; all 1 by default.
+        names: one for each reward (for TensorBoard and messages); from the callables by default.
+        timeout_s: the longest that one reward may take for a batch. It must be shorter than the process group's own
+            timeout. None runs sync rewards on the caller's thread without a limit, which is for those that need the
+            main thread (`signal`).
+    """
+
+    def __init__(
+        self,
+        rewards: list[Callable[..., Any]] | dict[str, Callable[..., Any]],
+        weights: list[float] | None = None,
+        names: list[str] | None = None,
+        timeout_s: float | None = 300.0,
+    ) -> None:
+        if isinstance(rewards, Mapping):
+            if names is not None:
+                raise ValueError("`names` and a dict of rewards both name them. Give one of the two.")
+            names, rewards = list(rewards), list(rewards.values())
+        if not rewards:
+            raise ValueError("`rewards` must hold at least one reward, got none. Name one, such as RefusalReward.")
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"`timeout_s` must be positive or null, got {timeout_s}.")
+        self.rewards: list[Callable[..., Any]] = [as_reward(reward) for reward in rewards]
+        self.names = _unique_names(names if names is not None else [reward_name(r) for r in self.rewards], self.rewards)
+        self.weights = _checked_weights(weights, len(self.rewards))
+        self.timeout_s = timeout_s
+        self._runner = RewardRunner()
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        *,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        trainer_state: Any = None,
+    ) -> RewardResult:
+        """Score one batch with every reward; under `torch.distributed` all ranks must call it.
+
+        Args:
+            prompts: B prompts, one a completion (a group's prompt is repeated).
+            completions: B completions; where the prompt is a chat, a string becomes an assistant message.
+            columns: the rows' other columns, B values each.
+            completion_ids: token ids of each completion, for rewards that take them.
+            trainer_state: anything with TRL's `global_step` and the like, for rewards that take it.
+
+        Returns:
+            The weighted sum and each reward's scores.
+
+        Raises:
+            RewardError: on all ranks, if a reward raised, hung, or returned anything but B finite numbers or None.
+        """
+        report = _Report()
+        error: RewardError | None = None
+        scores: list[Tensor] = []
+        try:
+            arguments = _arguments(prompts, completions, columns or {}, completion_ids, trainer_state)
+            arguments |= {"log_extra": report.log_extra, "log_metric": report.log_metric}
+            scores = self._scores(arguments, len(completions))
+        except RewardError as failed:
+            error = failed
+        raise_on_all_ranks(error)
+        stacked = torch.stack(scores)
+        total = (stacked * torch.tensor(self.weights)[:, None]).nansum(0)
+        total[stacked.isnan().all(0)] = math.nan
+        return RewardResult(
+            total=total,
+            per_reward=dict(zip(self.names, scores, strict=True)),
+            metrics=report.metrics() | self.metrics(),
+            extra=report.extra,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Read the counters of rewards that keep some (server judges).
+
+        Returns:
+            `judge/<name>/<counter>` to value.
+        """
+        found: dict[str, float] = {}
+        for name, reward in zip(self.names, self.rewards, strict=True):
+            counters = getattr(reward, "metrics", None)
+            if callable(counters):
+                found |= {f"judge/{name}/{key}": float(value) for key, value in counters().items()}
+        return found
+
+    def close(self) -> None:
+        """End the threads. Calling the set again starts them anew."""
+        self._runner.close()
+
+    def _scores(self, arguments: dict[str, Any], batch_size: int) -> list[Tensor]:
+        calls = [
+            (name, reward, accepted_arguments(name, reward, arguments))
+            for name, reward in zip(self.names, self.rewards, strict=True)
+        ]
+        scores: list[Tensor | None] = [None] * len(calls)
+        pending: dict[int, Future[Any]] = {}
+        try:
+            for i, (name, reward, accepted) in enumerate(calls):  # async ones first: they wait while sync ones work
+                if is_async(reward) or getattr(reward, "is_async", False):
+                    with _explained(name, batch_size, self.timeout_s):
+                        pending[i] = self._runner.submit(reward(**accepted), self.timeout_s)
+            for i, (name, reward, accepted) in enumerate(calls):
+                if i in pending:
+                    continue
+                with _explained(name, batch_size, self.timeout_s):
+                    returned = self._runner.call(_bound(reward, accepted), self.timeout_s)
+                if hasattr(returned, "__await__"):  # a lambda around an async function, say
+                    pending[i] = self._runner.submit(returned, self.timeout_s)
+                else:
+                    scores[i] = score_tensor(name, returned, batch_size)
+            for i, future in pending.items():
+                name = calls[i][0]
+                with _explained(name, batch_size, self.timeout_s):
+                    returned = self._runner.collect(future, self.timeout_s)
+                scores[i] = score_tensor(name, returned, batch_size)
+        finally:
+            for future in pending.values():
+                future.cancel()  # no effect on finished ones
+        return [score for score in scores if score is not None]
+
+
+class _Report:
+    """What rewards report by TRL's `log_extra` and `log_metric` during one call."""
+
+    def __init__(self) -> None:
+        self.extra: dict[str, list[Any]] = {}
+        self._metrics: dict[str, list[float]] = {}
+
+    def log_extra(self, column: str, values: list[Any]) -> None:
+        self.extra[column] = list(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self._metrics.setdefault(name, []).append(float(value))
+
+    def metrics(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+
+@contextlib.contextmanager
+def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[None]:
+    """Turn what a reward raises into a RewardError that names the reward.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RewardError: for whatever the body raises but KeyboardInterrupt.
+    """
+    try:
+        yield
+    except RewardError:
+        raise
+    except DeadlineError as error:
+        raise RewardError(
+            f"Reward '{name}' took longer than `timeout_s` = {timeout_s:g} s for {batch_size} completions and was "
+            f"given up. Raise `timeout_s`, or look for an endless loop, a dead server or a lock in it.",
+            name,
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise RewardError(
+            f"Reward '{name}' raised {type(error).__name__} on a batch of {batch_size} completions: {error}. Mend the "
+            f"reward (its traceback stands above), or have it return None for samples that it can't score.",
+            name,
+        ) from error
+
+
+def _bound(reward: Callable[..., Any], accepted: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: reward(**accepted)
+
+
+def _arguments(
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]],
+    completion_ids: Sequence[Sequence[int]] | None,
+    trainer_state: Any,
+) -> dict[str, Any]:
+    size = len(completions)
+    arguments: dict[str, Any] = {"prompts": list(prompts)}
+    arguments |= {key: list(values) for key, values in columns.items() if key not in _RESERVED}
+    if completion_ids is not None:
+        arguments["completion_ids"] = [list(ids) for ids in completion_ids]
+    for key, values in arguments.items():
+        if len(values) != size:
+            raise RewardError(
+                f"Every column must have one value a completion: '{key}' has {len(values)} for {size} completions. "
+                f"Repeat each prompt's columns group_size times."
+            )
+    arguments["completions"] = [match_format(p, c) for p, c in zip(arguments["prompts"], completions, strict=True)]
+    if trainer_state is not None:
+        arguments["trainer_state"] = trainer_state
+    return arguments
+
+
+def _unique_names(names: list[str], rewards: list[Callable[..., Any]]) -> list[str]:
+    if len(names) != len(rewards):
+        raise ValueError(f"`names` must have one name for each of the {len(rewards)} rewards, got {len(names)}.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Rewards need different names, since each has its own curves; got {', '.join(twice)} more than once. "
+            f"Give `names`, or a dict of name to reward."
+        )
+    return list(names)
+
+
+def _checked_weights(weights: list[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise ValueError(f"`weights` must have one number for each of the {count} rewards, got {len(weights)}.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"`weights` must be finite numbers, got {weights}.")
+    return [float(weight) for weight in weights]

@@ -1,0 +1,77 @@
+"""Prompts and completions as strings or as chat messages, read the same way everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nspo_lightning.rewards.base import Text
+
+__all__ = ["as_chat", "as_text", "content_text", "is_chat", "match_format"]
+
+
+def is_chat(text: Text) -> bool:
+    """Tell chat messages from a plain string.
+
+    Returns:
+        True if `text` is a list of messages.
+    """
+    return not isinstance(text, str)
+
+
+def content_text(content: Any) -> str:
+    """Read a message's content, which is a string or a list of typed parts (only text parts are read).
+
+    Returns:
+        The content's text; an absent content (a bare tool call) is empty.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if part.get("type", "text") == "text")
+
+
+def as_text(text: Text) -> str:
+    """Read a prompt or completion as one string: chat messages give the content of the last one.
+
+    Args:
+        text: a string, or chat messages.
+
+    Returns:
+        The string itself, or the last message's text ("" without messages).
+    """
+    if isinstance(text, str):
+        return text
+    return content_text(text[-1].get("content")) if text else ""
+
+
+def as_chat(prompt: Text, completion: Text) -> list[dict[str, Any]]:
+    """Join a prompt and its completion into one conversation that ends with the assistant's turn.
+
+    Args:
+        prompt: a string (one user turn), or chat messages.
+        completion: a string (one assistant turn), or chat messages.
+
+    Returns:
+        Messages with string contents; a leading system turn is kept.
+    """
+    head: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    tail: Any = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return [
+        {"role": str(turn.get("role", "user")), "content": content_text(turn.get("content"))} for turn in [*head, *tail]
+    ]
+
+
+def match_format(prompt: Text, completion: Text) -> Text:
+    """Give a completion the shape that TRL gives it: messages where the prompt is messages.
+
+    Args:
+        prompt: the sample's prompt.
+        completion: the completion's text, or messages.
+
+    Returns:
+        The completion as `[{"role": "assistant", "content": ...}]` if the prompt is a chat, else as it came.
+    """
+    if is_chat(prompt) and isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    return completion
