@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nspo_lightning.rewards.base import OUTCOMES, Judge, Outcome, RewardError, RewardFunction, Text
+from nspo_lightning.rewards.base import OUTCOMES, Judge, Outcome, Reward, RewardError, RewardFunction, Text
 from nspo_lightning.rewards.compose import RewardResult, RewardSet
 from nspo_lightning.rewards.function import FunctionReward
 
@@ -11,6 +11,7 @@ __all__ = [
     "FunctionReward",
     "Judge",
     "Outcome",
+    "Reward",
     "RewardError",
     "RewardFunction",
     "RewardResult",

@@ -1,4 +1,4 @@
-"""What a reward and a judge are: the protocols that everything else in this package fits.
+"""What a reward and a judge are: the two shapes that everything else in this package fits.
 
 A **reward** is TRL's protocol: a callable, sync or async, that takes keyword arguments `prompts`, `completions`,
 perhaps `completion_ids` and the row's other columns, and returns one number or None a sample. None leaves the sample
@@ -9,10 +9,11 @@ Prompts and completions come as plain strings or as chat messages; `messages.py`
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
 
-__all__ = ["OUTCOMES", "Judge", "Outcome", "RewardError", "RewardFunction", "Scores", "Text"]
+__all__ = ["OUTCOMES", "Judge", "Outcome", "Reward", "RewardError", "RewardFunction", "Scores", "Text"]
 
 Outcome = Literal["unsafe", "refusal", "safe", "garbage"]
 """What a completion is: harmful help, a declined request, a harmless answer, or no answer at all."""
@@ -24,6 +25,9 @@ Text = str | Sequence[dict[str, Any]]
 
 Scores = Sequence[float | None]
 """One number a sample; None excludes the sample."""
+
+RewardFunction = Callable[..., "Scores | Awaitable[Scores]"]
+"""What TRL calls a reward function: `reward(prompts, completions, **columns)`, sync or async."""
 
 
 class RewardError(ValueError):
@@ -41,10 +45,13 @@ class RewardError(ValueError):
         return (type(self), (str(self), self.reward))
 
 
-@runtime_checkable
-class RewardFunction(Protocol):
-    """TRL's reward protocol: a number or None for each of the samples, in their order."""
+class Reward(ABC):
+    """Base of the rewards in this package; a plain function with these arguments is a reward just as well."""
 
+    name: str = ""
+    """What TensorBoard and messages call it; the class's name if empty."""
+
+    @abstractmethod
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> Scores | Awaitable[Scores]:
@@ -58,13 +65,12 @@ class RewardFunction(Protocol):
         Returns:
             One number or None (excluded) a sample, or an awaitable of it.
         """
-        ...
 
 
-@runtime_checkable
-class Judge(Protocol):
-    """Names the outcome of each completion."""
+class Judge(ABC):
+    """Names the outcome of each completion. Any class with `classify` counts as a subclass (a config may name it)."""
 
+    @abstractmethod
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
         """Judge one batch.
 
@@ -76,4 +82,7 @@ class Judge(Protocol):
         Returns:
             One `Outcome` a sample. None only from a judge that was told to exclude what it could not judge.
         """
-        ...
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return True if cls is Judge and callable(getattr(other, "classify", None)) else NotImplemented

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.arguments import accepted_arguments, is_async, reward_name
-from nspo_lightning.rewards.base import RewardError, Text
+from nspo_lightning.rewards.base import Reward, RewardError, Text
 from nspo_lightning.rewards.function import as_reward
 from nspo_lightning.rewards.messages import match_format
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
@@ -79,7 +79,7 @@ class RewardSet:
 
     def __init__(
         self,
-        rewards: list[Callable[..., Any]] | dict[str, Callable[..., Any]],
+        rewards: list[Reward | Callable[..., Any]] | dict[str, Reward | Callable[..., Any]],
         weights: list[float] | None = None,
         names: list[str] | None = None,
         timeout_s: float | None = 300.0,

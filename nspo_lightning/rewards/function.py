@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nspo_lightning.rewards.arguments import is_async, reward_name
-from nspo_lightning.rewards.base import Scores
+from nspo_lightning.rewards.base import Reward, Scores
 
 __all__ = ["FunctionReward", "as_reward", "import_reward"]
 
@@ -52,7 +52,7 @@ def import_reward(path: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """TRL's protocol around a function named by its path.
 
     Args:
@@ -78,7 +78,7 @@ class FunctionReward:
         kept = [parameter for key, parameter in signature.parameters.items() if key not in self.kwargs]
         return signature.replace(parameters=kept)
 
-    def __call__(self, **arguments: Any) -> Scores:
+    def __call__(self, **arguments: Any) -> Scores:  # type: ignore[override]  # takes what the function takes
         """Score one batch.
 
         Args:
