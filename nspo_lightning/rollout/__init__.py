@@ -1,1 +1,7 @@
-"""Part of nspo_lightning."""
+"""Rollouts: groups of completions drawn from the policy."""
+
+from nspo_lightning.grpo.batch import Rollout
+from nspo_lightning.rollout.config import SamplingConfig
+from nspo_lightning.rollout.sampler import sample
+
+__all__ = ["Rollout", "SamplingConfig", "sample"]

@@ -1,0 +1,76 @@
+"""Group-relative advantages (GRPO, arXiv:2402.03300, section 4.1; unscaled form: Dr. GRPO, arXiv:2503.20783)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+AdvantageScale = Literal["group", "batch", "none"]
+
+
+def group_advantages(rewards: Tensor, group_size: int, scale: AdvantageScale = "group", eps: float = 1e-4) -> Tensor:
+    """Compare each reward with its group: (r - mean_group) / (std + eps), with Bessel's correction.
+
+    A NaN reward marks a sample that nothing could judge: it counts in no mean and no deviation, and its advantage is
+    zero. A group in which all rewards are equal has no signal: its advantages are exactly zero.
+
+    Args:
+        rewards: shape (P * G,), row ``p * G + g`` for completion g of prompt p.
+        group_size: G.
+        scale: divide by the standard deviation of the group, of the whole batch, or not at all.
+        eps: added to the standard deviation.
+
+    Returns:
+        Advantages, shape (P * G,), float32 (float64 for float64 rewards).
+
+    Raises:
+        ValueError: If rewards are not a whole number of groups, or `scale` is unknown.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), group_size=2, scale="none")
+        tensor([-1.,  1.,  0.,  0.])
+    """
+    if rewards.ndim != 1 or group_size < 1 or rewards.numel() % group_size:
+        raise ValueError(
+            f"Expected a vector of rewards whose length is a multiple of group_size={group_size}, got shape "
+            f"{tuple(rewards.shape)}. Order the rewards prompt by prompt, group_size of them each."
+        )
+    if scale not in {"group", "batch", "none"}:
+        raise ValueError(f"`scale` must be 'group', 'batch' or 'none', got {scale!r}.")
+    groups = rewards.reshape(-1, group_size)
+    groups = groups if groups.dtype == torch.float64 else groups.float()
+    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    # Equal rewards can leave rounding dust of the mean: (dust / (std + eps)) would be a signal made of nothing.
+    low = groups.masked_fill(groups.isnan(), torch.inf).amin(1, keepdim=True)
+    high = groups.masked_fill(groups.isnan(), -torch.inf).amax(1, keepdim=True)
+    centred = torch.where(high > low, centred, torch.zeros_like(centred))
+    if scale == "group":
+        centred = centred / (_nan_std(groups, dim=1) + eps)
+    elif scale == "batch":
+        centred = centred / (_nan_std(groups.reshape(1, -1), dim=1) + eps)
+    return centred.nan_to_num(0.0).reshape(-1).masked_fill(rewards.isnan(), 0.0)
+
+
+def groups_with_signal(advantages: Tensor, group_size: int) -> Tensor:
+    """Tell which groups can teach anything.
+
+    Without a KL term, a group whose advantages are all zero has a zero gradient: leaving it out of the forward and
+    backward passes changes no number.
+
+    Args:
+        advantages: shape (P * G,).
+        group_size: G.
+
+    Returns:
+        Shape (P,), bool, True = at least one advantage of the group is not zero.
+    """
+    return (advantages.reshape(-1, group_size) != 0).any(dim=1)
+
+
+def _nan_std(values: Tensor, dim: int) -> Tensor:
+    # Bessel-corrected, skips NaN, zero where fewer than two values are left.
+    count = (~values.isnan()).sum(dim, keepdim=True)
+    squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt()

@@ -1,0 +1,162 @@
+"""The rollout: prompts, their groups of completions, and what it costs to push them through the policy.
+
+Notation: P prompts of padded length L, G completions a prompt (a *group*), R = P * G rows of padded length C. Row
+``p * G + g`` is completion g of prompt p. Masks are True at real tokens. Prompts are left-padded, so that all of them
+end in the same column; completions are right-padded, so that all of them start in the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Groups of completions and the prompts that they answer.
+
+    Attributes:
+        prompt_ids: shape (P, L), left-padded.
+        prompt_mask: shape (P, L), bool, True = real token.
+        group_size: G, completions a prompt.
+        completion_ids: shape (P * G, C), right-padded.
+        completion_mask: shape (P * G, C), bool, True = generated token, the closing EOS included.
+        finished: shape (P * G,), bool, True = ended by EOS, False = cut by the length limit.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    group_size: int
+    completion_ids: Tensor
+    completion_mask: Tensor
+    finished: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the shapes once, where they are made.
+
+        Raises:
+            ValueError: If prompts, rows and group size do not fit together.
+        """
+        prompts, rows = self.prompt_ids.shape[0], self.completion_ids.shape[0]
+        if self.prompt_ids.shape != self.prompt_mask.shape or self.completion_ids.shape != self.completion_mask.shape:
+            raise ValueError(
+                f"ids and masks must have the same shape, got prompts {tuple(self.prompt_ids.shape)} with mask "
+                f"{tuple(self.prompt_mask.shape)} and completions {tuple(self.completion_ids.shape)} with mask "
+                f"{tuple(self.completion_mask.shape)}."
+            )
+        if rows != prompts * self.group_size or self.finished.shape != (rows,):
+            raise ValueError(
+                f"{prompts} prompts with group_size={self.group_size} need {prompts * self.group_size} completion rows "
+                f"and as many `finished` flags, got {rows} rows and {tuple(self.finished.shape)} flags."
+            )
+
+    @property
+    def num_prompts(self) -> int:
+        """P, the number of prompts."""
+        return self.prompt_ids.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """P * G, the number of completions."""
+        return self.completion_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """Move all tensors to a device.
+
+        Args:
+            device: where to.
+
+        Returns:
+            The same rollout on that device.
+        """
+        return Rollout(
+            group_size=self.group_size, **{name: tensor.to(device) for name, tensor in self._tensors().items()}
+        )
+
+    def select(self, prompts: slice | Sequence[int] | Tensor) -> Rollout:
+        """Keep whole groups.
+
+        Args:
+            prompts: which prompts, as a slice, a list of indices, or an index or bool tensor of shape (P,).
+
+        Returns:
+            A rollout of these prompts with all their completions, padding unchanged.
+        """
+        index = torch.arange(self.num_prompts, device=self.prompt_ids.device)
+        index = index[prompts if isinstance(prompts, slice) else torch.as_tensor(prompts, device=index.device)]
+        offsets = torch.arange(self.group_size, device=index.device)
+        return self._take(index, (index[:, None] * self.group_size + offsets).flatten(), self.group_size)
+
+    def select_rows(self, prompt: int, rows: Tensor) -> Rollout:
+        """Keep some completions of one prompt (part of a group).
+
+        Args:
+            prompt: the prompt's index in [0, P).
+            rows: shape (g,), indices in [0, P * G) of completions of that prompt.
+
+        Returns:
+            A rollout of one prompt and g completions.
+        """
+        return self._take(torch.tensor([prompt], device=self.prompt_ids.device), rows, len(rows))
+
+    def trim(self) -> Rollout:
+        """Cut the columns that are padding in every row.
+
+        Returns:
+            The same tokens with the shortest possible L and C (at least one column each).
+        """
+        prompt_columns = self.prompt_mask.any(0).nonzero()
+        completion_columns = self.completion_mask.any(0).nonzero()
+        start = int(prompt_columns[0]) if len(prompt_columns) else self.prompt_ids.shape[1] - 1
+        stop = int(completion_columns[-1]) + 1 if len(completion_columns) else 1
+        return Rollout(
+            prompt_ids=self.prompt_ids[:, start:],
+            prompt_mask=self.prompt_mask[:, start:],
+            group_size=self.group_size,
+            completion_ids=self.completion_ids[:, :stop],
+            completion_mask=self.completion_mask[:, :stop],
+            finished=self.finished,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain tensors and values, for checkpoints.
+
+        Returns:
+            A dict that `from_state_dict` reads.
+        """
+        return {"group_size": self.group_size, **self._tensors()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Rollout:
+        """Rebuild a rollout.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Returns:
+            The rollout.
+        """
+        return cls(**state)
+
+    def _take(self, prompts: Tensor, rows: Tensor, group_size: int) -> Rollout:
+        return Rollout(
+            prompt_ids=self.prompt_ids[prompts],
+            prompt_mask=self.prompt_mask[prompts],
+            group_size=group_size,
+            completion_ids=self.completion_ids[rows],
+            completion_mask=self.completion_mask[rows],
+            finished=self.finished[rows],
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            "prompt_ids": self.prompt_ids,
+            "prompt_mask": self.prompt_mask,
+            "completion_ids": self.completion_ids,
+            "completion_mask": self.completion_mask,
+            "finished": self.finished,
+        }

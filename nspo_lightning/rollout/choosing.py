@@ -1,0 +1,87 @@
+"""From the last logits to the next token: transformers' own processors, then one number of noise a row.
+
+A token is drawn by inverting the cumulative distribution at a uniform number u[t, row]. All of u is drawn before the
+first step, so a row's tokens depend neither on which other rows are still running nor on how the prompt was computed,
+and a step costs one random number a row instead of one a row and vocabulary entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.rollout.config import SamplingConfig
+
+Processor = Callable[[Tensor, Tensor], Tensor]  # (ids so far, logits) -> logits
+
+
+def build_processors(
+    config: SamplingConfig, *, eos_token_ids: Sequence[int], prompt_length: int, device: torch.device
+) -> list[Processor]:
+    """Make the chain that ``generate`` would make, in its order.
+
+    Args:
+        config: the sampling settings.
+        eos_token_ids: tokens that end a completion.
+        prompt_length: L, columns before the first generated token.
+        device: of the logits.
+
+    Returns:
+        Functions of (ids (r, L + t), logits (r, V)).
+    """
+    from transformers.generation import logits_process as hf  # heavy: imported where it is used
+
+    chain: list[Processor] = []
+    if config.repetition_penalty != 1.0:
+        chain.append(hf.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
+    if config.min_new_tokens > 0 and eos_token_ids:
+        chain.append(
+            hf.MinNewTokensLengthLogitsProcessor(
+                prompt_length, config.min_new_tokens, list(eos_token_ids), device=str(device)
+            )
+        )
+    if config.temperature == 0:
+        return chain
+    if config.temperature != 1.0:
+        chain.append(hf.TemperatureLogitsWarper(float(config.temperature)))
+    if config.top_k > 0:
+        chain.append(hf.TopKLogitsWarper(top_k=config.top_k))
+    if config.top_p < 1.0:
+        chain.append(hf.TopPLogitsWarper(top_p=float(config.top_p)))
+    if config.min_p is not None:
+        chain.append(hf.MinPLogitsWarper(min_p=float(config.min_p)))
+    return chain
+
+
+def without_padding(ids: Tensor, mask: Tensor) -> Tensor:
+    """Fill left padding with each row's first real token: to a repetition penalty it then says nothing new.
+
+    Args:
+        ids: shape (R, L), left-padded.
+        mask: shape (R, L), bool, True = real token.
+
+    Returns:
+        Shape (R, L).
+    """
+    return torch.where(mask, ids, ids.gather(1, mask.int().argmax(1, keepdim=True)))
+
+
+def draw(logits: Tensor, uniform: Tensor | None) -> Tensor:
+    """Draw one token a row.
+
+    Args:
+        logits: shape (r, V), processed.
+        uniform: shape (r,), float64 in [0, 1); None = take the likeliest token.
+
+    Returns:
+        Shape (r,), int64.
+    """
+    if uniform is None:
+        return logits.argmax(-1)
+    # float64 sums: in float32 the tail of a large vocabulary would fall below the resolution of the sum before it.
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    target = uniform[:, None] * cumulative[:, -1:]
+    # right=True: the first entry *above* the target, which a token of probability zero never is.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)

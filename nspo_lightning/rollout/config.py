@@ -1,0 +1,51 @@
+"""How completions are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Settings of the sampler, with the meaning that transformers' ``generate`` gives them.
+
+    Attributes:
+        max_new_tokens: length limit of a completion, its EOS included.
+        min_new_tokens: EOS is impossible before that many tokens.
+        temperature: divides the logits; 0 = greedy.
+        top_p: keep the smallest set of tokens with that much probability; 1 = all.
+        top_k: keep the k likeliest tokens; 0 = all.
+        min_p: keep tokens at least that likely, relative to the likeliest; None = all.
+        repetition_penalty: divides positive logits of tokens seen in prompt or completion (multiplies negative ones).
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If a value is out of its range.
+        """
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"`min_new_tokens` must be in [0, max_new_tokens={self.max_new_tokens}], got {self.min_new_tokens}."
+            )
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` must not be negative, got {self.temperature}. Use 0 for greedy decoding.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` must not be negative, got {self.top_k}. Use 0 to keep all tokens.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"`min_p` must be in [0, 1] or None, got {self.min_p}.")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}.")
