@@ -5,16 +5,26 @@ from __future__ import annotations
 from nspo_lightning.rewards.base import OUTCOMES, Judge, Outcome, Reward, RewardError, RewardFunction, Text
 from nspo_lightning.rewards.compose import RewardResult, RewardSet
 from nspo_lightning.rewards.function import FunctionReward
+from nspo_lightning.rewards.helpful import SafeAndHelpful
+from nspo_lightning.rewards.outcomes import OutcomeReward
+from nspo_lightning.rewards.refusal import RefusalReward, RulesJudge
+from nspo_lightning.rewards.shape import FormatReward, LengthReward
 
 __all__ = [
     "OUTCOMES",
+    "FormatReward",
     "FunctionReward",
     "Judge",
+    "LengthReward",
     "Outcome",
+    "OutcomeReward",
+    "RefusalReward",
     "Reward",
     "RewardError",
     "RewardFunction",
     "RewardResult",
     "RewardSet",
+    "RulesJudge",
+    "SafeAndHelpful",
     "Text",
 ]
