@@ -1,1 +1,46 @@
-"""Part of nspo_lightning."""
+"""The null space of general ability: second moments, what to protect, and how to stay out of it. Needs torch alone."""
+
+from nspo_lightning.nullspace.basis import Basis, Spectrum, build_basis, build_soft_basis, decompose
+from nspo_lightning.nullspace.calibrate import BasisSettings, Calibration, ForwardCall, calibrate_modules
+from nspo_lightning.nullspace.covariance import SecondMoment, gram
+from nspo_lightning.nullspace.criteria import CRITERIA, NoNullDirections, RankChoice, choose_rank, energy_left
+from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify, format_table, table_rows
+from nspo_lightning.nullspace.domains import combine, domain_report, principal_cosines
+from nspo_lightning.nullspace.layers import LayerPlan, ProtectedLayer, Refusal, plan_layers
+from nspo_lightning.nullspace.projection import apply, component, project_start
+from nspo_lightning.nullspace.store import load_calibration, save_calibration
+
+__all__ = [
+    "CRITERIA",
+    "Basis",
+    "BasisSettings",
+    "Calibration",
+    "ForwardCall",
+    "LayerCertificate",
+    "LayerPlan",
+    "NoNullDirections",
+    "ProtectedLayer",
+    "RankChoice",
+    "Refusal",
+    "SecondMoment",
+    "Spectrum",
+    "apply",
+    "build_basis",
+    "build_soft_basis",
+    "calibrate_modules",
+    "certify",
+    "choose_rank",
+    "combine",
+    "component",
+    "decompose",
+    "domain_report",
+    "energy_left",
+    "format_table",
+    "gram",
+    "load_calibration",
+    "plan_layers",
+    "principal_cosines",
+    "project_start",
+    "save_calibration",
+    "table_rows",
+]

@@ -1,0 +1,77 @@
+"""From whatever a dataloader yields to forward calls with a mask: the only place that knows about batch layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from nspo_lightning.nullspace import ForwardCall
+
+BatchToInputs = Callable[[Any], tuple[Any, Tensor | None]]
+"""From a batch to (forward arguments, mask); arguments are a tensor, a tuple or a dict; mask True = counts."""
+
+
+def to_call(batch: Any, batch_to_inputs: BatchToInputs | None, device: torch.device) -> ForwardCall:
+    """Turn a calibration batch into a forward call on a device.
+
+    Args:
+        batch: a dict with ``input_ids`` and ``attention_mask`` of shape ``(batch, seq)`` and optionally ``domain``, a
+            list of names; or a tensor; or a tuple whose first entry is the input.
+        batch_to_inputs: the user's own layout.
+        device: where the model is.
+
+    Returns:
+        The call.
+
+    Raises:
+        TypeError: if the batch has none of the known layouts.
+    """
+    domains = batch.get("domain") if isinstance(batch, Mapping) else None
+    if batch_to_inputs is not None:
+        inputs, mask = batch_to_inputs(batch)
+    elif isinstance(batch, Mapping) and "input_ids" in batch:
+        mask = batch.get("attention_mask")
+        inputs = {"input_ids": batch["input_ids"]} | ({} if mask is None else {"attention_mask": mask})
+    elif isinstance(batch, Tensor):
+        inputs, mask = batch, None
+    elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+        inputs, mask = batch[0], None
+    else:
+        raise TypeError(
+            "A calibration batch must be a dict with `input_ids` (and `attention_mask`), a tensor, or a tuple that "
+            f"starts with the input tensor, got {_describe(batch)}. Pass `batch_to_inputs`, a function from a batch to "
+            "(forward arguments, mask)."
+        )
+    inputs, mask = move_data_to_device((inputs, mask), device)
+    if isinstance(inputs, Mapping):
+        return ForwardCall(kwargs=inputs, mask=mask, domains=domains)
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return ForwardCall(args=args, mask=mask, domains=domains)
+
+
+def tensors_of(call: ForwardCall) -> Iterable[Tensor]:
+    """Yield the tensors of a call, for the data fingerprint."""
+    for value in (*call.args, *call.kwargs.values(), call.mask):
+        if isinstance(value, Tensor):
+            yield value
+
+
+def first_floating(output: Any) -> Tensor | None:
+    """Return the logits of a model's output (or its first floating-point tensor)."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((found for part in parts if (found := first_floating(part)) is not None), None)
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a dict with the keys {sorted(map(str, batch))}"
+    return f"a {type(batch).__name__}"

@@ -1,0 +1,218 @@
+"""Collect second moments of layer inputs during forward passes, one for each distinct input.
+
+q, k and v read one tensor, gate and up another: layers that are given the *same tensor* (not an equal one) at every
+call of the first batch share a moment. That is found while collecting, so it costs no pass of its own. Several domains
+are kept apart, as sums and counts, so that they can be weighted, united or left out later without a second pass.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nspo_lightning.nullspace.covariance import SecondMoment, select_rows
+
+DEFAULT_DOMAIN = "general"
+
+
+class SharedInputs:
+    """Finds out which modules are fed the same tensors.
+
+    Feed it every call of one or more forward passes; `groups` then maps the first module of each group to all of them.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[str, list[int]] = {}
+        self._first_elsewhere: set[str] = set()
+        self._serials: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._next = 0
+
+    def see(self, name: str, inputs: Tensor) -> str:
+        """Record a call and return the module that saw this very tensor first (possibly ``name`` itself)."""
+        known = self._serials.get(id(inputs))
+        if known is None or known[0]() is not inputs:
+            known = (weakref.ref(inputs), self._next, name)
+            self._serials[id(inputs)] = known
+            self._next += 1
+        self._calls.setdefault(name, []).append(known[1])
+        if known[2] != name:
+            self._first_elsewhere.add(name)
+        return known[2]
+
+    def partly_shared(self) -> list[str]:
+        """Return modules that head a group although some of their inputs were first seen at another module."""
+        return [first for first in self.groups() if first in self._first_elsewhere]
+
+    def groups(self) -> dict[str, list[str]]:
+        """Return first module -> modules with the same sequence of inputs, in order of their first call."""
+        by_calls: dict[tuple[int, ...], list[str]] = {}
+        for name, calls in self._calls.items():
+            by_calls.setdefault(tuple(calls), []).append(name)
+        return {names[0]: names for names in by_calls.values()}
+
+
+class OutputEnergy:
+    """Running mean of ||y||^2 over the rows that count: the scale that a change of outputs is measured against."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.rows = 0
+
+    def update(self, outputs: Tensor, keep: Tensor | None, kept: int) -> None:
+        """Add a module's output, shape ``(..., out)``; ``keep`` has True for the ``kept`` rows that count."""
+        rows = outputs.detach().reshape(-1, outputs.shape[-1])
+        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+        if keep is not None and keep.numel() == squares.numel():
+            squares = squares * keep.reshape(-1).ne(0)
+            self.rows += kept
+        else:
+            self.rows += squares.numel()
+        self.total = self.total + squares.sum(dtype=torch.float64)
+
+    @property
+    def mean(self) -> float:
+        """Mean squared norm of an output."""
+        return float(self.total) / max(self.rows, 1)
+
+
+class InputCollector:
+    """Context manager that listens to modules and sums the second moments of what enters them.
+
+    Args:
+        modules: name -> module. Hooks see the first positional input of each call.
+        product_dtype: see `SecondMoment`.
+        groups: known groups of modules with one input (first -> all); None = find them in the first forward pass.
+        only: groups to sum in this pass; None = all.
+        make_moment: builds the accumulator of one input from its width (a sketch can stand in for `SecondMoment`).
+
+    Use `begin` and `end` around each forward pass to say which rows count and which domain they belong to.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        product_dtype: torch.dtype | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        only: Sequence[str] | None = None,
+        make_moment: Callable[[str, int], Any] | None = None,
+    ) -> None:
+        self._modules = dict(modules)
+        self._only = None if only is None else frozenset(only)
+        self._make = make_moment or (lambda _, width: SecondMoment(width, product_dtype=product_dtype))
+        self._shared = SharedInputs()
+        self._leaders = None if groups is None else {name: first for first, names in groups.items() for name in names}
+        self._groups = None if groups is None else {first: list(names) for first, names in groups.items()}
+        self._handles: list[Any] = []
+        self._mask: Tensor | None = None
+        self._kept = 0
+        self._domains: list[str] | None = None
+        self._counting = True
+        self.moments: dict[str, dict[str, Any]] = {}
+        """Input group (its first module) -> domain -> accumulator."""
+        self.output_energy: dict[str, OutputEnergy] = {}
+
+    def __enter__(self) -> InputCollector:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin(self, mask: Tensor | None = None, domains: Sequence[str] | None = None, *, counting: bool = True) -> None:
+        """Announce the next forward pass.
+
+        Args:
+            mask: True (non-zero) = counts, shape ``(batch, ...)``; None = every row counts.
+            domains: the domain of each sample of the batch; None = one domain.
+            counting: False = only find out who shares inputs, or keep a collective forward pass company.
+        """
+        self._mask, self._counting = mask, counting
+        self._kept = 0 if mask is None else int(mask.ne(0).sum())
+        self._domains = list(domains) if domains is not None else None
+
+    def end(self) -> None:
+        """Close a forward pass; after the first one the groups are settled."""
+        if self._groups is None and self._shared.groups():
+            self._groups = self._shared.groups()
+            self._leaders = {name: first for first, names in self._groups.items() for name in names}
+            conflict = self._shared.partly_shared()
+            if conflict and self._counting:
+                self.moments.clear()
+                self.output_energy.clear()
+                raise RepeatBatch(conflict)
+
+    def new_moment(self, name: str, width: int) -> Any:
+        """Return an empty accumulator for an input that this rank did not see."""
+        return self._make(name, width)
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """First module -> modules that share its input."""
+        return self._groups or {}
+
+    def silent(self) -> list[str]:
+        """Names of modules whose forward was never called."""
+        called = {name for names in self.groups.values() for name in names}
+        return [name for name in self._modules if name not in called]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def listen(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not args or not isinstance(args[0], Tensor):
+                raise TypeError(
+                    f"{name} must be called with its input as first positional argument, got "
+                    f"{type(args[0]).__name__ if args else 'keyword arguments only'}. Leave it out of `target_modules`."
+                )
+            self._collect(name, args[0], output)
+
+        return listen
+
+    @torch.no_grad()
+    def _collect(self, name: str, inputs: Tensor, output: Any) -> None:
+        if self._leaders is None:
+            leader = self._shared.see(name, inputs)
+        else:
+            leader = self._leaders.setdefault(name, name)  # first called in a later batch: a group of its own
+            if leader == name and self._groups is not None:
+                self._groups.setdefault(name, [name])
+        if not self._counting or (self._only is not None and leader not in self._only):
+            return
+        if isinstance(output, Tensor):
+            self.output_energy.setdefault(name, OutputEnergy()).update(output, self._mask, self._kept)
+        if leader != name:
+            return
+        for domain, mask, part in self._split(inputs):
+            by_domain = self.moments.setdefault(name, {})
+            if domain not in by_domain:
+                by_domain[domain] = self._make(name, inputs.shape[-1])
+            by_domain[domain].update(select_rows(part, mask, layer=name).detach())
+
+    def _split(self, inputs: Tensor) -> Iterable[tuple[str, Tensor | None, Tensor]]:
+        if self._domains is None or len(set(self._domains)) == 1:
+            yield (self._domains[0] if self._domains else DEFAULT_DOMAIN), self._mask, inputs
+            return
+        if inputs.shape[0] != len(self._domains):
+            raise ValueError(
+                f"A batch of {len(self._domains)} samples of several domains enters a layer as {inputs.shape[0]} rows: "
+                "they cannot be told apart. Give each batch a single domain."
+            )
+        for domain in sorted(set(self._domains)):
+            index = torch.tensor([i for i, d in enumerate(self._domains) if d == domain], device=inputs.device)
+            mask = None if self._mask is None else self._mask.to(inputs.device)[index]
+            yield domain, mask, inputs[index]
+
+
+class RepeatBatch(RuntimeError):
+    """Layers that shared an input at one call did not share it at another: run the batch again, now that it is known."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        super().__init__(f"inputs shared in part by {names}")

@@ -1,0 +1,168 @@
+"""Second moments of layer inputs: C = X^T X / N over the rows X (tokens, width) that count.
+
+The moment is *uncentred*: D x = 0 must hold for the inputs themselves, not for their deviation from a mean.
+Padding never counts, and the sums are float32 at least, whatever the model computes in. Rows are gathered until a
+matrix product over them is efficient; calibration sets with fewer tokens than the layer is wide are summed in float64
+throughout, because a Gram matrix squares the condition number and float32 would lose directions below
+3e-4 of the largest singular value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_FLOAT64_PRODUCT_WIDTH = 256  # up to this width a float64 product costs less than the Python around it
+_FLOAT64_SUM_WIDTH = 8192  # beyond it, the running sum stays float32: 0.25 GB instead of 0.5 GB a layer
+_FOLD_ROWS = 2048  # rows gathered before a product: tall enough that the matrix product runs at full speed
+_TILES = 4  # column tiles of the symmetric product: 10 of 16 tile products instead of 16
+_TILED_WIDTH = 512  # below it one product is faster than four
+
+
+def select_rows(inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer") -> Tensor:
+    """Return the rows of ``inputs`` that count, as a matrix.
+
+    Args:
+        inputs: a layer's input, shape ``(..., width)``.
+        mask: True (or non-zero) = counts, shape ``inputs.shape[:-1]`` or with as many elements; None = all count.
+        layer: name used in the error message.
+
+    Returns:
+        Shape ``(rows, width)``; may share memory with ``inputs``.
+
+    Raises:
+        ValueError: if the mask cannot be laid over the input's rows.
+    """
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if mask is None:
+        return rows
+    keep = mask.reshape(-1).to(device=rows.device).ne(0)
+    if keep.numel() == rows.shape[0]:
+        return rows[keep]
+    if bool(keep.all()):
+        return rows
+    raise ValueError(
+        f"The mask must have one entry for each row that enters {layer}: {rows.shape[0]} rows entered, the mask has "
+        f"{keep.numel()} entries and some are False. This happens when tokens are routed (mixture of experts). "
+        "Calibrate with batches without padding (one text each), so that every row counts."
+    )
+
+
+def gram(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return rows^T rows, computing only the upper triangle of column tiles and mirroring it.
+
+    Args:
+        rows: shape ``(n, width)``.
+        dtype: dtype of the product, float32 or float64.
+
+    Returns:
+        Symmetric, shape ``(width, width)``.
+
+    Example:
+        >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        tensor([[10., 14.],
+                [14., 20.]])
+    """
+    rows = rows.to(dtype)
+    width = rows.shape[1]
+    # TF32 or bf16x3 products would put 1e-3 of relative noise into the spectrum's tail: they are switched off here.
+    with torch.autocast(device_type=rows.device.type, enabled=False), _full_precision_products(rows.device):
+        if width < _TILED_WIDTH:
+            return rows.T @ rows
+        result = rows.new_empty(width, width)
+        edges = [width * i // _TILES for i in range(_TILES + 1)]
+        for start, end in zip(edges[:-1], edges[1:], strict=True):
+            torch.matmul(rows[:, start:end].T, rows[:, start:], out=result[start:end, start:])
+            result[end:, start:end] = result[start:end, end:].T
+        return result
+
+
+class _full_precision_products:
+    """Switch TF32 matrix products off while a CUDA Gram is formed, and restore the user's setting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._before = False
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            torch.backends.cuda.matmul.allow_tf32 = self._before
+
+
+class SecondMoment:
+    """Running sum of x x^T over rows, and how many rows there were.
+
+    Args:
+        width: number of input features.
+        product_dtype: dtype of the products, None = float64 while the rows are fewer than ``width`` or the width is at
+            most 256, float32 above.
+    """
+
+    def __init__(self, width: int, *, product_dtype: torch.dtype | None = None) -> None:
+        self.width = width
+        self.rows = 0
+        self._product_dtype = product_dtype
+        self._sum: Tensor | None = None
+        self._pending: list[Tensor] = []
+        self._pending_rows = 0
+        self._float32_product = False
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows of shape ``(n, width)``; they are copied unless they are used up at once."""
+        if rows.shape[0] == 0:
+            return
+        self.rows += rows.shape[0]
+        self._pending_rows += rows.shape[0]
+        if self._pending_rows >= self._fold_rows:
+            self._pending.append(rows)
+            self._fold()
+        else:
+            self._pending.append(rows.to(torch.float32, copy=True))
+
+    def second_moment(self) -> Tensor:
+        """Return C = sum / rows in float64 (float32 beyond 8,192 features), zero where nothing was seen."""
+        return self.total() / max(self.rows, 1)
+
+    def total(self) -> Tensor:
+        """Return the sum of x x^T, shape ``(width, width)``."""
+        if self._pending_rows or self._sum is None:
+            self._fold()
+        assert self._sum is not None  # _fold always leaves one
+        return self._sum
+
+    @property
+    def resolution(self) -> float:
+        """Relative size of rounding noise in the eigenvalues, in units of the largest."""
+        return torch.finfo(torch.float32 if self._float32_product else torch.float64).eps
+
+    def all_reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Add up over ranks; ``reduce_sum`` returns the sum of a tensor over all ranks (in place or not)."""
+        device = self.total().device
+        counts = torch.tensor([self.rows, int(self._float32_product)], dtype=torch.float64, device=device)
+        self._sum = reduce_sum(self.total())
+        counts = reduce_sum(counts)
+        self.rows, self._float32_product = int(counts[0]), bool(counts[1] > 0)
+
+    @property
+    def _fold_rows(self) -> int:
+        return max(_FOLD_ROWS, self.width)
+
+    def _fold(self) -> None:
+        dtype = self._product_dtype or self._default_product_dtype()
+        self._float32_product |= dtype != torch.float64
+        rows = torch.cat([part.to(dtype) for part in self._pending]) if self._pending else torch.zeros(0, self.width)
+        sum_dtype = torch.float64 if self.width <= _FLOAT64_SUM_WIDTH and rows.device.type != "mps" else torch.float32
+        product = gram(rows, dtype)
+        self._sum = product.to(sum_dtype) if self._sum is None else self._sum.add_(product)
+        self._pending, self._pending_rows = [], 0
+
+    def _default_product_dtype(self) -> torch.dtype:
+        exact = self.rows <= self.width or self.width <= _FLOAT64_PRODUCT_WIDTH
+        return torch.float64 if exact else torch.float32

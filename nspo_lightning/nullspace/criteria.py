@@ -1,0 +1,208 @@
+"""How many directions to protect, read off the spectrum of a layer's inputs.
+
+Notation: eigenvalues l_1 >= l_2 >= ... >= l_n >= 0 of the second moment C of a layer's inputs, k protected leading
+directions, e(k) = sum_{i>k} l_i / sum l_i the energy left outside them, f(k) = (n - k) / n the null share.
+
+``auto`` weighs both. To gain a fixed first-order improvement of the objective, an update confined to a share f of the
+directions must be 1/sqrt(f) times as long as a free one, and per unit of squared length it meets the mean energy of
+those directions, proportional to e/f. The squared change of general outputs is therefore proportional to
+
+    rho(k) = e(k) / f(k)^2,      rho(0) = 1 (no projection at all),
+
+and ``auto`` takes the k with the smallest rho: it protects a direction as long as its energy exceeds twice the mean
+of what would remain. See docs/nullspace.md for the derivation and the measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Criterion = Literal["auto", "energy", "relative", "absolute", "rank", "bound", "null_share"]
+CRITERIA: tuple[str, ...] = get_args(Criterion)
+
+NEGLIGIBLE_ENERGY = 1e-6
+"""Share of the general energy (1e-3 in amplitude) below which ``auto`` prefers freedom to further protection."""
+
+DEFAULT_THRESHOLDS: dict[str, float | None] = {
+    "auto": None,
+    "energy": 1e-3,
+    "relative": 5e-5,
+    "absolute": 5e-4,
+    "rank": 0.5,
+    "bound": 0.03,
+    "null_share": 0.5,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankChoice:
+    """How many directions are protected, and why."""
+
+    protected: int
+    """k, the number of leading directions that an update may not touch."""
+    energy_left: float
+    """e(k), the share of the general energy outside them."""
+    null_share: float
+    """f(k), the share of the directions that stay free."""
+    gain: float
+    """rho(k) = e / f^2: predicted squared change of general outputs, relative to training without projection."""
+    reason: str
+    """One line for the calibration table."""
+
+
+class NoNullDirections(ValueError):
+    """A criterion left no direction free in some layer; the message names layers, criterion and a value that would."""
+
+
+def energy_left(eigenvalues: Tensor) -> Tensor:
+    """Return e(0), e(1), ..., e(n): the share of the energy outside the k leading directions.
+
+    Args:
+        eigenvalues: descending, shape ``(n,)``; negative rounding noise counts as zero.
+
+    Returns:
+        float64, shape ``(n + 1,)``, from 1 (or 0 when all eigenvalues are zero) down to 0. Summed from the small end,
+        so that a tail of 1e-12 keeps its digits.
+
+    Example:
+        >>> energy_left(torch.tensor([6.0, 3.0, 1.0]))
+        tensor([1.0000, 0.4000, 0.1000, 0.0000], dtype=torch.float64)
+    """
+    values = eigenvalues.to(torch.float64).clamp_min(0)
+    tails = torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
+    return tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def rho(eigenvalues: Tensor) -> Tensor:
+    """Return rho(k) = (e(k) + 1e-6) / f(k)^2 for k = 0 .. n - 1, shape ``(n,)``, float64."""
+    n = eigenvalues.numel()
+    free = (n - torch.arange(n, dtype=torch.float64, device=eigenvalues.device)) / n
+    return (energy_left(eigenvalues)[:-1] + NEGLIGIBLE_ENERGY) / free.square()
+
+
+def choose_rank(
+    eigenvalues: Tensor,
+    criterion: Criterion = "auto",
+    threshold: float | None = None,
+    *,
+    min_null_share: float = 0.0,
+    max_output_change: float | None = None,
+) -> RankChoice:
+    """Decide how many leading directions are protected.
+
+    Args:
+        eigenvalues: descending, shape ``(n,)``.
+        criterion: ``auto`` minimises rho; ``energy``: e(k) <= threshold; ``relative``: l < threshold * l_1 is null;
+            ``absolute``: l < threshold is null; ``rank``: k itself, as a count (int) or a share of n (float below 1);
+            ``bound``: sqrt(e(k)) <= threshold, so that an update of spectral norm 1 moves general outputs by at most
+            ``threshold`` times the root mean square of the inputs; ``null_share``: at least this share stays free.
+        threshold: see ``criterion``; None takes `DEFAULT_THRESHOLDS`.
+        min_null_share: with ``auto``, at least this share of the directions stays free.
+        max_output_change: with ``auto``, protect at least so much that ``bound`` holds for this value.
+
+    Returns:
+        The choice; ``protected == n`` means that no null direction is left, which the caller must refuse.
+
+    Raises:
+        ValueError: for an unknown criterion or a threshold out of range.
+    """
+    threshold = check_threshold(criterion, threshold)
+    values = eigenvalues.to(torch.float64).clamp_min(0)
+    n, left = values.numel(), energy_left(values)
+    if values[0] <= 0:
+        return RankChoice(protected=0, energy_left=0.0, null_share=1.0, gain=0.0, reason="its inputs are all zero")
+    reason = f"{criterion} {threshold:g}" if threshold is not None else ""
+    match criterion:
+        case "auto":
+            k, reason = _auto_rank(values, min_null_share, max_output_change)
+        case "energy":
+            assert threshold is not None
+            k = int((left > threshold).sum())
+        case "bound":
+            assert threshold is not None
+            k = int((left.sqrt() > threshold).sum())
+        case "relative":
+            k = int((values >= threshold * values[0]).sum())
+        case "absolute":
+            k = int((values >= threshold).sum())
+        case "rank":
+            assert threshold is not None
+            k = int(threshold) if threshold >= 1 or threshold == 0 else math.ceil(threshold * n)
+        case "null_share":
+            assert threshold is not None
+            k = min(n - math.ceil(threshold * n), int((values > 0).sum()))
+    k = min(k, n)
+    share = (n - k) / n
+    gain = float(left[k]) / share**2 if k < n else math.inf
+    return RankChoice(protected=k, energy_left=float(left[k]), null_share=share, gain=gain, reason=reason)
+
+
+def check_threshold(criterion: str, threshold: float | None) -> float | None:
+    """Return the threshold to use for a criterion.
+
+    Raises:
+        ValueError: for an unknown criterion or a value out of its range.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    if criterion == "auto":
+        if threshold is not None:
+            raise ValueError(
+                f"criterion='auto' reads its cut off the spectrum and takes no `threshold`, got {threshold}. State a "
+                "limit with `min_null_share` or `max_output_change`, or choose criterion='energy'."
+            )
+        return None
+    value = DEFAULT_THRESHOLDS[criterion] if threshold is None else threshold
+    assert value is not None
+    upper = math.inf if criterion in ("absolute", "rank") else 1.0
+    if not (0 <= value < upper) or (criterion == "rank" and value >= 1 and value != int(value)):
+        raise ValueError(
+            f"`threshold` of criterion={criterion!r} must lie in [0, {upper:g}), got {value}."
+            + (" A rank is a whole number, or a share of the width below 1." if criterion == "rank" else "")
+        )
+    return value
+
+
+def value_leaving_one(eigenvalues: Tensor, criterion: str) -> str:
+    """Say which setting of a criterion would leave one null direction, for an error message."""
+    values = eigenvalues.to(torch.float64).clamp_min(0)
+    n, last = values.numel(), float(values[-1])
+    share = float(energy_left(values)[n - 1])
+    match criterion:
+        case "energy":
+            return f"threshold >= {share:.3g}"
+        case "bound":
+            return f"threshold >= {math.sqrt(share):.3g}"
+        case "relative":
+            return f"threshold > {last / max(float(values[0]), 1e-300):.3g}"
+        case "absolute":
+            return f"threshold > {last:.3g}"
+        case "null_share":
+            return f"threshold >= {1 / n:.3g}"
+        case _:
+            return f"a rank of at most {n - 1}"
+
+
+def _auto_rank(values: Tensor, min_null_share: float, max_output_change: float | None) -> tuple[int, str]:
+    n, left, score = values.numel(), energy_left(values), rho(values)
+    most = max(min(n - 1, n - math.ceil(min_null_share * n)), 0)
+    least = int((left.sqrt() > max_output_change).sum()) if max_output_change is not None else 1
+    if least > most:
+        raise NoNullDirections(
+            f"no cut leaves {min_null_share:.3g} of {n} directions free and moves general outputs by at most "
+            f"{max_output_change}: the bound needs {least} protected directions. Relax one of the two."
+        )
+    k = least + int(score[least : most + 1].argmin()) if n > 1 else 0
+    reason = f"least e/f^2 = {float(score[k]):.2g}"
+    if k == least and max_output_change is not None:
+        reason += ", held by max_output_change"
+    elif k == most:
+        reason += ", held by min_null_share" if min_null_share else ", one direction left"
+    elif float(score[k]) > 0.5:
+        reason += ": flat spectrum, little to gain"
+    return k, reason

@@ -1,0 +1,143 @@
+"""What a basis and an update amount to: leaks, bounds on the change of outputs, and the calibration table.
+
+D is a layer's update: s B A for an adapter, W - W_ref for a full weight. Everything about s B A is computed from the
+thin factors in float64, never from the product: ||B X||_F^2 = tr(X^T (B^T B) X).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.nullspace.basis import Basis
+from nspo_lightning.nullspace.calibrate import Calibration
+from nspo_lightning.nullspace.projection import protected_component
+
+NormFunction = Callable[[Tensor], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCertificate:
+    """How far a layer's update stays out of what is protected."""
+
+    name: str
+    leak: float
+    """||D U_k||_F / ||D||_F; 0 for D = 0. In the soft form the damped directions count with their weights."""
+    update_norm: float
+    """||D||_F."""
+    output_change: float
+    """Upper bound of the root mean square change of the layer's outputs on general inputs, relative to the outputs'
+    own root mean square (to the inputs' where no output energy was measured)."""
+    energy_left: float
+    """Share of the general energy outside the protected directions."""
+    protected: int
+    null_dims: int
+
+
+def low_rank_norm(up: Tensor, down: Tensor) -> float:
+    """Return ||B A||_F from its factors, B of shape ``(out, r)`` and A of shape ``(r, width)``, in float64."""
+    inner = up.to(torch.float64).T @ up.to(torch.float64)
+    down = down.to(torch.float64)
+    return math.sqrt(max(float(((inner @ down) * down).sum()), 0.0))
+
+
+def certify(
+    name: str,
+    basis: Basis,
+    update: Tensor,
+    *,
+    up: Tensor | None = None,
+    scale: float = 1.0,
+    output_energy: float | None = None,
+) -> LayerCertificate:
+    """Measure one layer's update against its basis.
+
+    Args:
+        name: the layer.
+        basis: of its inputs, on the update's device.
+        update: A of an adapter, shape ``(r, width)``, or W - W_ref, shape ``(out, width)``.
+        up: B of the adapter, shape ``(out, r)``; None for a full weight.
+        scale: s of the adapter.
+        output_energy: mean squared norm of the layer's outputs on general text.
+
+    Returns:
+        The certificate. Its bound adds the exact share of the stored directions to ||D_rest||^2 times the largest
+        energy among the others.
+    """
+    update = update.to(torch.float64)
+
+    def norm(matrix: Tensor) -> float:
+        return scale * low_rank_norm(up, matrix) if up is not None else float(torch.linalg.vector_norm(matrix))
+
+    total = norm(update)
+    inside = protected_component(basis, update)
+    leak = norm(inside) / total if total > 0 else 0.0
+    change = _output_change(basis, update, inside, norm)
+    reference = output_energy if output_energy else float(basis.values.sum())
+    return LayerCertificate(
+        name=name,
+        leak=leak,
+        update_norm=total,
+        output_change=math.sqrt(change / reference) if reference > 0 else 0.0,
+        energy_left=basis.choice.energy_left,
+        protected=basis.protected,
+        null_dims=basis.null_dims,
+    )
+
+
+def _output_change(basis: Basis, update: Tensor, inside: Tensor, norm: NormFunction) -> float:
+    """Bound tr(D C D^T): exact along stored directions, largest remaining energy times squared norm elsewhere."""
+    if basis.subspace != "null":
+        return norm(update) ** 2 * float(basis.values[0])
+    k, stored = basis.protected, basis.vectors.shape[1]
+    vectors = basis.vectors.to(torch.float64)
+    values = basis.values.to(vectors.device)
+    mine = values[k : k + stored] if basis.complement else values[:stored]
+    others = values[:k] if basis.complement else values[stored:]
+    along = norm((update @ vectors) * mine.sqrt()) ** 2
+    rest = inside if basis.complement else update - inside
+    largest = float(others[0]) if others.numel() else 0.0
+    return along + norm(rest) ** 2 * largest
+
+
+def table_rows(calibration: Calibration) -> list[dict[str, str]]:
+    """Return the calibration table, one row for each distinct input, as text cells."""
+    rows = []
+    for first, basis in calibration.bases.items():
+        names = calibration.groups[first]
+        rows.append({
+            "layer": joint_name(names),
+            "width": str(basis.width),
+            "protected": str(basis.protected),
+            "null": f"{basis.null_dims} ({100 * basis.null_dims / basis.width:.0f} %)",
+            "energy left": f"{basis.choice.energy_left:.2g}",
+            "condition": f"{basis.condition:.2g}",
+            "why": basis.choice.reason + (" (fewer tokens than width)" if basis.tokens < basis.width else ""),
+        })
+    return rows
+
+
+def joint_name(names: Iterable[str]) -> str:
+    """Name a group of layers by their common parent: ``layers.0.self_attn.{q_proj,k_proj,v_proj}``."""
+    names = list(names)
+    parents = {name.rpartition(".")[0] for name in names}
+    if len(names) == 1 or len(parents) > 1:
+        return ", ".join(names)
+    parent = parents.pop()
+    return (parent + "." if parent else "") + "{" + ",".join(name.rpartition(".")[2] for name in names) + "}"
+
+
+def format_table(rows: list[dict[str, str]]) -> str:
+    """Lay rows out as plain text with aligned columns."""
+    if not rows:
+        return "(no layers)"
+    heads = list(rows[0])
+    widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in heads}
+    lines = ["  ".join(head.ljust(widths[head]) for head in heads).rstrip()]
+    lines.append("  ".join("-" * widths[head] for head in heads))
+    lines += ["  ".join(row[head].ljust(widths[head]) for head in heads).rstrip() for row in rows]
+    return "\n".join(lines)

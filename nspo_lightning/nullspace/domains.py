@@ -1,0 +1,101 @@
+"""Several calibration domains: weighting, union, leaving one out, and the angles between them.
+
+Each domain d has a second moment C_d of its own. The default combination is the plain mean of the C_d, so that a
+domain with more text does not drown the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.nullspace.criteria import energy_left
+
+
+def combine(
+    moments: Mapping[str, Tensor],
+    weights: Mapping[str, float] | None = None,
+    *,
+    without: Sequence[str] = (),
+    normalise: bool = False,
+) -> Tensor:
+    """Return the weighted mean of the domains' second moments.
+
+    Args:
+        moments: domain -> C_d, shape ``(width, width)``.
+        weights: domain -> weight; None = equal.
+        without: domains to leave out.
+        normalise: divide each C_d by its trace first, so that a domain with large activations does not dominate.
+
+    Returns:
+        Shape ``(width, width)``.
+
+    Raises:
+        ValueError: if a name is unknown or nothing is left to combine.
+    """
+    unknown = (set(weights or {}) | set(without)) - set(moments)
+    if unknown:
+        raise ValueError(f"Unknown domain(s) {sorted(unknown)}; calibration saw {sorted(moments)}.")
+    names = [name for name in moments if name not in without and (weights is None or weights.get(name, 0.0) > 0)]
+    if not names:
+        raise ValueError(f"No domain is left to combine out of {sorted(moments)}.")
+    share = {name: 1.0 if weights is None else float(weights[name]) for name in names}
+    total = sum(share.values())
+    result = torch.zeros_like(moments[names[0]])
+    for name in names:
+        scale = share[name] / total
+        if normalise:
+            scale /= float(moments[name].trace().clamp_min(torch.finfo(torch.float64).tiny))
+        result.add_(moments[name], alpha=scale)
+    return result
+
+
+def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosines of the principal angles between two subspaces, descending.
+
+    Args:
+        first: orthonormal columns, shape ``(width, a)``.
+        second: orthonormal columns, shape ``(width, b)``.
+
+    Returns:
+        Shape ``(min(a, b),)``; 1 = a common direction, 0 = orthogonal.
+
+    Example:
+        >>> principal_cosines(torch.eye(3)[:, :1], torch.eye(3)[:, 1:])
+        tensor([0.])
+    """
+    return torch.linalg.svdvals(first.T @ second).clamp(0, 1)
+
+
+def domain_report(moments: Mapping[str, Tensor], share: float = 0.99) -> dict[str, dict[str, float]]:
+    """Compare domains pairwise: how much of one's energy lies in the leading directions of another.
+
+    Args:
+        moments: domain -> C_d, shape ``(width, width)``.
+        share: energy share that a domain's leading directions hold.
+
+    Returns:
+        ``"a -> b"`` -> ``covered`` (share of b's energy inside a's leading directions: what protecting a alone would
+        protect of b), ``mean_cosine`` and ``largest_angle_deg`` between the two leading subspaces.
+    """
+    leading: dict[str, Tensor] = {}
+    for name, moment in moments.items():
+        values, vectors = torch.linalg.eigh(moment.to(torch.float64))
+        count = max(int((energy_left(values.flip(0)) > 1 - share).sum()), 1)
+        leading[name] = vectors.flip(1)[:, :count]
+    report: dict[str, dict[str, float]] = {}
+    for a in moments:
+        for b in moments:
+            if a == b:
+                continue
+            other = moments[b].to(torch.float64)
+            held = (leading[a].T @ other @ leading[a]).trace() / other.trace().clamp_min(1e-300)
+            cosines = principal_cosines(leading[a], leading[b])
+            report[f"{a} -> {b}"] = {
+                "covered": float(held),
+                "mean_cosine": float(cosines.mean()),
+                "largest_angle_deg": float(torch.rad2deg(torch.arccos(cosines[-1]))),
+            }
+    return report

@@ -1,0 +1,207 @@
+"""Keeps a set of trained matrices inside their null spaces, optimizer step by optimizer step.
+
+    start_()              A <- A P, old norm            once, before training, while B = 0
+    project_gradients_()  grad <- grad P                after backward, before clipping
+    reproject_()          A <- A P, W <- W_ref + (W - W_ref) P       after each real optimizer step
+
+Both projections in a step are needed. Adam's elementwise preconditioner D leaves the subspace (so project after), and
+projecting only after moves along P D g, which can be an ascent direction; with both, the step is along P D P g, and
+<g, P D P g> = ||D^(1/2) P g||^2 >= 0.
+
+In the soft form P is S = (I + C/m)^(-1/2), and the optimizer works in coordinates A~ with A = A~ S: the gradient
+becomes grad S, and of the step D~ that the optimizer takes, A moves by D~ S. No inverse of S is ever formed, and a
+step that a gradient scaler skips leaves nothing to undo. (Decoupled weight decay is damped like the rest of the step.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.nullspace.basis import Basis
+from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify
+from nspo_lightning.nullspace.layers import ProtectedLayer
+from nspo_lightning.nullspace.packing import build_packs
+from nspo_lightning.nullspace.projection import project_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientEnergy:
+    """Squared norms of the projected matrices' gradients, as tensors (reading them synchronises with the device)."""
+
+    before: Tensor
+    after: Tensor
+
+
+class NullSpaceKeeper:
+    """Holds matrices in place; one for each optimizer.
+
+    Args:
+        layers: what to hold.
+        bases: one for each layer, on the layer's device.
+        project_gradients: False = step 2 is left out.
+        project_displacement: False = step 3 is left out (leaks under every adaptive optimizer).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[ProtectedLayer],
+        bases: Sequence[Basis],
+        *,
+        project_gradients: bool = True,
+        project_displacement: bool = True,
+    ) -> None:
+        self.layers, self.bases = tuple(layers), tuple(bases)
+        self._project_gradients, self._project_displacement = project_gradients, project_displacement
+        self._soft = any(basis.form == "soft" for basis in bases)
+        self._anchored = [_needs_anchor(layer) for layer in self.layers]
+        self._references: list[Tensor | None] = [
+            _values(layer).clone() if anchored else None
+            for layer, anchored in zip(self.layers, self._anchored, strict=True)
+        ]
+        self._trained = [i for i, layer in enumerate(self.layers) if layer.matrix.requires_grad]
+        members = [self.layers[i] for i in self._trained]
+        keys = [
+            (_values(m).dtype, _values(m).device, self._anchored[i])
+            for i, m in zip(self._trained, members, strict=True)
+        ]
+        rows = [_values(layer).shape[0] for layer in members]
+        self._packs = build_packs(rows, [self.bases[i] for i in self._trained], keys)
+        self._before: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def start_(self) -> None:
+        """Bring adapters into the null space. Full weights and adapters with a frozen B start where they are."""
+        for layer, basis, anchored in zip(self.layers, self.bases, self._anchored, strict=True):
+            if not anchored:
+                _start(layer, basis)
+
+    @torch.no_grad()
+    def project_gradients_(self, *, measure: bool = False) -> GradientEnergy | None:
+        """Project the gradients in place; matrices without a gradient are passed over.
+
+        Args:
+            measure: also return the squared norms.
+
+        Returns:
+            The squared norms, if asked for.
+        """
+        if self._soft and self._project_displacement:
+            values = self._matrices()
+            self._before = [pack.gather(values).clone() for pack in self._packs]
+        if not (self._project_gradients or measure):
+            return None
+        gradients = self._gradients()
+        before: list[Tensor] = []
+        after: list[Tensor] = []
+        for pack in self._packs:
+            stacked = pack.gather([g if g is not None else _values(m) * 0 for g, m in gradients])
+            projected = pack.apply(stacked) if self._project_gradients else stacked
+            if measure:
+                before.append(stacked.square().sum(dtype=torch.float32))
+                after.append(projected.square().sum(dtype=torch.float32))
+            if self._project_gradients:
+                _write([gradients[slot.index][0] for slot in pack.slots], pack.split(projected))
+        if not measure or not before:
+            return None
+        return GradientEnergy(before=torch.stack(before).sum(), after=torch.stack(after).sum())
+
+    @torch.no_grad()
+    def reproject_(self) -> None:
+        """Bring the matrices back after an optimizer step."""
+        if not self._project_displacement or (self._soft and self._before is None):
+            return
+        values = self._matrices()
+        for number, pack in enumerate(self._packs):
+            stacked = pack.gather(values)
+            if self._before is not None:
+                stacked = stacked - pack.component(stacked - self._before[number])
+            elif self._anchored[self._trained[pack.slots[0].index]]:
+                reference = pack.gather([self._reference(i) for i in self._trained])
+                stacked = reference + pack.apply(stacked - reference)
+            else:
+                stacked = pack.apply(stacked)
+            _write([values[slot.index] for slot in pack.slots], pack.split(stacked))
+        self._before = None
+
+    @torch.no_grad()
+    def certificates(self, output_energy: dict[str, float] | None = None) -> list[LayerCertificate]:
+        """Measure every layer's update since the start."""
+        found = []
+        for layer, basis, reference in zip(self.layers, self.bases, self._references, strict=True):
+            matrix, up = _whole(layer.rows(layer.matrix.detach())), None
+            update = matrix if reference is None else matrix - _like(layer, reference)
+            if layer.output is not None:
+                up = _whole(layer.output.detach())
+            energy = (output_energy or {}).get(layer.name)
+            found.append(certify(layer.name, basis, update, up=up, scale=layer.scale, output_energy=energy))
+        return found
+
+    def _matrices(self) -> list[Tensor]:
+        return [_values(self.layers[i]) for i in self._trained]
+
+    def _gradients(self) -> list[tuple[Tensor | None, ProtectedLayer]]:
+        members = [self.layers[i] for i in self._trained]
+        return [(None if m.matrix.grad is None else m.rows(_local(m.matrix.grad)), m) for m in members]
+
+    def _reference(self, index: int) -> Tensor:
+        reference = self._references[index]
+        return reference if reference is not None else _values(self.layers[index])
+
+
+def _needs_anchor(layer: ProtectedLayer) -> bool:
+    """A full weight moves away from W_ref; so does A under a frozen B, where projecting A itself would change outputs."""
+    if layer.kind != "lora":
+        return True
+    return layer.output is not None and not layer.output.requires_grad
+
+
+def _start(layer: ProtectedLayer, basis: Basis) -> None:
+    matrix = layer.matrix
+    if type(matrix.data).__name__ != "DTensor":
+        matrix.copy_(project_start(basis, matrix.detach()))
+        return
+    # Rows are sharded: projecting acts row by row, only the norm is a sum over ranks (cross-rank synchronisation).
+    before = torch.linalg.vector_norm(_whole(matrix.detach()))
+    local = _local(matrix)
+    if local.numel():
+        projected = project_start(basis, local)
+        own = torch.linalg.vector_norm(local) / torch.linalg.vector_norm(projected).clamp_min(1e-30)
+        local.copy_(projected / own.clamp_min(1e-30))
+    after = torch.linalg.vector_norm(_whole(matrix.detach()))
+    local.mul_(before / after.clamp_min(1e-30))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's rows, sharing memory with the parameter."""
+    tensor = tensor.detach()
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if callable(to_local) else tensor
+
+
+def _values(layer: ProtectedLayer) -> Tensor:
+    return layer.rows(_local(layer.matrix))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full = getattr(tensor, "full_tensor", None)
+    return full() if callable(full) else tensor
+
+
+def _like(layer: ProtectedLayer, reference: Tensor) -> Tensor:
+    """Return a whole reference matrix from this rank's rows of it."""
+    matrix = layer.matrix.detach()
+    if type(matrix).__name__ != "DTensor":
+        return reference
+    whole = matrix.clone()
+    _local(whole).copy_(reference)
+    return layer.rows(_whole(whole))
+
+
+def _write(targets: list[Tensor | None], sources: list[Tensor]) -> None:
+    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t is not None]
+    if pairs:
+        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])

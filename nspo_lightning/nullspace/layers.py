@@ -1,0 +1,282 @@
+"""Which trainable matrices can be held inside a null space, and which parameters cannot.
+
+Adapters are recognised by their shape (``lora_A``, ``lora_B``: one bias-free linear for each adapter name), not by
+import, so that peft is not needed. Refusals name the parameter, say what it would move, and how to go on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["lora", "dense", "dense_transposed"]
+
+
+@dataclass(kw_only=True, eq=False)
+class ProtectedLayer:
+    """One trainable matrix and the module whose inputs it acts on."""
+
+    name: str
+    """Name of the layer in the model (with ``[adapter]`` where a layer has several trained adapters)."""
+    module: nn.Module
+    """The module whose input is collected."""
+    kind: Kind
+    """``lora``: A of an adapter. ``dense``: a full weight (out x in). ``dense_transposed``: GPT-2's Conv1D (in x out)."""
+    matrix: nn.Parameter
+    """A or W."""
+    output: nn.Parameter | None = None
+    """B of the adapter."""
+    scale: float = 1.0
+    """s in W' = W + s B A."""
+
+    @property
+    def width(self) -> int:
+        """Input features."""
+        return self.matrix.shape[0] if self.kind == "dense_transposed" else self.matrix.shape[1]
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """View a tensor shaped like ``matrix`` with input features last."""
+        return tensor.T if self.kind == "dense_transposed" else tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A trainable parameter that moves protected outputs and cannot be projected."""
+
+    name: str
+    parameter: nn.Parameter
+    reason: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}. {self.cure}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What is held in place and what cannot be."""
+
+    layers: tuple[ProtectedLayer, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def plan_layers(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    *,
+    covered_elsewhere: frozenset[int] = frozenset(),
+    resumed: bool = False,
+) -> LayerPlan:
+    """Sort a model's trainable parameters into matrices to project and parameters to refuse.
+
+    Args:
+        model: any module; names in the result are relative to it.
+        target_modules: None = every module; a string is a regular expression for the full module name; a list holds
+            names, name endings or parents ("policy", "q_proj", "encoder.layers").
+        covered_elsewhere: ids of parameters that another callback protects.
+        resumed: adapters may have B != 0, because A lies in the null space already.
+
+    Returns:
+        Layers and refusals; together with ``covered_elsewhere`` they hold every trainable parameter once.
+    """
+    layers: list[ProtectedLayer] = []
+    refusals: list[Refusal] = []
+    owners = _owners(model)
+    seen: set[int] = set(covered_elsewhere)
+    for name, module in model.named_modules():
+        if not matches(name, target_modules):
+            continue
+        if _is_adapter(module):
+            found, refused = _adapter_layers(name, module, resumed)
+        elif _is_dense(module) and not _inside_adapter(name):
+            found, refused = _dense_layer(name, module, owners)
+        else:
+            continue
+        taken = {id(layer.matrix) for layer in found} | {id(r.parameter) for r in refused}
+        taken |= {id(layer.output) for layer in found if layer.output is not None}
+        if taken & seen:
+            continue
+        seen |= taken
+        layers += found
+        refusals += refused
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in seen:
+            refusals.append(_refuse(name, parameter, target_modules))
+    return LayerPlan(layers=tuple(layers), refusals=tuple(refusals))
+
+
+def matches(name: str, target_modules: str | Sequence[str] | None) -> bool:
+    """Say whether a module name is among the targets (see `plan_layers`)."""
+    if target_modules is None:
+        return True
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(
+        name == t or name.endswith("." + t) or name.startswith(t + ".") or f".{t}." in name for t in target_modules
+    )
+
+
+def adapters_off(model: nn.Module) -> list[Any]:
+    """Return the context managers that switch adapters off in ``model`` (peft's ``disable_adapter``), outermost only."""
+    contexts, prefixes = [], []
+    for name, module in model.named_modules():
+        switch = getattr(module, "disable_adapter", None)
+        if callable(switch) and not any(name.startswith(p) for p in prefixes) and hasattr(module, "peft_config"):
+            contexts.append(switch())
+            prefixes.append(name + "." if name else "")
+    return contexts
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "lora_B")
+
+
+def _is_dense(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.requires_grad:
+        return False
+    # GPT-2's Conv1D is told by what it has (nf, nx, a transposed weight), so that transformers is not needed.
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def _inside_adapter(name: str) -> bool:
+    return bool(re.search(r"(^|\.)(lora_[A-Za-z_]+|modules_to_save)(\.|$)", name))
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{module_name}.{name}" if module_name else name)
+    return owners
+
+
+def _adapter_layers(name: str, module: Any, resumed: bool) -> tuple[list[ProtectedLayer], list[Refusal]]:
+    layers: list[ProtectedLayer] = []
+    refusals: list[Refusal] = []
+    trained = [
+        key for key in module.lora_A if key in module.lora_B and _trainable(module.lora_A[key], module.lora_B[key])
+    ]
+    for key in trained:
+        down, up = module.lora_A[key], module.lora_B[key]
+        reason = _adapter_obstacle(module, key, down, up, resumed)
+        if reason is not None:
+            for part, inner in (("lora_A", down), ("lora_B", up)):
+                for parameter_name, parameter in inner.named_parameters():
+                    if parameter.requires_grad:
+                        full = f"{name}.{part}.{key}.{parameter_name}"
+                        refusals.append(Refusal(name=full, parameter=parameter, reason=reason[0], cure=reason[1]))
+            continue
+        label = f"{name}[{key}]" if len(trained) > 1 else name
+        layers.append(
+            ProtectedLayer(
+                name=label,
+                module=module,
+                kind="lora",
+                matrix=down.weight,
+                output=up.weight,
+                scale=float(module.scaling[key]) if key in getattr(module, "scaling", {}) else 1.0,
+            )
+        )
+    return layers, refusals
+
+
+def _trainable(*modules: nn.Module) -> bool:
+    return any(p.requires_grad for module in modules for p in module.parameters())
+
+
+def _adapter_obstacle(module: Any, key: str, down: nn.Module, up: nn.Module, resumed: bool) -> tuple[str, str] | None:
+    if hasattr(module, "parameter_name"):
+        return (
+            f"it adapts the raw parameter {module.parameter_name!r} (mixture-of-experts weights), whose inputs no "
+            "module sees",
+            "Target linear layers instead of `target_parameters`",
+        )
+    if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
+        return ("it is an adapter of a convolution, not of a linear map", "Leave convolutions out of `target_modules`")
+    if getattr(module, "use_dora", {}).get(key) or key in getattr(module, "lora_magnitude_vector", {}):
+        return (
+            "DoRA rescales whole rows of W + s B A, so outputs on protected inputs move with any A",
+            "Train without `use_dora`",
+        )
+    variant = getattr(module, "lora_variant", {}).get(key)
+    if variant is not None:
+        return (
+            f"it is the LoRA variant {type(variant).__name__}, whose update is not s B A",
+            "Use vanilla LoRA or rsLoRA",
+        )
+    if down.weight.shape[1] != getattr(module, "in_features", down.weight.shape[1]):
+        return ("A acts on a transformed input", "Use vanilla LoRA or rsLoRA")
+    if not resumed and up.weight.requires_grad and _nonzero(up.weight):
+        return (
+            "B is not zero: projecting A would change what the model does, and leaving A as it is would leak with every "
+            "change of B",
+            "Merge the adapter into its base first (`merge_and_unload`) and start a new one, or freeze B "
+            "(`requires_grad_(False)`)",
+        )
+    return None
+
+
+def _nonzero(parameter: Tensor) -> bool:
+    if parameter.device.type == "meta":
+        return False
+    return bool(parameter.detach().abs().max() > 0)
+
+
+def _dense_layer(
+    name: str, module: nn.Module, owners: dict[int, list[str]]
+) -> tuple[list[ProtectedLayer], list[Refusal]]:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    users = owners[id(weight)]
+    if len(users) > 1:
+        return [], [
+            Refusal(
+                name=users[0],
+                parameter=weight,
+                reason=f"it is shared with {', '.join(users[1:])}, and one update cannot be null for several inputs",
+                cure="Untie the weights (`tie_word_embeddings=False`) or freeze it",
+            )
+        ]
+    kind: Kind = "dense" if isinstance(module, nn.Linear) else "dense_transposed"
+    return [ProtectedLayer(name=name, module=module, kind=kind, matrix=weight)], []
+
+
+_BY_NAME: tuple[tuple[str, str, str], ...] = (
+    ("lora_magnitude_vector", "DoRA's magnitude rescales outputs on protected inputs", "Train without `use_dora`"),
+    ("lora_embedding_", "an embedding adapter moves the inputs of every layer", "Leave embeddings out of the adapter"),
+    ("modules_to_save", "it is a full copy outside the adapter", "Drop `modules_to_save` from the LoRA config"),
+    ("trainable_tokens", "trained tokens move the inputs of every layer", "Drop `trainable_token_indices`"),
+)
+
+
+def _refuse(name: str, parameter: nn.Parameter, target_modules: str | Sequence[str] | None) -> Refusal:
+    for word, reason, cure in _BY_NAME:
+        if word in name:
+            return Refusal(name=name, parameter=parameter, reason=reason, cure=cure)
+    if target_modules is not None and not matches(name.rpartition(".")[0], target_modules):
+        reason, cure = "it is trained but lies outside `target_modules`", "Add its module, or freeze it"
+    elif name.endswith("bias"):
+        reason = "a trained bias moves the outputs on every input"
+        cure = "Freeze it (LoRA: bias='none', lora_bias=False)"
+    elif parameter.ndim == 1:
+        reason, cure = "a trained scale (normalisation) moves the outputs on every input", "Freeze it"
+    else:
+        reason = f"a parameter of shape {tuple(parameter.shape)} that no linear layer owns cannot be projected"
+        cure = "Freeze it, or train linear layers or LoRA adapters only"
+    return Refusal(name=name, parameter=parameter, reason=reason, cure=cure)
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the named parameters that require gradients."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def is_distributed_tensor(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, without importing torch.distributed where it is absent."""
+    return torch.distributed.is_available() and type(tensor.data).__name__ == "DTensor"

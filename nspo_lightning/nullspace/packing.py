@@ -1,0 +1,143 @@
+"""Many small projections as a few large ones.
+
+A model has four adapter inputs a layer, so a step that projects each alone costs its time in launches. Here matrices
+that share an input are stacked as rows (q, k and v: one basis, 3 r rows), and inputs of equal width and row count are
+batched: one `bmm` pair for all of them, over bases padded with zero columns (which change nothing) and stacked once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.nullspace.basis import Basis
+
+_PADDING_LIMIT = 1.25  # a stack may hold this much more than its bases ...
+_SMALL_STACK = 2_000_000  # ... unless it is smaller than this many numbers (8 MB), where launches cost more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One matrix in a pack: where its rows are, and how to reach it."""
+
+    index: int
+    """Position in the caller's list of matrices."""
+    entry: int
+    """Which stacked basis."""
+    start: int
+    """First row within the entry."""
+    rows: int
+    """Number of rows."""
+
+
+class Pack:
+    """Matrices whose projections run as one batched product.
+
+    Args:
+        slots: the matrices, in the order in which their rows are stacked.
+        bases: one for each entry, all of one width, form and kind.
+        rows: rows of each entry.
+    """
+
+    def __init__(self, slots: Sequence[Slot], bases: Sequence[Basis], rows: int) -> None:
+        self.slots = tuple(slots)
+        self.entries, self.rows, self.width = len(bases), rows, bases[0].width
+        self._complement = bases[0].complement
+        self._weights: Tensor | None = None
+        if len(bases) == 1:
+            self._vectors = bases[0].vectors.unsqueeze(0)  # shares memory with the basis
+        else:
+            most = max(b.vectors.shape[1] for b in bases)
+            self._vectors = bases[0].vectors.new_zeros(len(bases), self.width, most)
+            for entry, basis in enumerate(bases):
+                self._vectors[entry, :, : basis.vectors.shape[1]] = basis.vectors
+        if bases[0].weights is not None:
+            self._weights = self._vectors.new_zeros(len(bases), 1, self._vectors.shape[2])
+            for entry, basis in enumerate(bases):
+                assert basis.weights is not None
+                self._weights[entry, 0, : basis.weights.numel()] = basis.weights
+
+    def gather(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Stack this pack's matrices, shape ``(entries, rows, width)``, float32 at least."""
+        parts = [matrices[slot.index] for slot in self.slots]
+        stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return stacked.view(self.entries, self.rows, self.width)
+
+    def split(self, stacked: Tensor) -> list[Tensor]:
+        """Undo `gather`: one view for each slot, in order."""
+        flat = stacked.reshape(self.entries * self.rows, self.width)
+        return list(flat.split([slot.rows for slot in self.slots]))
+
+    def component(self, stacked: Tensor) -> Tensor:
+        """Return the part along the stored directions, weighted in the soft form."""
+        vectors = self._vectors.to(stacked.dtype)
+        if self.entries == 1:
+            vectors, flat = vectors[0], stacked[0]
+            coordinates = flat @ vectors
+            coordinates = coordinates if self._weights is None else coordinates * self._weights[0]
+            return (coordinates @ vectors.T).unsqueeze(0)
+        coordinates = torch.bmm(stacked, vectors)
+        coordinates = coordinates if self._weights is None else coordinates * self._weights
+        return torch.bmm(coordinates, vectors.transpose(1, 2))
+
+    def apply(self, stacked: Tensor) -> Tensor:
+        """Return the projected (hard) or damped (soft) rows, shape ``(entries, rows, width)``."""
+        inside = self.component(stacked)
+        return inside if self._complement else stacked - inside
+
+
+def build_packs(rows: Sequence[int], bases: Sequence[Basis], keys: Sequence[object]) -> list[Pack]:
+    """Arrange matrices into few packs.
+
+    Args:
+        rows: rows of each matrix; matrices without rows (an empty shard) are left out.
+        bases: the basis of each matrix.
+        keys: equal for matrices that share a basis; further distinguishes what may not be batched (device, dtype).
+
+    Returns:
+        Packs that cover every matrix with rows exactly once.
+    """
+    shared: dict[object, list[int]] = {}
+    for index, key in enumerate(keys):
+        if rows[index]:
+            shared.setdefault((key, id(bases[index])), []).append(index)
+    alike: dict[tuple[object, ...], list[list[int]]] = {}
+    for indices in shared.values():
+        basis = bases[indices[0]]
+        total = sum(rows[i] for i in indices)
+        kind = (basis.width, total, basis.complement, basis.form, basis.vectors.device, basis.vectors.dtype)
+        alike.setdefault((*kind, keys[indices[0]]), []).append(indices)
+    packs = []
+    for groups in alike.values():
+        groups.sort(key=lambda indices: bases[indices[0]].vectors.shape[1])
+        for run in _runs([bases[g[0]].vectors.shape[1] for g in groups], bases[groups[0][0]].width):
+            members = [groups[i] for i in run]
+            packs.append(_pack(members, rows, bases))
+    return packs
+
+
+def _pack(members: list[list[int]], rows: Sequence[int], bases: Sequence[Basis]) -> Pack:
+    slots = []
+    for entry, indices in enumerate(members):
+        start = 0
+        for index in indices:
+            slots.append(Slot(index=index, entry=entry, start=start, rows=rows[index]))
+            start += rows[index]
+    return Pack(slots, [bases[indices[0]] for indices in members], sum(rows[i] for i in members[0]))
+
+
+def _runs(columns: list[int], width: int) -> list[list[int]]:
+    """Cut an ascending list of basis widths into runs that waste little padding."""
+    runs: list[list[int]] = []
+    for index, count in enumerate(columns):
+        if runs:
+            run = [*runs[-1], index]
+            padded = len(run) * count * width
+            if padded <= _SMALL_STACK or padded <= _PADDING_LIMIT * width * sum(columns[i] for i in run):
+                runs[-1] = run
+                continue
+        runs.append([index])
+    return runs

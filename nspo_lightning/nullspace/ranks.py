@@ -1,0 +1,64 @@
+"""The few collective operations that calibration needs; each is a no-op in a single process."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum over ranks (cross-rank synchronisation), in place where the backend allows it."""
+    if world_size() > 1:
+        work = _on_backend_device(tensor)
+        dist.all_reduce(work)
+        return work.to(tensor.device)
+    return tensor
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return every rank's value, in rank order (cross-rank synchronisation; small picklable values only)."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return [v for v in values if v is not None]
+
+
+def broadcast_object(value: T, source: int) -> T:
+    """Return the source rank's value (cross-rank synchronisation; small picklable values only)."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def broadcast_tensor(tensor: Tensor, source: int) -> Tensor:
+    """Return the source rank's tensor; all ranks pass one of the same shape and dtype (cross-rank synchronisation)."""
+    if world_size() == 1:
+        return tensor
+    work = _on_backend_device(tensor).contiguous()
+    dist.broadcast(work, src=source)
+    return work.to(tensor.device)
+
+
+def _on_backend_device(tensor: Tensor) -> Tensor:
+    # NCCL reduces on the GPU only; the Gram of an offloaded layer may be on the CPU.
+    if dist.get_backend() == "nccl" and tensor.device.type != "cuda":
+        return tensor.to(torch.device("cuda", torch.cuda.current_device()))
+    return tensor

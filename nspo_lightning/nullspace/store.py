@@ -1,0 +1,155 @@
+"""A calibration as one safetensors file: thin bases, whole spectra, and a fingerprint in its header.
+
+Layout: ``{i}.vectors`` (width x m, float32), ``{i}.values`` (width, float64), ``{i}.weights`` (soft form only) and, if
+kept, ``{i}.moment.{domain}``, for input i; the header's ``nspo`` entry is JSON and holds everything that is not a
+tensor. Nothing in the file is executed on load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.nullspace.basis import Basis
+from nspo_lightning.nullspace.calibrate import BasisSettings, Calibration
+from nspo_lightning.nullspace.criteria import RankChoice
+from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, differences
+
+
+def save_calibration(calibration: Calibration, path: str | Path) -> Path:
+    """Write a calibration; the file appears complete or not at all.
+
+    Args:
+        calibration: what to write.
+        path: file name, conventionally ending in ``.safetensors``.
+
+    Returns:
+        The path written.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    inputs: list[dict[str, Any]] = []
+    for index, (first, basis) in enumerate(calibration.bases.items()):
+        tensors[f"{index}.vectors"] = basis.vectors.detach().cpu().contiguous().clone()
+        tensors[f"{index}.values"] = basis.values.contiguous().clone()
+        if basis.weights is not None:
+            tensors[f"{index}.weights"] = basis.weights.detach().cpu().contiguous().clone()
+        for domain, moment in calibration.moments.get(first, {}).items():
+            tensors[f"{index}.moment.{domain}"] = moment.contiguous().clone()
+        inputs.append({
+            "first": first,
+            "layers": calibration.groups[first],
+            "complement": basis.complement,
+            "choice": asdict(basis.choice),
+            "tokens": basis.tokens,
+            "subspace": basis.subspace,
+        })
+    header = {
+        "version": FORMAT_VERSION,
+        "inputs": inputs,
+        "settings": calibration.settings.as_dict(),
+        "output_energy": calibration.output_energy,
+        "domain_tokens": calibration.domain_tokens,
+        "fingerprint": calibration.fingerprint,
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    save_file(tensors, str(partial), metadata={"nspo": json.dumps(header), "format": "pt"})
+    partial.replace(path)
+    return path
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a calibration written by `save_calibration`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The calibration, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a basis file, or one of another format version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no basis file at {path}. Create it with `python -m nspo_lightning calibrate`, or leave "
+            "`calibration` unset to calibrate at the start of fit."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "nspo" not in metadata:
+                raise ValueError(f"{path} is a safetensors file without a null-space header; is it an adapter?")
+            header = json.loads(metadata["nspo"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}). Calibrate again.") from error
+    if header["version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has basis format {header['version']}, this version reads {FORMAT_VERSION}. Calibrate again."
+        )
+    return _rebuild(header, tensors)
+
+
+def check_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
+    """Refuse a basis that was made for something else.
+
+    Args:
+        stored: the file's fingerprint.
+        wanted: what this run expects; keys that one side lacks are not compared.
+        source: file name for the message.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    found = differences(stored, wanted)
+    if found:
+        raise ValueError(
+            f"The basis in {source} does not belong to this run:\n  "
+            + "\n  ".join(found)
+            + "\nCalibrate again (leave `calibration` unset, or run `python -m nspo_lightning calibrate`), or give the "
+            "callback the settings that the file was made with."
+        )
+
+
+def _rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    bases, groups, moments = {}, {}, {}
+    for index, entry in enumerate(header["inputs"]):
+        first = entry["first"]
+        bases[first] = Basis(
+            vectors=tensors[f"{index}.vectors"],
+            weights=tensors.get(f"{index}.weights"),
+            complement=entry["complement"],
+            values=tensors[f"{index}.values"].to(torch.float64),
+            choice=RankChoice(**entry["choice"]),
+            tokens=entry["tokens"],
+            subspace=entry["subspace"],
+        )
+        groups[first] = entry["layers"]
+        prefix = f"{index}.moment."
+        kept = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        if kept:
+            moments[first] = kept
+    return Calibration(
+        bases=bases,
+        groups=groups,
+        settings=BasisSettings(**header["settings"]),
+        output_energy=header["output_energy"],
+        domain_tokens=header["domain_tokens"],
+        moments=moments,
+        fingerprint=header["fingerprint"],
+    )
