@@ -1,0 +1,189 @@
+"""Safety prompts to train on and general data to keep: the datamodule of a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from nspo_lightning.datamodules.calibration import AnswerFn, CalibrationText
+from nspo_lightning.datamodules.general import GeneralDataModule
+from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.datamodules.read import SourceReport
+from nspo_lightning.datamodules.render import Tokenizer
+from nspo_lightning.datamodules.rows import PromptRow
+from nspo_lightning.datamodules.safety import SafetyDataModule
+from nspo_lightning.datamodules.source import Sources
+
+
+class AlignmentDataModule(pl.LightningDataModule):
+    """Trains on safety prompts, calibrates on general text, evaluates on both.
+
+    Evaluation has two loaders, named by `eval_names`. Harmful rows are evaluated under `safety`; benign rows, also
+    those that stand among safety prompts (XSTest's safe half), under `general`.
+
+    Args:
+        safety: Where safety prompts come from: a path, a source, or a list (a mixture).
+        general: Where general data comes from; calibration mixes several sources by weight, equally by default.
+        safety_val: Validation prompts; held out of `safety` when None.
+        safety_test: Test prompts; held out of `safety` when None.
+        general_val: General validation rows; held out of `general` when None.
+        general_test: General test rows; held out of `general` when None.
+        batch_size: Prompts a training batch and rank.
+        eval_batch_size: Rows an evaluation batch and rank.
+        val_size: Validation rows of each domain; None = a world's own split, else a tenth, at most 500.
+        test_size: Test rows of each domain, likewise.
+        max_prompt_tokens: The longest rendered prompt; longer rows are left out and reported.
+        calibration_size: General rows that the null space is computed from; None = all.
+        calibration_text: The prompt alone, with its reference answer, or with the policy's own answer.
+        calibration_batch_size: Rows a calibration batch and rank.
+        calibration_max_tokens: The longest calibration text; longer rows are left out and reported.
+        calibration_padding: Where short calibration rows are padded.
+        system_prompt: A system message for prompts that have none, unless their source sets its own.
+        chat_template: A Jinja template or its path, where the tokenizer's own is missing or wrong.
+        mixture: When an epoch of several safety sources ends: before the first repeats a row (`shortest`), or when
+            all were seen whole (`longest`).
+        repeat_batches: How often each training batch comes in a row (one rollout feeds that many steps).
+        seed: Decides order, held-out and calibration rows.
+        tokenizer: The policy's tokenizer; taken from the LightningModule when None.
+    """
+
+    eval_names = ("safety", "general")
+
+    def __init__(
+        self,
+        safety: Sources,
+        general: Sources,
+        safety_val: Sources | None = None,
+        safety_test: Sources | None = None,
+        general_val: Sources | None = None,
+        general_test: Sources | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 32,
+        val_size: int | None = None,
+        test_size: int | None = None,
+        max_prompt_tokens: int | None = None,
+        calibration_size: int | None = 1024,
+        calibration_text: CalibrationText = "prompt_and_answer",
+        calibration_batch_size: int = 16,
+        calibration_max_tokens: int | None = None,
+        calibration_padding: Literal["left", "right"] = "right",
+        system_prompt: str | None = None,
+        chat_template: str | None = None,
+        mixture: Literal["shortest", "longest"] = "shortest",
+        repeat_batches: int = 1,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.safety = SafetyDataModule(
+            safety,
+            val=safety_val,
+            test=safety_test,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_size=val_size,
+            test_size=test_size,
+            max_prompt_tokens=max_prompt_tokens,
+            system_prompt=system_prompt,
+            chat_template=chat_template,
+            mixture=mixture,
+            repeat_batches=repeat_batches,
+            seed=seed,
+            tokenizer=tokenizer,
+        )
+        self.general = GeneralDataModule(
+            general,
+            val=general_val,
+            test=general_test,
+            eval_batch_size=eval_batch_size,
+            val_size=val_size,
+            test_size=test_size,
+            calibration_size=calibration_size,
+            calibration_text=calibration_text,
+            calibration_batch_size=calibration_batch_size,
+            calibration_max_tokens=calibration_max_tokens,
+            calibration_padding=calibration_padding,
+            max_prompt_tokens=max_prompt_tokens,
+            system_prompt=system_prompt,
+            chat_template=chat_template,
+            seed=seed,
+            tokenizer=tokenizer,
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that was given; None means the LightningModule's."""
+        return self.safety.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        self.safety.tokenizer = self.general.tokenizer = tokenizer
+
+    @property
+    def longest_prompt_tokens(self) -> int:
+        """The length of the longest rendered prompt among all usable rows."""
+        return max(self.safety.longest_prompt_tokens, self.general.longest_prompt_tokens)
+
+    @property
+    def reports(self) -> list[SourceReport]:
+        """What became of every source's rows."""
+        return [*self.safety.loaded().reports, *self.general.loaded().reports]
+
+    @override
+    def prepare_data(self) -> None:
+        self.safety.prepare_data()
+        self.general.prepare_data()
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        for part in (self.safety, self.general):
+            part.trainer = self.trainer
+            part.setup(stage)
+
+    def eval_rows(self, split: Literal["validation", "test"]) -> list[list[PromptRow]]:
+        """List the evaluation rows.
+
+        Args:
+            split: Which split.
+
+        Returns:
+            Harmful rows, then benign ones.
+        """
+        rows: list[PromptRow] = [
+            *getattr(self.safety.loaded(), split),
+            *getattr(self.general.loaded(), split),
+        ]
+        return [[r for r in rows if r.kind == "harmful"], [r for r in rows if r.kind == "benign"]]
+
+    @override
+    def train_dataloader(self) -> PromptLoader:
+        return self.safety.train_dataloader()
+
+    @override
+    def val_dataloader(self) -> list[PromptLoader]:
+        return self._eval_loaders(self.eval_rows("validation"))
+
+    @override
+    def test_dataloader(self) -> list[PromptLoader]:
+        return self._eval_loaders(self.eval_rows("test"))
+
+    @override
+    def predict_dataloader(self) -> list[PromptLoader]:
+        return self.test_dataloader()
+
+    def _eval_loaders(self, rows: Sequence[Sequence[PromptRow]]) -> list[PromptLoader]:
+        return [self.safety.eval_loader(part) for part in rows]
+
+    def calibration_dataloader(self, answer_fn: AnswerFn | None = None) -> PromptLoader:
+        """Batches of general text for the null space.
+
+        Args:
+            answer_fn: Answers prompts, for `calibration_text: prompt_and_model_answer`.
+
+        Returns:
+            A loader of `input_ids`, `attention_mask` and `domain`.
+        """
+        return self.general.calibration_dataloader(answer_fn)

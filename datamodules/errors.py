@@ -1,0 +1,49 @@
+"""The one error that bad data ends in: where it is, what was found and how to mend it, on one screen."""
+
+from __future__ import annotations
+
+_MAX_FOUND_CHARS = 400
+
+
+class DataError(ValueError):
+    """Data that cannot be used, raised before any training starts.
+
+    Args:
+        where: The file, hub id or configuration key, with the line or row where that is known.
+        found: What was found there.
+        cure: What the user can do about it.
+    """
+
+    def __init__(self, where: str, found: str, cure: str) -> None:
+        self.where = where
+        self.found = found
+        self.cure = cure
+        super().__init__(f"Cannot use {where}: {clip(found)}\n  How to mend it: {cure}")
+
+
+def clip(text: str, limit: int = _MAX_FOUND_CHARS) -> str:
+    """Shorten `text` for a message, keeping its beginning and saying that it goes on.
+
+    Args:
+        text: Any text; line breaks and control characters are shown escaped.
+        limit: The most characters that are kept.
+
+    Returns:
+        Printable text of at most `limit` characters and a mark.
+    """
+    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
+    return printable if len(text) <= limit else printable[:limit] + "…"
+
+
+def listing(values: list[str], limit: int = 8) -> str:
+    """Join names for a message, at most `limit` of them.
+
+    Args:
+        values: The names.
+        limit: How many are shown.
+
+    Returns:
+        ``'a', 'b' and 3 more``.
+    """
+    shown = ", ".join(repr(clip(v, 60)) for v in values[:limit])
+    return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"

@@ -1,0 +1,80 @@
+"""Hugging Face datasets, with their many ways to fail turned into one message."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from nspo_lightning.datamodules.errors import DataError, clip
+from nspo_lightning.datamodules.presets import Preset
+from nspo_lightning.datamodules.rows import RawRow
+from nspo_lightning.datamodules.source import PromptSource
+
+
+def hub_arguments(source: PromptSource, preset: Preset | None, hub_id: str) -> dict[str, Any]:
+    """Collect what `datasets.load_dataset` is called with.
+
+    Args:
+        source: The configured source.
+        preset: Its preset, which supplies configuration, revision and the names of splits.
+        hub_id: The dataset's id.
+
+    Returns:
+        Keyword arguments.
+    """
+    name = source.name or (preset.hub_name if preset else None)
+    split = preset.hub_splits.get(source.split, source.split) if preset else source.split
+    revision = source.revision or (preset.hub_revision if preset else None)
+    arguments = {"path": hub_id, "name": name, "split": split, "revision": revision, "streaming": source.streaming}
+    if preset is not None and preset.hub_data_dirs:
+        arguments.update(name=None, data_dir=name)
+    return arguments
+
+
+def read_hub(source: PromptSource, preset: Preset | None, hub_id: str) -> Iterator[RawRow]:
+    """Read a hub dataset row by row.
+
+    Args:
+        source: The configured source.
+        preset: Its preset, if any.
+        hub_id: The dataset's id.
+
+    Yields:
+        One row at a time.
+
+    Raises:
+        DataError: If it cannot be had: no network, no such dataset, configuration or split, no access.
+    """
+    import datasets
+
+    arguments = hub_arguments(source, preset, hub_id)
+    try:
+        data = datasets.load_dataset(**arguments)
+        if source.streaming:
+            data = data.shuffle(seed=source.seed, buffer_size=max(1000, source.count or 0))
+        for number, row in enumerate(data, start=1):
+            yield RawRow(where=f"{hub_id} ({arguments['split']}), row {number}", data=row)
+    except Exception as error:  # datasets raises dozens of types; each must end in one message
+        raise DataError(
+            f"hub dataset {hub_id}", f"{type(error).__name__}: {clip(str(error), 240)}", _cure(error)
+        ) from error
+
+
+def _cure(error: Exception) -> str:
+    text = f"{type(error).__name__} {error}".lower()
+    offline = any(
+        os.environ.get(key, "").upper() in ("1", "TRUE", "ON", "YES")
+        for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    )
+    if "gated" in text or "401" in text or "403" in text:
+        return "Ask for access on the dataset's page and log in with `hf auth login`, or point `path` at a local copy."
+    if "unknown split" in text or "bad split" in text:
+        return "Set `split` to one that the message lists."
+    if "config" in text and ("missing" in text or "not found" in text):
+        return "Set `name` to one of the configurations that the message lists."
+    if "scripts are no longer supported" in text:
+        return "Set `revision: refs/convert/parquet`, or point `path` at a local copy."
+    if offline:
+        return "Offline mode is set in the environment: unset it, or point `path` at a local file."
+    return "Check the id and the network; without one, download the files elsewhere and point `path` at them."

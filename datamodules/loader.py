@@ -1,0 +1,179 @@
+"""A loader whose place can be saved: after a resume the next batch is the one that would have come.
+
+It is no `torch.utils.data.DataLoader`. Tokenising a few prompts needs no worker processes, and Lightning would put its
+own sampler into a DataLoader under DDP, which doubles rows to make ranks even.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from nspo_lightning.datamodules.errors import DataError
+from nspo_lightning.datamodules.order import batch_count, epoch_order, mixture_sizes, rank_batches
+from nspo_lightning.datamodules.rows import PromptRow
+
+_STATE_MEANINGS = {
+    "rows": "the training rows",
+    "batch_size": "`batch_size`",
+    "world_size": "the number of devices",
+    "repeat_batches": "`repeat_batches`",
+    "seed": "the data seed",
+}
+
+
+class Place:
+    """Where a loader stands.
+
+    Attributes:
+        epoch: The epoch, from 0.
+        start: The first batch that the next iteration gives.
+        given: The batches of this epoch that were handed out.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.start = 0
+        self.given = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch; a place that was restored in that same epoch stays.
+
+        Args:
+            epoch: The epoch, from 0.
+        """
+        if epoch != self.epoch:
+            self.epoch, self.start, self.given = epoch, 0, 0
+
+
+class PromptLoader:
+    """Batches of rows, sharded over ranks, in an order that depends on seed and epoch alone.
+
+    Args:
+        sources: The rows of each source.
+        collate: Makes a batch of rows.
+        batch_size: Rows a batch and rank.
+        weights: Shares of the sources; equal when None.
+        stop: When an epoch of a mixture ends, see `mixture_sizes`.
+        shuffle: Whether epochs are shuffled.
+        seed: Decides the order.
+        repeat_batches: How often each batch is given in a row.
+        shard: Gives (rank, number of ranks).
+        unfinished: Gives the number of batches that were handed out but not yet trained on, when state is saved.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[PromptRow]],
+        collate: Callable[[list[PromptRow]], dict[str, Any]],
+        *,
+        batch_size: int,
+        weights: Sequence[float] | None = None,
+        stop: Literal["shortest", "longest"] = "shortest",
+        shuffle: bool = False,
+        seed: int = 0,
+        repeat_batches: int = 1,
+        shard: Callable[[], tuple[int, int]] = lambda: (0, 1),
+        unfinished: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.rows = [row for source in sources for row in source]
+        self.place = Place()
+        # Lightning calls `loader.batch_sampler.sampler.set_epoch`. A `sampler` of our own would make it look for more.
+        self.batch_sampler = SimpleNamespace(sampler=self.place)
+        self.batch_size = batch_size
+        self._sizes = [len(source) for source in sources]
+        self._weights = list(weights) if weights is not None else [1.0] * len(sources)
+        self._collate = collate
+        self._stop: Literal["shortest", "longest"] = stop
+        self._shuffle = shuffle
+        self._seed = seed
+        self._repeat = repeat_batches
+        self._shard = shard
+        self._unfinished = unfinished
+
+    def __len__(self) -> int:
+        """Count the batches of an epoch on each rank.
+
+        Returns:
+            Their number, repetitions included.
+        """
+        rows = sum(mixture_sizes(self._sizes, self._weights, self._stop)) if self._shuffle else len(self.rows)
+        return batch_count(rows, self.batch_size, self._shard()[1]) * self._repeat
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Give the rest of the epoch that `place` stands at.
+
+        Yields:
+            One batch at a time.
+        """
+        batches = self._epoch_batches()
+        start, self.place.start = self.place.start, 0  # a restored place counts once
+        batch: dict[str, Any] = {}
+        for index in range(start, len(batches) * self._repeat):
+            if index % self._repeat == 0 or index == start:
+                batch = self._collate([self.rows[i] for i in batches[index // self._repeat]])
+            self.place.given = index + 1
+            yield dict(batch)
+
+    def _epoch_batches(self) -> list[list[int]]:
+        order = epoch_order(
+            self._sizes,
+            self._weights,
+            seed=self._seed,
+            epoch=self.place.epoch,
+            stop=self._stop,
+            shuffle=self._shuffle,
+        )
+        rank, world_size = self._shard()
+        return rank_batches(order, self.batch_size, rank, world_size)
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.blake2b(digest_size=8)
+        for row in self.rows:
+            digest.update(row.key.encode("utf-8", "surrogatepass") + b"\0")
+        return {
+            "rows": f"{len(self.rows)}:{digest.hexdigest()}",
+            "batch_size": self.batch_size,
+            "world_size": self._shard()[1],
+            "repeat_batches": self._repeat,
+            "seed": self._seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place: epoch and the number of batches that were trained on.
+
+        Returns:
+            Plain values.
+        """
+        return {
+            **self._identity(),
+            "epoch": self.place.epoch,
+            "batch": max(0, self.place.given - self._unfinished()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            DataError: If the place is in the middle of an epoch of other data or other batches.
+        """
+        epoch, batch = int(state["epoch"]), int(state["batch"])
+        identity = self._identity()
+        differing = [text for name, text in _STATE_MEANINGS.items() if state.get(name) != identity[name]]
+        if batch < len(self) and differing:
+            facts = ", ".join(
+                f"{name} {state.get(name)} -> {identity[name]}"
+                for name in identity
+                if state.get(name) != identity[name]
+            )
+            raise DataError(
+                "the checkpoint's place in the training data",
+                f"it lies within an epoch, and {' and '.join(differing)} changed since ({facts})",
+                "Resume with the same data settings, or start a new run from the saved adapter.",
+            )
+        self.place.epoch, self.place.start, self.place.given = epoch, batch, batch

@@ -1,0 +1,139 @@
+"""Which rows an epoch visits, in which order, and on which rank: pure functions of seed and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+
+def _permutation(size: int, *seeds: int) -> list[int]:
+    generator = torch.Generator()
+    state = 0
+    for seed in seeds:  # a mixing step, so that (1, 2) and (2, 1) differ
+        state = (state * 6364136223846793005 + seed + 1442695040888963407) % 2**63
+    generator.manual_seed(state)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """Split `total` in proportion to weights, by largest remainders.
+
+    Args:
+        weights: Positive weights.
+        total: What to split.
+
+    Returns:
+        Whole numbers that add up to `total`.
+    """
+    exact = [weight / sum(weights) * total for weight in weights]
+    whole = [int(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
+    for i in by_remainder[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def mixture_sizes(sizes: Sequence[int], weights: Sequence[float], stop: Literal["shortest", "longest"]) -> list[int]:
+    """Decide how many rows of each source an epoch visits.
+
+    Args:
+        sizes: The rows of each source.
+        weights: Their shares.
+        stop: End when the first source would have to repeat a row (`shortest`), or when every source was seen whole
+            (`longest`, smaller ones repeat).
+
+    Returns:
+        Rows an epoch from each source, at least one each.
+    """
+    choose = min if stop == "shortest" else max
+    unit = choose(size / weight for size, weight in zip(sizes, weights, strict=True))
+    return [max(1, round(unit * weight)) for weight in weights]
+
+
+def epoch_order(
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    epoch: int,
+    stop: Literal["shortest", "longest"] = "shortest",
+    shuffle: bool = True,
+) -> list[int]:
+    """List the rows of an epoch.
+
+    Each source is an endless chain of its own permutations, and an epoch takes the next piece of each: over epochs
+    every row of a source is visited equally often, whatever the weights.
+
+    Args:
+        sizes: The rows of each source; sources lie one after another in the index space.
+        weights: Their shares.
+        seed: Decides all permutations.
+        epoch: The epoch, from 0.
+        stop: See `mixture_sizes`.
+        shuffle: False lists every row once in its order.
+
+    Returns:
+        Indices into the concatenated sources.
+    """
+    if not shuffle:
+        return list(range(sum(sizes)))
+    order: list[int] = []
+    offset = 0
+    for source, (size, take) in enumerate(zip(sizes, mixture_sizes(sizes, weights, stop), strict=True)):
+        permutations: dict[int, list[int]] = {}
+        for position in range(epoch * take, (epoch + 1) * take):
+            cycle = position // size
+            if cycle not in permutations:
+                permutations[cycle] = _permutation(size, seed, source, cycle)
+            order.append(offset + permutations[cycle][position % size])
+        offset += size
+    mixed = _permutation(len(order), seed, -1, epoch)
+    return [order[i] for i in mixed]
+
+
+def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Cut an epoch into this rank's batches.
+
+    Every row lands on exactly one rank, and all ranks have equally many batches. The last batch of a rank may be
+    smaller; when fewer rows than ranks remain for it, they make some of the last full batches one row larger.
+
+    Args:
+        order: The epoch's rows.
+        batch_size: Prompts a batch and rank.
+        rank: This rank.
+        world_size: The number of ranks.
+
+    Returns:
+        The rows of each batch.
+
+    Raises:
+        ValueError: If there are fewer rows than ranks.
+    """
+    if 0 < len(order) < world_size:
+        raise ValueError(f"{len(order)} rows cannot feed {world_size} ranks. Use fewer devices or more rows.")
+    step = batch_size * world_size
+    full, rest = divmod(len(order), step)
+    batches = [list(order[i * step + rank : (i + 1) * step : world_size]) for i in range(full)]
+    tail = list(order[full * step :])
+    if rest >= world_size:
+        batches.append(tail[rank::world_size])
+    elif rest and rank < rest:
+        batches[-1].append(tail[rank])
+    return batches
+
+
+def batch_count(rows: int, batch_size: int, world_size: int) -> int:
+    """Count the batches that `rank_batches` gives each rank.
+
+    Args:
+        rows: Rows an epoch.
+        batch_size: Prompts a batch and rank.
+        world_size: The number of ranks.
+
+    Returns:
+        The number of batches.
+    """
+    full, rest = divmod(rows, batch_size * world_size)
+    return full + (rest >= world_size)

@@ -1,0 +1,252 @@
+"""From a configured source to its usable rows, with an account of every row that was left out."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from nspo_lightning.datamodules import presets_general, presets_safety  # noqa: F401  (registers the presets)
+from nspo_lightning.datamodules.convert import BadRow, Reading, convert, plan_plain
+from nspo_lightning.datamodules.errors import DataError, listing
+from nspo_lightning.datamodules.files import find_files, looks_local
+from nspo_lightning.datamodules.hub import read_hub
+from nspo_lightning.datamodules.presets import Preset, get_preset, preset_of_hub_id, recognise
+from nspo_lightning.datamodules.readers import read_file
+from nspo_lightning.datamodules.rows import PromptRow, RawRow
+from nspo_lightning.datamodules.source import Kind, PromptSource
+
+BUILTIN_WORLDS = {"toy": "nspo_lightning.toy.world:rows"}
+"""Worlds that code generates: a function (part, split) -> rows, imported on first use."""
+
+_BUILTIN_KINDS: dict[str, Kind] = {"harmful": "harmful", "general": "benign"}
+
+
+@dataclass(kw_only=True)
+class SourceReport:
+    """What became of a source's rows.
+
+    Attributes:
+        label: The source.
+        read: The rows that were read.
+        dropped: Rows left out, by reason.
+        notes: What a user should know: the preset that was recognised, answers that are missing.
+        splits: Rows in `train`, `validation` and `test` after all choices.
+        role: What the source was given for.
+    """
+
+    label: str
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    splits: dict[str, int] = field(default_factory=dict)
+    role: str = "train"
+
+    def line(self) -> str:
+        """Say it in one line.
+
+        Returns:
+            For example ``advbench.csv: 520 rows read, 4 left out (4 longer than 64 tokens); preset advbench``.
+        """
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        left_out = f", {sum(self.dropped.values())} left out ({reasons})" if reasons else ", none left out"
+        notes = f"; {'; '.join(self.notes)}" if self.notes else ""
+        splits = "".join(f"; {count} {name}" for name, count in self.splits.items())
+        return f"{self.label}: {self.read} rows read{left_out}{splits}{notes}"
+
+
+def read_source(
+    source: PromptSource, default_kind: Kind, keep: Callable[[PromptRow], str | None]
+) -> tuple[list[PromptRow], SourceReport]:
+    """Read, convert, deduplicate and filter one source.
+
+    Args:
+        source: The configured source.
+        default_kind: What its rows are unless source or preset says otherwise.
+        keep: Gives the reason why a row is left out (its length), or None.
+
+    Returns:
+        The usable rows in their order, and the account.
+
+    Raises:
+        DataError: If the source cannot be used.
+    """
+    report = SourceReport(label=source.label)
+    rows: list[PromptRow] = []
+    seen: set[str] = set()
+    ids: dict[Any, str] = {}
+    raw_rows, reading = _open_source(source, default_kind, report)
+    for raw in raw_rows:
+        report.read += 1
+        _check_id(reading, raw, ids)
+        try:
+            row = convert(reading, raw)
+        except BadRow as problem:
+            if source.bad_rows == "error":
+                raise DataError(
+                    raw.where, str(problem), "Mend or remove the row, or set `bad_rows: drop` to leave such rows out."
+                ) from problem
+            report.dropped[f"bad ({str(problem).split(':')[0]})"] += 1
+            continue
+        reason = row if isinstance(row, str) else _repeated(source, row, seen) or keep(row)
+        if isinstance(row, str) or reason is not None:
+            report.dropped[str(reason)] += 1
+            continue
+        rows.append(row)
+        if source.streaming and len(rows) == source.count:
+            report.notes.append(f"stream stopped after {source.count} usable rows")
+            break
+    _check_any_left(source, report, rows)
+    return rows, report
+
+
+def _repeated(source: PromptSource, row: PromptRow, seen: set[str]) -> str | None:
+    if not source.deduplicate:
+        return None
+    known = len(seen)
+    seen.add(row.key)
+    return "with a prompt seen before" if len(seen) == known else None
+
+
+def _check_any_left(source: PromptSource, report: SourceReport, rows: list[PromptRow]) -> None:
+    if report.read == 0:
+        raise DataError(source.label, "it holds no rows", "Fetch or write it again, or choose another split.")
+    if not rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+        raise DataError(
+            source.label,
+            f"none of its {report.read} rows is usable: {reasons}",
+            "Raise `max_prompt_tokens`, or choose other data.",
+        )
+    missing = sum(not row.answer for row in rows)
+    if 0 < missing < len(rows):
+        report.notes.append(f"{missing} rows have an empty answer")
+
+
+def _check_id(reading: Reading, raw: RawRow, ids: dict[Any, str]) -> None:
+    column = reading.id_column
+    value = raw.data.get(column) if column is not None else None
+    if value is None or not isinstance(value, (str, int)):
+        return
+    if value in ids:
+        raise DataError(
+            raw.where,
+            f"the {column} {value!r} occurs again; it first stood in {ids[value]}",
+            f"Make `{column}` unique: remove the copy or renumber it.",
+        )
+    ids[value] = raw.where
+
+
+def _open_source(source: PromptSource, default_kind: Kind, report: SourceReport) -> tuple[Iterator[RawRow], Reading]:
+    # By the first row it is decided how all rows are read.
+    preset = get_preset(source.preset) if source.preset is not None else None
+    path = source.path or (preset.hub_id if preset is not None and source.rows is None else None)
+    part = ""
+    if source.rows is not None:
+        raw_rows, skill = _number(source.rows(source.split), source.label), source.label
+    elif path is None:
+        raise DataError(f"preset {source.preset!r}", "it has no hub id of its own", "Set `path` to the files.")
+    elif (world := path.split("/")[0]) in BUILTIN_WORLDS and not Path(path).exists():
+        part = path.partition("/")[2] or source.name or ""
+        raw_rows, skill = _builtin(world, part, source.split), f"{world}_{part}"
+        default_kind = _BUILTIN_KINDS.get(part, default_kind)
+    elif looks_local(path):
+        _reject_preset_as_path(path)
+        if source.name is not None or source.revision is not None:
+            report.notes.append("`name` and `revision` mean nothing for local files and were not used")
+        files = find_files(path, source.split)
+        raw_rows = itertools.chain.from_iterable(_with_subject(file, preset) for file in files)
+        skill = Path(path).name.split(".")[0]
+    else:
+        preset = (
+            preset if preset is not None or source.prompt_column or source.messages_column else preset_of_hub_id(path)
+        )
+        raw_rows, skill = read_hub(source, preset, path), path.rpartition("/")[2]
+    first = next(raw_rows, None)
+    if first is None:
+        raise DataError(source.label, "it holds no rows", "Fetch or write it again, or choose another split.")
+    if preset is None and not part and not (source.prompt_column or source.messages_column):
+        preset = recognise(first.data)
+        if preset is not None:
+            report.notes.append(f"preset {preset.name} recognised by its columns")
+    raw_rows = itertools.chain([first], raw_rows)
+    if preset is None:
+        return raw_rows, plan_plain(source, first, default_kind, skill)
+    return raw_rows, Reading(source=source, preset=preset, default_kind=default_kind, default_skill=preset.name)
+
+
+def _with_subject(file: Path, preset: Preset | None) -> Iterator[RawRow]:
+    # A headerless file (MMLU) keeps its subject in its name.
+    header = (
+        preset.csv_header if preset is not None and file.name.lower().removesuffix(".gz").endswith(".csv") else None
+    )
+    for row in read_file(file, header):
+        if header is not None:
+            subject = file.stem.rpartition("_")[0] or file.stem
+            yield RawRow(where=row.where, data={**row.data, "subject": subject})
+        else:
+            yield row
+
+
+def _number(rows: Iterable[dict[str, Any]], label: str) -> Iterator[RawRow]:
+    for number, row in enumerate(rows, start=1):
+        where = f"{label}, row {number}"
+        if not isinstance(row, dict):
+            raise DataError(
+                where, f"a row must be a dict, got {type(row).__name__}", "Let the function return a list of dicts."
+            )
+        yield RawRow(where=where, data=row)
+
+
+def _builtin(world: str, part: str, split: str) -> Iterator[RawRow]:
+    if part not in _BUILTIN_KINDS:
+        raise DataError(
+            f"built-in world {world!r}",
+            f"it has no part {part!r}",
+            f"Use {listing([f'{world}/{p}' for p in _BUILTIN_KINDS])}.",
+        )
+    module_name, _, function = BUILTIN_WORLDS[world].partition(":")
+    rows = getattr(importlib.import_module(module_name), function)(part, split)
+    return _number(rows, f"{world}/{part} ({split})")
+
+
+def _reject_preset_as_path(path: str) -> None:
+    if Path(path).expanduser().exists():
+        return
+    try:
+        preset = get_preset(path)
+    except DataError:
+        return
+    raise DataError(
+        path,
+        "this is the name of a preset, not of a file",
+        f"Write `preset: {preset.name}` (reads {preset.hub_id} from the hub), with `path` for a local copy.",
+    )
+
+
+def is_builtin(source: PromptSource) -> bool:
+    """Whether a source is a built-in world, which comes with its own validation and test splits.
+
+    Args:
+        source: The configured source.
+
+    Returns:
+        True for paths such as `toy/harmful`.
+    """
+    return source.path is not None and source.path.split("/")[0] in BUILTIN_WORLDS and not Path(source.path).exists()
+
+
+def announce(reports: Iterable[SourceReport]) -> None:
+    """Log what became of each source, one line each, on rank zero.
+
+    Args:
+        reports: The accounts.
+    """
+    for report in reports:
+        rank_zero_info(report.line())

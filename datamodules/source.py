@@ -1,0 +1,164 @@
+"""Where prompts come from: one frozen dataclass, the schema behind ``data.safety`` and ``data.general``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Kind = Literal["harmful", "benign"]
+
+_BAD_ROW_CHOICES = ("error", "drop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """A set of prompts: a Hugging Face dataset, local files, a built-in world or a Python function.
+
+    A bare string in a configuration stands for ``PromptSource(path=...)``.
+    """
+
+    path: str | None = None
+    """A local file or folder (csv, json, jsonl, parquet; .gz too), a hub id such as `PKU-Alignment/PKU-SafeRLHF`,
+    or a built-in world such as `toy/harmful`. May be left out where `preset` names a hub dataset."""
+
+    preset: str | None = None
+    """How to read the rows, by name (`advbench`, `gsm8k`, ...). Recognised from the columns when left out."""
+
+    name: str | None = None
+    """The configuration of a hub dataset (`main`, `alpaca-7b`), or the part of a built-in world."""
+
+    split: str = "train"
+    """The split to read. In a folder: the files whose name holds this word, when any does."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+
+    rows: Callable[[str], Iterable[dict[str, Any]]] | None = None
+    """A function that is given the split's name and returns rows (dicts or a `datasets.Dataset`), instead of `path`."""
+
+    prompt_column: str | None = None
+    """The column that holds the prompt (text), where no preset says it. Default: `prompt`."""
+
+    messages_column: str | None = None
+    """The column that holds a chat (a list of role and content). A last assistant turn becomes the answer."""
+
+    answer_column: str | None = None
+    """The column that holds the reference answer. Default: `answer`, where there is one."""
+
+    skill: str | None = None
+    """The name under which results are reported. Default: the row's `skill`, else the preset's or the file's name."""
+
+    kind: Kind | None = None
+    """Whether a good policy refuses these prompts (`harmful`) or answers them (`benign`). Default: as the preset says,
+    else by where the source stands: `harmful` among safety prompts, `benign` among general data."""
+
+    system_prompt: str | None = None
+    """A system message put before every prompt that has none."""
+
+    weight: float | None = None
+    """The share of this source in a mixture, relative to the others'. Default: equal shares."""
+
+    fraction: float | None = None
+    """The share of the usable rows that training sees, in (0, 1]; chosen by `seed`, smaller ones inside larger ones."""
+
+    count: int | None = None
+    """The number of usable rows that training sees; all of them when there are fewer."""
+
+    seed: int = 0
+    """Decides which rows `fraction` and `count` choose, and the order in which a stream is shuffled."""
+
+    deduplicate: bool = True
+    """Keep the first of several rows with the same prompt."""
+
+    max_prompt_tokens: int | None = None
+    """Leave out, and report, rows whose rendered prompt is longer. Default: the datamodule's."""
+
+    bad_rows: Literal["error", "drop"] = "error"
+    """What an empty, null, non-text or absurdly long prompt does: stop, or be left out and reported."""
+
+    streaming: bool = False
+    """Read rows as they come and stop after `count` usable ones (needs `count`)."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            ValueError: If the fields contradict each other or lie outside their range.
+        """
+        label = self.label
+        if self.path is None and self.preset is None and self.rows is None:
+            raise ValueError("A prompt source needs `path`, `preset` or `rows`. Set one of them.")
+        if self.rows is not None and self.path is not None:
+            raise ValueError(f"`rows` and `path` ({self.path!r}) were both given. Keep one of them.")
+        if self.fraction is not None and self.count is not None:
+            raise ValueError(f"{label}: `fraction` and `count` were both given. Keep one of them.")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"{label}: `fraction` must be in (0, 1], got {self.fraction}. Use 0.4 for 40 %.")
+        for field in ("count", "max_prompt_tokens"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{label}: `{field}` must be at least 1, got {value}.")
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ValueError(
+                f"{label}: `weight` must be positive, got {self.weight}. Remove the source to leave it out."
+            )
+        if self.streaming and self.count is None:
+            raise ValueError(f"{label}: `streaming` needs `count`, the number of usable rows after which to stop.")
+        if self.prompt_column is not None and self.messages_column is not None:
+            raise ValueError(f"{label}: `prompt_column` and `messages_column` were both given. Keep one of them.")
+        if self.bad_rows not in _BAD_ROW_CHOICES:
+            raise ValueError(f"{label}: `bad_rows` must be one of {_BAD_ROW_CHOICES}, got {self.bad_rows!r}.")
+
+    @property
+    def label(self) -> str:
+        """What messages and reports call this source."""
+        if self.rows is not None:
+            return getattr(self.rows, "__name__", type(self.rows).__name__)
+        return str(self.path if self.path is not None else self.preset)
+
+
+Sources = str | PromptSource | list[str | PromptSource]
+"""What a configuration accepts: a path, a source, or a list of either (a mixture)."""
+
+
+def as_sources(sources: Sources | None, key: str) -> list[PromptSource]:
+    """Normalise what a configuration holds.
+
+    Args:
+        sources: A path, a source, a list of either, or None.
+        key: The configuration key, for messages.
+
+    Returns:
+        A list of sources; empty for None.
+
+    Raises:
+        ValueError: If the list is empty.
+        TypeError: If an entry is neither text nor a source.
+    """
+    if sources is None:
+        return []
+    entries = sources if isinstance(sources, list) else [sources]
+    if not entries:
+        raise ValueError(f"`{key}` is an empty list. Name at least one source, or leave the key out.")
+    result = []
+    for entry in entries:
+        if not isinstance(entry, (str, PromptSource)):
+            raise TypeError(f"`{key}` must hold paths or PromptSource entries, got {type(entry).__name__}.")
+        result.append(PromptSource(path=entry) if isinstance(entry, str) else entry)
+    return result
+
+
+def with_system(sources: list[PromptSource], system_prompt: str | None) -> list[PromptSource]:
+    """Give sources without a system prompt the common one.
+
+    Args:
+        sources: The sources.
+        system_prompt: The common system prompt, or None.
+
+    Returns:
+        The sources.
+    """
+    if system_prompt is None:
+        return sources
+    return [replace(source, system_prompt=source.system_prompt or system_prompt) for source in sources]

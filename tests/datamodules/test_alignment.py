@@ -1,0 +1,224 @@
+"""The datamodule of a whole run: batches, held-out rows, calibration, Lightning's own loops."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from nspo_lightning.datamodules import AlignmentDataModule, DataError, GeneralDataModule, PromptSource
+
+
+@pytest.fixture
+def files(tmp_path):
+    with (tmp_path / "harmful.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["goal", "target"])
+        writer.writerows([f"Describe forbidden thing {i}", f"Sure, thing {i}"] for i in range(50))
+    maths = [{"question": f"What is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(40)]
+    (tmp_path / "maths.jsonl").write_text("".join(json.dumps(row) + "\n" for row in maths))
+    tasks = [{"instruction": f"Name colour {i}", "input": "", "output": f"colour {i}"} for i in range(60)]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    return tmp_path
+
+
+@pytest.fixture
+def make(files, tokenizer):
+    def build(**options):
+        options = {"tokenizer": tokenizer, "batch_size": 4, "eval_batch_size": 3} | options
+        general = [str(files / "maths.jsonl"), str(files / "tasks.json")]
+        return AlignmentDataModule(str(files / "harmful.csv"), general, **options)
+
+    return build
+
+
+@pytest.fixture
+def fit(make, tokenizer, tmp_path):
+    """Train a recorder; the datamodule takes the module's tokenizer."""
+
+    def run(steps, ckpt=None, stop_at=None, **options):
+        module = Recorder(tokenizer, stop_at)
+        run = trainer(tmp_path, max_steps=steps, **options)
+        run.fit(module, datamodule=make(repeat_batches=2, seed=3, tokenizer=None), ckpt_path=ckpt)
+        return module, run
+
+    return run
+
+
+def test_training_batches_have_the_agreed_form(make, tokenizer):
+    batch = next(iter(make().train_dataloader()))
+    assert set(batch) == {"prompt", "prompt_ids", "prompt_mask", "columns"}
+    assert batch["prompt_ids"].dtype == torch.long
+    assert batch["prompt_mask"].dtype == torch.bool
+    for prompt, ids, mask in zip(batch["prompt"], batch["prompt_ids"], batch["prompt_mask"], strict=True):
+        assert tokenizer.decode(ids[mask]) == f"<|user|>{prompt}<|end|><|assistant|>"
+        assert mask[-1], "left padding: the last position is a real token"
+    assert batch["columns"]["kind"] == ["harmful"] * 4
+    assert batch["columns"]["skill"] == ["advbench"] * 4
+
+
+def test_every_row_lands_in_one_split_and_training_sees_no_held_out_prompt(make):
+    data = make()
+    train = [row.key for row in data.train_dataloader().rows]
+    held = [row.key for loader in (data.val_dataloader()[0], data.test_dataloader()[0]) for row in loader.rows]
+    assert sorted(train + held) == sorted(f"Describe forbidden thing {i}" for i in range(50))
+    assert len(held) == 10
+    calibrated = {row.key for row in data.general.calibration_rows()}
+    general_held = {row.key for split in ("validation", "test") for row in data.eval_rows(split)[1]}
+    assert not calibrated & general_held
+    assert len(calibrated) + len(general_held) == 100
+
+
+def test_evaluation_rows_carry_answer_and_skill(make):
+    columns = [batch["columns"] for batch in make().test_dataloader()[1]]
+    skills = [skill for part in columns for skill in part["skill"]]
+    answers = [answer for part in columns for answer in part["answer"]]
+    assert set(skills) == {"gsm8k", "alpaca"}
+    assert all(isinstance(answer, str) and answer for answer in answers)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("text", ["prompt", "prompt_and_answer", "prompt_and_model_answer"])
+def test_calibration_text_and_padding(side, text, tokenizer, files):
+    data = GeneralDataModule(
+        str(files / "maths.jsonl"),
+        tokenizer=tokenizer,
+        calibration_text=text,
+        calibration_padding=side,
+        calibration_batch_size=8,
+    )
+    loader = data.calibration_dataloader(lambda prompts: [f"I say {p}" for p in prompts])
+    answers = {row.key: row.answer for row in data.loaded().train[0]}
+    seen = 0
+    for batch in loader:
+        edge = batch["attention_mask"][:, -1 if side == "left" else 0]
+        assert edge.all()
+        for ids, mask, domain in zip(batch["input_ids"], batch["attention_mask"], batch["domain"], strict=True):
+            shown = tokenizer.decode(ids[mask.bool()])
+            prompt = shown.removeprefix("<|user|>").split("<|end|>")[0]
+            answer = {"prompt_and_answer": answers[prompt], "prompt_and_model_answer": f"I say {prompt}"}.get(text)
+            end = "<|assistant|>" if answer is None else f"<|assistant|>{answer}<|end|>"
+            assert shown == f"<|user|>{prompt}<|end|>{end}"
+            assert domain == "gsm8k"
+            seen += 1
+    assert seen == 32
+
+
+def test_model_answers_need_someone_to_answer(make):
+    data = make(calibration_text="prompt_and_model_answer")
+    with pytest.raises(DataError, match="answer_fn"):
+        data.calibration_dataloader()
+
+
+def test_calibration_mixes_sources_equally_unless_weighted(make, tokenizer, files):
+    equal = make(calibration_size=40).general.calibration_rows()
+    assert [row.skill for row in equal].count("gsm8k") == 20
+    sources = [PromptSource(path=str(files / "maths.jsonl"), weight=3), PromptSource(path=str(files / "tasks.json"))]
+    weighted = GeneralDataModule(sources, calibration_size=40, tokenizer=tokenizer).calibration_rows()
+    assert [row.skill for row in weighted].count("gsm8k") == 30
+
+
+def test_long_rows_are_left_out_with_their_number_and_reason(make):
+    data = make(max_prompt_tokens=len("<|user|>") + 5)
+    with pytest.raises(DataError, match="none of its 50 rows is usable: 50 longer than 13 tokens"):
+        data.setup()
+    limited = make(max_prompt_tokens=28)  # thing 0-9: 26 bytes and 3 marks are 29 tokens
+    with pytest.raises(DataError, match="longer than 28"):
+        limited.setup()
+    kept = make(max_prompt_tokens=29)
+    kept.setup()
+    report = kept.reports[0]
+    assert dict(report.dropped) == {"longer than 29 tokens": 40}
+    assert "50 rows read, 40 left out (40 longer than 29 tokens)" in report.line()
+    assert kept.longest_prompt_tokens == 29
+
+
+def test_no_chat_template_is_an_error_with_a_cure(make, tokenizer, bare_tokenizer):
+    with pytest.raises(DataError, match="no chat template(.|\n)*chat_template"):
+        make(tokenizer=bare_tokenizer).setup()
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    batch = next(iter(make(tokenizer=bare_tokenizer, chat_template=template).train_dataloader()))
+    assert tokenizer.decode(batch["prompt_ids"][0][batch["prompt_mask"][0]]) == f"[{batch['prompt'][0]}]"
+
+
+class Recorder(pl.LightningModule):
+    """Records what it is trained on; `tokenizer` is where datamodules look for one."""
+
+    def __init__(self, tokenizer, stop_at=None):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+        self.stop_at = stop_at
+
+    def training_step(self, batch, batch_idx):
+        if self.stop_at is not None and len(self.seen) == self.stop_at:
+            raise KeyboardInterrupt
+        self.seen.append(batch["prompt"])
+        return (self.weight**2).sum()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(tmp_path, **options):
+    return pl.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing="callbacks" in options,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("saved_at", [1, 6, 19, 20, 21, 31, 40])
+def test_a_resumed_run_sees_the_rows_that_an_unbroken_one_sees(fit, tmp_path, saved_at):
+    whole, _ = fit(44)  # 40 rows, 4 a batch, twice each: 20 batches an epoch
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="place", every_n_train_steps=saved_at)
+    first, _ = fit(saved_at, callbacks=[saver])
+    rest, _ = fit(44, ckpt=tmp_path / "place.ckpt")
+    assert first.seen + rest.seen == whole.seen
+
+
+class SaveOnInterrupt(pl.Callback):
+    """Saves where a run was stopped."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_exception(self, trainer, pl_module, exception):
+        trainer.save_checkpoint(self.path)
+
+
+def test_an_interrupted_batch_is_not_lost(fit, tmp_path):
+    whole, _ = fit(44)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(44, stop_at=9, callbacks=[SaveOnInterrupt(tmp_path / "place.ckpt")])
+    rest, _ = fit(44, ckpt=tmp_path / "place.ckpt")
+    assert rest.seen == whole.seen[9:]
+
+
+def test_order_depends_on_seed_and_epoch_alone(make):
+    def epochs(seed, count):
+        loader = make(seed=seed).train_dataloader()
+        result = []
+        for epoch in range(count):
+            loader.place.set_epoch(epoch)
+            result.append([prompt for batch in loader for prompt in batch["prompt"]])
+        return result
+
+    first, second = epochs(0, 2)
+    assert [first, second] == epochs(0, 2)
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert sorted(epochs(1, 1)[0]) != sorted(first), "another seed holds out other rows"
