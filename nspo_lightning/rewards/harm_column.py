@@ -10,7 +10,7 @@ from nspo_lightning.rewards.base import RewardError
 __all__ = ["harmful_rows", "truth_value"]
 
 _TRUE = frozenset({"true", "yes", "1", "harmful", "unsafe", "malicious", "toxic", "bad"})
-_FALSE = frozenset({"false", "no", "0", "harmless", "benign", "general", "safe", "good"})
+_FALSE = frozenset({"false", "no", "0", "harmless", "unharmful", "benign", "general", "safe", "good"})
 
 
 def truth_value(value: Any) -> bool | None:

@@ -10,7 +10,7 @@ from typing import Any
 from nspo_lightning.rewards.arguments import is_async
 from nspo_lightning.rewards.base import Judge, Outcome, Reward, RewardError, Scores, Text
 from nspo_lightning.rewards.harm_column import harmful_rows
-from nspo_lightning.rewards.outcomes import ask, checked_outcomes, is_async_judge, judge_metrics
+from nspo_lightning.rewards.outcomes import ask, checked_outcomes, is_async_judge, judge_metrics, report_outcomes
 
 __all__ = ["SafeAndHelpful"]
 
@@ -72,6 +72,7 @@ class SafeAndHelpful(Reward):
         outcomes = checked_outcomes(self.judge.classify(prompts, completions, **columns), len(completions))
         helped, arguments = _answered(outcomes, harmful, prompts, completions, columns)
         worth = self.helpful_reward(**arguments) if self.helpful_reward and helped else [1.0] * len(helped)
+        report_outcomes(outcomes, self.name, columns)
         return self._scores(outcomes, helped, worth)
 
     def metrics(self) -> dict[str, float]:
@@ -91,6 +92,7 @@ class SafeAndHelpful(Reward):
         if self.helpful_reward and helped:
             worth = await asyncio.to_thread(self.helpful_reward, **arguments)  # a model would block the loop
             worth = await worth if inspect.isawaitable(worth) else worth
+        report_outcomes(outcomes, self.name, columns)
         return self._scores(outcomes, helped, worth)
 
     def _scores(self, outcomes: list[Outcome | None], helped: list[int], worth: Any) -> Scores:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nspo_lightning.rewards.base import OUTCOMES, Judge, Outcome, Reward, RewardError, Scores, Text
 
-__all__ = ["OutcomeReward", "ask", "checked_outcomes", "is_async_judge", "judge_metrics"]
+__all__ = ["OutcomeReward", "ask", "checked_outcomes", "is_async_judge", "judge_metrics", "report_outcomes"]
 
 
 class OutcomeReward(Reward):
@@ -55,12 +55,14 @@ class OutcomeReward(Reward):
         """
         if self.is_async:
             return self._later(prompts, completions, columns)
-        return self._scores(checked_outcomes(self.judge.classify(prompts, completions, **columns), len(completions)))
+        outcomes = checked_outcomes(self.judge.classify(prompts, completions, **columns), len(completions))
+        return self._scores(outcomes, columns)
 
     async def _later(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Any]) -> Scores:
-        return self._scores(await ask(self.judge, prompts, completions, columns))
+        return self._scores(await ask(self.judge, prompts, completions, columns), columns)
 
-    def _scores(self, outcomes: list[Outcome | None]) -> Scores:
+    def _scores(self, outcomes: list[Outcome | None], columns: Mapping[str, Any]) -> Scores:
+        report_outcomes(outcomes, self.name, columns)
         return [None if outcome is None else self.values[outcome] for outcome in outcomes]
 
     def metrics(self) -> dict[str, float]:
@@ -127,6 +129,18 @@ def checked_outcomes(outcomes: Any, size: int) -> list[Outcome | None]:
                 f"A judge's outcome must be one of {', '.join(OUTCOMES)} or None, but sample {i} got {outcome!r}."
             )
     return list(outcomes)
+
+
+def report_outcomes(outcomes: list[Outcome | None], name: str, columns: Mapping[str, Any]) -> None:
+    """Hand the outcomes to the completions table, if the caller keeps one (TRL's `log_extra`).
+
+    Args:
+        outcomes: what the judge said.
+        name: the reward's name.
+        columns: the reward's keyword arguments.
+    """
+    if callable(log_extra := columns.get("log_extra")):
+        log_extra(f"{name}/outcome", outcomes)
 
 
 def judge_metrics(judge: Judge) -> dict[str, float]:
