@@ -53,6 +53,12 @@ def to_call(batch: Any, batch_to_inputs: BatchToInputs | None, device: torch.dev
     return ForwardCall(args=args, mask=mask, domains=domains)
 
 
+def move_call(call: ForwardCall, device: torch.device) -> ForwardCall:
+    """Return the call with its tensors on a device."""
+    args, kwargs, mask = move_data_to_device((call.args, dict(call.kwargs), call.mask), device)
+    return ForwardCall(args=args, kwargs=kwargs, mask=mask, domains=call.domains)
+
+
 def tensors_of(call: ForwardCall) -> Iterable[Tensor]:
     """Yield the tensors of a call, for the data fingerprint."""
     for value in (*call.args, *call.kwargs.values(), call.mask):

@@ -15,48 +15,42 @@ Needs torch and lightning; peft is recognised by its layout.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.utils.data.distributed import DistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
-from nspo_lightning.callbacks.null_space_batches import BatchToInputs, first_floating, tensors_of, to_call
+from nspo_lightning.callbacks.null_space_batches import BatchToInputs
+from nspo_lightning.callbacks.null_space_inference import OutputCheck
+from nspo_lightning.callbacks.null_space_logging import log_start, logs_now, step_metrics
+from nspo_lightning.callbacks.null_space_source import BasisSource
+from nspo_lightning.callbacks.null_space_unprotected import Unprotected, report_unprotected, require_float32
 from nspo_lightning.nullspace import (
+    Basis,
     BasisSettings,
     Calibration,
-    ForwardCall,
     LayerCertificate,
     LayerPlan,
     ProtectedLayer,
-    calibrate_modules,
-    format_table,
-    load_calibration,
     plan_layers,
     ranks,
     save_calibration,
-    table_rows,
 )
 from nspo_lightning.nullspace.basis import Form, Subspace
 from nspo_lightning.nullspace.criteria import Criterion
-from nspo_lightning.nullspace.fingerprint import combined, data_fingerprint, model_fingerprint
 from nspo_lightning.nullspace.keeper import GradientEnergy, NullSpaceKeeper
-from nspo_lightning.nullspace.layers import adapters_off
 from nspo_lightning.nullspace.store import check_fingerprint
 
 _RESUME_LEAK = 1e-4  # a resumed adapter sits at about 1e-7; anything above this was trained without this basis
-_OUTPUT_SAMPLES = 1_000_000  # entries of the reference output kept for the certificate (4 MB)
 
 
 class NullSpaceProjection(Callback):
@@ -87,7 +81,7 @@ class NullSpaceProjection(Callback):
         without_domains: domains to leave out.
         memory_budget_gb: limit for second moments held at one time; more passes are made, wide inputs are sketched.
         keep_moments: store the second moments by domain in the basis file.
-        cache_dir: where calibrations are kept by fingerprint; "auto" = ``<default_root_dir>/nullspace``, None = nowhere.
+        cache_dir: keeps calibrations by fingerprint: "auto" = ``<default_root_dir>/nullspace``, None = nowhere.
         seed: of the random subspace and the sketch.
         enabled: False = do nothing (plain training), so that one configuration runs both.
 
@@ -101,7 +95,7 @@ class NullSpaceProjection(Callback):
         criterion: Criterion = "auto",
         threshold: float | None = None,
         target_modules: str | Sequence[str] | None = None,
-        unprotected: Literal["error", "warn", "freeze"] = "error",
+        unprotected: Unprotected = "error",
         *,
         batch_to_inputs: BatchToInputs | None = None,
         limit_batches: int | None = None,
@@ -123,7 +117,7 @@ class NullSpaceProjection(Callback):
         enabled: bool = True,
     ) -> None:
         super().__init__()
-        if unprotected not in ("error", "warn", "freeze"):
+        if unprotected not in get_args(Unprotected):
             raise ValueError(f"`unprotected` must be 'error', 'warn' or 'freeze', got {unprotected!r}.")
         self.settings = BasisSettings(
             criterion=criterion,
@@ -137,18 +131,21 @@ class NullSpaceProjection(Callback):
             without_domains=tuple(without_domains),
             seed=seed,
         )
-        self.source = calibration
+        self.source = BasisSource(
+            source=calibration,
+            settings=self.settings,
+            batch_to_inputs=batch_to_inputs,
+            limit_batches=limit_batches,
+            memory_budget_gb=memory_budget_gb,
+            keep_moments=keep_moments,
+            cache_dir=cache_dir,
+        )
         self.target_modules = target_modules
         self.unprotected = unprotected
-        self.batch_to_inputs = batch_to_inputs
-        self.limit_batches = limit_batches
         self.project_initialization = project_initialization
         self.project_gradients = project_gradients
         self.project_displacement = project_displacement
         self.freeze_down = freeze_down
-        self.memory_budget_gb = memory_budget_gb
-        self.keep_moments = keep_moments
-        self.cache_dir = cache_dir
         self.enabled = enabled
         self.calibration: Calibration | None = None
         self.output_change: float | None = None
@@ -157,11 +154,9 @@ class NullSpaceProjection(Callback):
         self._handles: list[Any] = []
         self._dropped: list[nn.Parameter] = []
         self._energy: list[GradientEnergy] = []
-        self._path: str | None = None
         self._resumed: dict[str, Any] = {}
         self._started = False
-        self._reference: Tensor | None = None
-        self._check_call: ForwardCall | None = None
+        self._check: OutputCheck | None = None
 
     @property
     def state_key(self) -> str:
@@ -201,13 +196,17 @@ class NullSpaceProjection(Callback):
         self._remove_hooks()
         resumed = self._started or bool(self._resumed)
         plan = self._plan(trainer, pl_module, resumed=resumed)
-        self._handle_unprotected(plan, pl_module)
-        self._check_precision(plan)
+        if report_unprotected(plan, self.unprotected, self.target_modules):
+            self._freeze([refusal.parameter for refusal in plan.refusals])
+        require_float32(plan)
         names = {layer.name: layer.module for layer in plan.layers}
         if self.calibration is None or self.calibration.layer_names() != set(names):
-            self.calibration = self._obtain(trainer, pl_module, names)
+            self.calibration = self.source.obtain(trainer, pl_module, names, self._resumed)
         self._build_keepers(trainer, plan)
-        self._remember_outputs(trainer, pl_module)
+        first_call = self.source.first_call(trainer, pl_module)
+        self._check = None if first_call is None else OutputCheck(first_call)
+        if self._check is not None:
+            self._check.remember(trainer, pl_module)
         if resumed:
             self._check_resumed()
         elif self.project_initialization:
@@ -219,7 +218,7 @@ class NullSpaceProjection(Callback):
             keeper = self._keepers[id(optimizer)]
             self._handles.append(optimizer.register_step_post_hook(lambda *_, k=keeper: k.reproject_()))
         self._started, self._resumed = True, {}
-        self._log_start(trainer)
+        log_start(trainer, self.calibration)
 
     @torch.no_grad()
     def on_before_optimizer_step(
@@ -233,7 +232,7 @@ class NullSpaceProjection(Callback):
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         keeper = self._keepers.get(id(inner))
         if keeper is not None:
-            energy = keeper.project_gradients_(measure=_logs_now(trainer))
+            energy = keeper.project_gradients_(measure=logs_now(trainer))
             if energy is not None:
                 self._energy.append(energy)
 
@@ -243,19 +242,8 @@ class NullSpaceProjection(Callback):
         """Log at the Trainer's interval; nothing is read from the device in between."""
         if not self._energy:
             return
-        before = torch.stack([e.before for e in self._energy]).sum()
-        after = torch.stack([e.after for e in self._energy]).sum()
+        pl_module.log_dict(step_metrics(self._energy, self.certificates()), on_step=True, on_epoch=False)
         self._energy.clear()
-        values = {
-            "nullspace/grad_norm_before": before.sqrt(),
-            "nullspace/grad_norm_after": after.sqrt(),
-            "nullspace/kept_gradient_energy": after / before.clamp_min(torch.finfo(before.dtype).tiny),
-        }
-        certificates = self.certificates()
-        if certificates:
-            values["nullspace/leak_max"] = torch.tensor(max(c.leak for c in certificates))
-            values["nullspace/update_norm"] = torch.tensor(sum(c.update_norm**2 for c in certificates) ** 0.5)
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Certify the result and let go of the optimizers."""
@@ -263,7 +251,7 @@ class NullSpaceProjection(Callback):
             return
         self._remove_hooks()
         certificates = self.certificates()
-        self.output_change = self._measure_output_change(trainer, pl_module)
+        self.output_change = None if self._check is None else self._check.change(trainer, pl_module)
         if certificates:
             worst = max(certificates, key=lambda c: c.leak)
             change = "not measured" if self.output_change is None else f"{self.output_change:.2g}"
@@ -285,7 +273,7 @@ class NullSpaceProjection(Callback):
             "started": True,
             "settings": self.settings.as_dict(),
             "fingerprint": self.calibration.fingerprint,
-            "path": self._path,
+            "path": self.source.path,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -315,7 +303,7 @@ class NullSpaceProjection(Callback):
         return {c.name: c.output_change if soft else c.leak for c in self.certificates()}
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the basis to a file that `calibration` takes.
+        """Return the path of a basis file written there, which `calibration` takes.
 
         Raises:
             RuntimeError: before fit has calibrated.
@@ -330,7 +318,7 @@ class NullSpaceProjection(Callback):
         batches: Iterable[Any],
         *,
         trainer: pl.Trainer | None = None,
-        progress: Any = None,
+        progress: Callable[[str, int], None] | None = None,
     ) -> Calibration:
         """Calibrate now, outside fit.
 
@@ -345,9 +333,9 @@ class NullSpaceProjection(Callback):
         """
         plan = plan_layers(pl_module, self.target_modules, resumed=True)
         modules = {layer.name: layer.module for layer in plan.layers}
-        calls = self._calls(batches, pl_module)
-        fingerprint = self._fingerprint(modules, calls)
-        self.calibration = self._calibrate(trainer, pl_module, modules, calls, fingerprint, False, progress)
+        calls = self.source.calls(batches)
+        fingerprint = self.source.fingerprint(modules, calls)
+        self.calibration = self.source.calibrate(trainer, pl_module, modules, calls, fingerprint, progress=progress)
         return self.calibration
 
     # ------------------------------------------------------------------------------------------------------ internals
@@ -361,27 +349,6 @@ class NullSpaceProjection(Callback):
                 elsewhere |= {id(layer.output) for layer in theirs if layer.output is not None}
         return plan_layers(pl_module, self.target_modules, covered_elsewhere=frozenset(elsewhere), resumed=resumed)
 
-    def _handle_unprotected(self, plan: LayerPlan, pl_module: pl.LightningModule) -> None:
-        if plan.refusals:
-            lines = "\n  ".join(str(refusal) for refusal in plan.refusals[:12])
-            more = f"\n  ... and {len(plan.refusals) - 12} more" if len(plan.refusals) > 12 else ""
-            text = f"{len(plan.refusals)} trained parameter(s) cannot be held in the null space:\n  {lines}{more}"
-            match self.unprotected:
-                case "error":
-                    raise MisconfigurationException(
-                        f"{text}\nOr set `unprotected='freeze'` (they do not train) or 'warn' (they train freely)."
-                    )
-                case "warn":
-                    rank_zero_warn(f"{text}\nThey train freely and may move general outputs.")
-                case "freeze":
-                    self._freeze([refusal.parameter for refusal in plan.refusals])
-        if not plan.layers:
-            raise MisconfigurationException(
-                "NullSpaceProjection found no trained LoRA adapter or linear layer"
-                + (f" among target_modules={self.target_modules!r}" if self.target_modules is not None else "")
-                + ". Check that the module's trainable parameters have `requires_grad=True` before fit."
-            )
-
     def _freeze(self, parameters: Sequence[nn.Parameter]) -> None:
         if ranks.world_size() == 1:
             for parameter in parameters:
@@ -394,129 +361,9 @@ class NullSpaceProjection(Callback):
     def _freeze_down(self, plan: LayerPlan) -> None:
         self._freeze([layer.matrix for layer in plan.layers if layer.kind == "lora"])
 
-    def _check_precision(self, plan: LayerPlan) -> None:
-        low = [layer for layer in plan.layers if layer.matrix.dtype not in (torch.float32, torch.float64)]
-        if low:
-            raise MisconfigurationException(
-                f"{len(low)} trained matrices are in {low[0].matrix.dtype} (first: {low[0].name}); rounding to it alone "
-                "leaks about 4e-3 of an update into what is protected. Keep trained weights in float32: "
-                "precision='bf16-mixed' or '32-true' instead of 'bf16-true' or '16-true' (peft: "
-                "`autocast_adapter_dtype=True`)."
-            )
-
-    def _obtain(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, modules: Mapping[str, nn.Module]
-    ) -> Calibration:
-        source = self.source
-        if isinstance(source, (str, PathLike)):
-            return self._load(Path(source), modules)
-        remembered = self._resumed.get("path")
-        if remembered and all(ranks.gather_objects(Path(remembered).is_file())):
-            return self._load(Path(remembered), modules)
-        batches = self._batches(trainer, pl_module)
-        calls = self._calls(batches, pl_module)
-        sharded = isinstance(getattr(batches, "sampler", None), DistributedSampler)
-        fingerprint = self._fingerprint(modules, calls)
-        cached = self._cache_path(trainer, fingerprint)
-        if cached is not None and all(ranks.gather_objects(cached.is_file())):
-            rank_zero_info(f"Null space: using the cached basis {cached}")
-            return self._load(cached, modules)
-        calibration = self._calibrate(trainer, pl_module, modules, calls, fingerprint, sharded, None)
-        rank_zero_info("Null space of the layers' inputs:\n" + format_table(table_rows(calibration)))
-        if cached is not None:
-            if trainer.is_global_zero:
-                save_calibration(calibration, cached)
-            self._path = str(cached)
-        return calibration
-
-    def _load(self, path: Path, modules: Mapping[str, nn.Module]) -> Calibration:
-        calibration = load_calibration(path)
-        wanted: dict[str, Any] = {"settings": self.settings.as_dict()}
-        fingerprint = model_fingerprint(modules)
-        if not self._resumed:
-            wanted["model"] = fingerprint
-        else:
-            wanted["model"] = {"structure": fingerprint["structure"]}
-        check_fingerprint(calibration.fingerprint, wanted, str(path))
-        missing = set(modules) - calibration.layer_names()
-        if missing:
-            raise MisconfigurationException(
-                f"The basis file {path} has no basis for {len(missing)} trained layers: {sorted(missing)[:5]}. "
-                "Calibrate with the same `target_modules`."
-            )
-        self._path = str(path)
-        return calibration
-
-    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
-        if self.source is not None:
-            assert not isinstance(self.source, (str, PathLike))
-            return self.source
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        for owner in (datamodule, pl_module):
-            loader = getattr(owner, "calibration_dataloader", None)
-            if callable(loader):
-                batches: Iterable[Any] = loader()
-                return batches
-        raise MisconfigurationException(
-            "NullSpaceProjection has nothing to calibrate on: `calibration` is None and neither the datamodule nor the "
-            "module has a `calibration_dataloader()`. Pass an iterable of batches, a basis file, or add that method."
-        )
-
-    def _calls(self, batches: Iterable[Any], pl_module: pl.LightningModule) -> list[ForwardCall]:
-        # Kept on the CPU and as a list: several passes may be needed, and a generator runs once.
-        cpu = torch.device("cpu")
-        limited = itertools.islice(iter(batches), self.limit_batches)
-        return [to_call(batch, self.batch_to_inputs, cpu) for batch in limited]
-
-    def _fingerprint(self, modules: Mapping[str, nn.Module], calls: Sequence[ForwardCall]) -> dict[str, Any]:
-        data = data_fingerprint(tensor for call in calls for tensor in tensors_of(call))
-        digests = ranks.gather_objects(data)
-        return {
-            "model": model_fingerprint(modules),
-            "data": digests[0] if len(set(digests)) == 1 else combined(dict(enumerate(digests))),
-            "settings": self.settings.as_dict(),
-        }
-
-    def _cache_path(self, trainer: pl.Trainer, fingerprint: Mapping[str, Any]) -> Path | None:
-        if self.cache_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return None
-        root = Path(trainer.default_root_dir) / "nullspace" if self.cache_dir == "auto" else Path(self.cache_dir)
-        path: str = ranks.broadcast_object(str(root / f"{combined(fingerprint)}.safetensors"), 0)
-        return Path(path)
-
-    def _calibrate(
-        self,
-        trainer: pl.Trainer | None,
-        pl_module: pl.LightningModule,
-        modules: Mapping[str, nn.Module],
-        calls: Sequence[ForwardCall],
-        fingerprint: dict[str, Any],
-        sharded: bool,
-        progress: Any,
-    ) -> Calibration:
-        device = pl_module.device
-
-        def on_device() -> Iterator[ForwardCall]:
-            return (_move(call, device) for call in calls)
-
-        with _inference(trainer, pl_module):
-            calibration = calibrate_modules(
-                modules,
-                pl_module,
-                on_device,
-                self.settings,
-                memory_budget_gb=self.memory_budget_gb,
-                keep_moments=self.keep_moments,
-                sharded=sharded,
-                progress=progress,
-            )
-        calibration.fingerprint = fingerprint
-        self._check_call = calls[0] if calls else None
-        return calibration
-
     def _build_keepers(self, trainer: pl.Trainer, plan: LayerPlan) -> None:
         assert self.calibration is not None
-        on_device: dict[tuple[int, torch.device], Any] = {}
+        on_device: dict[tuple[int, torch.device], Basis] = {}
         self._keepers = {}
         remaining: list[ProtectedLayer] = list(plan.layers)
         for optimizer in trainer.optimizers:
@@ -547,105 +394,7 @@ class NullSpaceProjection(Callback):
                 "`calibration` the basis file of that run, or merge the adapter and start a new one."
             )
 
-    def _remember_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep a sample of the outputs before training (with adapters off), for the certificate."""
-        if self._check_call is None:
-            if isinstance(self.source, (str, PathLike)) and not hasattr(trainer.datamodule, "calibration_dataloader"):  # type: ignore[attr-defined]
-                return
-            batches = (
-                self._batches(trainer, pl_module)
-                if not isinstance(self.source, (str, PathLike))
-                else (
-                    trainer.datamodule.calibration_dataloader()  # type: ignore[attr-defined]
-                )
-            )
-            self._check_call = next(iter(self._calls(itertools.islice(iter(batches), 1), pl_module)), None)
-        self._reference = self._sample_outputs(trainer, pl_module, adapters=False)
-
-    def _measure_output_change(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
-        if self._reference is None:
-            return None
-        now = self._sample_outputs(trainer, pl_module, adapters=True)
-        if now is None or now.shape != self._reference.shape:
-            return None
-        scale = self._reference.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        return float((now - self._reference).abs().max() / scale)
-
-    def _sample_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, adapters: bool) -> Tensor | None:
-        if self._check_call is None:
-            return None
-        call = _move(self._check_call, pl_module.device)
-        with _inference(trainer, pl_module, adapters=adapters):
-            output = first_floating(pl_module(*call.args, **call.kwargs))
-        if output is None:
-            return None
-        rows = output.reshape(-1, output.shape[-1])
-        if call.mask is not None and call.mask.numel() == rows.shape[0]:
-            rows = rows[call.mask.reshape(-1).ne(0)]
-        flat = rows.reshape(-1)
-        return flat[:: max(flat.numel() // _OUTPUT_SAMPLES, 1)].to(device="cpu", dtype=torch.float32)
-
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _log_start(self, trainer: pl.Trainer) -> None:
-        assert self.calibration is not None
-        bases = list(self.calibration.bases.values())
-        dims = [b.null_dims for b in bases]
-        shares = [b.null_dims / b.width for b in bases]
-        left = [b.choice.energy_left for b in bases]
-        values = {
-            "nullspace/null_dims_mean": sum(dims) / len(dims),
-            "nullspace/null_dims_min": float(min(dims)),
-            "nullspace/null_share_mean": sum(shares) / len(shares),
-            "nullspace/energy_left_max": max(left),
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-            add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-            if callable(add_figure) and trainer.is_global_zero:
-                figure = _figure(self.calibration)
-                if figure is not None:
-                    add_figure("nullspace/spectrum", figure, global_step=trainer.global_step, close=False)
-
-
-def _figure(calibration: Calibration) -> Any:
-    try:
-        from nspo_lightning.nullspace.picture import spectrum_figure
-
-        return spectrum_figure(calibration)
-    except ImportError:  # matplotlib is optional here: the picture is left out, the numbers are logged
-        return None
-
-
-def _logs_now(trainer: pl.Trainer) -> bool:
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(trainer.loggers) and every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
-
-
-def _move(call: ForwardCall, device: torch.device) -> ForwardCall:
-    from lightning.fabric.utilities import move_data_to_device
-
-    args, kwargs, mask = move_data_to_device((call.args, dict(call.kwargs), call.mask), device)
-    return ForwardCall(args=args, kwargs=kwargs, mask=mask, domains=call.domains)
-
-
-@contextmanager
-def _inference(trainer: pl.Trainer | None, pl_module: pl.LightningModule, *, adapters: bool = False) -> Iterator[None]:
-    """Run forwards without gradients, in eval mode, in the Trainer's precision; modes are restored one by one."""
-    modes = [(module, module.training) for module in pl_module.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if trainer is not None:
-            stack.enter_context(trainer.precision_plugin.forward_context())
-        if not adapters:
-            for switch in adapters_off(pl_module):
-                stack.enter_context(switch)
-        pl_module.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

@@ -19,7 +19,7 @@ Form = Literal["hard", "soft"]
 Subspace = Literal["null", "random", "protected"]
 
 SOFT_TRUNCATION = 0.1
-"""``soft`` leaves directions alone whose eigenvalue is below this share of m: they move outputs by less than m anyway."""
+"""``soft`` leaves directions alone whose eigenvalue is below this share of m: they move outputs by less anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)

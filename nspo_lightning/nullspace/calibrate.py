@@ -7,7 +7,7 @@ Under a memory budget the inputs are spread over several passes; a single input 
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,20 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning.nullspace import ranks
-from nspo_lightning.nullspace.basis import (
-    Basis,
-    Form,
-    Spectrum,
-    Subspace,
-    build_basis,
-    build_soft_basis,
-    choose_ranks,
-    decompose,
-)
+from nspo_lightning.nullspace.basis import Basis, Spectrum, decompose
+from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, basis_from_spectrum, refuse_empty
 from nspo_lightning.nullspace.collect import InputCollector, RepeatBatch
-from nspo_lightning.nullspace.criteria import Criterion, RankChoice, check_threshold, choose_rank, energy_left
 from nspo_lightning.nullspace.domains import combine
 from nspo_lightning.nullspace.sketch import RangeSketch, sketch_columns, sketch_spectrum
+
+_NO_BATCHES = "Calibration got no batches. Check `calibration` or the datamodule's `calibration_dataloader()`."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,154 +35,6 @@ class ForwardCall:
     """True (non-zero) = this row's inputs count."""
     domains: Sequence[str] | None = None
     """Domain of each sample."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BasisSettings:
-    """What decides a basis, given the moments."""
-
-    criterion: Criterion = "auto"
-    threshold: float | None = None
-    form: Form = "hard"
-    softness: float = 0.01
-    subspace: Subspace = "null"
-    min_null_share: float = 0.0
-    max_output_change: float | None = None
-    domain_weights: Mapping[str, float] | None = None
-    without_domains: Sequence[str] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_threshold(self.criterion, self.threshold)
-        for name, allowed in (("form", ("hard", "soft")), ("subspace", ("null", "random", "protected"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if not 0 <= self.min_null_share < 1:
-            raise ValueError(f"`min_null_share` must lie in [0, 1), got {self.min_null_share}.")
-        if not self.softness > 0:
-            raise ValueError(f"`softness` must be positive, got {self.softness}.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for fingerprints and files."""
-        values = dict(vars(self))
-        values["domain_weights"] = dict(self.domain_weights) if self.domain_weights else None
-        values["without_domains"] = list(self.without_domains)
-        return values
-
-
-@dataclass(kw_only=True)
-class Calibration:
-    """Bases for a model's layers, and what they were made from."""
-
-    bases: dict[str, Basis]
-    """First layer of each input -> basis."""
-    groups: dict[str, list[str]]
-    """First layer of each input -> all layers that read it."""
-    settings: BasisSettings
-    output_energy: dict[str, float] = field(default_factory=dict)
-    """Layer -> mean squared norm of its outputs on calibration rows."""
-    domain_tokens: dict[str, int] = field(default_factory=dict)
-    """Domain -> rows that counted."""
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Input -> domain -> second moment, where they were kept."""
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-
-    def basis_of(self, layer: str) -> Basis:
-        """Return the basis of a layer by its name.
-
-        Raises:
-            KeyError: if the layer was not calibrated.
-        """
-        for first, names in self.groups.items():
-            if layer in names:
-                return self.bases[first]
-        raise KeyError(f"No basis for layer {layer!r}; calibrated layers: {sorted(self.layer_names())[:8]} ...")
-
-    def layer_names(self) -> set[str]:
-        """Return the names of all calibrated layers."""
-        return {name for names in self.groups.values() for name in names}
-
-    def recombined(self, settings: BasisSettings) -> Calibration:
-        """Return bases for other settings (another criterion, a domain left out) from the kept moments.
-
-        Args:
-            settings: the new settings.
-
-        Returns:
-            A new calibration, without a second pass over the data.
-
-        Raises:
-            ValueError: if the moments were not kept.
-        """
-        if set(self.moments) != set(self.bases):
-            raise ValueError("The moments of this calibration were not kept. Calibrate with `keep_moments=True`.")
-        spectra = {}
-        for name, by_domain in self.moments.items():
-            tokens = sum(n for d, n in self.domain_tokens.items() if d not in settings.without_domains)
-            mean = combine(by_domain, settings.domain_weights, without=settings.without_domains)
-            spectra[name] = decompose(mean, tokens=tokens, resolution=torch.finfo(torch.float32).eps)
-        bases = bases_from_spectra(spectra, settings)
-        return Calibration(
-            bases=bases,
-            groups=self.groups,
-            settings=settings,
-            output_energy=self.output_energy,
-            domain_tokens=self.domain_tokens,
-            moments=self.moments,
-            fingerprint=self.fingerprint | {"settings": settings.as_dict()},
-        )
-
-
-def bases_from_spectra(spectra: Mapping[str, Spectrum], settings: BasisSettings) -> dict[str, Basis]:
-    """Decide k for each spectrum and build the bases.
-
-    Args:
-        spectra: input -> eigenpairs.
-        settings: criterion and form.
-
-    Returns:
-        input -> basis.
-
-    Raises:
-        NoNullDirections: naming every input that keeps no null direction.
-    """
-    bases = {name: _basis(index, spectrum, settings) for index, (name, spectrum) in enumerate(spectra.items())}
-    _refuse_empty(bases, {name: s.values for name, s in spectra.items()}, settings)
-    return {name: basis for name, basis in bases.items() if basis is not None}
-
-
-def _basis(index: int, spectrum: Spectrum, settings: BasisSettings) -> Basis | None:
-    if settings.form == "soft":
-        return build_soft_basis(spectrum, settings.softness)
-    choice = choose_rank(
-        spectrum.values,
-        settings.criterion,
-        settings.threshold,
-        min_null_share=settings.min_null_share,
-        max_output_change=settings.max_output_change,
-    )
-    if choice.protected >= spectrum.values.numel():
-        return None
-    available = spectrum.vectors.shape[1]
-    if choice.protected > available:  # a sketch holds no more directions: protect those, and say so
-        left = float(energy_left(spectrum.values)[available])
-        share = 1 - available / spectrum.values.numel()
-        reason = f"{choice.reason}; held by the sketch's {available} columns"
-        choice = RankChoice(
-            protected=available, energy_left=left, null_share=share, gain=left / share**2, reason=reason
-        )
-    return build_basis(spectrum, choice, subspace=settings.subspace, seed=settings.seed + index)
-
-
-def _refuse_empty(bases: Mapping[str, Basis | None], values: Mapping[str, Tensor], settings: BasisSettings) -> None:
-    if settings.form == "hard":
-        choose_ranks(
-            values,
-            settings.criterion,
-            settings.threshold,
-            min_null_share=settings.min_null_share,
-            max_output_change=settings.max_output_change,
-        )
 
 
 @torch.no_grad()
@@ -229,10 +74,7 @@ def calibrate_modules(
     bases: dict[str, Basis | None] = {}
     values: dict[str, Tensor] = {}
     for job in _passes(modules, forward, calls, memory_budget_gb, report):
-        make = None
-        if job.sketch_columns:
-            columns = job.sketch_columns
-            make = lambda name, width: RangeSketch(width, columns, seed=settings.seed)  # noqa: E731
+        make = functools.partial(_new_sketch, job.sketch_columns, settings.seed) if job.sketch_columns else None
         collector = InputCollector(
             modules, product_dtype=product_dtype, groups=job.groups, only=job.only, make_moment=make
         )
@@ -253,17 +95,21 @@ def calibrate_modules(
                 )
             else:
                 moments = {domain: m.second_moment() for domain, m in by_domain.items()}
-                mean = combine(moments, _weights(settings, moments), without=settings.without_domains)
+                mean = combine(moments, settings.domain_weights, without=settings.without_domains)
                 resolution = max(m.resolution for m in by_domain.values())
                 spectrum = _decompose_on_owner(mean, len(values), sum(tokens.values()), resolution)
                 if keep_moments:
                     result.moments[first] = {d: m.to(device="cpu", dtype=torch.float32) for d, m in moments.items()}
             values[first] = spectrum.values
-            bases[first] = _basis(len(bases), spectrum, settings)
+            bases[first] = basis_from_spectrum(len(bases), spectrum, settings)
             collector.moments.pop(first, None)
-    _refuse_empty(bases, values, settings)
+    refuse_empty(values, settings)
     result.bases = {name: basis for name, basis in bases.items() if basis is not None}
     return result
+
+
+def _new_sketch(columns: int, seed: int, _: str, width: int) -> RangeSketch:
+    return RangeSketch(width, columns, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,12 +216,12 @@ def _check_called(collector: InputCollector, modules: Mapping[str, nn.Module]) -
         raise ValueError(
             f"{len(silent)} of {len(modules)} layers saw no input during calibration, so nothing can protect them: "
             f"{', '.join(silent[:5])}{' ...' if len(silent) > 5 else ''}. Their weights are used without calling the "
-            "module (as torch.nn.MultiheadAttention does), or the text never reaches them. Freeze them, or leave them out."
+            "module (as torch.nn.MultiheadAttention does), or the text never reaches them. Freeze them or leave them out."
         )
 
 
 def _reduced(collector: InputCollector, first: str) -> dict[str, Any]:
-    """Sum an input's accumulators over ranks; a domain that this rank did not see counts as zeros."""
+    """Return an input's accumulators, summed over ranks; a domain that this rank did not see counts as zeros."""
     local = collector.moments.get(first, {})
     if ranks.world_size() == 1:
         return local
@@ -396,12 +242,8 @@ def _reduce_output_energy(collector: InputCollector, result: Calibration) -> Non
         result.output_energy[name] = total / max(rows, 1)
 
 
-def _weights(settings: BasisSettings, moments: Mapping[str, Tensor]) -> Mapping[str, float] | None:
-    return settings.domain_weights
-
-
 def _decompose_on_owner(moment: Tensor, index: int, tokens: int, resolution: float) -> Spectrum:
-    """Diagonalise on one rank, so that all ranks hold the same vectors even where eigenvalues coincide."""
+    """Return eigenpairs found on one rank, so that all ranks hold the same vectors even where eigenvalues coincide."""
     if ranks.world_size() == 1:
         return decompose(moment, tokens=tokens, resolution=resolution)
     owner = index % ranks.world_size()
@@ -427,7 +269,7 @@ def _second_sketch_pass(
     job: _Pass,
     report: Callable[[str, int], None],
 ) -> Spectrum:
-    """Measure the energies inside the sketched range exactly, by a second pass over the text."""
+    """Return exact energies inside the sketched range, measured by a second pass over the text."""
     shares = {d: w for d, w in (settings.domain_weights or dict.fromkeys(by_domain, 1.0)).items() if d in by_domain}
     shares = {d: w for d, w in shares.items() if d not in settings.without_domains}
     scale = sum(shares.values())
@@ -449,9 +291,3 @@ def _width(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
-
-
-def mean_null_share(calibration: Calibration) -> float:
-    """Return the mean share of null directions over the layers' inputs (0 without layers)."""
-    shares = [basis.null_dims / basis.width for basis in calibration.bases.values()]
-    return math.fsum(shares) / len(shares) if shares else 0.0

@@ -33,7 +33,7 @@ class SharedInputs:
         self._next = 0
 
     def see(self, name: str, inputs: Tensor) -> str:
-        """Record a call and return the module that saw this very tensor first (possibly ``name`` itself)."""
+        """Return the module that saw this very tensor first (possibly ``name`` itself), and record the call."""
         known = self._serials.get(id(inputs))
         if known is None or known[0]() is not inputs:
             known = (weakref.ref(inputs), self._next, name)
@@ -140,7 +140,11 @@ class InputCollector:
         self._domains = list(domains) if domains is not None else None
 
     def end(self) -> None:
-        """Close a forward pass; after the first one the groups are settled."""
+        """Close a forward pass; after the first one the groups are settled.
+
+        Raises:
+            RepeatBatch: if the pass must be run again, now that it is known who shares inputs.
+        """
         if self._groups is None and self._shared.groups():
             self._groups = self._shared.groups()
             self._leaders = {name: first for first, names in self._groups.items() for name in names}
@@ -160,7 +164,7 @@ class InputCollector:
         return self._groups or {}
 
     def silent(self) -> list[str]:
-        """Names of modules whose forward was never called."""
+        """Return the names of modules whose forward was never called."""
         called = {name for names in self.groups.values() for name in names}
         return [name for name in self._modules if name not in called]
 
@@ -211,7 +215,7 @@ class InputCollector:
 
 
 class RepeatBatch(RuntimeError):
-    """Layers that shared an input at one call did not share it at another: run the batch again, now that it is known."""
+    """Layers that shared an input at one call did not share it at another: run the batch again."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names

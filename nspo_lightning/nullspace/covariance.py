@@ -9,6 +9,7 @@ throughout, because a Gram matrix squares the condition number and float32 would
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -73,7 +74,7 @@ def gram(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
             return rows.T @ rows
         result = rows.new_empty(width, width)
         edges = [width * i // _TILES for i in range(_TILES + 1)]
-        for start, end in zip(edges[:-1], edges[1:], strict=True):
+        for start, end in itertools.pairwise(edges):
             torch.matmul(rows[:, start:end].T, rows[:, start:], out=result[start:end, start:])
             result[end:, start:end] = result[start:end, end:].T
         return result

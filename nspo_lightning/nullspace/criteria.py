@@ -79,7 +79,7 @@ def energy_left(eigenvalues: Tensor) -> Tensor:
 
 
 def rho(eigenvalues: Tensor) -> Tensor:
-    """Return rho(k) = (e(k) + 1e-6) / f(k)^2 for k = 0 .. n - 1, shape ``(n,)``, float64."""
+    """Return the predicted harm (e(k) + 1e-6) / f(k)^2 for k = 0 .. n - 1, shape ``(n,)``, float64."""
     n = eigenvalues.numel()
     free = (n - torch.arange(n, dtype=torch.float64, device=eigenvalues.device)) / n
     return (energy_left(eigenvalues)[:-1] + NEGLIGIBLE_ENERGY) / free.square()
@@ -116,26 +116,23 @@ def choose_rank(
     n, left = values.numel(), energy_left(values)
     if values[0] <= 0:
         return RankChoice(protected=0, energy_left=0.0, null_share=1.0, gain=0.0, reason="its inputs are all zero")
-    reason = f"{criterion} {threshold:g}" if threshold is not None else ""
+    limit = 0.0 if threshold is None else threshold
+    reason = f"{criterion} {limit:g}"
     match criterion:
-        case "auto":
-            k, reason = _auto_rank(values, min_null_share, max_output_change)
         case "energy":
-            assert threshold is not None
-            k = int((left > threshold).sum())
+            k = int((left > limit).sum())
         case "bound":
-            assert threshold is not None
-            k = int((left.sqrt() > threshold).sum())
+            k = int((left.sqrt() > limit).sum())
         case "relative":
-            k = int((values >= threshold * values[0]).sum())
+            k = int((values >= limit * values[0]).sum())
         case "absolute":
-            k = int((values >= threshold).sum())
+            k = int((values >= limit).sum())
         case "rank":
-            assert threshold is not None
-            k = int(threshold) if threshold >= 1 or threshold == 0 else math.ceil(threshold * n)
+            k = int(limit) if limit >= 1 or limit == 0 else math.ceil(limit * n)
         case "null_share":
-            assert threshold is not None
-            k = min(n - math.ceil(threshold * n), int((values > 0).sum()))
+            k = min(n - math.ceil(limit * n), int((values > 0).sum()))
+        case _:
+            k, reason = _auto_rank(values, min_null_share, max_output_change)
     k = min(k, n)
     share = (n - k) / n
     gain = float(left[k]) / share**2 if k < n else math.inf
@@ -169,7 +166,7 @@ def check_threshold(criterion: str, threshold: float | None) -> float | None:
 
 
 def value_leaving_one(eigenvalues: Tensor, criterion: str) -> str:
-    """Say which setting of a criterion would leave one null direction, for an error message."""
+    """Return the setting of a criterion that would leave one null direction, for an error message."""
     values = eigenvalues.to(torch.float64).clamp_min(0)
     n, last = values.numel(), float(values[-1])
     share = float(energy_left(values)[n - 1])

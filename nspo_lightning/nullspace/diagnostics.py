@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.nullspace.basis import Basis
-from nspo_lightning.nullspace.calibrate import Calibration
+from nspo_lightning.nullspace.basis_set import Calibration
 from nspo_lightning.nullspace.projection import protected_component
 
 NormFunction = Callable[[Tensor], float]
@@ -90,7 +90,7 @@ def certify(
 
 
 def _output_change(basis: Basis, update: Tensor, inside: Tensor, norm: NormFunction) -> float:
-    """Bound tr(D C D^T): exact along stored directions, largest remaining energy times squared norm elsewhere."""
+    """Return a bound of tr(D C D^T): exact along stored directions, largest other energy times norm elsewhere."""
     if basis.subspace != "null":
         return norm(update) ** 2 * float(basis.values[0])
     k, stored = basis.protected, basis.vectors.shape[1]
@@ -122,7 +122,7 @@ def table_rows(calibration: Calibration) -> list[dict[str, str]]:
 
 
 def joint_name(names: Iterable[str]) -> str:
-    """Name a group of layers by their common parent: ``layers.0.self_attn.{q_proj,k_proj,v_proj}``."""
+    """Return one name for a group of layers: ``layers.0.self_attn.{q_proj,k_proj,v_proj}``."""
     names = list(names)
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) == 1 or len(parents) > 1:
@@ -132,7 +132,7 @@ def joint_name(names: Iterable[str]) -> str:
 
 
 def format_table(rows: list[dict[str, str]]) -> str:
-    """Lay rows out as plain text with aligned columns."""
+    """Return the rows as plain text with aligned columns."""
     if not rows:
         return "(no layers)"
     heads = list(rows[0])

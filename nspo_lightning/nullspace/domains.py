@@ -66,7 +66,8 @@ def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
         >>> principal_cosines(torch.eye(3)[:, :1], torch.eye(3)[:, 1:])
         tensor([0.])
     """
-    return torch.linalg.svdvals(first.T @ second).clamp(0, 1)
+    cosines: Tensor = torch.linalg.svdvals(first.T @ second)
+    return cosines.clamp(0, 1)
 
 
 def domain_report(moments: Mapping[str, Tensor], share: float = 0.99) -> dict[str, dict[str, float]]:

@@ -49,7 +49,7 @@ def combined(parts: Mapping[str, Any]) -> str:
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List what differs between two fingerprints, in words, ignoring keys that only one of them has.
+    """Return what differs between two fingerprints, in words, ignoring keys that only one of them has.
 
     Example:
         >>> differences({"data": "a", "settings": {"criterion": "auto"}}, {"settings": {"criterion": "energy"}})

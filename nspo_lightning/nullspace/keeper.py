@@ -129,7 +129,7 @@ class NullSpaceKeeper:
 
     @torch.no_grad()
     def certificates(self, output_energy: dict[str, float] | None = None) -> list[LayerCertificate]:
-        """Measure every layer's update since the start."""
+        """Return a certificate of every layer's update since the start."""
         found = []
         for layer, basis, reference in zip(self.layers, self.bases, self._references, strict=True):
             matrix, up = _whole(layer.rows(layer.matrix.detach())), None
@@ -153,7 +153,7 @@ class NullSpaceKeeper:
 
 
 def _needs_anchor(layer: ProtectedLayer) -> bool:
-    """A full weight moves away from W_ref; so does A under a frozen B, where projecting A itself would change outputs."""
+    """Return True where a displacement is held: full weights, and A under a frozen B (whose own projection shows)."""
     if layer.kind != "lora":
         return True
     return layer.output is not None and not layer.output.requires_grad

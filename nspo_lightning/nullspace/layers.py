@@ -7,11 +7,10 @@ import, so that peft is not needed. Refusals name the parameter, say what it wou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 Kind = Literal["lora", "dense", "dense_transposed"]
@@ -26,7 +25,7 @@ class ProtectedLayer:
     module: nn.Module
     """The module whose input is collected."""
     kind: Kind
-    """``lora``: A of an adapter. ``dense``: a full weight (out x in). ``dense_transposed``: GPT-2's Conv1D (in x out)."""
+    """``lora``: A of an adapter. ``dense``: a weight (out x in). ``dense_transposed``: GPT-2's Conv1D (in x out)."""
     matrix: nn.Parameter
     """A or W."""
     output: nn.Parameter | None = None
@@ -40,7 +39,7 @@ class ProtectedLayer:
         return self.matrix.shape[0] if self.kind == "dense_transposed" else self.matrix.shape[1]
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """View a tensor shaped like ``matrix`` with input features last."""
+        """Return a view of a tensor shaped like ``matrix``, with input features last."""
         return tensor.T if self.kind == "dense_transposed" else tensor
 
 
@@ -111,7 +110,7 @@ def plan_layers(
 
 
 def matches(name: str, target_modules: str | Sequence[str] | None) -> bool:
-    """Say whether a module name is among the targets (see `plan_layers`)."""
+    """Return whether a module name is among the targets (see `plan_layers`)."""
     if target_modules is None:
         return True
     if isinstance(target_modules, str):
@@ -122,8 +121,9 @@ def matches(name: str, target_modules: str | Sequence[str] | None) -> bool:
 
 
 def adapters_off(model: nn.Module) -> list[Any]:
-    """Return the context managers that switch adapters off in ``model`` (peft's ``disable_adapter``), outermost only."""
-    contexts, prefixes = [], []
+    """Return context managers that switch adapters off (peft's ``disable_adapter``), outermost models only."""
+    contexts: list[Any] = []
+    prefixes: list[str] = []
     for name, module in model.named_modules():
         switch = getattr(module, "disable_adapter", None)
         if callable(switch) and not any(name.startswith(p) for p in prefixes) and hasattr(module, "peft_config"):
@@ -214,7 +214,7 @@ def _adapter_obstacle(module: Any, key: str, down: nn.Module, up: nn.Module, res
         return ("A acts on a transformed input", "Use vanilla LoRA or rsLoRA")
     if not resumed and up.weight.requires_grad and _nonzero(up.weight):
         return (
-            "B is not zero: projecting A would change what the model does, and leaving A as it is would leak with every "
+            "B is not zero: projecting A would change what the model does, and leaving A as it is would leak with each "
             "change of B",
             "Merge the adapter into its base first (`merge_and_unload`) and start a new one, or freeze B "
             "(`requires_grad_(False)`)",
@@ -270,13 +270,3 @@ def _refuse(name: str, parameter: nn.Parameter, target_modules: str | Sequence[s
         reason = f"a parameter of shape {tuple(parameter.shape)} that no linear layer owns cannot be projected"
         cure = "Freeze it, or train linear layers or LoRA adapters only"
     return Refusal(name=name, parameter=parameter, reason=reason, cure=cure)
-
-
-def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the named parameters that require gradients."""
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def is_distributed_tensor(tensor: Tensor) -> bool:
-    """Say whether a tensor is a DTensor, without importing torch.distributed where it is absent."""
-    return torch.distributed.is_available() and type(tensor.data).__name__ == "DTensor"

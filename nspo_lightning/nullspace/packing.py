@@ -61,15 +61,15 @@ class Pack:
                 self._weights[entry, 0, : basis.weights.numel()] = basis.weights
 
     def gather(self, matrices: Sequence[Tensor]) -> Tensor:
-        """Stack this pack's matrices, shape ``(entries, rows, width)``, float32 at least."""
+        """Return this pack's matrices stacked, shape ``(entries, rows, width)``, float32 at least."""
         parts = [matrices[slot.index] for slot in self.slots]
         stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
         return stacked.view(self.entries, self.rows, self.width)
 
     def split(self, stacked: Tensor) -> list[Tensor]:
-        """Undo `gather`: one view for each slot, in order."""
+        """Return one view for each slot, in order: the inverse of `gather`."""
         flat = stacked.reshape(self.entries * self.rows, self.width)
-        return list(flat.split([slot.rows for slot in self.slots]))
+        return list(torch.split(flat, [slot.rows for slot in self.slots]))
 
     def component(self, stacked: Tensor) -> Tensor:
         """Return the part along the stored directions, weighted in the soft form."""
@@ -130,7 +130,7 @@ def _pack(members: list[list[int]], rows: Sequence[int], bases: Sequence[Basis])
 
 
 def _runs(columns: list[int], width: int) -> list[list[int]]:
-    """Cut an ascending list of basis widths into runs that waste little padding."""
+    """Return an ascending list of basis widths cut into runs that waste little padding."""
     runs: list[list[int]] = []
     for index, count in enumerate(columns):
         if runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nspo_lightning.nullspace.calibrate import Calibration
+from nspo_lightning.nullspace.basis_set import Calibration
 from nspo_lightning.nullspace.diagnostics import joint_name
 
 _CURVES = 12  # more than this many lines cannot be told apart; the others are drawn faintly

@@ -80,7 +80,7 @@ class RangeSketch:
 
     @staticmethod
     def combined_range(sketches: Mapping[str, RangeSketch], weights: Mapping[str, float]) -> RangeBasis:
-        """Orthonormalise the weighted sum of the domains' sketches (they share Omega, so Y is linear in C)."""
+        """Return the range of the weighted sum of the domains' sketches (they share Omega, so Y is linear in C)."""
         first = next(iter(sketches.values()))
         device = first.total_on(torch.device("cpu")).device
         total = torch.zeros_like(first.total_on(device))

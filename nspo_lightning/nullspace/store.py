@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.nullspace.basis import Basis
-from nspo_lightning.nullspace.calibrate import BasisSettings, Calibration
+from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration
 from nspo_lightning.nullspace.criteria import RankChoice
 from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, differences
 

@@ -1,0 +1,64 @@
+"""Trained parameters that cannot be held in the null space: refused, warned about or frozen, never left out silently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+
+from nspo_lightning.nullspace import LayerPlan
+
+Unprotected = Literal["error", "warn", "freeze"]
+_SHOWN = 12
+
+
+def report_unprotected(plan: LayerPlan, mode: Unprotected, target_modules: str | Sequence[str] | None) -> bool:
+    """Act on a plan's refusals.
+
+    Args:
+        plan: what can be held and what cannot.
+        mode: what the user wants.
+        target_modules: for the message when nothing at all is held.
+
+    Returns:
+        True if the refused parameters are to be frozen.
+
+    Raises:
+        MisconfigurationException: in mode ``error``, or if there is nothing to hold.
+    """
+    if plan.refusals:
+        lines = "\n  ".join(str(refusal) for refusal in plan.refusals[:_SHOWN])
+        more = f"\n  ... and {len(plan.refusals) - _SHOWN} more" if len(plan.refusals) > _SHOWN else ""
+        text = f"{len(plan.refusals)} trained parameter(s) cannot be held in the null space:\n  {lines}{more}"
+        if mode == "error":
+            raise MisconfigurationException(
+                f"{text}\nOr set `unprotected='freeze'` (they do not train) or 'warn' (they train freely)."
+            )
+        if mode == "warn":
+            rank_zero_warn(f"{text}\nThey train freely and may move general outputs.")
+    if not plan.layers:
+        raise MisconfigurationException(
+            "NullSpaceProjection found no trained LoRA adapter or linear layer that it can hold"
+            + (f" among target_modules={target_modules!r}" if target_modules is not None else "")
+            + ". Check that the module's trainable parameters have `requires_grad=True` before fit."
+        )
+    return bool(plan.refusals) and mode == "freeze"
+
+
+def require_float32(plan: LayerPlan) -> None:
+    """Refuse trained matrices in half precision.
+
+    Raises:
+        MisconfigurationException: naming the first one.
+    """
+    low = [layer for layer in plan.layers if layer.matrix.dtype not in (torch.float32, torch.float64)]
+    if low:
+        raise MisconfigurationException(
+            f"{len(low)} trained matrices are in {low[0].matrix.dtype} (first: {low[0].name}); rounding to it alone "
+            "leaks about 4e-3 of an update into what is protected. Keep trained weights in float32: "
+            "precision='bf16-mixed' or '32-true' instead of 'bf16-true' or '16-true' (peft: "
+            "`autocast_adapter_dtype=True`)."
+        )
