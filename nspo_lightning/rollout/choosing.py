@@ -14,12 +14,13 @@ from torch import Tensor
 
 from nspo_lightning.rollout.config import SamplingConfig
 
-Processor = Callable[[Tensor, Tensor], Tensor]  # (ids so far, logits) -> logits
+# (all sequences (R, L + T), running rows (r,), columns so far, logits (r, V)) -> logits
+Process = Callable[[Tensor, Tensor, int, Tensor], Tensor]
 
 
 def build_processors(
     config: SamplingConfig, *, eos_token_ids: Sequence[int], prompt_length: int, device: torch.device
-) -> list[Processor]:
+) -> Process:
     """Make the chain that ``generate`` would make, in its order.
 
     Args:
@@ -29,11 +30,11 @@ def build_processors(
         device: of the logits.
 
     Returns:
-        Functions of (ids (r, L + t), logits (r, V)).
+        A function of (all sequences, running rows, columns so far, their logits) that returns logits.
     """
     from transformers.generation import logits_process as hf  # heavy: imported where it is used
 
-    chain: list[Processor] = []
+    chain: list[Callable[[Tensor, Tensor], Tensor]] = []
     if config.repetition_penalty != 1.0:
         chain.append(hf.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
     if config.min_new_tokens > 0 and eos_token_ids:
@@ -42,17 +43,41 @@ def build_processors(
                 prompt_length, config.min_new_tokens, list(eos_token_ids), device=str(device)
             )
         )
-    if config.temperature == 0:
-        return chain
-    if config.temperature != 1.0:
+    if config.temperature not in {0, 1}:
         chain.append(hf.TemperatureLogitsWarper(float(config.temperature)))
-    if config.top_k > 0:
+    if config.temperature > 0 and config.top_k > 0:
         chain.append(hf.TopKLogitsWarper(top_k=config.top_k))
-    if config.top_p < 1.0:
+    if config.temperature > 0 and config.top_p < 1.0:
         chain.append(hf.TopPLogitsWarper(top_p=float(config.top_p)))
-    if config.min_p is not None:
+    if config.temperature > 0 and config.min_p is not None:
         chain.append(hf.MinPLogitsWarper(min_p=float(config.min_p)))
-    return chain
+
+    def process(sequences: Tensor, rows: Tensor, columns: int, logits: Tensor) -> Tensor:
+        if chain:
+            ids = sequences[rows, :columns]
+            for processor in chain:
+                logits = processor(ids, logits)
+        return logits
+
+    return process
+
+
+def noise(steps: int, rows: int, config: SamplingConfig, generator: torch.Generator | None) -> Tensor:
+    """Draw all the noise of a rollout.
+
+    Args:
+        steps: most tokens a completion can have.
+        rows: number of completions.
+        config: greedy settings (temperature 0) use no noise and draw none.
+        generator: its source; None = torch's global one.
+
+    Returns:
+        Shape (steps, rows), float64 in [0, 1), on the generator's device.
+    """
+    device = "cpu" if generator is None else generator.device
+    if config.temperature == 0:
+        return torch.zeros(steps, rows, dtype=torch.float64, device=device)
+    return torch.rand(steps, rows, dtype=torch.float64, generator=generator, device=device)
 
 
 def without_padding(ids: Tensor, mask: Tensor) -> Tensor:
@@ -68,17 +93,18 @@ def without_padding(ids: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, ids, ids.gather(1, mask.int().argmax(1, keepdim=True)))
 
 
-def draw(logits: Tensor, uniform: Tensor | None) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor, *, greedy: bool) -> Tensor:
     """Draw one token a row.
 
     Args:
         logits: shape (r, V), processed.
-        uniform: shape (r,), float64 in [0, 1); None = take the likeliest token.
+        uniform: shape (r,), float64 in [0, 1).
+        greedy: take the likeliest token instead.
 
     Returns:
         Shape (r,), int64.
     """
-    if uniform is None:
+    if greedy:
         return logits.argmax(-1)
     # float64 sums: in float32 the tail of a large vocabulary would fall below the resolution of the sum before it.
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)

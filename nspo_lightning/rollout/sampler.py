@@ -1,7 +1,7 @@
 """Draw a group of completions for each prompt: prefill, repeat, decode, compact.
 
-The prompt runs through the policy once and its cache is repeated for the group. Rows leave the batch as they end.
-With sharing off, the same code runs each row with its own prompt.
+Each prompt runs through the policy once. Rows leave the batch as they end, instead of decoding padding. With sharing
+off, the same loop runs each row with its own copy of the prompt.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from nspo_lightning.grpo.batch import Rollout
 from nspo_lightning.grpo.parts import policy_parts
-from nspo_lightning.grpo.prefix import can_share_prefix, evaluation_mode, positions
-from nspo_lightning.rollout.choosing import build_processors, draw, without_padding
+from nspo_lightning.grpo.sharing import can_share_prompts, evaluation_mode
+from nspo_lightning.rollout.choosing import build_processors, draw, noise, without_padding
 from nspo_lightning.rollout.config import SamplingConfig
+from nspo_lightning.rollout.memory import RowMemory, SharedMemory
 
 
 @torch.no_grad()
@@ -42,75 +43,53 @@ def sample(
         eos_token_ids: every one of them ends a completion; may be empty.
         pad_token_id: fills completions that are shorter than the longest.
         generator: source of the noise; the same state gives the same completions.
-        share_prefix: run each prompt once a group. False = the plain path, same results.
+        share_prefix: run each prompt once. False = the plain path, same results.
 
     Returns:
         The rollout, C = length of the longest completion.
 
     Raises:
-        ValueError: If the prompts are not left-padded or one of them is empty.
+        ValueError: If there is no prompt, or one that ends in padding.
     """
     prompt_mask = prompt_mask.bool()
     if prompt_ids.shape[0] == 0 or not bool(prompt_mask[:, -1].all()):
         raise ValueError(
             "Expected at least one prompt, each with its last token in the last column (left padding), got "
-            f"{int((~prompt_mask[:, -1]).sum())} of {prompt_ids.shape[0]} prompts that end in padding. Use "
+            f"{int((~prompt_mask[:, -1]).sum())} of {prompt_ids.shape[0]} prompts that end in padding. Tokenize with "
             "padding_side='left'."
         )
     parts = policy_parts(model)
-    shared = share_prefix and group_size > 1 and can_share_prefix(parts.model)
-    device = prompt_ids.device
-    rows_total, limit = prompt_ids.shape[0] * group_size, config.max_new_tokens
-    row_prompts, row_mask = prompt_ids.repeat_interleave(group_size, 0), prompt_mask.repeat_interleave(group_size, 0)
-    processors = build_processors(config, eos_token_ids=eos_token_ids, prompt_length=prompt_ids.shape[1], device=device)
-    uniform = None
-    if config.temperature > 0:
-        noise_device = generator.device if generator is not None else "cpu"
-        uniform = torch.rand(limit, rows_total, dtype=torch.float64, generator=generator, device=noise_device).to(
-            device
-        )
+    limit, device, length = config.max_new_tokens, prompt_ids.device, prompt_ids.shape[1]
+    total = prompt_ids.shape[0] * group_size
+    process = build_processors(config, eos_token_ids=eos_token_ids, prompt_length=length, device=device)
+    uniform = noise(limit, total, config, generator).to(device)
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
+    # What the processors see: prompts, then what is drawn.
+    sequence = torch.full((total, length + limit), pad_token_id, dtype=torch.long, device=device)
+    sequence[:, :length] = without_padding(prompt_ids, prompt_mask).repeat_interleave(group_size, 0)
+    lengths = torch.full((total,), limit, device=device)
+    finished = torch.zeros(total, dtype=torch.bool, device=device)
+    rows = torch.arange(total, device=device)  # the rows that are still running
 
-    length = prompt_ids.shape[1]
-    sequence = torch.full((rows_total, length + limit), pad_token_id, dtype=torch.long, device=device)
-    sequence[:, :length] = without_padding(row_prompts, row_mask)
-    seen = torch.cat([row_mask, torch.ones(rows_total, limit, dtype=torch.bool, device=device)], 1)
-    next_position = row_mask.sum(1)
-    lengths = torch.full((rows_total,), limit, device=device)
-    finished = torch.zeros(rows_total, dtype=torch.bool, device=device)
-    rows = torch.arange(rows_total, device=device)
-
+    shared = share_prefix and can_share_prompts(parts.model)
+    memory = SharedMemory(parts, group_size) if shared else RowMemory(parts, group_size)
     with evaluation_mode(model):
-        ids, mask = (prompt_ids, prompt_mask) if shared else (row_prompts, row_mask)
-        hidden, cache = parts.decode(ids, attention_mask=mask, position_ids=positions(mask), use_cache=True)
-        logits = parts.head(hidden[:, -1])
-        if shared:
-            logits = logits.repeat_interleave(group_size, 0)
-            cache.batch_repeat_interleave(group_size)
+        logits = memory.prefill(prompt_ids, prompt_mask)
         for step in range(limit):
-            logits = logits.float()
-            for process in processors:
-                logits = process(sequence[rows, : length + step], logits)
-            token = draw(logits, None if uniform is None else uniform[step, rows])
+            logits = process(sequence, rows, length + step, logits.float())
+            token = draw(logits, uniform[step, rows], greedy=config.temperature == 0)
             sequence[rows, length + step] = token
-            ended = torch.isin(token, eos) if len(eos) else torch.zeros_like(token, dtype=torch.bool)
+            ended = torch.isin(token, eos)
             if bool(ended.any()):
                 finished[rows[ended]] = True
                 lengths[rows[ended]] = step + 1
-                alive = (~ended).nonzero().squeeze(1)
-                rows, token = rows[alive], token[alive]
+                running = (~ended).nonzero().squeeze(1)
+                rows, token = rows[running], token[running]
                 if len(rows):
-                    cache.batch_select_indices(alive)
-            if step + 1 == limit or not len(rows):
+                    memory.keep(running)
+            if len(rows) == 0 or step + 1 == limit:
                 break
-            hidden, cache = parts.decode(
-                token[:, None],
-                attention_mask=seen[rows, : length + step + 1],
-                position_ids=(next_position[rows] + step)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = parts.head(hidden[:, -1])
+            logits = memory.step(token)
     longest = int(lengths.max())
     return Rollout(
         prompt_ids=prompt_ids,

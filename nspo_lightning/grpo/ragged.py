@@ -1,0 +1,82 @@
+"""Moving tokens between a flat list and a padded grid, in both directions and both passes, by pure gathers.
+
+A policy's linear layers work on a flat list of real tokens, no padding computed; attention works on padded grids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """``x[index]`` with zeros where index is -1, for an index that names each row of x at most once.
+
+    Its gradient then is a gather too, by the inverse index: much faster than the scattered additions that autograd
+    has to assume.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _gather(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        return _gather(upstream[0], inverse), None, None
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    picked = x.index_select(0, index.clamp(min=0))
+    missing = index < 0
+    return picked.masked_fill_(missing.view(-1, *[1] * (x.ndim - 1)), 0.0)
+
+
+class Ragged:
+    """Real tokens of a padded grid, as a flat list in row order.
+
+    Args:
+        mask: shape (B, T), bool, True = real token.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.shape = mask.shape
+        flat = mask.flatten()
+        self.where = flat.nonzero().squeeze(1)
+        self.size = len(self.where)
+        self.is_full = self.size == flat.numel()
+        number = torch.full_like(flat, -1, dtype=torch.long)
+        number[self.where] = torch.arange(self.size, device=mask.device)
+        self._number = number
+
+    def pack(self, grid: Tensor) -> Tensor:
+        """Take the real tokens.
+
+        Args:
+            grid: shape (B, T, ...).
+
+        Returns:
+            Shape (size, ...).
+        """
+        rows = grid.flatten(0, 1)
+        if self.is_full:
+            return rows
+        packed: Tensor = _Gather.apply(rows, self.where, self._number)  # type: ignore[no-untyped-call]
+        return packed
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """Put the real tokens back, zeros elsewhere.
+
+        Args:
+            flat: shape (size, ...).
+
+        Returns:
+            Shape (B, T, ...).
+        """
+        if not self.is_full:
+            flat = _Gather.apply(flat, self._number, self.where)  # type: ignore[no-untyped-call]
+        return flat.reshape(*self.shape, *flat.shape[1:])
