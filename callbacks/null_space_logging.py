@@ -48,7 +48,9 @@ def log_start(trainer: pl.Trainer, calibration: Calibration) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
         add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-        figure = _figure(calibration) if callable(add_figure) and trainer.is_global_zero else None
+        if add_figure is None or not trainer.is_global_zero:
+            continue
+        figure = _figure(calibration)
         if figure is not None:
             add_figure("nullspace/spectrum", figure, global_step=trainer.global_step, close=False)
 

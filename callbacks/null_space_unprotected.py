@@ -1,4 +1,4 @@
-"""Trained parameters that cannot be held in the null space: refused, warned about or frozen, never left out silently."""
+"""Trained parameters that cannot be held in the null space: refused, warned about or frozen, never ignored."""
 
 from __future__ import annotations
 

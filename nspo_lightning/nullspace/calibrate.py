@@ -216,7 +216,7 @@ def _check_called(collector: InputCollector, modules: Mapping[str, nn.Module]) -
         raise ValueError(
             f"{len(silent)} of {len(modules)} layers saw no input during calibration, so nothing can protect them: "
             f"{', '.join(silent[:5])}{' ...' if len(silent) > 5 else ''}. Their weights are used without calling the "
-            "module (as torch.nn.MultiheadAttention does), or the text never reaches them. Freeze them or leave them out."
+            "module (as torch.nn.MultiheadAttention does), or no text reaches them. Freeze them or leave them out."
         )
 
 

@@ -6,6 +6,7 @@ thin factors in float64, never from the product: ||B X||_F^2 = tr(X^T (B^T B) X)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -129,6 +130,13 @@ def joint_name(names: Iterable[str]) -> str:
         return ", ".join(names)
     parent = parents.pop()
     return (parent + "." if parent else "") + "{" + ",".join(name.rpartition(".")[2] for name in names) + "}"
+
+
+def common_parent(names: Iterable[str]) -> str:
+    """Return the dotted prefix that all names share (``policy.model.layers.``), empty where there is none."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
+    return "".join(f"{column[0]}." for column in shared)
 
 
 def format_table(rows: list[dict[str, str]]) -> str:
