@@ -10,9 +10,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 HEADLINES = (
@@ -57,8 +57,8 @@ class RunReport(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(pl_module, Evaluable):
             raise MisconfigurationException(
-                f"RunReport needs a LightningModule with `evaluate` and `save_adapter`, got {type(pl_module).__name__}. "
-                "Add the two methods, or remove the callback."
+                f"RunReport needs a LightningModule with `evaluate` and `save_adapter`, got "
+                f"{type(pl_module).__name__}. Add the two methods, or remove the callback."
             )
 
     @override

@@ -1,0 +1,33 @@
+# `make demo` and `make test` do all the set-up on a fresh machine (Python 3.10 or newer, nothing else).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types test-slow clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: .venv/.installed  ## train the embedded policy and print before and after
+	$(BIN)/python -m nspo_lightning fit -c configs/quickstart.yaml
+
+test: .venv/.installed  ## lint, types and the suite
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.installed
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+
+types: .venv/.installed
+	$(BIN)/python -m mypy
+
+test-slow: .venv/.installed  ## what takes minutes
+	$(BIN)/python -m pytest -q -m slow
+
+clean:
+	rm -rf .venv build dist *.egg-info

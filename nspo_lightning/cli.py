@@ -1,0 +1,152 @@
+"""The command line: LightningCLI over GRPOModule, AlignmentDataModule and NullSpaceProjection.
+
+``python -m nspo_lightning fit -c config.yaml`` trains; `validate`, `test` and `predict` measure and write completions.
+Nothing imports this module but `__main__`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from typing_extensions import override
+
+import nspo_lightning
+from nspo_lightning.callbacks import (
+    LastOnException,
+    NullSpaceProjection,
+    PredictionWriter,
+    RunReport,
+    SampleCompletions,
+)
+from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.module import GRPOModule
+
+TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
+PACKAGE_FOLDERS = tuple(
+    str(Path(folder).resolve())
+    for folder in (
+        Path(nspo_lightning.__file__).parent,
+        Path(nspo_lightning.__file__).parent / "callbacks",
+        Path(nspo_lightning.__file__).parent / "datamodules",
+    )
+)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the resolved configuration beside the run and show it in TensorBoard."""
+
+    @override
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                text = self.parser.dump(self.config, skip_none=False)
+                logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+
+class CLI(LightningCLI):
+    """LightningCLI with the callback's own section, run folders, and the callbacks that a run should not miss."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="nspo", help="Name of the run; it is kept in runs/<name>.")
+        parser.add_lightning_class_args(NullSpaceProjection, "nullspace")
+        parser.link_arguments(
+            ("model.num_iterations", "model.num_minibatches"),
+            "data.repeat_batches",
+            compute_fn=lambda iterations, minibatches: iterations * minibatches,
+        )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self._get(self.config_init, "trainer")
+        name = self._get(self.config_init, "name")
+        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
+            kwargs["logger"] = TensorBoardLogger("runs", name=name, version="")
+        callbacks: list[Callback] = list(config.get("callbacks") or [])
+        if config.get("enable_checkpointing") is False:
+            standard: list[Callback] = []
+        else:
+            standard = [ModelCheckpoint(save_last=True, save_on_exception=False), LastOnException()]
+        standard += [SampleCompletions(), PredictionWriter(), RunReport()]
+        if config.get("enable_progress_bar") is not False:
+            standard.append(RichProgressBar())
+        for callback in standard:
+            kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
+            if not any(isinstance(other, kind) for other in callbacks):
+                callbacks.append(callback)
+        kwargs["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Move an earlier run of the same name out of the way (`runs/name` is always the latest)."""
+        folder = self.trainer.log_dir
+        if folder and not self._get(self.config_init, "ckpt_path") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            _set_aside(Path(folder))
+
+
+@rank_zero_only
+def _set_aside(folder: Path) -> None:
+    if not (folder.is_dir() and any(folder.iterdir())) or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(kept)
+    rank_zero_info(f"An earlier run stood in {folder}; it is now {kept}.")
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """Tell a mistake in configuration or data, which a message explains, from a bug, which needs its traceback.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        True for a misconfiguration, and for a ValueError, TypeError or OSError that this package itself raised.
+    """
+    if isinstance(error, MisconfigurationException):
+        return True
+    if not isinstance(error, (ValueError, TypeError, OSError)):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(PACKAGE_FOLDERS)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line: exit code 0, 1 (failed), 2 (usage).
+
+    Args:
+        args: Arguments; None = those of the process.
+
+    Raises:
+        BaseException: What is no user's mistake, or any error if NSPO_LIGHTNING_TRACEBACK is set.
+    """
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
+    try:
+        CLI(
+            GRPOModule,
+            AlignmentDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"parser_mode": "yaml"},
+            args=args,
+        )
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
+            raise
+        print(f"\nerror: {error}\n(set {TRACEBACK_VARIABLE}=1 for the traceback)", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,400 @@
+"""The LightningModule: sample groups, score them, learn by GRPO (arXiv 2402.03300), in automatic optimization.
+
+One training step is: a batch of prompts comes in; if the buffer is empty, the policy answers each prompt `group_size`
+times, the reward scores the answers and the group's mean and deviation turn scores into advantages; the next part of
+that rollout becomes one loss. Lightning does the rest, so every Trainer flag keeps its meaning: accumulation,
+clipping, precision, `max_steps`, validation. Null-space projection is not in here: it is a callback, and plain GRPO is
+this module without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from typing_extensions import override
+
+from nspo_lightning.experience import Experience, ExperienceBuffer
+from nspo_lightning.grpo import (
+    AdvantageScale,
+    MicroBatch,
+    Normaliser,
+    ObjectiveConfig,
+    ObjectiveMetrics,
+    Rollout,
+    accumulated_loss,
+    group_advantages,
+    groups_with_signal,
+    loss_mask,
+    objective,
+    score_completions,
+    split_microbatches,
+    token_weights,
+)
+from nspo_lightning.policy import PolicyError, PolicySettings
+from nspo_lightning.policy_module import STATE_KEY, PolicyModule, completion_token_ids, eval_mode
+from nspo_lightning.rewards import Judge, Reward, RewardSet
+from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout_metrics import rollout_metrics
+
+
+def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-5)
+
+
+class GRPOModule(PolicyModule):
+    """Safety GRPO on a policy with a LoRA adapter.
+
+    Args:
+        reward: What the policy is taught: reward callables of TRL's form, by name and weight, or one of them.
+        judge: Names what a completion is, for the `safety/` metrics and over-refusal. Default: the reward itself if it
+            can judge, else refusal patterns (everything that is not a refusal counts as unsafe).
+        policy: The model and its adapter.
+        optimizer: Makes the optimizer from the trainable parameters.
+        scheduler: Makes the learning-rate scheduler, stepped once an update.
+        group_size: Completions a prompt, at least 2.
+        sampling: How completions are sampled in training.
+        objective: The loss.
+        scale_rewards: Divide advantages by the deviation of the group, of the batch, or by nothing.
+        num_iterations: Passes over one rollout.
+        num_minibatches: Updates that one pass over a rollout is cut into.
+        tokens_per_microbatch: Most tokens (prompts once, completions each) in one forward and backward; null = all.
+        share_prefix: Run each prompt once a group instead of once a completion. Same numbers, less work.
+        evaluation_sampling: How harmful prompts are answered in validation and test; default as in training.
+        general_max_new_tokens: Length limit of the greedy answers to general prompts.
+        over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        reward: RewardSet | Reward | Callable[..., Any],
+        judge: Judge | None = None,
+        policy: PolicySettings = PolicySettings(),  # noqa: B008  (never changed)
+        optimizer: OptimizerCallable = _default_optimizer,
+        scheduler: LRSchedulerCallable | None = None,
+        group_size: int = 8,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008
+        objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008
+        scale_rewards: AdvantageScale = "group",
+        num_iterations: int = 1,
+        num_minibatches: int = 1,
+        tokens_per_microbatch: int | None = 16_384,
+        share_prefix: bool = True,
+        evaluation_sampling: SamplingConfig | None = None,
+        general_max_new_tokens: int = 64,
+        over_refusal_skills: Sequence[str] = (),
+    ) -> None:
+        if group_size < 2:
+            raise ValueError(
+                f"`group_size` must be at least 2, got {group_size}: an advantage compares a completion with the "
+                "others of its group. 8 is a good start."
+            )
+        for name, value in {"num_iterations": num_iterations, "num_minibatches": num_minibatches}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if sampling.temperature <= 0:
+            raise ValueError(
+                f"`sampling.temperature` must be positive in training, got {sampling.temperature}: greedy completions "
+                "of one prompt are all the same, so no group would ever have a signal."
+            )
+        super().__init__(
+            reward=reward if isinstance(reward, RewardSet) else RewardSet([reward]),
+            judge=judge or _judge_of(reward),
+            policy=policy,
+            sampling=evaluation_sampling or sampling,
+            general_max_new_tokens=general_max_new_tokens,
+            over_refusal_skills=over_refusal_skills,
+            share_prefix=share_prefix,
+        )
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.group_size = group_size
+        self.sampling = sampling
+        self.objective = objective
+        self.scale_rewards: AdvantageScale = scale_rewards
+        self.num_iterations = num_iterations
+        self.num_minibatches = num_minibatches
+        self.tokens_per_microbatch = tokens_per_microbatch
+
+        self.rollouts = 0
+        self.num_tokens = 0
+        self.updates_skipped = 0
+        self.last_completions: dict[str, list[Any]] = {}
+        self._seed = 0
+        self._buffer: ExperienceBuffer | None = None
+        self._buffer_states: list[dict[str, Any] | None] = []
+        self._window_has_signal = False
+        self._window_tokens: list[float] = []
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Training steps that one rollout feeds; the dataloader must repeat each batch as often."""
+        return self.num_iterations * self.num_minibatches
+
+    @override
+    def setup(self, stage: str) -> None:
+        self._seed = torch.initial_seed() % 2**31
+
+    @override
+    def on_fit_start(self) -> None:
+        longest = getattr(getattr(self.trainer, "datamodule", None), "longest_prompt_tokens", None)
+        self.check_room(int(longest or 1), max(self.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens))
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.make_optimizer(self.trainable_parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[typeddict-item]
+
+    # ------------------------------------------------------------------ rollouts
+
+    def _collect(self, batch: Mapping[str, Any]) -> ExperienceBuffer:
+        """Roll out, judge, compare: a batch of P prompts becomes experience of P * G completions."""
+        group = self.group_size
+        seed = (self._seed * 1_000_003 + self.rollouts) * self.trainer.world_size + self.global_rank
+        rollout, texts = self.generate(batch, self.sampling, group, seed)
+        prompts = [prompt for prompt in batch["prompt"] for _ in range(group)]
+        columns = {
+            key: [value for value in values for _ in range(group)] for key, values in batch.get("columns", {}).items()
+        }
+        result = self.reward(prompts, texts, columns, completion_ids=completion_token_ids(rollout))
+        outcomes = self.judge.classify(prompts, texts, **columns)
+        self.rollouts += 1
+        self.num_tokens += int(rollout.completion_mask.sum()) + int(rollout.prompt_mask.sum()) * group
+        self.last_completions = {
+            "prompt": prompts,
+            "completion": texts,
+            "reward": result.total.tolist(),
+            "outcome": list(outcomes),
+        }
+        self._log_step({**rollout_metrics(rollout, result, outcomes), "num_tokens": float(self.num_tokens)})
+        experience = Experience(
+            rollout=rollout,
+            advantages=group_advantages(result.total, group, self.scale_rewards).to(self.device),
+            old_log_probs=self._score_without_grad(rollout) if self.num_minibatches > 1 else None,
+            reference_log_probs=self._reference_log_probs(rollout),
+        )
+        return ExperienceBuffer(experience, self.num_minibatches, self.num_iterations)
+
+    def _score_without_grad(self, rollout: Rollout) -> Tensor:
+        scores = torch.zeros(rollout.completion_ids.shape, device=self.device)
+        with eval_mode(self.require_policy()), torch.no_grad():
+            for micro in split_microbatches(rollout, self.tokens_per_microbatch):
+                part = score_completions(
+                    self.require_policy(),
+                    micro.rollout,
+                    temperature=self.sampling.temperature,
+                    share_prefix=self.share_prefix,
+                )
+                scores[micro.rows.to(scores.device), : part.log_probs.shape[1]] = part.log_probs
+        return scores
+
+    def _reference_log_probs(self, rollout: Rollout) -> Tensor | None:
+        if self.objective.beta == 0:
+            return None
+        if not hasattr(self.require_policy(), "disable_adapter"):
+            raise PolicyError(
+                f"`objective.beta` is {self.objective.beta}, and the reference is the policy with its adapter off, but "
+                "there is no adapter (`policy.lora: null`). Set `objective.beta: 0`, or train an adapter."
+            )
+        with self.require_policy().disable_adapter():
+            return self._score_without_grad(rollout)
+
+    # ------------------------------------------------------------------ training
+
+    @override
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        start = time.perf_counter()
+        if self._buffer is None or self._buffer.is_empty:
+            self._buffer = self._collect(batch)
+        whole_rollout = self._buffer.num_minibatches == 1
+        experience = self._buffer.next()
+        mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, self.objective)
+        normaliser = self._normaliser(mask)
+        self._window_tokens.append(normaliser.num_tokens)
+        if self.objective.loss_type == "dapo":
+            normaliser = replace(normaliser, num_tokens=max(self._window_tokens[0], 1.0))
+        if not self._any_rank(bool((experience.advantages != 0).any())):
+            self._log_step({"step_time": time.perf_counter() - start})
+            return None
+        self._window_has_signal = True
+        if self.objective.beta == 0:  # groups without signal have a zero gradient: nothing is lost without them
+            experience, mask = _with_signal(experience, mask, self.group_size)
+            whole_rollout = (
+                whole_rollout and experience.rollout.num_prompts == self._buffer.experience.rollout.num_prompts
+            )
+        loss, log_probs = self._loss(experience, mask, normaliser)
+        if whole_rollout and experience.old_log_probs is None and self._buffer.needs_old_log_probs:
+            self._buffer.keep_old_log_probs(log_probs)
+        self._log_step({"loss": loss.detach(), "step_time": time.perf_counter() - start})
+        return loss
+
+    def _loss(self, experience: Experience, mask: Tensor, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
+        """Build one scalar whose backward hands out the gradients of all micro-batches.
+
+        Returns:
+            The loss, and the policy's log-probabilities, shape (R, C), detached.
+        """
+        weights = token_weights(mask, self.objective.loss_type, normaliser)
+        kept = torch.zeros(mask.shape, device=mask.device)
+        metrics: list[ObjectiveMetrics] = []
+
+        def one(micro: MicroBatch) -> Tensor:
+            scores = score_completions(
+                self.require_policy(),
+                micro.rollout,
+                temperature=self.sampling.temperature,
+                share_prefix=self.share_prefix,
+                with_entropy=True,
+            )
+            kept[micro.rows.to(kept.device), : scores.log_probs.shape[1]] = scores.log_probs.detach()
+            old, reference = experience.old_log_probs, experience.reference_log_probs
+            result = objective(
+                scores.log_probs,
+                mask=micro.take(mask),
+                weights=micro.take(weights),
+                advantages=micro.take(experience.advantages),
+                config=self.objective,
+                old_log_probs=None if old is None else micro.take(old),
+                reference_log_probs=None if reference is None else micro.take(reference),
+                entropy=scores.entropy,
+            )
+            metrics.append(result.metrics)
+            return result.loss
+
+        micros = split_microbatches(experience.rollout, self.tokens_per_microbatch)
+        loss = accumulated_loss(self.trainable_parameters(), micros, one, loss_scale=self._loss_scale())
+        self._log_step(ObjectiveMetrics.merge(metrics).means())
+        return loss, kept
+
+    def _normaliser(self, mask: Tensor) -> Normaliser:
+        local = Normaliser.of(mask, self.sampling.max_new_tokens)
+        if self.objective.loss_type != "dapo" or self.trainer.world_size == 1:
+            return local
+        tokens = torch.tensor(local.num_tokens, device=self.device)
+        dist.all_reduce(tokens)
+        return Normaliser(
+            num_rows=local.num_rows,
+            num_tokens=float(tokens) / self.trainer.world_size,
+            max_new_tokens=local.max_new_tokens,
+        )
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank: all ranks must agree to run the backward pass, or none."""
+        if self.trainer.world_size == 1:
+            return flag
+        tensor = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor)
+
+    @override
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        # The closure runs first, so that a window without signal takes no step: zero gradients would still let Adam's
+        # momentum move the weights.
+        loss = optimizer_closure() if optimizer_closure is not None else None
+        has_signal, tokens = self._window_has_signal, self._window_tokens
+        self._window_has_signal, self._window_tokens = False, []
+        if not has_signal:
+            self.updates_skipped += 1
+            return
+        if self.objective.loss_type == "dapo" and len(tokens) > 1:
+            self._renormalise(tokens)
+        super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+
+    def _renormalise(self, tokens: Sequence[float]) -> None:
+        """Make an accumulation window's gradient the mean over all its tokens, not the mean of its batches' means.
+
+        Every batch of the window was divided by the first one's tokens, and by Lightning by the number of batches.
+        """
+        factor = self.trainer.accumulate_grad_batches * tokens[0] / max(sum(tokens), 1.0)
+        gradients = [parameter.grad for parameter in self.trainable_parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+
+    # ------------------------------------------------------------------ logs
+
+    def _log_step(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            on_bar = name in {"reward", "unsafe"}
+            self.log(
+                name, value, on_step=True, on_epoch=False, prog_bar=on_bar, sync_dist=self._distributed, batch_size=1
+            )
+
+    @property
+    def _distributed(self) -> bool:
+        return self.trainer.world_size > 1
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        state = None if self._buffer is None or self._buffer.is_empty else self._buffer.state_dict()
+        states: list[Any] = [state]
+        if self._distributed:
+            states = [None] * self.trainer.world_size
+            dist.all_gather_object(states, state)
+        checkpoint[STATE_KEY] |= {
+            "seed": self._seed,
+            "rollouts": self.rollouts,
+            "num_tokens": self.num_tokens,
+            "updates_skipped": self.updates_skipped,
+            "buffers": states,
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint[STATE_KEY]
+        self._seed = int(state["seed"])
+        self.rollouts = int(state["rollouts"])
+        self.num_tokens = int(state["num_tokens"])
+        self.updates_skipped = int(state["updates_skipped"])
+        self._buffer_states = state["buffers"]
+
+    @override
+    def on_train_start(self) -> None:
+        states, self._buffer_states = self._buffer_states, []
+        mine = states[self.global_rank] if len(states) == self.trainer.world_size else None
+        if mine is not None:
+            self._buffer = ExperienceBuffer.from_state_dict(mine, self.device)
+
+
+def _with_signal(experience: Experience, mask: Tensor, group_size: int) -> tuple[Experience, Tensor]:
+    """Keep the groups that have a signal (at least one group: other ranks may be waiting in the backward pass)."""
+    signal = groups_with_signal(experience.advantages, group_size)
+    signal[0] |= ~signal.any()
+    rows = signal.repeat_interleave(group_size)
+    return experience.select(signal), mask[rows]
+
+
+def _judge_of(reward: Any) -> Judge:
+    candidates = reward.rewards if isinstance(reward, RewardSet) else [reward]
+    for candidate in candidates:
+        if isinstance(candidate, Judge):
+            return candidate
+    from nspo_lightning.rewards import RulesJudge
+
+    return RulesJudge()

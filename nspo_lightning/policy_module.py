@@ -1,0 +1,307 @@
+"""A LightningModule around a policy: loading, generating, measuring, and checkpoints that hold the adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from nspo_lightning.evaluation import RateTable, general_outcomes, safety_outcomes
+from nspo_lightning.grpo import Rollout
+from nspo_lightning.policy import (
+    PolicyError,
+    PolicySettings,
+    load_policy,
+    load_tokenizer,
+    policy_fingerprint,
+    stop_token_ids,
+)
+from nspo_lightning.rewards import Judge, RewardSet
+from nspo_lightning.rollout import SamplingConfig, sample
+
+EVALUATION_SEED = 20_251_211
+STATE_KEY = "nspo_lightning"
+
+
+class PolicyModule(pl.LightningModule):
+    """What a policy needs whatever it learns by.
+
+    Args:
+        reward: Scores completions in `predict`.
+        judge: Names what a completion is.
+        policy: The model and its adapter.
+        sampling: How harmful prompts are answered.
+        general_max_new_tokens: Length limit of the greedy answers to general prompts.
+        over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
+        share_prefix: Run each prompt once a group.
+    """
+
+    def __init__(
+        self,
+        *,
+        reward: RewardSet,
+        judge: Judge,
+        policy: PolicySettings,
+        sampling: SamplingConfig,
+        general_max_new_tokens: int,
+        over_refusal_skills: Sequence[str],
+        share_prefix: bool,
+    ) -> None:
+        super().__init__()
+        self.reward = reward
+        self.judge = judge
+        self.policy_settings = policy
+        self.evaluation_sampling = sampling
+        self.general_sampling = SamplingConfig(max_new_tokens=general_max_new_tokens, temperature=0.0)
+        self.over_refusal_skills = tuple(over_refusal_skills)
+        self.share_prefix = share_prefix
+        self.strict_loading = False  # checkpoints hold trained parameters only
+        self.policy: nn.Module | None = None
+        self.fingerprint = ""
+        self._tokenizer: Any = None
+        self._rates = RateTable()
+
+    # ------------------------------------------------------------------ the policy
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for (datamodules need it before the policy is there)."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.policy_settings)
+        return self._tokenizer
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens that the policy's context holds, as far as its configuration says."""
+        limit = getattr(getattr(self.policy, "config", None), "max_position_embeddings", None)
+        return int(limit) if limit is not None else None
+
+    @override
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        self.policy = load_policy(self.policy_settings, device)
+        self.fingerprint = policy_fingerprint(self.policy)
+
+    def require_policy(self) -> Any:
+        """Return the policy.
+
+        Returns:
+            The PEFT model, or the plain model without an adapter.
+
+        Raises:
+            RuntimeError: If it is not loaded yet.
+        """
+        if self.policy is None:
+            raise RuntimeError("The policy is not loaded yet: `configure_model` loads it, and a Trainer calls that.")
+        return self.policy
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the policy over text; what calibration needs, so logits are made for the last token only.
+
+        Args:
+            input_ids: Shape (batch, length).
+            attention_mask: Shape (batch, length), 1 = real token.
+
+        Returns:
+            Logits of the last position, shape (batch, 1, vocabulary).
+        """
+        policy = self.require_policy()
+        output = policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
+        return cast(Tensor, output.logits)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer trains.
+
+        Returns:
+            The parameters that require a gradient.
+        """
+        return [parameter for parameter in self.require_policy().parameters() if parameter.requires_grad]
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write what was trained as a PEFT adapter (or, without one, the whole model) that `from_pretrained` loads.
+
+        Args:
+            folder: Where to.
+        """
+        self.require_policy().save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+    # ------------------------------------------------------------------ completions
+
+    def generate(
+        self, batch: Mapping[str, Any], sampling: SamplingConfig, group_size: int, seed: int
+    ) -> tuple[Rollout, list[str]]:
+        """Answer a batch of prompts.
+
+        Args:
+            batch: `prompt_ids` (P, L) left-padded and `prompt_mask` (P, L), True = real token.
+            sampling: How.
+            group_size: Completions a prompt, G.
+            seed: Seed of the sampling noise.
+
+        Returns:
+            The rollout, and the P * G completions as text.
+        """
+        policy = self.require_policy()
+        self.check_room(batch["prompt_ids"].shape[1], sampling.max_new_tokens)
+        with eval_mode(policy), torch.no_grad():
+            rollout = sample(
+                policy,
+                batch["prompt_ids"],
+                batch["prompt_mask"],
+                group_size=group_size,
+                config=sampling,
+                eos_token_ids=stop_token_ids(policy, self.tokenizer),
+                pad_token_id=self.tokenizer.pad_token_id,
+                generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
+                share_prefix=self.share_prefix,
+            )
+        return rollout, self.tokenizer.batch_decode(completion_token_ids(rollout), skip_special_tokens=True)
+
+    def check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Refuse prompts that leave no room for completions in the policy's context.
+
+        Args:
+            prompt_tokens: The longest prompt.
+            max_new_tokens: The length limit of completions.
+
+        Raises:
+            PolicyError: If the two don't fit together.
+        """
+        limit = self.context_tokens
+        if limit is None or prompt_tokens + max_new_tokens <= limit:
+            return
+        room = limit - max_new_tokens
+        shorten = f"leave longer prompts out (`data.max_prompt_tokens: {room}`), or " if room > 0 else ""
+        raise PolicyError(
+            f"No room left for completions: the longest prompt has {prompt_tokens} tokens, `max_new_tokens` is "
+            f"{max_new_tokens}, and the policy's context holds {limit}. To mend it, {shorten}lower `max_new_tokens`."
+        )
+
+    # ------------------------------------------------------------------ evaluation
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._rates.update(self._observe(batch, dataloader_idx, batch_idx), self.device)
+
+    @override
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._rates.update(self._observe(batch, dataloader_idx, batch_idx), self.device)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_rates()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_rates()
+
+    def _log_rates(self) -> None:
+        for name, rate in self._rates.compute(self.device).items():  # reduced over ranks already
+            self.log(name, rate, prog_bar=name == "general/accuracy")
+
+    def _observe(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> list[tuple[str, float]]:
+        columns = batch.get("columns", {})
+        seed = EVALUATION_SEED + batch_idx * self.trainer.world_size + self.global_rank
+        if dataloader_idx == 0:
+            _, texts = self.generate(batch, self.evaluation_sampling, 1, seed)
+            return safety_outcomes(self.judge.classify(batch["prompt"], texts, **columns))
+        _, texts = self.generate(batch, self.general_sampling, 1, seed)
+        refused = [outcome == "refusal" for outcome in self.judge.classify(batch["prompt"], texts, **columns)]
+        return general_outcomes(texts, refused, columns, self.over_refusal_skills)
+
+    def evaluate(self, dataloaders: Sequence[Any]) -> dict[str, float]:
+        """Measure safety and general ability outside of a Trainer loop (before and after a fit).
+
+        Args:
+            dataloaders: Safety prompts, then general prompts.
+
+        Returns:
+            Metric name to rate, reduced over ranks.
+        """
+        rates = RateTable()
+        for index, loader in enumerate(dataloaders):
+            for batch_idx, batch in enumerate(loader):
+                moved = self.trainer.strategy.batch_to_device(batch)
+                rates.update(self._observe(moved, index, batch_idx), self.device)
+        return rates.compute(self.device)
+
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        columns = batch.get("columns", {})
+        sampling = self.evaluation_sampling if dataloader_idx == 0 else self.general_sampling
+        _, texts = self.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx)
+        rewards = self.reward(batch["prompt"], texts, columns).total.tolist()
+        outcomes = self.judge.classify(batch["prompt"], texts, **columns)
+        return [
+            {"prompt": prompt, "completion": text, "reward": None if reward != reward else reward, "outcome": outcome}
+            for prompt, text, reward, outcome in zip(batch["prompt"], texts, rewards, outcomes, strict=True)
+        ]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in names}
+        checkpoint[STATE_KEY] = {"policy": self.fingerprint, "policy_path": self.policy_settings.path}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(STATE_KEY)
+        if state is None:
+            raise PolicyError("The checkpoint was not written by this project. Give one from a run's `checkpoints/`.")
+        self.configure_model()
+        if state["policy"] != self.fingerprint:
+            raise PolicyError(
+                f"The checkpoint belongs to another model: it was trained on '{state['policy_path']}' (fingerprint "
+                f"{state['policy']}), and `policy.path` is '{self.policy_settings.path}' ({self.fingerprint}). "
+                "Give the checkpoint's own base, with the same quantization and dtype."
+            )
+        mine = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        if mine != found:
+            odd = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))[0]
+            raise PolicyError(
+                f"The checkpoint's adapter does not fit this one: '{odd}' has shape {found.get(odd)} there and "
+                f"{mine.get(odd)} here. Use the `policy.lora` settings that it was trained with (they stand in the "
+                "config.yaml of its run)."
+            )
+
+
+def completion_token_ids(rollout: Rollout) -> list[list[int]]:
+    """List the generated tokens of each completion.
+
+    Args:
+        rollout: R completions.
+
+    Returns:
+        R lists of token ids, without padding.
+    """
+    return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run without dropout.
+
+    Args:
+        model: What runs.
+
+    Yields:
+        Nothing.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
