@@ -8,6 +8,7 @@ from nspo_lightning.rewards.function import FunctionReward
 from nspo_lightning.rewards.helpful import SafeAndHelpful
 from nspo_lightning.rewards.outcomes import OutcomeReward
 from nspo_lightning.rewards.refusal import RefusalReward, RulesJudge
+from nspo_lightning.rewards.server_judge import ServerJudge
 from nspo_lightning.rewards.shape import FormatReward, LengthReward
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "RewardSet",
     "RulesJudge",
     "SafeAndHelpful",
+    "ServerJudge",
     "Text",
 ]

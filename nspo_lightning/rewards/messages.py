@@ -6,7 +6,7 @@ from typing import Any
 
 from nspo_lightning.rewards.base import Text
 
-__all__ = ["as_chat", "as_text", "content_text", "is_chat", "match_format"]
+__all__ = ["as_chat", "as_text", "content_text", "is_chat", "match_format", "transcript"]
 
 
 def is_chat(text: Text) -> bool:
@@ -43,6 +43,23 @@ def as_text(text: Text) -> str:
     if isinstance(text, str):
         return text
     return content_text(text[-1].get("content")) if text else ""
+
+
+def transcript(prompt: Text) -> str:
+    """Read a whole prompt as one string: a single turn as it is, several with their roles.
+
+    Args:
+        prompt: a string, or chat messages.
+
+    Returns:
+        The text; a system turn is left out, it says what the assistant is and not what was asked.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    turns = [turn for turn in prompt if turn.get("role") != "system"]
+    if len(turns) == 1:
+        return content_text(turns[0].get("content"))
+    return "\n".join(f"{turn.get('role')}: {content_text(turn.get('content'))}" for turn in turns)
 
 
 def as_chat(prompt: Text, completion: Text) -> list[dict[str, Any]]:
