@@ -86,7 +86,8 @@ def calibrate_modules(
             report("layers", index + 1)
             by_domain = _reduced(collector, first)
             tokens = {domain: m.rows for domain, m in by_domain.items()}
-            result.domain_tokens = {d: max(n, result.domain_tokens.get(d, 0)) for d, n in tokens.items()}
+            # A module that is called several times in a forward sees each token several times: the least is the count.
+            result.domain_tokens = {d: min(n, result.domain_tokens.get(d, n)) for d, n in tokens.items()}
             if sum(tokens.values()) == 0:
                 raise ValueError(f"No calibration row counted for {first}: every mask entry was False.")
             if job.sketch_columns:

@@ -195,11 +195,11 @@ def _auto_rank(values: Tensor, min_null_share: float, max_output_change: float |
             f"{max_output_change}: the bound needs {least} protected directions. Relax one of the two."
         )
     k = least + int(score[least : most + 1].argmin()) if n > 1 else 0
-    reason = f"least e/f^2 = {float(score[k]):.2g}"
+    reason = f"least e/f^2: {float(score[k]):.2g}"
     if k == least and max_output_change is not None:
         reason += ", held by max_output_change"
     elif k == most:
         reason += ", held by min_null_share" if min_null_share else ", one direction left"
     elif float(score[k]) > 0.5:
-        reason += ": flat spectrum, little to gain"
+        reason += " (flat, little to gain)"
     return k, reason

@@ -108,8 +108,9 @@ def _output_change(basis: Basis, update: Tensor, inside: Tensor, norm: NormFunct
 def table_rows(calibration: Calibration) -> list[dict[str, str]]:
     """Return the calibration table, one row for each distinct input, as text cells."""
     rows = []
+    prefix = common_parent(calibration.layer_names())
     for first, basis in calibration.bases.items():
-        names = calibration.groups[first]
+        names = [name.removeprefix(prefix) for name in calibration.groups[first]]
         rows.append({
             "layer": joint_name(names),
             "width": str(basis.width),
