@@ -32,6 +32,8 @@ class Reading:
         answer_column: The answer's column, without a preset.
         default_kind: What rows are when neither source nor preset says it.
         default_skill: Likewise for the skill.
+        recognised: Whether the preset was found by the columns alone.
+        part_kind: What the preset says about this split, configuration or file.
     """
 
     source: PromptSource
@@ -41,6 +43,8 @@ class Reading:
     answer_column: str | None = None
     default_kind: Kind
     default_skill: str
+    recognised: bool = False
+    part_kind: Kind | None = None
 
     @property
     def id_column(self) -> str | None:
@@ -170,11 +174,24 @@ def _by_preset(reading: Reading, preset: Preset, raw: RawRow) -> PromptRow | str
             f"preset {preset.name!r} needs the columns {needed}; the row has {listing(list(row), 20)}",
             "Set the preset that fits, or `prompt_column` without a preset.",
         )
+    try:
+        return _apply(reading, preset, raw)
+    except BadRow:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise BadRow(f"preset {preset.name} cannot read it: {error}") from error
+
+
+def _apply(reading: Reading, preset: Preset, raw: RawRow) -> PromptRow | str:
+    row = raw.data
     if preset.skip is not None and (reason := preset.skip(row)) is not None:
         return reason
     value = row[preset.prompt] if isinstance(preset.prompt, str) else preset.prompt(row)
     prompt: Prompt = split_chat(value)[0] if isinstance(value, list) else check_prompt(value)
     kind = preset.kind if isinstance(preset.kind, str) else preset.kind(row)
+    if preset.shared_layout and reading.recognised:
+        kind = reading.default_kind
+    kind = reading.part_kind or kind
     columns = {name: row[name] for name in preset.keep if name in row and name not in RESERVED_COLUMNS}
     if preset.final_answer is not None:
         columns["final_answer"] = _field(preset.final_answer, row)
@@ -198,6 +215,8 @@ def _field(field: TextField | None, row: Row) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        raise BadRow(f"the answer is {type(value).__name__}, not text: {clip(repr(value), 60)}")
     return "" if value is None else value if isinstance(value, str) else str(value)
 
 

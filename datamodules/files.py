@@ -78,6 +78,10 @@ def _of_split(path: str, root: Path, found: list[Path], split: str) -> list[Path
     if not known:
         return found  # files without split names are all one split
     wanted = [file for file, name in named.items() if name == canonical_split(split)]
+    for word in (split.lower(), *_SPLIT_WORDS.get(canonical_split(split), ())):  # MMLU has both `val` and `dev`
+        exact = [file for file in wanted if word in _words(file.relative_to(root))]
+        if exact:
+            return exact
     if not wanted:
         raise DataError(
             path,
@@ -108,9 +112,13 @@ def split_of(relative: Path) -> str | None:
     Returns:
         `train`, `validation`, `test`, or None when no word names a split.
     """
-    words = [word for part in relative.parts for word in re.split(r"[^A-Za-z]+", part.lower())]
+    words = _words(relative)
     named = [name for name, split_words in _SPLIT_WORDS.items() if any(word in split_words for word in words)]
     return named[0] if len(named) == 1 else None
+
+
+def _words(relative: Path) -> set[str]:
+    return {word for part in relative.parts for word in re.split(r"[^A-Za-z]+", part.lower())}
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from nspo_lightning.datamodules.errors import DataError, clip
+from nspo_lightning.datamodules.errors import DataError, clip, listing
 from nspo_lightning.datamodules.presets import Preset
 from nspo_lightning.datamodules.rows import RawRow
 from nspo_lightning.datamodules.source import PromptSource
@@ -59,6 +60,49 @@ def read_hub(source: PromptSource, preset: Preset | None, hub_id: str) -> Iterat
         raise DataError(
             f"hub dataset {hub_id}", f"{type(error).__name__}: {clip(str(error), 240)}", _cure(error)
         ) from error
+
+
+def is_saved(path: str) -> bool:
+    """Whether a folder was written by `Dataset.save_to_disk`.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        True when it holds the files that mark one.
+    """
+    folder = Path(path).expanduser()
+    return any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+
+
+def read_saved(path: str, split: str) -> Iterator[RawRow]:
+    """Read a folder that `Dataset.save_to_disk` wrote.
+
+    Args:
+        path: The folder.
+        split: The split, where it holds several.
+
+    Yields:
+        One row at a time.
+
+    Raises:
+        DataError: If it cannot be read, or has no such split.
+    """
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(Path(path).expanduser()))
+    except Exception as error:  # datasets raises dozens of types; each must end in one message
+        found = f"{type(error).__name__}: {clip(str(error), 240)}"
+        raise DataError(path, found, "Write the folder again with `save_to_disk`.") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise DataError(
+                path, f"no split {split!r}; there are {listing(list(data))}", "Set `split` to one of these."
+            )
+        data = data[split]
+    for number, row in enumerate(data, start=1):
+        yield RawRow(where=f"{path} ({split}), row {number}", data=row)
 
 
 def _cure(error: Exception) -> str:

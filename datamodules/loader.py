@@ -102,6 +102,15 @@ class PromptLoader:
         rows = sum(mixture_sizes(self._sizes, self._weights, self._stop)) if self._shuffle else len(self.rows)
         return batch_count(rows, self.batch_size, self._shard()[1]) * self._repeat
 
+    def describe(self) -> str:
+        """Say what an epoch visits.
+
+        Returns:
+            For example ``400 of 800 and 400 of 400 rows``.
+        """
+        sizes = mixture_sizes(self._sizes, self._weights, self._stop) if self._shuffle else self._sizes
+        return " and ".join(f"{take} of {size}" for take, size in zip(sizes, self._sizes, strict=True)) + " rows"
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Give the rest of the epoch that `place` stands at.
 

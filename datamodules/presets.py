@@ -26,6 +26,7 @@ class Preset:
     Attributes:
         name: The name that a configuration uses.
         kind: Whether a good policy refuses or answers; a function where rows differ.
+        kind_of_part: Another kind for a named split, configuration or file of the dataset.
         requires: Sets of columns by which a row is recognised; any one of them is enough.
         prompt: The prompt's column, or a function of the row.
         answer: The reference answer's column, or a function of the row; None where there is none.
@@ -40,6 +41,8 @@ class Preset:
         hub_revision: Its revision, where it must be another than the newest.
         hub_data_dirs: Whether `name` means a folder of the dataset instead of a configuration.
         hub_splits: What the hub calls `train`, `validation` and `test`, where the names differ.
+        shared_layout: Whether other datasets use the same columns for other purposes: recognised by its columns alone,
+            such a file is taken for what its place in the configuration says (harmful among safety prompts).
         csv_header: The column names of a csv file without a header line.
         note: What a user should know: gated access, licence, quirks.
     """
@@ -48,6 +51,7 @@ class Preset:
     kind: Kind | Callable[[Row], Kind]
     requires: tuple[tuple[str, ...], ...]
     prompt: str | Callable[[Row], Prompt]
+    kind_of_part: dict[str, Kind] = field(default_factory=dict)
     answer: TextField | None = None
     final_answer: TextField | None = None
     skill: TextField | None = None
@@ -60,6 +64,7 @@ class Preset:
     hub_revision: str | None = None
     hub_data_dirs: bool = False
     hub_splits: dict[str, str] = field(default_factory=dict)
+    shared_layout: bool = False
     csv_header: tuple[str, ...] | None = None
     note: str = ""
 
@@ -76,6 +81,25 @@ class Preset:
 
 
 _PRESETS: dict[str, Preset] = {}
+
+
+def text_of(row: Row, column: str) -> str:
+    """Get text from a row, for prompts that are put together from several columns.
+
+    Args:
+        row: The row's columns.
+        column: The column.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: If the column holds something else.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r} is {'null' if value is None else type(value).__name__}, not text")
+    return value
 
 
 def register(preset: Preset) -> Preset:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from nspo_lightning.datamodules.presets import Preset, Row, register
+from nspo_lightning.datamodules.presets import Preset, Row, register, text_of
 
 _LETTERS = "ABCDEFGHIJ"
 
@@ -63,7 +63,7 @@ def _gsm8k_final(row: Row) -> str:
 
 
 def _svamp_prompt(row: Row) -> str:
-    body, question = str(row["Body"]).strip(), str(row["Question"]).strip()
+    body, question = text_of(row, "Body").strip(), text_of(row, "Question").strip()
     return f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {question}"
 
 
@@ -73,11 +73,11 @@ def _svamp_answer(row: Row) -> str:
 
 
 def _humaneval_prompt(row: Row) -> str:
-    return f"Complete this Python function. Answer with the whole function.\n\n{row['prompt']}"
+    return f"Complete this Python function. Answer with the whole function.\n\n{text_of(row, 'prompt')}"
 
 
 def _mbpp_prompt(row: Row) -> str:
-    text = row["text"] if "text" in row else row["prompt"]
+    text = text_of(row, "text" if "text" in row else "prompt")
     tests = "\n".join(str(test) for test in row["test_list"])
     return f"{text}\n\nYour code must pass these tests:\n{tests}"
 
@@ -101,6 +101,7 @@ register(
         prompt=_with_input,
         answer="output",
         recognise=lambda row: "generator" not in row,
+        shared_layout=True,
         hub_id="tatsu-lab/alpaca",
         note="CC BY-NC 4.0. Some rows have an empty output.",
     )

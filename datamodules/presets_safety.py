@@ -60,11 +60,6 @@ def _hh_prompt(row: Row) -> list[Message]:
     return turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
 
 
-def _jbb_kind(row: Row) -> Kind:
-    # The benign half has the same columns; its targets differ, and its split is named `benign`.
-    return "benign" if row.get("split") == "benign" else "harmful"
-
-
 _PKU_OLD = (
     "prompt",
     "response_0",
@@ -127,8 +122,9 @@ register(
         kind="harmful",
         requires=(
             ("Behavior", "FunctionalCategory", "SemanticCategory", "BehaviorID"),
-            ("prompt", "category", "context"),
+            ("prompt", "category"),
         ),
+        recognise=lambda row: "Behavior" in row,  # prompt and category alone could be anything
         prompt=_harmbench_prompt,
         keep=("FunctionalCategory", "SemanticCategory", "BehaviorID", "category"),
         id_column="BehaviorID",
@@ -140,7 +136,8 @@ register(
 register(
     Preset(
         name="jailbreakbench",
-        kind=_jbb_kind,
+        kind="harmful",
+        kind_of_part={"benign": "benign", "benign-behaviors": "benign"},
         requires=(
             ("Index", "Goal", "Target", "Behavior", "Category", "Source"),
             ("Goal", "Target", "Behavior", "Category"),
@@ -150,14 +147,15 @@ register(
         hub_id="JailbreakBench/JBB-Behaviors",
         hub_name="behaviors",
         hub_splits={"train": "harmful"},
-        note="MIT. Splits harmful and benign; set `kind: benign` with the second.",
+        note="MIT. Splits harmful and benign (recognised by its name).",
     )
 )
 register(
     Preset(
         name="strongreject",
         kind="harmful",
-        requires=(("category", "source", "forbidden_prompt"),),
+        requires=(("category", "source", "forbidden_prompt"), ("prompt", "category")),
+        recognise=lambda row: "forbidden_prompt" in row,  # prompt and category alone could be anything
         prompt=lambda row: row["forbidden_prompt"] if "forbidden_prompt" in row else row["prompt"],
         keep=("category",),
         hub_id="walledai/StrongREJECT",
@@ -205,7 +203,6 @@ register(
         requires=(("id", "prompt", "category", "attack_type"), ("id", "prompt", "category")),
         prompt=_without_wrapper,
         keep=("category", "attack_type"),
-        id_column="id",
         hub_id="Babelscape/ALERT",
         hub_name="alert",
         hub_splits={"train": "test"},
@@ -269,6 +266,7 @@ register(
     Preset(
         name="or_bench",
         kind="benign",
+        kind_of_part={"or-bench-toxic": "harmful"},
         requires=(("prompt", "category"),),
         prompt="prompt",
         skill=OVER_REFUSAL,
@@ -276,20 +274,20 @@ register(
         recognise=lambda row: False,  # these two columns alone say nothing about what a good answer is
         hub_id="bench-llm/or-bench",
         hub_name="or-bench-hard-1k",
-        note="CC BY 4.0. Set `kind: harmful` with the configuration or-bench-toxic.",
+        note="CC BY 4.0. The part or-bench-toxic is harmful.",
     )
 )
 register(
     Preset(
         name="coconot_contrast",
         kind="benign",
+        kind_of_part={"original": "harmful"},
         requires=(("id", "category", "subcategory", "prompt"),),
         prompt="prompt",
         answer=lambda row: row.get("response") or "",
         skill=OVER_REFUSAL,
         keep=("category", "subcategory"),
-        id_column="id",
-        recognise=lambda row: "response" in row,
+        recognise=lambda row: False,  # the original set, which should not be complied with, has the same columns
         hub_id="allenai/coconot",
         hub_name="contrast",
         hub_splits={"train": "test"},

@@ -16,7 +16,7 @@ from nspo_lightning.datamodules import presets_general, presets_safety  # noqa: 
 from nspo_lightning.datamodules.convert import BadRow, Reading, convert, plan_plain
 from nspo_lightning.datamodules.errors import DataError, listing
 from nspo_lightning.datamodules.files import find_files, looks_local
-from nspo_lightning.datamodules.hub import read_hub
+from nspo_lightning.datamodules.hub import is_saved, read_hub, read_saved
 from nspo_lightning.datamodules.presets import Preset, get_preset, preset_of_hub_id, recognise
 from nspo_lightning.datamodules.readers import read_file
 from nspo_lightning.datamodules.rows import PromptRow, RawRow
@@ -160,8 +160,11 @@ def _open_source(source: PromptSource, default_kind: Kind, report: SourceReport)
         _reject_preset_as_path(path)
         if source.name is not None or source.revision is not None:
             report.notes.append("`name` and `revision` mean nothing for local files and were not used")
-        files = find_files(path, source.split)
-        raw_rows = itertools.chain.from_iterable(_with_subject(file, preset) for file in files)
+        if is_saved(path):
+            raw_rows = read_saved(path, source.split)
+        else:
+            files = find_files(path, source.split)
+            raw_rows = itertools.chain.from_iterable(_with_subject(file, preset) for file in files)
         skill = Path(path).name.split(".")[0]
     else:
         preset = (
@@ -178,7 +181,18 @@ def _open_source(source: PromptSource, default_kind: Kind, report: SourceReport)
     raw_rows = itertools.chain([first], raw_rows)
     if preset is None:
         return raw_rows, plan_plain(source, first, default_kind, skill)
-    return raw_rows, Reading(source=source, preset=preset, default_kind=default_kind, default_skill=preset.name)
+    recognised = source.preset is None and preset_of_hub_id(path or "") is not preset
+    if recognised and preset.shared_layout and source.kind is None:
+        report.notes.append(f"taken as {default_kind}, as it stands there; `kind` says otherwise")
+    parts = (source.name, source.split, Path(path or "").name.split(".")[0])
+    return raw_rows, Reading(
+        source=source,
+        preset=preset,
+        default_kind=default_kind,
+        default_skill=preset.name,
+        recognised=recognised,
+        part_kind=next((preset.kind_of_part[part] for part in parts if part in preset.kind_of_part), None),
+    )
 
 
 def _with_subject(file: Path, preset: Preset | None) -> Iterator[RawRow]:

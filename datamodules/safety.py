@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.datamodules.base import PromptDataModule
@@ -80,4 +81,7 @@ class SafetyDataModule(PromptDataModule):
 
     @override
     def train_dataloader(self) -> PromptLoader:
-        return self.train_loader(seed=self.seed, repeat_batches=self.repeat_batches, stop=self.mixture)
+        loader = self.train_loader(seed=self.seed, repeat_batches=self.repeat_batches, stop=self.mixture)
+        if len(self.sources.train) > 1:
+            rank_zero_info(f"Mixture of safety prompts: an epoch visits {loader.describe()}")
+        return loader

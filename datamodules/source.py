@@ -107,6 +107,9 @@ class PromptSource:
             raise ValueError(f"{label}: `streaming` needs `count`, the number of usable rows after which to stop.")
         if self.prompt_column is not None and self.messages_column is not None:
             raise ValueError(f"{label}: `prompt_column` and `messages_column` were both given. Keep one of them.")
+        named = [f for f in ("prompt_column", "messages_column", "answer_column") if getattr(self, f) is not None]
+        if self.preset is not None and named:
+            raise ValueError(f"{label}: `preset` ({self.preset}) names the columns, not `{named[0]}`. Keep one.")
         if self.bad_rows not in _BAD_ROW_CHOICES:
             raise ValueError(f"{label}: `bad_rows` must be one of {_BAD_ROW_CHOICES}, got {self.bad_rows!r}.")
 
