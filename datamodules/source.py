@@ -80,8 +80,11 @@ class PromptSource:
     streaming: bool = False
     """Read rows as they come and stop after `count` usable ones (needs `count`)."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Check what can be checked without reading anything.
+
+        The datamodules call this. It is no `__post_init__`, because jsonargparse wraps what is raised while a
+        dataclass is built into pages about the other types that the value might have had.
 
         Raises:
             ValueError: If the fields contradict each other or lie outside their range.
@@ -136,7 +139,7 @@ def as_sources(sources: Sources | None, key: str) -> list[PromptSource]:
         A list of sources; empty for None.
 
     Raises:
-        ValueError: If the list is empty.
+        ValueError: If the list is empty, or a source's fields are wrong.
         TypeError: If an entry is neither text nor a source.
     """
     if sources is None:
@@ -148,7 +151,9 @@ def as_sources(sources: Sources | None, key: str) -> list[PromptSource]:
     for entry in entries:
         if not isinstance(entry, (str, PromptSource)):
             raise TypeError(f"`{key}` must hold paths or PromptSource entries, got {type(entry).__name__}.")
-        result.append(PromptSource(path=entry) if isinstance(entry, str) else entry)
+        source = PromptSource(path=entry) if isinstance(entry, str) else entry
+        source.check()
+        result.append(source)
     return result
 
 

@@ -14,6 +14,7 @@ import pytest
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, PromptSource
 from nspo_lightning.datamodules import convert as conversion
 from nspo_lightning.datamodules.read import read_source
+from nspo_lightning.datamodules.source import as_sources
 
 GOOD = {"prompt": "Say a word"}
 SCREEN_LINES, SCREEN_CHARS = 10, 1200
@@ -267,7 +268,7 @@ def test_dropping_bad_rows_does_not_excuse_a_broken_file(tmp_path):
 )
 def test_contradicting_source_fields(options, message):
     with pytest.raises(ValueError, match=message):
-        PromptSource(**options)
+        as_sources(PromptSource(**options), "safety")
 
 
 def test_hub_without_network_is_one_message(monkeypatch):
