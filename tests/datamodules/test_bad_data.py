@@ -277,6 +277,8 @@ def test_hub_without_network_is_one_message(monkeypatch):
     def no_network(**arguments):
         raise ConnectionError(f"Couldn't reach {arguments['path']!r} on the Hub" + " and again" * 500)
 
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     check_message(fails(preset="gsm8k"), "openai/gsm8k", "ConnectionError", "point `path` at them")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
