@@ -91,13 +91,12 @@ class PromptDataModule(pl.LightningDataModule):
             return
         renderer = self.renderer
 
-        def too_long(row: PromptRow, source: PromptSource) -> str | None:
+        def too_long(rows: list[PromptRow], source: PromptSource) -> list[str | None]:
             limit = source.max_prompt_tokens or self.max_prompt_tokens
-            length = len(renderer.encode([renderer.text(row.prompt)])[0])
-            if limit is not None and length > limit:
-                return f"longer than {limit} tokens"
-            self.longest_prompt_tokens = max(self.longest_prompt_tokens, length)
-            return None
+            lengths = [len(ids) for ids in renderer.encode([renderer.text(row.prompt) for row in rows])]
+            fitting = [length for length in lengths if limit is None or length <= limit]
+            self.longest_prompt_tokens = max([self.longest_prompt_tokens, *fitting])
+            return [None if limit is None or length <= limit else f"longer than {limit} tokens" for length in lengths]
 
         self.rows = load_domain(self.sources, too_long)
         announce(self.rows.reports)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from nspo_lightning.datamodules.errors import DataError
 from nspo_lightning.datamodules.files import looks_local
 from nspo_lightning.datamodules.hub import read_hub
+from nspo_lightning.datamodules.opening import is_builtin
 from nspo_lightning.datamodules.order import shares
 from nspo_lightning.datamodules.presets import get_preset, preset_of_hub_id
-from nspo_lightning.datamodules.read import SourceReport, is_builtin, read_source
+from nspo_lightning.datamodules.read import Reject, SourceReport, read_source
 from nspo_lightning.datamodules.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.source import Kind, PromptSource
 from nspo_lightning.datamodules.splits import Split, choose, held_out_size, hold_out, without
-
-Keep = Callable[[PromptRow, PromptSource], "str | None"]
-"""Gives the reason why a row is left out (its length), or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +58,12 @@ class DomainRows:
     reports: list[SourceReport] = field(default_factory=list)
 
 
-def load_domain(sources: DomainSources, keep: Keep) -> DomainRows:
+def load_domain(sources: DomainSources, reject: Reject) -> DomainRows:
     """Read a domain.
 
     Args:
         sources: What to read.
-        keep: Gives the reason why a row is left out.
+        reject: Gives the reasons why rows are left out.
 
     Returns:
         Its rows. No training row has a held-out row's prompt.
@@ -81,14 +78,14 @@ def load_domain(sources: DomainSources, keep: Keep) -> DomainRows:
     splits: list[Split] = []
     for index, source in enumerate(sources.train):
         validation_size, test_size = (None if sizes is None else sizes[index] for sizes in wanted)
-        split, reports = _read_split(source, sources, validation_size, test_size, keep)
+        split, reports = _read_split(source, sources, validation_size, test_size, reject)
         splits.append(split)
         result.reports += reports
     result.validation = [row for split in splits for row in split.validation]
     result.test = [row for split in splits for row in split.test]
     for given, name in ((sources.validation, "validation"), (sources.test, "test")):
         if given:
-            setattr(result, name, _read_given(given, sources, name, keep, result.reports))
+            setattr(result, name, _read_given(given, sources, name, reject, result.reports))
     keys = {row.key for row in (*result.validation, *result.test)}
     for source, split, report in zip(sources.train, splits, _train_reports(result.reports), strict=True):
         rows = without(split.train, keys)
@@ -108,37 +105,40 @@ def _train_reports(reports: list[SourceReport]) -> list[SourceReport]:
 
 
 def _read_split(
-    source: PromptSource, sources: DomainSources, validation_size: int | None, test_size: int | None, keep: Keep
+    source: PromptSource, sources: DomainSources, validation_size: int | None, test_size: int | None, reject: Reject
 ) -> tuple[Split, list[SourceReport]]:
-    rows, report = read_source(source, sources.kind, lambda row: keep(row, source))
-    if is_builtin(source):
-        own = {}
-        for name, size in (("validation", validation_size), ("test", test_size)):
-            whole = replace(source, split=name, fraction=None, count=None, streaming=False)
-            held, _ = read_source(whole, sources.kind, lambda row: keep(row, source))
-            own[name] = held if size is None else [held[i] for i in take_ranked(held, size, f"{name} {sources.seed}")]
-        split = Split(train=rows, **own)
-    else:
-        # Nothing is held out of a source for a purpose that has sources of its own.
-        sizes = [
-            0 if given else held_out_size(len(rows), size)
-            for given, size in ((sources.validation, validation_size), (sources.test, test_size))
-        ]
-        split = hold_out(rows, sizes[0], sizes[1], sources.seed)
-    report.splits = {
-        name: len(getattr(split, name))
-        for name, given in (("validation", sources.validation), ("test", sources.test))
-        if not given
+    rows, report = read_source(source, sources.kind, reject)
+    wanted = {
+        name: size
+        for name, size, given in (
+            ("validation", validation_size, sources.validation),
+            ("test", test_size, sources.test),
+        )
+        if not given  # nothing is held out for a purpose that has sources of its own
     }
-    return split, [report]
+    if not is_builtin(source):
+        sizes = {name: held_out_size(len(rows), size) for name, size in wanted.items()}
+        split = hold_out(rows, sizes.get("validation", 0), sizes.get("test", 0), sources.seed)
+        report.splits = {name: len(getattr(split, name)) for name in wanted}
+        return split, [report]
+    split, reports = Split(train=rows, validation=[], test=[]), [report]
+    for name, size in wanted.items():
+        own = replace(source, split=name, fraction=None, count=None, streaming=False)
+        held, held_report = read_source(own, sources.kind, reject)
+        held = held if size is None else [held[i] for i in take_ranked(held, size, f"{name} {sources.seed}")]
+        setattr(split, name, held)
+        held_report.role, held_report.splits = name, {name: len(held)}
+        held_report.label = f"{source.label} ({name})"
+        reports.append(held_report)
+    return split, reports
 
 
 def _read_given(
-    given: list[PromptSource], sources: DomainSources, role: str, keep: Keep, reports: list[SourceReport]
+    given: list[PromptSource], sources: DomainSources, role: str, reject: Reject, reports: list[SourceReport]
 ) -> list[PromptRow]:
     result: list[PromptRow] = []
     for source in given:
-        rows, report = read_source(source, sources.kind, lambda row, s=source: keep(row, s))  # type: ignore[misc]
+        rows, report = read_source(source, sources.kind, reject)
         chosen = choose(rows, source)
         report.role, report.splits = role, {role: len(chosen)}
         reports.append(report)

@@ -20,6 +20,10 @@ GOOD = {"prompt": "Say a word"}
 SCREEN_LINES, SCREEN_CHARS = 10, 1200
 
 
+def all_fit(rows, source):
+    return [None] * len(rows)
+
+
 def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -168,7 +172,7 @@ def test_the_matrix_is_large_enough():
 
 def fails(**options):
     with pytest.raises(DataError) as caught:
-        read_source(PromptSource(**options), "harmful", lambda row: None)
+        read_source(PromptSource(**options), "harmful", all_fit)
     return caught.value
 
 
@@ -220,9 +224,7 @@ def test_wrong_column_names(tmp_path):
     path.write_text("ask,reply\na,b\n")
     check_message(fails(path=str(path), prompt_column="aks"), "no column 'aks'", "'ask', 'reply'", "prompt_column")
     check_message(fails(path=str(path), prompt_column="ask", answer_column="r"), "no column 'r'", "answer_column")
-    rows, _ = read_source(
-        PromptSource(path=str(path), prompt_column="ask", answer_column="reply"), "harmful", lambda row: None
-    )
+    rows, _ = read_source(PromptSource(path=str(path), prompt_column="ask", answer_column="reply"), "harmful", all_fit)
     assert (rows[0].prompt, rows[0].answer) == ("a", "b")
 
 
@@ -237,7 +239,7 @@ def test_unknown_part_of_a_built_in_world():
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(lines(GOOD, {"prompt": None}, {"prompt": ""}, {"prompt": " "}, {"prompt": 4}, {"prompt": "b"}))
-    rows, report = read_source(PromptSource(path=str(path), bad_rows="drop"), "harmful", lambda row: None)
+    rows, report = read_source(PromptSource(path=str(path), bad_rows="drop"), "harmful", all_fit)
     assert [row.prompt for row in rows] == ["Say a word", "b"]
     assert report.read == 6
     assert sum(report.dropped.values()) == 4

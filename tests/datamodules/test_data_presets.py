@@ -395,8 +395,12 @@ CASES = [
 IDS = [f"{case[0]}-{i}" for i, case in enumerate(CASES)]
 
 
+def all_fit(rows, source):
+    return [None] * len(rows)
+
+
 def read(path, default_kind="harmful", **options):
-    return read_source(PromptSource(path=str(path), **options), default_kind, lambda row: None)
+    return read_source(PromptSource(path=str(path), **options), default_kind, all_fit)
 
 
 def test_every_preset_has_a_case():
