@@ -238,8 +238,9 @@ class PolicyModule(pl.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         columns = batch.get("columns", {})
         sampling = self.evaluation_sampling if dataloader_idx == 0 else self.general_sampling
-        _, texts = self.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx)
-        rewards = self.reward(batch["prompt"], texts, columns).total.tolist()
+        rollout, texts = self.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx)
+        result = self.reward(batch["prompt"], texts, columns, completion_ids=completion_token_ids(rollout))
+        rewards = result.total.tolist()
         outcomes = self.judge.classify(batch["prompt"], texts, **columns)
         return [
             {"prompt": prompt, "completion": text, "reward": None if reward != reward else reward, "outcome": outcome}
