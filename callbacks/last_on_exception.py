@@ -24,8 +24,8 @@ class LastOnException(Callback):
             for callback in trainer.checkpoint_callbacks
             if isinstance(callback, ModelCheckpoint) and callback.dirpath
         ]
-        if not trainer.training or not folders or not trainer.optimizers or trainer.world_size > 1:
-            return  # other ranks may never come to the collective save
+        if not trainer.training or not folders or trainer.global_step == 0 or trainer.world_size > 1:
+            return  # nothing was learnt yet, or other ranks may never come to the collective save
         path = Path(folders[0]) / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt"
         trainer.save_checkpoint(path)
         rank_zero_info(f"{type(exception).__name__}: state saved to {path}. Go on with `--ckpt_path last`.")

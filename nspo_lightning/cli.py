@@ -54,6 +54,21 @@ class SaveConfig(SaveConfigCallback):
                 logger.experiment.add_text("config", f"```yaml\n{text}\n```")
 
 
+class Parser(LightningArgumentParser):
+    """Takes a path among data or calibration settings as what it is, not as a file with settings to be read."""
+
+    @override
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        if nested_key not in {"data", "nullspace"}:
+            return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+        if issubclass(lightning_class, Callback):
+            self.callback_keys.append(nested_key)
+        added: list[str] = self.add_class_arguments(lightning_class, nested_key, fail_untyped=False)
+        return added
+
+
 class CLI(LightningCLI):
     """LightningCLI with the callback's own section, run folders, and the callbacks that a run should not miss."""
 
@@ -123,6 +138,23 @@ def is_users_mistake(error: BaseException) -> bool:
     return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(PACKAGE_FOLDERS)
 
 
+def cli_arguments() -> dict[str, Any]:
+    """Return what the command line is made of.
+
+    Returns:
+        Arguments of `CLI`, without `args`.
+    """
+    return {
+        "model_class": GRPOModule,
+        "datamodule_class": AlignmentDataModule,
+        "save_config_callback": SaveConfig,
+        "save_config_kwargs": {"overwrite": True},
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "parser_class": Parser,
+    }
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line: exit code 0, 1 (failed), 2 (usage).
 
@@ -135,16 +167,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
     try:
-        CLI(
-            GRPOModule,
-            AlignmentDataModule,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"parser_mode": "yaml"},
-            args=args,
-        )
+        CLI(**cli_arguments(), args=args)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
             raise
