@@ -5,6 +5,7 @@ from __future__ import annotations
 from nspo_lightning.rewards.base import OUTCOMES, Judge, Outcome, Reward, RewardError, RewardFunction, Text
 from nspo_lightning.rewards.compose import RewardResult, RewardSet
 from nspo_lightning.rewards.function import FunctionReward
+from nspo_lightning.rewards.guard import GuardJudge
 from nspo_lightning.rewards.helpful import SafeAndHelpful
 from nspo_lightning.rewards.outcomes import OutcomeReward
 from nspo_lightning.rewards.refusal import RefusalReward, RulesJudge
@@ -15,6 +16,7 @@ __all__ = [
     "OUTCOMES",
     "FormatReward",
     "FunctionReward",
+    "GuardJudge",
     "Judge",
     "LengthReward",
     "Outcome",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nspo_lightning.rewards.base import OUTCOMES, Outcome
@@ -34,12 +34,14 @@ class Verdict:
         refusal: probability that it is a refusal; None from a guard that doesn't say.
         categories: the guard's own names of what is violated, as it gave them.
         outcome: what a judge that names outcomes itself said.
+        labels: probabilities of the deciding labels, from a guard that is read by its logits.
     """
 
     unsafe: float
     refusal: float | None = None
     categories: tuple[str, ...] = ()
     outcome: Outcome | None = None
+    labels: Mapping[str, float] = field(default_factory=dict)
 
 
 def outcome_of(verdict: Verdict, completion: str, threshold: float = 0.5) -> Outcome:
