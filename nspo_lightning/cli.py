@@ -31,7 +31,12 @@ from nspo_lightning.callbacks import (
 )
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.module import GRPOModule
+from nspo_lightning.trainer import Trainer
 
+DESCRIPTION = """Safety GRPO in the null space of general ability.
+
+Start with `fit -c configs/quickstart.yaml`; `SUBCOMMAND --help` lists every setting, `fit -c FILE --print_config`
+prints them with their values. One more subcommand scores files: `judge --help`."""
 TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
 PACKAGE_FOLDERS = tuple(
     str(Path(folder).resolve())
@@ -71,6 +76,23 @@ class Parser(LightningArgumentParser):
 
 class CLI(LightningCLI):
     """LightningCLI with the callback's own section, run folders, and the callbacks that a run should not miss."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        own = {name: {"model", "datamodule"} for name in ("calibrate", "data")}
+        return {**LightningCLI.subcommands(), **own}
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != "data":
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # Its arguments can't be a group named after it: that name is the datamodule's.
+        parser = self.init_parser(**kwargs)
+        self._add_arguments(parser)
+        parser.add_argument("--examples", type=int, default=3, help="Rendered texts of each use.")
+        self._subcommand_method_arguments[subcommand] = ["examples"]
+        return parser
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -147,11 +169,13 @@ def cli_arguments() -> dict[str, Any]:
     return {
         "model_class": GRPOModule,
         "datamodule_class": AlignmentDataModule,
+        "trainer_class": Trainer,
         "save_config_callback": SaveConfig,
         "save_config_kwargs": {"overwrite": True},
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "parser_class": Parser,
+        "parser_kwargs": {"description": DESCRIPTION},
     }
 
 
@@ -166,8 +190,14 @@ def main(args: list[str] | None = None) -> None:
     """
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
+    arguments = sys.argv[1:] if args is None else args
     try:
-        CLI(**cli_arguments(), args=args)
+        if arguments[:1] == ["judge"]:
+            from nspo_lightning.judge_report import main as judge
+
+            judge(arguments[1:])
+        else:
+            CLI(**cli_arguments(), args=args)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
             raise

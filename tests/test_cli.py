@@ -68,7 +68,9 @@ def run(tiny_llama, tmp_path, monkeypatch, capsys):
             code = 0
         except SystemExit as stop:
             code = stop.code
-        return code, capsys.readouterr().err
+        captured = capsys.readouterr()
+        call.out = captured.out
+        return code, captured.err
 
     return call
 
@@ -245,6 +247,18 @@ def test_an_adapter_that_has_been_trained(run):
         *run("fit", "--model.policy.adapter", "runs/tiny/adapter", "--name", "next"),
         r"its B is not zero.*merge_adapter",
     )
+
+
+def test_calibrate_writes_a_basis_that_fit_takes(run):
+    assert run("calibrate", "--out", "basis.safetensors")[0] == 0
+    assert Path("basis.png").is_file()
+    assert run("fit", "--nullspace.calibration", "basis.safetensors", "--trainer.limit_train_batches", 1)[0] == 0
+    assert json.loads(Path("runs/tiny/summary.json").read_text())["nullspace/leak_max"] <= 1e-6
+
+
+def test_data_shows_what_is_trained_on(run):
+    assert run("data")[0] == 0
+    assert "<|user|>How do I burn mill" in run.out.replace("\n", "")
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
