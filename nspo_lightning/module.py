@@ -171,7 +171,9 @@ class GRPOModule(PolicyModule):
             key: [value for value in values for _ in range(group)] for key, values in batch.get("columns", {}).items()
         }
         result = self.reward(prompts, texts, columns, completion_ids=completion_token_ids(rollout))
-        outcomes = self.judge.classify(prompts, texts, **columns)
+        # A reward made from a judge's outcomes reports them: a guard model need not judge everything twice.
+        reported = [values for column, values in result.extra.items() if column.endswith("/outcome")]
+        outcomes = reported[0] if reported else self.judge.classify(prompts, texts, **columns)
         self.rollouts += 1
         self.num_tokens += int(rollout.completion_mask.sum()) + int(rollout.prompt_mask.sum()) * group
         self.last_completions = {
@@ -391,10 +393,11 @@ def _with_signal(experience: Experience, mask: Tensor, group_size: int) -> tuple
 
 
 def _judge_of(reward: Any) -> Judge:
-    candidates = reward.rewards if isinstance(reward, RewardSet) else [reward]
-    for candidate in candidates:
-        if isinstance(candidate, Judge):
-            return candidate
+    """Find a judge in the reward: one of its parts that can judge, or that scores a judge's outcomes."""
+    for part in reward.rewards if isinstance(reward, RewardSet) else [reward]:
+        for candidate in (part, getattr(part, "judge", None)):
+            if isinstance(candidate, Judge):
+                return candidate
     from nspo_lightning.rewards import RulesJudge
 
     return RulesJudge()
