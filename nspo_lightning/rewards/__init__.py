@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nspo_lightning.rewards.base import OUTCOMES, Judge, Outcome, Reward, RewardError, RewardFunction, Text
+from nspo_lightning.rewards.classifier import ClassifierJudge, ClassifierReward
 from nspo_lightning.rewards.compose import RewardResult, RewardSet
 from nspo_lightning.rewards.function import FunctionReward
 from nspo_lightning.rewards.guard import GuardJudge
@@ -14,6 +15,8 @@ from nspo_lightning.rewards.shape import FormatReward, LengthReward
 
 __all__ = [
     "OUTCOMES",
+    "ClassifierJudge",
+    "ClassifierReward",
     "FormatReward",
     "FunctionReward",
     "GuardJudge",

@@ -155,6 +155,13 @@ class RewardSet:
                 found |= {f"judge/{name}/{key}": float(value) for key, value in counters().items()}
         return found
 
+    def prepare(self) -> None:
+        """Load models and check settings now, so that what is wrong with them ends a run before it trains."""
+        for reward in self.rewards:
+            for part in (reward, *(getattr(reward, name, None) for name in ("judge", "helpful_reward"))):
+                if callable(prepare := getattr(part, "prepare", None)):
+                    prepare()
+
     def close(self) -> None:
         """End the threads. Calling the set again starts them anew."""
         self._runner.close()

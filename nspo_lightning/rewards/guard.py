@@ -23,9 +23,9 @@ from nspo_lightning.rewards.guard_prompt import defuse, fork, render
 from nspo_lightning.rewards.local_model import (
     DType,
     batches_by_length,
-    left_padded,
     load_model,
     load_tokenizer,
+    padded,
     resolve_device,
 )
 from nspo_lightning.rewards.messages import as_chat, as_text
@@ -207,7 +207,7 @@ class GuardJudge(Judge, Reward):
         self._check_lengths([len(ids) for ids, _ in forks])
         found: list[dict[str, float]] = [{} for _ in texts]
         for group in batches_by_length([len(ids) for ids, _ in forks], self.batch_size):
-            inputs = left_padded([forks[i][0] for i in group], self._tokenizer.pad_token_id, self._model.device)
+            inputs = padded([forks[i][0] for i in group], self._tokenizer.pad_token_id, self._model.device, "left")
             logits = self._model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
             for row, i in enumerate(group):
                 probabilities = logits[row, forks[i][1]].softmax(0).tolist()
@@ -218,7 +218,7 @@ class GuardJudge(Judge, Reward):
         rows = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         lines = [""] * len(texts)
         for group in batches_by_length([len(row) for row in rows], self.batch_size) if texts else []:
-            inputs = left_padded([rows[i] for i in group], self._tokenizer.pad_token_id, self._model.device)
+            inputs = padded([rows[i] for i in group], self._tokenizer.pad_token_id, self._model.device, "left")
             written = self._model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["DType", "batches_by_length", "left_padded", "load_model", "load_tokenizer", "resolve_device"]
+__all__ = ["DType", "batches_by_length", "load_model", "load_tokenizer", "padded", "resolve_device"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -88,23 +88,27 @@ def load_model(
     return loaded.eval().requires_grad_(False)
 
 
-def left_padded(rows: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Pad token rows on the left, so that the last column is every row's last token.
+def padded(
+    rows: list[list[int]], pad_token_id: int, device: torch.device, side: Literal["left", "right"]
+) -> dict[str, Tensor]:
+    """Pad token rows; on the left, the last column is every row's last token.
 
     Args:
         rows: token ids.
         pad_token_id: what fills up.
         device: where the tensors go.
+        side: where it fills up.
 
     Returns:
-        `input_ids`, `attention_mask` and `position_ids`, each of shape (rows, longest).
+        `input_ids`, `attention_mask` (1 = real token) and `position_ids`, each of shape (rows, longest).
     """
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad_token_id)
     mask = torch.zeros((len(rows), longest), dtype=torch.long)
     for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
+        place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}
 
