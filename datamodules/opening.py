@@ -75,8 +75,8 @@ def open_source(source: PromptSource, default_kind: Kind, notes: list[str]) -> t
     if preset is None:
         return raw_rows, plan_plain(source, first, default_kind, skill)
     recognised = source.preset is None and preset_of_hub_id(path or "") is not preset
-    if recognised and preset.shared_layout and source.kind is None:
-        notes.append(f"taken as {default_kind}, as it stands there; `kind` says otherwise")
+    if recognised and preset.shared_layout and source.kind is None and default_kind == "harmful":
+        notes.append("taken as harmful, as it stands among safety prompts; set `kind: benign` if it is not")
     parts = (source.name, source.split, Path(path or "").name.split(".")[0])
     return raw_rows, Reading(
         source=source,

@@ -122,6 +122,19 @@ def test_calibration_mixes_sources_equally_unless_weighted(make, tokenizer, file
     assert [row.skill for row in weighted].count("gsm8k") == 30
 
 
+def test_long_calibration_texts_are_passed_over_and_others_fill_their_place(files, make):
+    limit = len("What is 5 plus 5?5+5=10\n#### 10") + 4  # sums below 10 with their answers and four marks
+    data = make(calibration_size=24, calibration_max_tokens=limit).general
+    chosen = data.calibration_rows()
+    skills = [row.skill for row in chosen]
+    assert len(chosen) == 24, "alpaca fills the place of gsm8k, which has no more short rows"
+    assert 0 < skills.count("gsm8k") < 12
+    assert data.calibration_report.dropped[f"longer than {limit} tokens"] > 0
+    assert max(mask.sum() for mask in next(iter(data.calibration_dataloader()))["attention_mask"]) <= limit
+    with pytest.raises(DataError, match="are longer than 5 tokens(.|\n)*calibration_max_tokens"):
+        make(calibration_max_tokens=5).calibration_dataloader()
+
+
 def test_long_rows_are_left_out_with_their_number_and_reason(make):
     data = make(max_prompt_tokens=len("<|user|>") + 5)
     with pytest.raises(DataError, match="none of its 50 rows is usable: 50 longer than 13 tokens"):

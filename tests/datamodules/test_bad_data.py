@@ -75,6 +75,7 @@ BAD_FILES = [
     ("jsonl named json", "x.json", lines(GOOD, GOOD), "line 2", "Extra data", "rename it to `.jsonl`"),
     ("JSON list cut short", "x.json", b'[{"prompt": "a"},\n', "line 2", "cut short", "Fetch"),
     ("JSON list broken", "x.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', "line 2", "not valid JSON", "Mend the JSON"),
+    ("JSON trailing comma", "x.json", b'[{"prompt": "a"},\n]', "line 2", "not valid JSON", "Mend the JSON"),
     ("JSON lists in a row", "x.json", b'[{"prompt": "a"}]\n[{"prompt": "b"}]', "line 1", "more data follows", "ows"),
     ("JSON comma missing", "x.json", b'[{"prompt": "a"}\n{"prompt": "b"}]', "line 2", "expected `,`", "Mend"),
     ("rows are no objects", "x.json", b'["Say a word"]', "line 1", "a row must be an object", '{"prompt": ...}'),

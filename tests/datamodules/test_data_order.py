@@ -85,6 +85,20 @@ def test_epochs_and_seeds_differ_but_repeat_exactly():
     assert len({tuple(order(seed, epoch)) for seed in range(5) for epoch in range(5)}) == 25
 
 
+def test_a_large_source_gives_other_rows_in_every_cycle():
+    def visited(epoch):
+        return {i for i in epoch_order([3, 30], [1.0, 1.0], seed=0, epoch=epoch) if i >= 3}
+
+    assert len({frozenset(visited(epoch)) for epoch in range(20)}) == 20  # a cycle is ten epochs of three rows
+
+
+def test_a_new_epoch_starts_at_its_first_batch():
+    built = loader([rows(8)], shuffle=True)
+    list(built)
+    built.place.set_epoch(1)
+    assert (built.state_dict()["epoch"], built.state_dict()["batch"]) == (1, 0)
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 11, 12])
 def test_a_saved_place_goes_on_where_it_was(stop_after):
     whole = [batch["prompt"] for batch in loader([rows(22)], shuffle=True, repeat_batches=2)]

@@ -516,6 +516,15 @@ def test_adding_a_preset_is_one_entry(tmp_path, monkeypatch):
         register(Preset(name="mine", kind="harmful", requires=(("ask",),), prompt="ask"))
 
 
+def test_two_presets_that_fit_equally_well_are_not_guessed(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_PRESETS", dict(registry._PRESETS))
+    for name in ("one", "two"):
+        register(Preset(name=name, kind="harmful", requires=(("ask", "why"),), prompt="ask"))
+    (tmp_path / "x.csv").write_text("ask,why\nBad?,because\n")
+    with pytest.raises(DataError, match=r"no preset fits(.|\n)*one \(ask, why\); two \(ask, why\)"):
+        read(tmp_path / "x.csv")
+
+
 def test_unknown_preset_suggests_a_name():
     with pytest.raises(DataError, match="Did you mean 'gsm8k'"):
         get_preset("gsm8")
