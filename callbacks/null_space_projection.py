@@ -186,7 +186,9 @@ class NullSpaceProjection(Callback):
                     "rows, which is projected exactly) or 'ddp'."
                 )
         if self.unprotected == "freeze" and any(p.requires_grad for p in pl_module.parameters()):
-            for refusal in self._plan(trainer, pl_module).refusals:
+            plan = self._plan(trainer, pl_module)
+            report_unprotected(plan, self.unprotected, self.target_modules)
+            for refusal in plan.refusals:
                 refusal.parameter.requires_grad_(False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -41,15 +41,15 @@ def train(
         keeper.start_()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     optimizer.register_step_post_hook(lambda *_: keeper.reproject_())
-    inputs, targets = torch.randn(256, 128), torch.randn(256, 64)
+    inputs, targets = torch.randn(96, 128), torch.randn(96, 64)
     before = model(general).detach()
-    for _ in range(200):
+    for _ in range(120):
         optimizer.zero_grad()
         loss = (model(inputs) - targets).square().mean()
         loss.backward()
         keeper.project_gradients_()
         optimizer.step()
-    moved = float((model(general) - before).norm() / before.norm())
+    moved = float((model(general).detach() - before).norm() / before.norm())
     return keeper.certificates()[0].leak, loss.item(), moved
 
 
