@@ -63,7 +63,7 @@ def attend(
     else:
         scores = torch.matmul(q, k.transpose(2, 3)) * (size**-0.5 if scale is None else scale)
         scores = (scores / softcap).tanh() * softcap + bias
-        weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout)
+        weights = F.dropout(scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype), dropout)
         out = torch.matmul(weights, v)
     return out.reshape(batch, heads, length, -1).transpose(1, 2)
 

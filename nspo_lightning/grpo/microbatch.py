@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,68 +38,81 @@ class MicroBatch:
         return picked if picked.ndim == 1 else picked[:, : self.rollout.completion_ids.shape[1]]
 
 
-def split_microbatches(rollout: Rollout, tokens_per_microbatch: int | None) -> list[MicroBatch]:
+def split_microbatches(
+    rollout: Rollout, tokens_per_microbatch: int | None, *, share_prefix: bool = True
+) -> list[MicroBatch]:
     """Cut a rollout such that no micro-batch costs more tokens than the budget.
 
-    A group costs its prompt once and its completions at their padded length. Groups of similar length go together, so
-    that little padding is computed. A group over the budget is cut into parts, each of which pays the prompt again;
-    a single completion over the budget still is a micro-batch of its own.
+    With shared prompts a micro-batch costs its prompts once and its completions' real tokens; without, each row costs
+    the longest prompt and the longest completion of the micro-batch. Groups of similar length go together. A group
+    over the budget is cut into parts, each of which pays the prompt again; a single completion over the budget is
+    still a micro-batch of its own.
 
     Args:
         rollout: P groups.
         tokens_per_microbatch: the budget; None = everything at once.
+        share_prefix: whether the micro-batches will be scored with shared prompts.
 
     Returns:
-        Micro-batches that hold every row exactly once.
+        Micro-batches that together hold every row exactly once.
 
     Raises:
         ValueError: If the budget is not positive.
     """
     if tokens_per_microbatch is not None and tokens_per_microbatch < 1:
         raise ValueError(f"`tokens_per_microbatch` must be at least 1 or None, got {tokens_per_microbatch}.")
-    size = rollout.group_size
-    lengths = rollout.completion_mask.sum(1).cpu().view(-1, size)
-    prompt_lengths = rollout.prompt_mask.sum(1).cpu()
-    budget = tokens_per_microbatch
-    if budget is None:
-        budget = 2**62
-    longest = lengths.max(1).values.clamp(min=1)
+    budget = 2**62 if tokens_per_microbatch is None else tokens_per_microbatch
+    cost = _packed_tokens if share_prefix else _padded_tokens
+    lengths: list[list[int]] = rollout.completion_mask.sum(1).view(-1, rollout.group_size).tolist()
+    prompts: list[int] = rollout.prompt_mask.sum(1).tolist()
     batches: list[MicroBatch] = []
-    open_groups: list[int] = []
-    prompt, completion = 0, 0
+    together: list[int] = []
 
-    def flush() -> None:
-        if open_groups:
-            index = torch.tensor(open_groups)
-            rows = (index[:, None] * size + torch.arange(size)).flatten()
-            batches.append(MicroBatch(rollout=rollout.select(open_groups).trim(), rows=rows))
-            open_groups.clear()
+    def total(groups: list[int]) -> int:
+        return cost([prompts[g] for g in groups], [length for g in groups for length in lengths[g]])
 
-    for p in torch.argsort(longest, descending=True, stable=True).tolist():
-        if int(prompt_lengths[p]) + size * int(longest[p]) > budget:
-            batches += _parts_of_group(rollout, p, lengths[p], int(prompt_lengths[p]), budget)
+    def close() -> None:
+        if together:
+            batches.append(_whole_groups(rollout, together))
+            together.clear()
+
+    for p in sorted(range(len(prompts)), key=lambda p: -max(lengths[p])):
+        if total([p]) > budget:
+            parts = _cut(lengths[p], partial(cost, [prompts[p]]), budget)
+            batches += [_part_of_group(rollout, p, part) for part in parts]
             continue
-        new_prompt = max(prompt, int(prompt_lengths[p])) if open_groups else int(prompt_lengths[p])
-        new_completion = max(completion, int(longest[p])) if open_groups else int(longest[p])
-        if open_groups and (len(open_groups) + 1) * (new_prompt + size * new_completion) > budget:
-            flush()
-            new_prompt, new_completion = int(prompt_lengths[p]), int(longest[p])
-        open_groups.append(p)
-        prompt, completion = new_prompt, new_completion
-    flush()
+        if total([*together, p]) > budget:
+            close()
+        together.append(p)
+    close()
     return batches
 
 
-def _parts_of_group(rollout: Rollout, p: int, lengths: Tensor, prompt_length: int, budget: int) -> list[MicroBatch]:
-    # Longest completions first: every part then pads little.
-    order = torch.argsort(lengths, descending=True, stable=True)
-    parts: list[MicroBatch] = []
-    start = 0
-    while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        count = max(1, min(len(order) - start, (budget - prompt_length) // longest))
-        rows = order[start : start + count].sort().values + p * rollout.group_size
-        device_rows = rows.to(rollout.completion_ids.device)
-        parts.append(MicroBatch(rollout=rollout.select_rows(p, device_rows).trim(), rows=rows))
-        start += count
+def _packed_tokens(prompts: list[int], completions: list[int]) -> int:
+    return sum(prompts) + sum(completions)
+
+
+def _padded_tokens(prompts: list[int], completions: list[int]) -> int:
+    return len(completions) * (max(prompts) + max(completions))
+
+
+def _cut(lengths: list[int], cost: Callable[[list[int]], int], budget: int) -> list[list[int]]:
+    # Cuts a group's completions, longest first so that parts pad little, into as few parts as fit the budget.
+    parts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if parts and cost([lengths[r] for r in [*parts[-1], row]]) <= budget:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
     return parts
+
+
+def _whole_groups(rollout: Rollout, groups: list[int]) -> MicroBatch:
+    size = rollout.group_size
+    rows = (torch.tensor(groups)[:, None] * size + torch.arange(size)).flatten()
+    return MicroBatch(rollout=rollout.select(groups).trim(), rows=rows)
+
+
+def _part_of_group(rollout: Rollout, group: int, members: list[int]) -> MicroBatch:
+    rows = torch.tensor(sorted(members)) + group * rollout.group_size
+    return MicroBatch(rollout=rollout.select_rows(group, rows.to(rollout.completion_ids.device)).trim(), rows=rows)

@@ -73,7 +73,7 @@ def policy_parts(policy: nn.Module) -> PolicyParts:
         return logits if softcap is None else (logits / softcap).tanh() * softcap
 
     vocab_size = int(weight.shape[0])
-    if _splits(model, head):
+    if _splits(model, head, vocab_size):
         return PolicyParts(
             decode=_decoder(model), head=head, model=model, vocab_size=vocab_size, head_module=head_module
         )
@@ -100,7 +100,7 @@ def _whole(model: Any) -> Callable[..., tuple[Tensor, Any]]:
     return decode
 
 
-def _splits(model: Any, head: Callable[[Tensor], Tensor]) -> bool:
+def _splits(model: Any, head: Callable[[Tensor], Tensor], vocab_size: int) -> bool:
     # Tried once a model: do the decoder's states through the head give the model's own logits?
     if model in _known:
         return _known[model]
@@ -113,7 +113,8 @@ def _splits(model: Any, head: Callable[[Tensor], Tensor]) -> bool:
         )
         try:
             with torch.no_grad():
-                ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+                # Several different tokens: one of them may be padding, whose embedding and logits can be all zero.
+                ids = torch.arange(8, device=next(model.parameters()).device)[None] % vocab_size
                 logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
                 if len(seen) == 1 and isinstance(seen[0], Tensor):
                     scale = logits.abs().max().clamp(min=1e-6)

@@ -40,9 +40,18 @@ def score_completions(
 
     Returns:
         Scores of shape (P * G, C), zero at padding.
+
+    Raises:
+        ValueError: If a completion has no token.
     """
-    parts = policy_parts(model)
     mask = rollout.completion_mask
+    empty = int((~mask.any(1)).sum())
+    if empty:
+        raise ValueError(
+            f"{empty} of {len(mask)} completions have no token, so there is nothing to score. A sampled completion has "
+            "at least one, its EOS: check `completion_mask`."
+        )
+    parts = policy_parts(model)
     shared = share_prefix and can_share_prompts(parts.model)
     hidden = _shared_states(parts, rollout) if shared else _plain_states(parts, rollout)
     scores = chosen_log_probs(

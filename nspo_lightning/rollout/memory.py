@@ -120,7 +120,10 @@ class SharedMemory:
         if settings["softcap"] is not None:
             scores = (scores / settings["softcap"]).tanh() * settings["softcap"]
         bias = self._bias(settings["window"], length, own_k.shape[2], scores.dtype)
-        weights = (scores if bias is None else scores + bias).softmax(-1, dtype=torch.float32).to(value.dtype)
+        weights = (scores if bias is None else scores + bias).softmax(
+            -1, dtype=torch.promote_types(scores.dtype, torch.float32)
+        )
+        weights = weights.to(value.dtype)
         grouped = weights[..., :length][self._slots].view(prompts, -1, *weights.shape[1:3], length).transpose(1, 2)
         out = (grouped.flatten(2, 3) @ prompt_v.transpose(1, 2)).view(*grouped.shape[:4], -1)
         out = out.transpose(1, 2).flatten(0, 1)[self._places]

@@ -1,0 +1,91 @@
+"""Tiny random policies of many architectures, with a LoRA adapter that is not zero."""
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+VOCABULARY = 97
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+WINDOW = 5  # shorter than the prompts of the tests
+
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**COMMON, tie_word_embeddings=True),
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
+    "qwen2-window": lambda: transformers.Qwen2Config(
+        **COMMON, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=16),
+    "mistral-window": lambda: transformers.MistralConfig(**COMMON, sliding_window=WINDOW),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **COMMON, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8, final_logit_softcapping=5.0
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **COMMON,
+        head_dim=8,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi3": lambda: transformers.Phi3Config(**COMMON, **SPECIAL),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **SPECIAL,
+    ),
+    # Beyond the issue's list: a head that scales its logits, experts, and one that can't share.
+    "cohere": lambda: transformers.CohereConfig(**COMMON, **SPECIAL),
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=2),
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    ),
+}
+SHARING = [name for name in CONFIGS if name != "falcon"]
+
+
+def tiny_base(name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # far from uniform next-token distributions
+                parameter.mul_(3)
+    return model.requires_grad_(False)
+
+
+def with_adapter(base, **kwargs):
+    torch.manual_seed(1)
+    policy = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", **kwargs))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return policy
+
+
+def tiny_policy(name="llama", **kwargs):
+    return with_adapter(tiny_base(name), **kwargs)
+
+
+def ragged_prompts():
+    """Three prompts of lengths 4, 7 and 6, left-padded: shape (3, 7)."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    mask[2, :1] = False
+    return ids.masked_fill(~mask, 0), mask
