@@ -31,12 +31,14 @@ from nspo_lightning.callbacks import (
 )
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.module import GRPOModule
+from nspo_lightning.toy.judge import TownJudge
 from nspo_lightning.trainer import Trainer
 
 DESCRIPTION = """Safety GRPO in the null space of general ability.
 
 Start with `fit -c configs/quickstart.yaml`; `SUBCOMMAND --help` lists every setting, `fit -c FILE --print_config`
 prints them with their values. One more subcommand scores files: `judge --help`."""
+SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name them without their module
 TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
 PACKAGE_FOLDERS = tuple(
     str(Path(folder).resolve())
