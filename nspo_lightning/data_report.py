@@ -131,13 +131,17 @@ def _source_table(reports: Sequence[SourceReport]) -> Table:
 
 
 def _use_table(uses: dict[str, list[tuple[str, str]]], lengths: dict[str, list[int]]) -> Table:
-    table = Table(title="What it is used for (tokens of the rendered text)", title_justify="left", expand=True)
-    for column in ("use", "rows", "shortest", "median", "95 %", "longest", "tokens", "domains"):
-        table.add_column(column, justify="left" if column in ("use", "domains") else "right", overflow="fold")
+    table = Table(title="What it is used for", title_justify="left", expand=True)
+    table.add_column("use", overflow="fold")
+    table.add_column("rows", justify="right")
+    table.add_column("tokens a text\nmin / median / 95 % / max", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("domains", overflow="fold", ratio=1)
     for use, texts in uses.items():
-        summary = length_summary(lengths[use])
+        *spread, total = length_summary(lengths[use]).values()
         domains = ", ".join(f"{name} {count:,}" for name, count in Counter(d for _, d in texts).most_common(8))
-        table.add_row(Text(use), f"{len(texts):,}", *(f"{value:,}" for value in summary.values()), Text(domains))
+        cells = (use, f"{len(texts):,}", " / ".join(f"{value:,}" for value in spread), f"{total:,}", domains)
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
