@@ -230,7 +230,7 @@ class GRPOModule(PolicyModule):
         if self.objective.loss_type == "dapo":
             normaliser = replace(normaliser, num_tokens=max(self._window_tokens[0], 1.0))
         if not self._any_rank(bool((experience.advantages != 0).any())):
-            self._log_step({"step_time": time.perf_counter() - start})
+            self._log_step({"step_time": time.perf_counter() - start, "updates_skipped": float(self.updates_skipped)})
             return None
         self._window_has_signal = True
         if self.objective.beta == 0:  # groups without signal have a zero gradient: nothing is lost without them
@@ -324,7 +324,9 @@ class GRPOModule(PolicyModule):
             return
         if self.objective.loss_type == "dapo" and len(tokens) > 1:
             self._renormalise(tokens)
-        super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
+        # None would tell a gradient scaler that the whole window had no loss.
+        closure_result = loss if loss is not None else torch.zeros((), device=self.device)
+        super().optimizer_step(epoch, batch_idx, optimizer, lambda: closure_result)
 
     def _renormalise(self, tokens: Sequence[float]) -> None:
         """Make an accumulation window's gradient the mean over all its tokens, not the mean of its batches' means.

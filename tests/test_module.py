@@ -334,6 +334,32 @@ def test_excluded_samples_do_not_teach(tiny_llama, tmp_path):
     assert policy.updates_skipped == 2
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_mixed_precision_trains_float32_adapters(tiny_llama, tmp_path, quantization):
+    policy = module(tiny_llama, quantization=quantization)
+    policy.configure_model()
+    before = adapter(policy)
+    trainer(tmp_path, steps=2, precision="bf16-mixed", gradient_clip_val=1.0).fit(policy, datamodule())
+    after = adapter(policy)
+    assert all(weight.dtype == torch.float32 for weight in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_window_takes_its_step_though_its_last_batch_has_no_signal(tiny_llama, tmp_path):
+    calls = []
+
+    def first_only(prompts, completions, completion_ids, **_):
+        calls.append(1)
+        return even_tokens(prompts, completions, completion_ids) if len(calls) == 1 else constant(prompts, completions)
+
+    policy = module(tiny_llama, reward=first_only)
+    policy.configure_model()
+    before = adapter(policy)
+    trainer(tmp_path, steps=1, accumulate_grad_batches=2).fit(policy, datamodule())
+    assert policy.updates_skipped == 0
+    assert any(not torch.equal(before[name], weight) for name, weight in adapter(policy).items())
+
+
 def test_full_fine_tuning_needs_beta_zero(tiny_llama, tmp_path):
     settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=None)
     policy = module(tiny_llama, policy=settings, objective=ObjectiveConfig(beta=0.1))
