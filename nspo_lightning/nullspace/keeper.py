@@ -25,7 +25,7 @@ from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify
 from nspo_lightning.nullspace.layers import ProtectedLayer
 from nspo_lightning.nullspace.packing import build_packs
-from nspo_lightning.nullspace.projection import project_start
+from nspo_lightning.nullspace.projection import apply, project_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +168,8 @@ def _start(layer: ProtectedLayer, basis: Basis) -> None:
     before = torch.linalg.vector_norm(_whole(matrix.detach()))
     local = _local(matrix)
     if local.numel():
-        projected = project_start(basis, local)
-        own = torch.linalg.vector_norm(local) / torch.linalg.vector_norm(projected).clamp_min(1e-30)
-        local.copy_(projected / own.clamp_min(1e-30))
+        once = apply(basis, local)
+        local.copy_(apply(basis, once) if basis.form == "hard" else once)
     after = torch.linalg.vector_norm(_whole(matrix.detach()))
     local.mul_(before / after.clamp_min(1e-30))
 

@@ -1,0 +1,113 @@
+"""Jobs for two gloo processes; each rank writes what it found to a file that the test reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+WIDTH, RANK = 24, 5
+
+
+def spawn(job: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+    """Run ``job(rank, folder)`` on two ranks and return what they return."""
+    mp.spawn(_entry, args=(job, folder), nprocs=2, join=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _entry(rank: int, job: Callable[[int, Path], Any], folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        torch.save(job(rank, folder), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+class Adapted(nn.Module):
+    """An adapter by shape, with the same weights on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base_layer = nn.Linear(WIDTH, 7, bias=False).requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(WIDTH, RANK, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(RANK, 7, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def calls(count: int = 5) -> list[Any]:
+    """Five batches of two domains: an odd number, so that one rank has more."""
+    from nspo_lightning.nullspace import ForwardCall
+
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(9, WIDTH, generator=generator)
+    return [
+        ForwardCall(args=(torch.randn(30, 9, generator=generator) @ mixing,), domains=[("a", "b")[i == 4]] * 30)
+        for i in range(count)
+    ]
+
+
+def calibration(sharded: bool = False) -> Any:
+    """Calibrate an adapter on whatever process group exists."""
+    from nspo_lightning.nullspace import BasisSettings, calibrate_modules
+
+    model, batches = Adapted(), calls()
+    if sharded:
+        batches = batches[dist.get_rank() :: 2]
+    settings = BasisSettings(criterion="energy", threshold=1e-9)
+    return calibrate_modules({"": model}, model, lambda: iter(batches), settings, keep_moments=True, sharded=sharded)
+
+
+def calibrate_job(rank: int, folder: Path) -> dict[str, Any]:
+    """Calibrate from one list on all ranks, and from a list that is split already."""
+    found = {"whole list": calibration(), "split already": calibration(sharded=True)}
+    return {
+        name: {"vectors": c.bases[""].vectors, "values": c.bases[""].values, "tokens": c.domain_tokens}
+        for name, c in found.items()
+    }
+
+
+def sharded_job(rank: int, folder: Path) -> dict[str, Any]:
+    """Hold a row-sharded adapter (FSDP2's layout; 5 rows over 2 ranks) and a row-sharded full weight in place."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from nspo_lightning.nullspace import plan_layers
+    from nspo_lightning.nullspace.keeper import NullSpaceKeeper
+
+    mesh = init_device_mesh("cpu", (2,))
+    basis = calibration().bases[""]
+    model, dense = Adapted(), nn.Linear(WIDTH, 7, bias=False)
+    holders = [model.lora_A["default"], model.lora_B["default"], dense]
+    reference = dense.weight.detach().clone()
+    norm = model.lora_A["default"].weight.detach().norm()
+    for holder in holders:
+        holder.weight = nn.Parameter(distribute_tensor(holder.weight.detach(), mesh, [Shard(0)]))
+    keeper = NullSpaceKeeper([*plan_layers(model).layers, *plan_layers(dense).layers], [basis, basis])
+    keeper.start_()
+    started = model.lora_A["default"].weight.full_tensor().detach().clone()
+    generator = torch.Generator().manual_seed(4)
+    optimizer = torch.optim.AdamW([holder.weight for holder in holders], lr=1e-2, weight_decay=0.1)
+    for _ in range(10):
+        for holder in holders:
+            gradient = torch.randn(holder.weight.shape, generator=generator)
+            holder.weight.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+        keeper.project_gradients_()
+        optimizer.step()
+        keeper.reproject_()
+    result = {"start_norm": float(started.norm() / norm), "certificates": keeper.certificates()}
+    result["A"] = model.lora_A["default"].weight.full_tensor().detach()
+    result["W"] = dense.weight.full_tensor().detach()
+    result["W_ref"] = reference
+    return result
