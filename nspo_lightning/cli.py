@@ -38,6 +38,7 @@ DESCRIPTION = """Safety GRPO in the null space of general ability.
 
 Start with `fit -c configs/quickstart.yaml`; `SUBCOMMAND --help` lists every setting, `fit -c FILE --print_config`
 prints them with their values. One more subcommand scores files: `judge --help`."""
+RUNS = "runs"
 SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name them without their module
 TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
 PACKAGE_FOLDERS = tuple(
@@ -111,7 +112,7 @@ class CLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         name = self._get(self.config_init, "name")
         if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
-            kwargs["logger"] = TensorBoardLogger("runs", name=name, version="")
+            kwargs["logger"] = TensorBoardLogger(RUNS, name=name, version="")
         callbacks: list[Callback] = list(config.get("callbacks") or [])
         if config.get("enable_checkpointing") is False:
             standard: list[Callback] = []
@@ -172,6 +173,7 @@ def cli_arguments() -> dict[str, Any]:
         "model_class": GRPOModule,
         "datamodule_class": AlignmentDataModule,
         "trainer_class": Trainer,
+        "trainer_defaults": {"default_root_dir": RUNS},
         "save_config_callback": SaveConfig,
         "save_config_kwargs": {"overwrite": True},
         "seed_everything_default": 0,

@@ -234,7 +234,7 @@ def test_a_width_that_4bit_cannot_take(run, tokenizer, tmp_path):
 
 def test_a_basis_and_a_checkpoint_of_another_model(run, tiny_qwen2, tmp_path):
     assert run("fit", "--trainer.limit_train_batches", 1)[0] == 0
-    basis = next((tmp_path / "nullspace").glob("*.safetensors"))
+    basis = next((tmp_path / "runs" / "nullspace").glob("*.safetensors"))
     code, err = run("fit", "--model.policy.path", tiny_qwen2, "--nullspace.calibration", basis, "--name", "other")
     check(code, err, r"(?s)model")
     code, err = run("fit", "--model.policy.path", tiny_qwen2, "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")

@@ -1,4 +1,4 @@
-"""GRPOModule under a real Trainer: what an update does, when there is none, what flags mean, what a checkpoint holds."""
+"""GRPOModule under a real Trainer: what an update does, when there is none, what flags mean, what checkpoints hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nspo_lightning.module import GRPOModule
 from nspo_lightning.policy import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 
-WORDS = "mill bridge ferry tower well gate cart guard bell oven loom chain".split()
+WORDS = ("mill", "bridge", "ferry", "tower", "well", "gate", "cart", "guard", "bell", "oven", "loom", "chain")
 
 
 def harmful(split):
@@ -160,7 +160,7 @@ def gradients_of(policy, folder, batch_size, accumulate):
     def generate(batch, sampling, group_size, seed):
         from nspo_lightning.grpo import Rollout
 
-        rollout, texts = original(batch, sampling, group_size, 0)
+        rollout, _ = original(batch, sampling, group_size, 0)
         prompts = batch["prompt"]
         ids = torch.full((len(prompts) * group_size, 6), policy.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids, dtype=torch.bool)
