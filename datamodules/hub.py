@@ -25,7 +25,9 @@ def hub_arguments(source: PromptSource, preset: Preset | None, hub_id: str) -> d
         Keyword arguments.
     """
     name = source.name or (preset.hub_name if preset else None)
-    split = preset.hub_splits.get(source.split, source.split) if preset else source.split
+    split = source.split
+    if preset is not None and source.name not in preset.kind_of_part:  # another part has splits of its own
+        split = preset.hub_splits.get(split, split)
     revision = source.revision or (preset.hub_revision if preset else None)
     arguments = {"path": hub_id, "name": name, "split": split, "revision": revision, "streaming": source.streaming}
     if preset is not None and preset.hub_data_dirs:

@@ -168,6 +168,8 @@ def test_hub_streams_are_shuffled_by_seed(monkeypatch, tokenizer):
         ("arc", {"name": "ARC-Easy"}, {"name": "ARC-Easy"}),
         ("alpaca_farm", {}, {"revision": "refs/convert/parquet", "split": "eval"}),
         ("ultrachat", {}, {"split": "train_sft"}),
+        ("coconot_contrast", {}, {"name": "contrast", "split": "test"}),
+        ("coconot_contrast", {"name": "original"}, {"name": "original", "split": "train"}),
     ],
 )
 def test_hub_names_of_presets(name, options, expected):
