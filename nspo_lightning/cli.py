@@ -6,6 +6,7 @@ Nothing imports this module but `__main__`.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -39,6 +40,12 @@ DESCRIPTION = """Safety GRPO in the null space of general ability.
 Start with `fit -c configs/quickstart.yaml`; `SUBCOMMAND --help` lists every setting, `fit -c FILE --print_config`
 prints them with their values. One more subcommand scores files: `judge --help`."""
 RUNS = "runs"
+NOISE = (
+    ".*`training_step` returned `None`.*",  # a step without signal is no mistake here
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # between lightning and torch
+    ".*`is_gradient_checkpointing` is deprecated.*",  # between peft and transformers
+    ".*Checkpoint directory .* exists and is not empty.*",  # resuming
+)
 SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name them without their module
 TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
 PACKAGE_FOLDERS = tuple(
@@ -47,6 +54,7 @@ PACKAGE_FOLDERS = tuple(
         Path(nspo_lightning.__file__).parent,
         Path(nspo_lightning.__file__).parent / "callbacks",
         Path(nspo_lightning.__file__).parent / "datamodules",
+        Path(pl.__file__).parent,
     )
 )
 
@@ -109,6 +117,7 @@ class CLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        _silence_noise()  # libraries that were imported meanwhile brought filters of their own
         config = self._get(self.config_init, "trainer")
         name = self._get(self.config_init, "name")
         if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
@@ -135,6 +144,13 @@ class CLI(LightningCLI):
             _set_aside(Path(folder))
 
 
+def _silence_noise() -> None:
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
 @rank_zero_only
 def _set_aside(folder: Path) -> None:
     if not (folder.is_dir() and any(folder.iterdir())) or os.environ.get("LOCAL_RANK", "0") != "0":
@@ -153,7 +169,8 @@ def is_users_mistake(error: BaseException) -> bool:
         error: What was raised.
 
     Returns:
-        True for a misconfiguration, and for a ValueError, TypeError or OSError that this package itself raised.
+        True for a misconfiguration, and for a ValueError, TypeError or OSError that this package itself or Lightning's
+        own checks raised.
     """
     if isinstance(error, MisconfigurationException):
         return True
@@ -192,8 +209,7 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         BaseException: What is no user's mistake, or any error if NSPO_LIGHTNING_TRACEBACK is set.
     """
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*")
+    _silence_noise()
     arguments = sys.argv[1:] if args is None else args
     try:
         if arguments[:1] == ["judge"]:

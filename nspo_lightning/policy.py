@@ -178,9 +178,12 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
         The model, all parameters frozen, in eval mode.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
     # It reports, as an error, that an optional kernel is missing which `keep_4bit_exact` would not let it use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
+    if settings.path == TOY:  # too small for a bar
+        disable_progress_bar()
     dtype = getattr(torch, settings.dtype)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
     if settings.quantization != "none":
