@@ -58,7 +58,7 @@ def items(count):
 
 
 def judge(url, **options):
-    defaults = {"request_timeout_s": 0.5, "backoff_s": 0.01, "max_retries": 3, "concurrency": 8}
+    defaults = {"request_timeout_s": 10.0, "backoff_s": 0.01, "max_retries": 3, "concurrency": 8}
     return ServerJudge("m", url, **{**defaults, **options})
 
 
@@ -72,7 +72,7 @@ def ask(found, names, faults=()):
 @pytest.mark.parametrize("fault", [*FAULTS, "null", "503,502", "drop,half,json"])
 def test_every_fault_is_outlived(server, fault):
     names = items(6)
-    found = judge(server)
+    found = judge(server, request_timeout_s=1.0 if fault == "hang" else 10.0)
     assert ask(found, names, {names[2]: fault, names[5]: fault}) == [truth(name) for name in names]
     after = stats(server)
     assert all(after["answers"][str(name)] == 1 for name in names)
@@ -88,7 +88,7 @@ def test_every_fault_is_outlived(server, fault):
 )
 def test_what_went_wrong_is_counted(server, fault, counter):
     names = items(2)
-    found = judge(server)
+    found = judge(server, request_timeout_s=1.0 if fault == "hang" else 10.0)
     ask(found, names, {names[0]: fault})
     assert found.metrics()[counter] == 1
 
@@ -96,7 +96,7 @@ def test_what_went_wrong_is_counted(server, fault, counter):
 @pytest.mark.parametrize("fault", ["500", "drop", "hang", "json", "verdict", "400"])
 def test_judgement_that_fails_for_good_is_excluded_and_counted_never_scored(server, fault):
     names = items(4)
-    rewards = RewardSet([OutcomeReward(judge(server, on_error="exclude", max_retries=1, request_timeout_s=0.2))])
+    rewards = RewardSet([OutcomeReward(judge(server, on_error="exclude", max_retries=1, request_timeout_s=1.0))])
     completions = [f"item {name}" for name in names]
     completions[1] += f" faults {fault},always"
     result = rewards(["q"] * 4, completions)
@@ -113,12 +113,12 @@ def test_judgement_that_fails_for_good_is_excluded_and_counted_never_scored(serv
         ("500", r"status 500.*\(2 tries\)"),
         ("verdict", r"a verdict that can't be read: 'perhaps so' \(2 tries\)"),
         ("json", r"a reply that is no completion \(2 tries\)"),
-        ("hang", r"no reply within `request_timeout_s` = 0.2 s \(2 tries\)"),
+        ("hang", r"no reply within `request_timeout_s` = 1 s \(2 tries\)"),
         ("400", r"status 400.*\(1 try\)"),
     ],
 )
 def test_raise_names_judge_server_problem_and_cure(server, fault, message):
-    found = judge(server, max_retries=1, request_timeout_s=0.2, name="guard")
+    found = judge(server, max_retries=1, request_timeout_s=1.0, name="guard")
     name = items(1)[0]
     with pytest.raises(RewardError, match=rf"Judge 'guard' \(m at http.*\) failed: {message}\. .*`on_error: exclude`"):
         ask(found, [name], {name: f"{fault},always"})
@@ -198,7 +198,7 @@ def closed_port():
 
 @pytest.mark.parametrize("on_error", ["raise", "exclude"])
 def test_dead_server_ends_within_the_stated_bound(on_error):
-    found = judge(closed_port(), on_error=on_error, max_retries=2, backoff_s=0.1, concurrency=4)
+    found = judge(closed_port(), on_error=on_error, max_retries=2, backoff_s=0.1, concurrency=4, request_timeout_s=0.5)
     start = time.perf_counter()
     if on_error == "raise":
         with pytest.raises(RewardError, match=r"failed: APIConnectionError.*\(3 tries\)"):
@@ -264,14 +264,14 @@ def test_works_inside_a_running_loop_and_as_an_awaited_reward(server):
 
 
 def test_two_server_judges_are_asked_at_the_same_time():
-    with running(service_s=0.6) as first, running(service_s=0.6) as second:
+    with running(service_s=1.0) as first, running(service_s=1.0) as second:
         rewards = RewardSet({
             "a": OutcomeReward(judge(first, request_timeout_s=5)),
             "b": OutcomeReward(judge(second, request_timeout_s=5)),
         })
         start = time.perf_counter()
         rewards(["q"], [f"item {items(1)[0]}"])
-        assert time.perf_counter() - start < 1.15  # not 1.2, one after the other
+        assert time.perf_counter() - start < 1.95  # not 2, one after the other
 
 
 def test_timeout_of_the_reward_set_ends_a_judge_that_would_go_on():
@@ -329,13 +329,14 @@ def check_many(count, concurrency, service_s):
         rng = random.Random(0)
         faulty = {name: FAULTS[i % len(FAULTS)] for i, name in enumerate(rng.sample(names, count // 5))}
         found = judge(url, concurrency=concurrency, request_timeout_s=timeout_s, max_retries=4, backoff_s=0.1)
+        ask(found, items(1))  # the client library's import is not what is timed
         start = time.perf_counter()
         outcomes = ask(found, names, faulty)
         wall_s = time.perf_counter() - start
         seen = stats(url)
     assert outcomes == [truth(name) for name in names]  # none lost, none swapped
     assert set(seen["answers"].values()) == {1}  # none judged twice
-    assert len(seen["answers"]) == count
+    assert len(seen["answers"]) == count + 1
     slow_tries = sum(kind in ("drop", "half", "json", "verdict") for kind in faulty.values())
     hangs = sum(kind == "hang" for kind in faulty.values())
     allowed_s = ((count + slow_tries) * service_s + hangs * timeout_s) / concurrency
@@ -345,7 +346,7 @@ def check_many(count, concurrency, service_s):
 
 
 def test_many_judgements_with_a_fifth_faulty():
-    check_many(count=300, concurrency=16, service_s=0.2)
+    check_many(count=300, concurrency=16, service_s=0.4)
 
 
 @pytest.mark.slow
