@@ -1,0 +1,95 @@
+"""Tables and a plot for docs/performance.md from benchmarks/results/grpo_step.json; see grpo_step.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+
+def cases_table(results: dict[str, Any]) -> str:
+    """Compare the two sides, case by case."""
+    lines = [
+        "| case | TRL s/step | ours s/step | times faster (goal) | TRL peak GB | ours | share (goal) | load before |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in sorted(results["cases"].items()):
+        trl, ours = case["trl"], case["ours"]
+        goal = "-" if case["memory"] is None else case["memory"]
+        lines.append(
+            f"| {name}: {case['title']} | {trl['seconds_per_step']:.1f} | {ours['seconds_per_step']:.1f} "
+            f"| **{case['times_faster']:.2f}** ({case['faster']}) | {trl['peak_gb']:.2f} | {ours['peak_gb']:.2f} "
+            f"| {case['memory_share']:.2f} ({goal}) | {case['load_before']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def scaling_table(curves: dict[str, Any]) -> str:
+    """List the curves, with the cost of a token that should stay level."""
+    plain = {row["group"]: row["seconds"] for row in curves["group_plain"]}
+    lines = [
+        "| varied | G | P | C | tokens G C + P | tokens G (P + C) | sampling s | forward + backward s "
+        "| train ms a token | plain path s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("group", "prompt", "completion"):
+        for row in curves[name]:
+            other = f"{plain[row['group']]:.2f}" if name == "group" and row["group"] in plain else ""
+            lines.append(
+                f"| {name} | {row['group']} | {row['prompt']} | {row['completion']} | {row['tokens_shared']} "
+                f"| {row['tokens_plain']} | {row['sample_seconds']:.2f} | {row['train_seconds']:.2f} "
+                f"| {1e3 * row['train_seconds'] / row['tokens_shared']:.2f} | {other} |"
+            )
+    return "\n".join(lines)
+
+
+def profile_table(profile: dict[str, Any]) -> str:
+    """Split the two halves of a step."""
+    kinds = list(profile["sample"])
+    lines = ["| half | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for half in ("sample", "train"):
+        total = sum(profile[half].values())
+        cells = [f"{profile[half][kind]:.2f} s ({profile[half][kind] / total:.0%})" for kind in kinds]
+        lines.append(f"| {half} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(curves: dict[str, Any], path: Path) -> None:
+    """Draw cost over each length, with the two token counts to compare shapes with."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    for axis, name in zip(axes, ("group", "prompt", "completion"), strict=True):
+        rows = curves[name]
+        x = [row[name] for row in rows]
+        axis.plot(x, [row["seconds"] for row in rows], "o-", label="step, shared prompts")
+        per_token = rows[-1]["seconds"] / rows[-1]["tokens_shared"]
+        axis.plot(x, [row["tokens_shared"] * per_token for row in rows], ":", color="grey", label="~ G C + P")
+        if name == "group":
+            plain = curves["group_plain"]
+            axis.plot([r["group"] for r in plain], [r["seconds"] for r in plain], "s--", label="step, plain path")
+        axis.set_xlabel({"group": "G", "prompt": "prompt tokens P", "completion": "completion tokens C"}[name])
+        axis.set_ylabel("CPU seconds, one thread")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write_docs(results: dict[str, Any], folder: Path) -> None:
+    """Put the tables between their markers."""
+    page = folder / "performance.md"
+    text = page.read_text()
+    parts = {"cases": cases_table(results)} if results.get("cases") else {}
+    if "scaling" in results:
+        parts["scaling"] = scaling_table(results["scaling"])
+        plot(results["scaling"], folder / "performance_scaling.svg")
+    if "profile" in results:
+        parts["profile"] = profile_table(results["profile"])
+    for name, table in parts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+    page.write_text(text)
