@@ -70,7 +70,8 @@ class GRPOModule(PolicyModule):
         share_prefix: Run each prompt once a group instead of once a completion. Same numbers, less work.
         evaluation_sampling: How harmful prompts are answered in validation and test; default as in training.
         general_max_new_tokens: Length limit of the greedy answers to general prompts.
-        over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
+        over_refusal_skills: General skills whose refusals count as over-refusal (XSTest and its like have the skill
+            `over_refusal`); where there are none, all harmless prompts count.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -93,7 +94,7 @@ class GRPOModule(PolicyModule):
         share_prefix: bool = True,
         evaluation_sampling: SamplingConfig | None = None,
         general_max_new_tokens: int = 64,
-        over_refusal_skills: Sequence[str] = (),
+        over_refusal_skills: Sequence[str] = ("over_refusal",),
     ) -> None:
         if group_size < 2:
             raise ValueError(

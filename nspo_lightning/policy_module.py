@@ -166,6 +166,21 @@ class PolicyModule(pl.LightningModule):
             )
         return rollout, self.tokenizer.batch_decode(completion_token_ids(rollout), skip_special_tokens=True)
 
+    def answer_prompts(self, prompts: Sequence[Any]) -> list[str]:
+        """Answer prompts greedily, as `calibration_text: prompt_and_model_answer` wants it.
+
+        Args:
+            prompts: Texts or chats.
+
+        Returns:
+            One answer a prompt.
+        """
+        chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+        texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.device)
+        batch = {"prompt_ids": encoded["input_ids"], "prompt_mask": encoded["attention_mask"].bool()}
+        return self.generate(batch, self.general_sampling, 1, EVALUATION_SEED)[1]
+
     def check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """Refuse prompts that leave no room for completions in the policy's context.
 

@@ -256,6 +256,13 @@ def test_calibrate_writes_a_basis_that_fit_takes(run):
     assert json.loads(Path("runs/tiny/summary.json").read_text())["nullspace/leak_max"] <= 1e-6
 
 
+def test_calibration_on_the_models_own_answers(run):
+    assert run("calibrate", "--out", "own.safetensors", "--data.calibration_text", "prompt_and_model_answer")[0] == 0
+    assert run("calibrate", "--out", "reference.safetensors")[0] == 0
+    own, reference = load_file("own.safetensors"), load_file("reference.safetensors")
+    assert any(own[name].shape != reference[name].shape or not torch.equal(own[name], reference[name]) for name in own)
+
+
 def test_data_shows_what_is_trained_on(run):
     assert run("data")[0] == 0
     assert "<|user|>How do I burn mill" in run.out.replace("\n", "")
