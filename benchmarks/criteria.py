@@ -1,6 +1,6 @@
 """What a criterion costs on general text that was not in K: the small model of real text learns to refuse.
 
-    python benchmarks/criteria.py --model DIR --alpaca alpaca_data.json --gsm8k train.jsonl --harmful harmful_behaviors.csv
+    python benchmarks/criteria.py --model DIR --alpaca alpaca_data.json --gsm8k train.jsonl --harmful behaviors.csv
 
 Every run trains the same rank-8 adapter (AdamW, 1e-3) on "prompt -> refusal" for harmful prompts until held-out harmful
 prompts are refused to the same degree (NLL of the refusal <= ``--target``), and measures NLL on held-out Alpaca and
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--held-out-rows", type=int, default=64)
     parser.add_argument("--max-steps", type=int, default=60)
     parser.add_argument("--target", type=float, default=0.15, help="NLL of a refusal token on held-out harmful prompts")
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS), help="which criteria")
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     from peft import LoraConfig, get_peft_model
@@ -101,7 +102,8 @@ def main() -> None:
     results = {"before": before | {"refusal": nll(base, refusals)}, "runs": []}
     print("before", {k: round(v, 4) for k, v in results["before"].items()}, flush=True)
     for seed in range(arguments.seeds):
-        for name, settings in RUNS.items():
+        for name in arguments.runs:
+            settings = RUNS[name]
             torch.manual_seed(seed)
             base = LlamaForCausalLM.from_pretrained(arguments.model)
             model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))

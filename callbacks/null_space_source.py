@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,26 @@ from nspo_lightning.nullspace.fingerprint import combined, data_fingerprint, mod
 from nspo_lightning.nullspace.store import check_fingerprint
 
 Source = str | PathLike[str] | Iterable[Any] | None
+
+
+def calibration_batches(owner: Any, pl_module: pl.LightningModule) -> Iterable[Any]:
+    """Return the owner's calibration batches.
+
+    Where the dataloader can use the model's own answers (it takes ``answer_fn``) and the module gives some (it has
+    ``calibration_answers``, from a list of prompts to a list of texts), the two are brought together.
+
+    Args:
+        owner: has ``calibration_dataloader()``.
+        pl_module: the module.
+
+    Returns:
+        The batches.
+    """
+    loader = owner.calibration_dataloader
+    answers = getattr(pl_module, "calibration_answers", None)
+    takes = "answer_fn" in inspect.signature(loader).parameters
+    batches: Iterable[Any] = loader(answer_fn=answers) if takes and callable(answers) else loader()
+    return batches
 
 
 @dataclass(kw_only=True)
@@ -131,10 +152,8 @@ class BasisSource:
         if self.source is not None and not isinstance(self.source, (str, PathLike)):
             return self.source
         for owner in (getattr(trainer, "datamodule", None), pl_module):
-            loader = getattr(owner, "calibration_dataloader", None)
-            if callable(loader):
-                batches: Iterable[Any] = loader()
-                return batches
+            if callable(getattr(owner, "calibration_dataloader", None)):
+                return calibration_batches(owner, pl_module)
         raise MisconfigurationException(
             "NullSpaceProjection has nothing to calibrate on: `calibration` is None and neither the datamodule nor the "
             "module has a `calibration_dataloader()`. Pass an iterable of batches, a basis file, or add that method."

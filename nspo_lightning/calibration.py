@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.callbacks.null_space_source import calibration_batches
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
 from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.picture import spectrum_figure
@@ -89,7 +90,7 @@ def calibrate(
     trainer = trainer or pl.Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False)
     with _prepared(trainer, module, datamodule):
         callback.source.keep_moments = _keeps(module, callback, keep_moments)
-        batches = list(loader())
+        batches = list(calibration_batches(datamodule, module))
         if callback.source.limit_batches is not None:
             batches = batches[: callback.source.limit_batches]
         with _progress(console, len(batches)) as report:
