@@ -97,7 +97,8 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 result = run_worker(kind, name, args, Path(tmp))
                 runs[kind].append(result)
                 print(
-                    f"  {name} {kind:4} run {repeat + 1}: {result['seconds_per_step']:.2f} s a step, "
+                    f"  {name} {kind:4} run {repeat + 1}: {result['seconds_per_step']:.2f} s a step "
+                    f"({result['cpu_seconds_per_step']:.2f} s of CPU), "
                     f"{result['tokens_per_second']:.0f} tokens a second, peak {result['peak_gb']:.2f} GB",
                     flush=True,
                 )
@@ -105,6 +106,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         kind: {
             "seconds_per_step": statistics.median(second for r in results for second in r["step_seconds"]),
             "tokens_per_second": statistics.median(r["tokens_per_second"] for r in results),
+            "cpu_seconds_per_step": statistics.median(r["cpu_seconds_per_step"] for r in results),
             "peak_gb": statistics.median(r["peak_gb"] for r in results),
             "completion_tokens_per_step": statistics.mean(r["completion_tokens_per_step"] for r in results),
             "runs": results,

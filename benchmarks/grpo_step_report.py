@@ -10,14 +10,15 @@ from typing import Any
 def cases_table(results: dict[str, Any]) -> str:
     """Compare the two sides, case by case."""
     lines = [
-        "| case | TRL s/step | ours s/step | times faster (goal) | TRL peak GB | ours | share (goal) | load before |",
+        "| case | TRL s/step (CPU s) | ours s/step (CPU s) | times faster (goal) | TRL peak GB | ours | share (goal) | load before |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, case in sorted(results["cases"].items()):
         trl, ours = case["trl"], case["ours"]
         goal = "-" if case["memory"] is None else case["memory"]
         lines.append(
-            f"| {name}: {case['title']} | {trl['seconds_per_step']:.1f} | {ours['seconds_per_step']:.1f} "
+            f"| {name}: {case['title']} | {trl['seconds_per_step']:.1f} ({trl['cpu_seconds_per_step']:.1f}) "
+            f"| {ours['seconds_per_step']:.1f} ({ours['cpu_seconds_per_step']:.1f}) "
             f"| **{case['times_faster']:.2f}** ({case['faster']}) | {trl['peak_gb']:.2f} | {ours['peak_gb']:.2f} "
             f"| {case['memory_share']:.2f} ({goal}) | {case['load_before']:.1f} |"
         )
