@@ -10,7 +10,8 @@ from typing import Any
 def cases_table(results: dict[str, Any]) -> str:
     """Compare the two sides, case by case."""
     lines = [
-        "| case | TRL s/step (CPU s) | ours s/step (CPU s) | times faster (goal) | TRL peak GB | ours | share (goal) | load before |",
+        "| case | TRL s/step (CPU s) | ours s/step (CPU s) | times faster (goal) | TRL peak GB | ours | share (goal) "
+        "| load before |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, case in sorted(results["cases"].items()):
