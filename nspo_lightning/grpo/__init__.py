@@ -17,6 +17,7 @@ from nspo_lightning.grpo.objective import (
     token_weights,
 )
 from nspo_lightning.grpo.scoring import score_completions
+from nspo_lightning.grpo.sharing import can_share_prompts
 
 __all__ = [
     "AdvantageScale",
@@ -30,6 +31,7 @@ __all__ = [
     "Rollout",
     "TokenScores",
     "accumulated_loss",
+    "can_share_prompts",
     "group_advantages",
     "groups_with_signal",
     "loss_mask",
