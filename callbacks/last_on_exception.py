@@ -24,7 +24,8 @@ class LastOnException(Callback):
             for callback in trainer.checkpoint_callbacks
             if isinstance(callback, ModelCheckpoint) and callback.dirpath
         ]
-        if not trainer.training or not folders or trainer.global_step == 0 or trainer.world_size > 1:
+        alone = trainer.world_size == 1 or getattr(exception, "raised_on_all_ranks", False)
+        if not trainer.training or not folders or trainer.global_step == 0 or not alone:
             return  # nothing was learnt yet, or other ranks may never come to the collective save
         path = Path(folders[0]) / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt"
         trainer.save_checkpoint(path)

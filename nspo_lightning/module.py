@@ -182,6 +182,7 @@ class GRPOModule(PolicyModule):
             "completion": texts,
             "reward": result.total.tolist(),
             "outcome": list(outcomes),
+            **{name: values for name, values in result.extra.items() if len(values) == len(texts)},
         }
         self._log_step({**rollout_metrics(rollout, result, outcomes), "num_tokens": float(self.num_tokens)})
         experience = Experience(

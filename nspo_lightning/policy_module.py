@@ -86,6 +86,9 @@ class PolicyModule(pl.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
+        self.reward.prepare()  # a guard's wrong path or a missing key is found before anything long
+        if callable(prepare := getattr(self.judge, "prepare", None)):
+            prepare()
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         self.policy = load_policy(self.policy_settings, device)
         self.fingerprint = policy_fingerprint(self.policy)

@@ -37,6 +37,9 @@ class RewardError(ValueError):
         reward: name of the reward that failed.
     """
 
+    raised_on_all_ranks = True
+    """Ranks agree on a failure before they raise, so collective work (a last checkpoint) is safe."""
+
     def __init__(self, message: str, reward: str = "") -> None:
         super().__init__(message)
         self.reward = reward
