@@ -105,10 +105,17 @@ def _score_chunk(
     with torch.no_grad():
         entropy = log_probs.new_empty(0)
         if with_entropy:
-            # H = log Z - E[logit]; a logit of -inf has probability zero and must not make 0 * inf.
-            probabilities = (logits - log_normaliser[:, None]).exp_()
-            entropy = log_normaliser - (probabilities * logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+            entropy = _entropy(logits, log_normaliser, (logits - log_normaliser[:, None]).exp_())
     return log_probs, entropy
+
+
+def _entropy(logits: Tensor, log_normaliser: Tensor, probabilities: Tensor) -> Tensor:
+    # H = log Z - E[logit]. A logit of -inf has probability zero and must not make 0 * inf: only then is NaN replaced.
+    expected = torch.linalg.vecdot(probabilities, logits)
+    if not bool(expected.isfinite().all()):
+        expected = (probabilities * logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
+    entropy: Tensor = log_normaliser - expected
+    return entropy
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -122,11 +129,19 @@ class _FrozenHead(torch.autograd.Function):
         for h, y in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
             with torch.enable_grad():
                 leaf = h.detach().requires_grad_()
-                scores, entropy = _score_chunk(leaf, y, head, temperature, with_entropy)
-                # Each score depends on its own hidden state alone: the gradient of the sum is all their gradients.
-                jacobians.append(torch.autograd.grad(scores.sum(), leaf)[0])
-            log_probs.append(scores.detach())
-            entropies.append(entropy)
+                raw = head(leaf)
+            logits = raw.detach().float()
+            if temperature != 1.0:
+                logits = logits / temperature
+            log_normaliser = logits.logsumexp(-1)
+            log_probs.append(logits.gather(-1, y[:, None]).squeeze(-1) - log_normaliser)
+            # d log p[y] / d logits = onehot(y) - p, and one product with the head gives J for the whole chunk: each
+            # score depends on its own hidden state alone.
+            gradient = (logits - log_normaliser[:, None]).exp_()
+            entropies.append(_entropy(logits, log_normaliser, gradient) if with_entropy else logits.new_empty(0))
+            gradient.neg_()[torch.arange(len(y), device=y.device), y] += 1
+            gradient = (gradient if temperature == 1.0 else gradient / temperature).to(raw.dtype)
+            jacobians.append(torch.autograd.grad(raw, leaf, gradient)[0])
         ctx.save_for_backward(torch.cat(jacobians))
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
