@@ -152,13 +152,13 @@ class GeneralDataModule(PromptDataModule):
         """Batches of general text for the null space.
 
         Args:
-            answer_fn: Answers prompts, for `prompt_and_model_answer`; default: the LightningModule's `answer_prompts`.
+            answer_fn: Answers prompts, for `prompt_and_model_answer`; default: the LightningModule's.
 
         Returns:
             A loader of `input_ids`, `attention_mask` and `domain`.
         """
         if answer_fn is None and self.trainer is not None:
-            answer_fn = getattr(self.trainer.lightning_module, "answer_prompts", None)
+            answer_fn = getattr(self.trainer.lightning_module, "calibration_answers", None)
         rows, renderer = self.calibration_rows(answer_fn), self.renderer
         if self.calibration_report is not None:
             announce([self.calibration_report])

@@ -31,6 +31,7 @@ from nspo_lightning.grpo import (
     ObjectiveMetrics,
     Rollout,
     accumulated_loss,
+    can_share_prompts,
     group_advantages,
     groups_with_signal,
     loss_mask,
@@ -193,10 +194,15 @@ class GRPOModule(PolicyModule):
         )
         return ExperienceBuffer(experience, self.num_minibatches, self.num_iterations)
 
+    def _split(self, rollout: Rollout) -> list[MicroBatch]:
+        model = self.require_policy()
+        shares = self.share_prefix and can_share_prompts(getattr(model, "get_base_model", lambda: model)())
+        return split_microbatches(rollout, self.tokens_per_microbatch, share_prefix=shares)
+
     def _score_without_grad(self, rollout: Rollout) -> Tensor:
         scores = torch.zeros(rollout.completion_ids.shape, device=self.device)
         with eval_mode(self.require_policy()), torch.no_grad():
-            for micro in split_microbatches(rollout, self.tokens_per_microbatch):
+            for micro in self._split(rollout):
                 part = score_completions(
                     self.require_policy(),
                     micro.rollout,
@@ -279,7 +285,7 @@ class GRPOModule(PolicyModule):
             metrics.append(result.metrics)
             return result.loss
 
-        micros = split_microbatches(experience.rollout, self.tokens_per_microbatch)
+        micros = self._split(experience.rollout)
         loss = accumulated_loss(self.trainable_parameters(), micros, one, loss_scale=self._loss_scale())
         self._log_step(ObjectiveMetrics.merge(metrics).means())
         return loss, kept

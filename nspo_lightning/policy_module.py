@@ -169,7 +169,7 @@ class PolicyModule(pl.LightningModule):
             )
         return rollout, self.tokenizer.batch_decode(completion_token_ids(rollout), skip_special_tokens=True)
 
-    def answer_prompts(self, prompts: Sequence[Any]) -> list[str]:
+    def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
         """Answer prompts greedily, as `calibration_text: prompt_and_model_answer` wants it.
 
         Args:
