@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,16 @@ from nspo_lightning.trainer import Trainer
 DESCRIPTION = """Safety GRPO in the null space of general ability.
 
 Start with `fit -c configs/quickstart.yaml`; `SUBCOMMAND --help` lists every setting, `fit -c FILE --print_config`
-prints them with their values. One more subcommand scores files: `judge --help`."""
+prints them with their values. Other jobs have a help of their own: `judge --help` (score a file), `compare --help`
+(methods, seeds and sweeps in one table), `evaluate --help` (lm-evaluation-harness), `export --help` (an adapter or a
+merged model out of a checkpoint)."""
+COMMANDS = {
+    "judge": "nspo_lightning.judge_report",
+    "compare": "nspo_lightning.compare.command",
+    "evaluate": "nspo_lightning.benchmarks_command",
+    "export": "nspo_lightning.export_command",
+}
+"""Subcommands beside LightningCLI's: their modules have a `main(arguments)` and are imported on use."""
 RUNS = "runs"
 NOISE = (
     ".*`training_step` returned `None`.*",  # a step without signal is no mistake here
@@ -212,10 +222,8 @@ def main(args: list[str] | None = None) -> None:
     _silence_noise()
     arguments = sys.argv[1:] if args is None else args
     try:
-        if arguments[:1] == ["judge"]:
-            from nspo_lightning.judge_report import main as judge
-
-            judge(arguments[1:])
+        if arguments and arguments[0] in COMMANDS:
+            import_module(COMMANDS[arguments[0]]).main(arguments[1:])
         else:
             CLI(**cli_arguments(), args=args)
     except Exception as error:
