@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nspo_lightning.evaluation import RateTable, answers_match, final_answers_match, general_outcomes, safety_outcomes
+from nspo_lightning.answers import answers_match, final_answers_match
+from nspo_lightning.evaluation import RateTable, general_outcomes, safety_outcomes
 
 CPU = torch.device("cpu")
 

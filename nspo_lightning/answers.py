@@ -1,0 +1,50 @@
+"""Compare a completion with the reference answer of a general prompt."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def answers_match(completion: str, answer: str) -> bool:
+    """Compare a completion with a reference answer.
+
+    Args:
+        completion: What the policy said.
+        answer: The reference. With a ``####`` in it (GSM8K), what follows is a number and the completion's last number
+            counts; else texts must be equal but for white space.
+
+    Returns:
+        Whether they match.
+
+    Example:
+        >>> answers_match("So it is 1,042.", "40 + 1002 = 1042 #### 1042"), answers_match(" a  b", "a b")
+        (True, True)
+    """
+    if "####" in answer:
+        expected = answer.rsplit("####", 1)[1].strip().replace(",", "")
+        numbers = [number.replace(",", "") for number in _NUMBER.findall(completion)]
+        return bool(numbers) and numbers[-1] == expected
+    return completion.split() == answer.split()
+
+
+def final_answers_match(completion: str, final: str) -> bool:
+    """Compare a completion with a short final answer: a number with its last number, else with its first word.
+
+    Args:
+        completion: What the policy said.
+        final: A number, or a word or letter (multiple choice).
+
+    Returns:
+        Whether they match.
+
+    Example:
+        >>> final_answers_match("2 + 3 gives 5.", "5"), final_answers_match("(B) the moon", "B")
+        (True, True)
+    """
+    wanted = final.strip().replace(",", "")
+    if _NUMBER.fullmatch(wanted):
+        return answers_match(completion, f"#### {wanted}")
+    first = completion.strip().split(maxsplit=1)[:1]
+    return bool(first) and first[0].strip("().:,") == wanted
