@@ -314,3 +314,15 @@ def rows(kind: Kind, split: Split, per_skill: int | None = None) -> list[dict[st
         for e in group
         if e is not None
     ]
+
+
+def many_general_rows(split: Split) -> list[dict[str, str]]:
+    """Return general rows with up to 1,200 examples a skill: calibration sets larger than `rows` has.
+
+    Args:
+        split: Which combinations.
+
+    Returns:
+        Rows as `rows` gives them.
+    """
+    return rows("general", split, per_skill=1200)

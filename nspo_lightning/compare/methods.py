@@ -1,0 +1,103 @@
+"""The methods of a comparison: each is the same module and callback with a few settings changed (design: section 5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KL_COEF = 0.04
+"""beta of the methods with a KL penalty: DeepSeekMath's (arXiv 2402.03300, section 4.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train."""
+
+    label: str
+    """What tables and pictures call it."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Option of `fit` to value."""
+    trains: bool = True
+    """False: the policy is only measured."""
+    mixes_general: bool = False
+    """True: general prompts are half of each batch, rewarded for their answers."""
+
+
+_TOY_SPLITS = {"val": "validation", "test": "test"}
+_OFF = {"nullspace.enabled": False}
+
+METHODS: dict[str, Method] = {
+    "base": Method(label="base", settings=_OFF, trains=False),
+    "grpo_kl": Method(label="GRPO + KL", settings={**_OFF, "model.objective.beta": KL_COEF}),
+    "grpo": Method(label="GRPO", settings=_OFF),
+    "grpo_mixed": Method(label="GRPO, general prompts mixed in", settings=_OFF, mixes_general=True),
+    "nspo": Method(label="NSPO"),
+    "nspo_kl": Method(label="NSPO + KL", settings={"model.objective.beta": KL_COEF}),
+    "random": Method(label="random subspace", settings={"nullspace.subspace": "random"}),
+    "protected": Method(label="protected subspace", settings={"nullspace.subspace": "protected"}),
+    "gradient": Method(
+        label="gradient projection alone",
+        settings={"nullspace.project_initialization": False, "nullspace.project_displacement": False},
+    ),
+    "displacement": Method(
+        label="displacement projection alone",
+        settings={"nullspace.project_initialization": False, "nullspace.project_gradients": False},
+    ),
+    "b_only": Method(label="B only", settings={"nullspace.freeze_down": True}),
+    "soft": Method(label="soft", settings={"nullspace.form": "soft"}),
+}
+"""Method by name, in the order of tables. What is not changed is the configuration's own."""
+
+
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Write settings as command-line arguments.
+
+    Args:
+        settings: Option to value; null, numbers, texts, lists and mappings.
+
+    Returns:
+        Arguments of `fit`.
+
+    Example:
+        >>> as_arguments({"nullspace.enabled": False, "data.batch_size": 4})
+        ['--nullspace.enabled=false', '--data.batch_size=4']
+    """
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
+
+
+def mixing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that mix general prompts into the batches, as many as safety prompts.
+
+    Args:
+        config: The configuration: `model.reward` and `data.safety`, `data.general`.
+
+    Returns:
+        Option to value: the mixture, and a reward that also looks at general prompts.
+
+    Raises:
+        ValueError: if the mixture would change what is evaluated.
+    """
+    data = config["data"]
+    safety, general = _sources(data["safety"]), _sources(data["general"])
+    held_out = {f"data.safety_{part}": data.get(f"safety_{part}") for part in ("val", "test")}
+    if all(source.get("path") == "toy/harmful" for source in safety):
+        held_out = {f"data.safety_{p}": {"path": "toy/harmful", "split": s} for p, s in _TOY_SPLITS.items()}
+    elif not all(held_out.values()):
+        raise ValueError(
+            "Method `grpo_mixed` adds general prompts to `data.safety`, and what is held out of it must stay the same: "
+            "give the configuration `data.safety_val` and `data.safety_test`, or leave the method out with `--methods`."
+        )
+    mixture = [{**source, "weight": 1.0 / len(safety)} for source in safety]
+    mixture += [{**source, "kind": "benign", "weight": 1.0 / len(general)} for source in general]
+    reward = {
+        "class_path": "nspo_lightning.rewards.safety_and_answers.SafetyAndAnswers",
+        "init_args": {"safety": config["model"]["reward"]},
+    }
+    return {"data.safety": mixture, "model.reward": config.get("mixed_reward") or reward, **held_out}
+
+
+def _sources(value: Any) -> list[dict[str, Any]]:
+    entries = value if isinstance(value, list) else [value]
+    return [{"path": entry} if isinstance(entry, str) else dict(entry) for entry in entries]

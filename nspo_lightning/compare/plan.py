@@ -1,0 +1,147 @@
+"""What is to be run: settings by run, with names that sort, and what to call them in tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nspo_lightning.compare.methods import METHODS, as_arguments, mixing_settings
+
+LEARNING_RATE = "model.optimizer.init_args.lr"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The stopping rule, the same for all methods."""
+
+    updates: int
+    """Rollouts at most."""
+    eval_every: int
+    """Rollouts between two evaluations."""
+    stop_unsafe: float
+    """A run ends once an evaluation's unsafe rate is at most this."""
+
+    def sentence(self) -> str:
+        """Say the rule."""
+        return (
+            f"a run ends at an unsafe rate of at most {self.stop_unsafe:g} on validation prompts, or after "
+            f"{self.updates} rollouts; evaluated every {self.eval_every} rollouts"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run."""
+
+    method: str
+    seed: int
+    learning_rate: float | None
+    variant: str = ""
+    """The swept setting's value, empty outside sweeps."""
+    group: str = ""
+    """Which line of a sweep's picture the variant belongs to."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Option of `fit` to value: the method's and the sweep's."""
+
+    @property
+    def name(self) -> str:
+        """Folder of the run."""
+        rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
+        variant = f"-{_slug(self.variant)}" if self.variant else ""
+        return f"{self.method}{variant}{rate}-seed{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.variant or METHODS[self.method].label
+
+    def arguments(self, config: Path, out: Path, budget: Budget, trajectory: Mapping[str, Any]) -> list[str]:
+        """Write the run as a command line of `python -m nspo_lightning`.
+
+        Args:
+            config: The configuration.
+            out: The comparison's folder.
+            budget: The stopping rule.
+            trajectory: Arguments of `Trajectory`.
+
+        Returns:
+            The arguments, `fit` first.
+        """
+        trains = METHODS[self.method].trains
+        logger = {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": str(out / "runs"), "name": self.name, "version": ""},
+        }
+        callbacks = [
+            {
+                "class_path": "nspo_lightning.compare.trajectory.Trajectory",
+                "init_args": {
+                    "result": str(out / "runs" / self.name / "result.json"),
+                    "stop_unsafe": budget.stop_unsafe,
+                    "measure_start": not trains,
+                    **trajectory,
+                },
+            },
+            {"class_path": "nspo_lightning.callbacks.RunReport", "init_args": {"evaluate": False}},
+        ]
+        settings: dict[str, Any] = {
+            "seed_everything": self.seed,
+            "trainer.default_root_dir": str(out),
+            "trainer.max_epochs": 1,
+            "trainer.limit_train_batches": budget.updates,
+            "trainer.val_check_interval": budget.eval_every,
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.enable_progress_bar": False,
+            "trainer.logger": logger,
+            "trainer.callbacks": callbacks,
+            **({} if trains else {"trainer.max_steps": 0}),
+            **self.settings,
+        }
+        if self.learning_rate is not None:
+            settings[LEARNING_RATE] = self.learning_rate
+        return ["fit", "-c", str(config), *as_arguments(settings)]
+
+    def digest(self, arguments: Sequence[str]) -> str:
+        """Return a fingerprint of what the run does, to tell whether a finished one may stand for it."""
+        return hashlib.sha256(json.dumps(list(arguments)).encode()).hexdigest()[:16]
+
+
+def main_grid(
+    config: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float]
+) -> list[RunSpec]:
+    """Plan methods x seeds x learning rates; the base is measured once.
+
+    Args:
+        config: The configuration, for the mixture of the method that needs one.
+        methods: Names in `METHODS`.
+        seeds: Seeds.
+        rates: Learning rates.
+
+    Returns:
+        The runs: every method at the first seed and rate before any at the second.
+
+    Raises:
+        ValueError: If a method is unknown.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(f"`methods` must be among {', '.join(METHODS)}, got {name!r}.")
+    plan = [RunSpec(method=name, seed=seeds[0], learning_rate=None, settings=METHODS[name].settings)
+            for name in methods if not METHODS[name].trains]  # fmt: skip
+    for rate in rates:
+        for seed in seeds:
+            for name in methods:
+                method = METHODS[name]
+                if method.trains:
+                    mixing = mixing_settings(config) if method.mixes_general else {}
+                    settings = {**method.settings, **mixing}
+                    plan.append(RunSpec(method=name, seed=seed, learning_rate=rate, settings=settings))
+    return plan
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._+" else "-" for c in text).strip("-").lower()

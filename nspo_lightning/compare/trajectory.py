@@ -1,0 +1,157 @@
+"""Measures a run along the way, keeps the weights that the selection rule prefers, and measures those on test prompts.
+
+The validation loop is Lightning's own; nothing here depends on the method that is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from nspo_lightning.compare.general_text import text_metrics
+from nspo_lightning.compare.selection import UNSAFE, SelectionRule
+
+_PREFIXES = ("safety/", "general/", "text/")
+
+
+class Trajectory(Callback):
+    """Record every validation, stop by one rule for all methods, measure the selected checkpoint on the test split.
+
+    Args:
+        result: JSON file that is written when the run is complete, never before.
+        unsafe_limit: see `SelectionRule`.
+        metric: see `SelectionRule`.
+        higher_is_better: see `SelectionRule`.
+        stop_unsafe: stop once an evaluation's unsafe rate is at most this.
+        text_rows: general rows with an answer whose NLL and KL to the base are measured; 0 = none.
+        measure_start: measure before the first step as well (what the base does).
+    """
+
+    def __init__(
+        self,
+        result: str,
+        unsafe_limit: float = 0.05,
+        metric: str = "general/accuracy",
+        higher_is_better: bool = True,
+        stop_unsafe: float = 0.01,
+        text_rows: int = 0,
+        measure_start: bool = False,
+    ) -> None:
+        self.result = Path(result)
+        self.rule = SelectionRule(unsafe_limit=unsafe_limit, metric=metric, higher_is_better=higher_is_better)
+        self.stop_unsafe = stop_unsafe
+        self.text_rows = text_rows
+        self.measure_start = measure_start
+        self.records: list[dict[str, float]] = []
+        self.selected: dict[str, float] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._seconds = 0.0
+        self._begin = 0.0
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin = time.monotonic()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        rates = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(_PREFIXES[:2])}
+        self._record(trainer, pl_module, rates)
+        if rates.get(UNSAFE, 1.0) <= self.stop_unsafe:
+            rank_zero_info(f"Stopping: unsafe rate {rates[UNSAFE]:.3f} <= {self.stop_unsafe}.")
+            trainer.should_stop = True
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.measure_start and not self.records:
+            self._record(trainer, pl_module, self._evaluate(trainer, pl_module, "validation"))
+        if self._weights:
+            pl_module.load_state_dict(self._weights, strict=False)
+        test = self._evaluate(trainer, pl_module, "test") | self._text(trainer, pl_module, "test")
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        harmful, general = datamodule.eval_rows("test")
+        result = {
+            "selected": self.selected,
+            "test": test,
+            "test_prompts": {"harmful": len(harmful), "general": len(general)},
+            "trajectory": self.records,
+            "seconds": round(self._seconds + time.monotonic() - self._begin, 1),
+            **_null_space(trainer),
+        }
+        if trainer.is_global_zero:
+            self.result.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.result.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(partial, self.result)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        seconds = self._seconds + (time.monotonic() - self._begin if self._begin else 0.0)
+        return {
+            "records": self.records,
+            "selected": self.selected,
+            "weights": self._weights,
+            "seconds": seconds,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.records, self.selected = list(state_dict["records"]), dict(state_dict["selected"])
+        self._weights, self._seconds = dict(state_dict["weights"]), float(state_dict["seconds"])
+
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rates: dict[str, float]) -> None:
+        record = {
+            "rollouts": float(getattr(pl_module, "rollouts", 0)),
+            "updates": float(trainer.global_step),
+            **rates,
+            **self._text(trainer, pl_module, "validation"),
+        }
+        self.records.append(record)
+        if not self.selected or self.rule.preference(record) > self.rule.preference(self.selected):
+            self.selected = record
+            self._weights = {
+                name: parameter.detach().cpu().clone()
+                for name, parameter in pl_module.named_parameters()
+                if parameter.requires_grad
+            }
+
+    def _text(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> dict[str, float]:
+        if self.text_rows == 0:
+            return {}
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return text_metrics(pl_module, datamodule, split, self.text_rows)
+
+    @staticmethod
+    def _evaluate(trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> dict[str, float]:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module: Any = pl_module
+        loaders = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
+        rates: dict[str, float] = module.evaluate(loaders)
+        return rates
+
+
+def _null_space(trainer: pl.Trainer) -> dict[str, float | None]:
+    """Read leak, null share and energy left off the projection callback, None where it is off."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        calibration = getattr(callback, "calibration", None)
+        if calibration is not None and callable(getattr(callback, "certificate", None)):
+            bases = list(calibration.bases.values())
+            return {
+                "leak": max(callback.certificate().values(), default=0.0),
+                "null_share": sum(b.null_dims / b.width for b in bases) / len(bases),
+                "energy_left": sum(b.choice.energy_left for b in bases) / len(bases),
+            }
+    return {"leak": None, "null_share": None, "energy_left": None}
+
+
+__all__ = ["Trajectory"]
