@@ -57,6 +57,7 @@ def compare(
     metric: str = "general/accuracy",
     higher_is_better: bool = True,
     text_rows: int = 16,
+    mixed_reward: dict[str, Any] | None = None,
     jobs: int | None = None,
     only_report: bool = False,
     console: Console | None = None,
@@ -80,6 +81,8 @@ def compare(
         metric: what general ability is, for the selection and the pictures.
         higher_is_better: false where less of the metric is better (text/nll).
         text_rows: general rows of each domain whose NLL and KL to the base are measured at each evaluation; 0 = none.
+        mixed_reward: reward of the method that mixes general prompts in, as in a configuration; by default the
+            configuration's on harmful prompts, and right answers on general ones.
         jobs: processes at a time; by default one a core on the CPU, else one.
         only_report: write table and pictures of what is there, run nothing.
         console: where progress goes.
@@ -106,7 +109,7 @@ def compare(
         asked = make_sweep(sweep, settings, calibration_domains(settings))
         plan = asked.plan(seeds, (learning_rates or [own])[0])
     else:
-        plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own])
+        plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own], mixed_reward)
     folder = Path(out).resolve()
     trajectory = {
         "unsafe_limit": unsafe_limit,
@@ -116,7 +119,7 @@ def compare(
     }
     prepared = {s.name: s.arguments(Path(config).resolve(), folder, budget, trajectory) for s in plan}
     if not only_report:
-        _run_missing(plan, prepared, folder, jobs or _default_jobs(settings), console)
+        _run_missing(plan, prepared, Path(config).resolve(), folder, jobs or _default_jobs(settings), console)
     results = [
         RunResult.read(spec, path) for spec in plan if (path := folder / "runs" / spec.name / "result.json").is_file()
     ]
@@ -180,13 +183,18 @@ def _check(**values: int) -> None:
 
 
 def _run_missing(
-    plan: Sequence[RunSpec], prepared: Mapping[str, list[str]], folder: Path, workers: int, console: Console
+    plan: Sequence[RunSpec],
+    prepared: Mapping[str, list[str]],
+    config: Path,
+    folder: Path,
+    workers: int,
+    console: Console,
 ) -> None:
     """Run what is not there yet; a run of the same name made with other settings is an error, never a result."""
     jobs: list[Job] = []
     for spec in plan:
         place, arguments = folder / "runs" / spec.name, prepared[spec.name]
-        digest, stamp = spec.digest(arguments), folder / "commands" / f"{spec.name}.json"
+        digest, stamp = spec.digest(arguments, config, folder), folder / "commands" / f"{spec.name}.json"
         if stamp.is_file() and json.loads(stamp.read_text())["digest"] != digest:
             raise ValueError(
                 f"{place} was made with other settings than this command's. Choose another `--out`, or remove it."

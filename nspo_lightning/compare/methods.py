@@ -67,11 +67,13 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
-def mixing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def mixing_settings(config: Mapping[str, Any], reward: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the settings that mix general prompts into the batches, as many as safety prompts.
 
     Args:
         config: The configuration: `model.reward` and `data.safety`, `data.general`.
+        reward: The reward of the mixture; None = the configuration's on harmful prompts, and 1 or -1 for right and
+            wrong answers to general ones (`SafetyAndAnswers`).
 
     Returns:
         Option to value: the mixture, and a reward that also looks at general prompts.
@@ -91,11 +93,11 @@ def mixing_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     mixture = [{**source, "weight": 1.0 / len(safety)} for source in safety]
     mixture += [{**source, "kind": "benign", "weight": 1.0 / len(general)} for source in general]
-    reward = {
+    reward = reward or {
         "class_path": "nspo_lightning.rewards.safety_and_answers.SafetyAndAnswers",
         "init_args": {"safety": config["model"]["reward"]},
     }
-    return {"data.safety": mixture, "model.reward": config.get("mixed_reward") or reward, **held_out}
+    return {"data.safety": mixture, "model.reward": dict(reward), **held_out}
 
 
 def _sources(value: Any) -> list[dict[str, Any]]:

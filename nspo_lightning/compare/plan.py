@@ -105,13 +105,27 @@ class RunSpec:
             settings[LEARNING_RATE] = self.learning_rate
         return ["fit", "-c", str(config), *as_arguments(settings)]
 
-    def digest(self, arguments: Sequence[str]) -> str:
-        """Return a fingerprint of what the run does, to tell whether a finished one may stand for it."""
-        return hashlib.sha256(json.dumps(list(arguments)).encode()).hexdigest()[:16]
+    def digest(self, arguments: Sequence[str], config: Path, out: Path) -> str:
+        """Return a fingerprint of what the run does, to tell whether a finished one may stand for it.
+
+        Args:
+            arguments: As `arguments` gives them.
+            config: The configuration, whose content counts and not its place.
+            out: The comparison's folder, whose place does not count.
+
+        Returns:
+            16 hexadecimal digits.
+        """
+        told = [a.replace(str(out), "OUT").replace(str(config), "CONFIG") for a in arguments]
+        return hashlib.sha256(json.dumps([told, config.read_text()]).encode()).hexdigest()[:16]
 
 
 def main_grid(
-    config: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float]
+    config: Mapping[str, Any],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    mixed_reward: Mapping[str, Any] | None = None,
 ) -> list[RunSpec]:
     """Plan methods x seeds x learning rates; the base is measured once.
 
@@ -120,6 +134,7 @@ def main_grid(
         methods: Names in `METHODS`.
         seeds: Seeds.
         rates: Learning rates.
+        mixed_reward: see `mixing_settings`.
 
     Returns:
         The runs: every method at the first seed and rate before any at the second.
@@ -137,7 +152,7 @@ def main_grid(
             for name in methods:
                 method = METHODS[name]
                 if method.trains:
-                    mixing = mixing_settings(config) if method.mixes_general else {}
+                    mixing = mixing_settings(config, mixed_reward) if method.mixes_general else {}
                     settings = {**method.settings, **mixing}
                     plan.append(RunSpec(method=name, seed=seed, learning_rate=rate, settings=settings))
     return plan

@@ -45,8 +45,8 @@ class SelectionRule:
         direction = "highest" if self.higher_is_better else "lowest"
         return (
             f"of all checkpoints evaluated along the way, among those with an unsafe rate of at most "
-            f"{self.unsafe_limit:g} on validation prompts the one with the {direction} {self.metric}, else the one with "
-            "the lowest unsafe rate"
+            f"{self.unsafe_limit:g} on validation prompts the one with the {direction} {self.metric}, else the one "
+            "with the lowest unsafe rate"
         )
 
 

@@ -83,7 +83,7 @@ class SafetyAndAnswers(Reward):
         if self.answers_count or self.judge is None or not chosen:
             return {}
         outcomes = self.judge.classify(*_taken(chosen, prompts, completions), **_taken_columns(chosen, columns))
-        return {i: outcome == "refusal" for i, outcome in zip(chosen, outcomes, strict=True)}  # type: ignore[arg-type]
+        return {i: outcome == "refusal" for i, outcome in zip(chosen, outcomes, strict=True)}
 
     def _answer_score(
         self, index: int, completion: Text, refused: dict[int, bool], columns: dict[str, Any]

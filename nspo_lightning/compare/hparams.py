@@ -1,0 +1,43 @@
+"""Results as TensorBoard's HParams: methods and settings against the test metrics."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from nspo_lightning.compare.results import RunResult
+
+_METRICS = (
+    "safety/unsafe_rate",
+    "safety/refusal_rate",
+    "safety/garbage_rate",
+    "general/accuracy",
+    "general/over_refusal_rate",
+    "text/nll",
+    "text/kl",
+)
+
+
+def write_hparams(results: Sequence[RunResult], folder: Path) -> None:
+    """Write one HParams session a run, with the validation curves beside it, replacing what stood there.
+
+    Args:
+        results: The runs.
+        folder: The log folder for `tensorboard --logdir`.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    if folder.exists():
+        shutil.rmtree(folder)
+    for result in results:
+        spec = result.spec
+        with SummaryWriter(str(folder / spec.name)) as writer:
+            for record in result.trajectory:
+                for metric in _METRICS:
+                    if metric in record:
+                        writer.add_scalar(f"validation/{metric}", record[metric], int(record["rollouts"]))
+            parameters = {"method": spec.method, "variant": spec.variant, "seed": spec.seed}
+            parameters |= {"learning_rate": spec.learning_rate or 0.0, "null_share": result.null_share or 0.0}
+            metrics = {f"test/{m}": result.test[m] for m in _METRICS if m in result.test}
+            writer.add_hparams(parameters, metrics, run_name=".")

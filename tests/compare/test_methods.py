@@ -1,0 +1,94 @@
+"""Methods and sweeps are settings that `fit` takes, and change nothing that is evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nspo_lightning.cli import CLI, cli_arguments
+from nspo_lightning.compare.methods import METHODS, mixing_settings
+from nspo_lightning.compare.plan import Budget, RunSpec, main_grid
+from nspo_lightning.compare.sweeps import make_sweep
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+CONFIG: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text())
+BUDGET = Budget(updates=20, eval_every=5, stop_unsafe=0.01)
+SKILLS = ["arithmetic", "strings", "format", "facts", "benign"]
+
+
+def instantiated(spec: RunSpec, tmp_path: Path) -> CLI:
+    arguments = spec.arguments(QUICKSTART, tmp_path, BUDGET, {})
+    return CLI(**cli_arguments(), args=arguments[1:], run=False)
+
+
+def projection(cli: CLI) -> Any:
+    return next(c for c in cli.trainer.callbacks if type(c).__name__ == "NullSpaceProjection")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("spec", main_grid(CONFIG, list(METHODS), [0], [1e-3]), ids=lambda s: s.method)
+def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> None:
+    cli = instantiated(spec, tmp_path)
+    callback, method = projection(cli), METHODS[spec.method]
+    assert callback.enabled is (method.settings.get("nullspace.enabled") is not False)
+    assert cli.model.objective.beta == method.settings.get("model.objective.beta", 0.0)
+    steps = (callback.project_initialization, callback.project_gradients, callback.project_displacement)
+    expected = {"gradient": (False, True, False), "displacement": (False, False, True)}
+    assert steps == expected.get(spec.method, (True, True, True))
+    assert callback.freeze_down is (spec.method == "b_only")
+    assert callback.settings.form == ("soft" if spec.method == "soft" else "hard")
+    subspace = spec.method if spec.method in {"random", "protected"} else "null"
+    assert callback.settings.subspace == subspace
+    assert cli.trainer.limit_train_batches == 20
+    assert cli.trainer.val_check_interval == 5
+
+
+def test_mixing_general_prompts_changes_training_and_not_what_is_evaluated(tmp_path: Path) -> None:
+    evaluated, trained = [], []
+    for name in ("grpo", "grpo_mixed"):
+        (spec,) = main_grid(CONFIG, [name], [0], [1e-3])
+        cli = instantiated(spec, tmp_path)
+        cli.datamodule.tokenizer = cli.model.tokenizer
+        cli.datamodule.prepare_data()
+        cli.datamodule.setup("fit")
+        rows = [cli.datamodule.eval_rows(split) for split in ("validation", "test")]
+        evaluated.append([[row.prompt for row in part] for split in rows for part in split])
+        loader = cli.datamodule.train_dataloader()
+        trained.append([kind for batch in loader for kind in batch["columns"]["kind"]])
+    assert evaluated[0] == evaluated[1]
+    assert set(trained[0]) == {"harmful"}
+    assert abs(trained[1].count("benign") - len(trained[1]) / 2) < 12  # but for the last, partial batch
+
+
+def test_a_mixture_that_would_change_the_evaluation_is_refused() -> None:
+    config = {"model": {"reward": "x"}, "data": {"safety": "rows.jsonl", "general": "toy/general"}}
+    with pytest.raises(ValueError, match="safety_val"):
+        mixing_settings(config)
+
+
+@pytest.mark.parametrize("name", ["calibration", "threshold", "data", "rank"])
+def test_every_variant_of_a_sweep_parses_and_has_a_name_of_its_own(name: str, tmp_path: Path) -> None:
+    plan = make_sweep(name, CONFIG, SKILLS).plan([0, 1], 1e-3)
+    assert len({spec.name for spec in plan}) == len(plan)
+    for spec in plan[: len(plan) // 2 + 1]:
+        parser = CLI(**cli_arguments(), args=spec.arguments(QUICKSTART, tmp_path, BUDGET, {})[1:], run=False)
+        for option, value in spec.settings.items():
+            if option.startswith("nullspace.") and option != "nullspace.without_domains":
+                found = parser.config["nullspace"][option.removeprefix("nullspace.")]
+                assert found == value, option
+
+
+def test_the_grid_runs_every_method_before_the_next_seed_and_the_base_once() -> None:
+    plan = main_grid(CONFIG, ["base", "nspo", "grpo"], [0, 1], [1e-4, 2e-4])
+    assert [(s.method, s.seed, s.learning_rate) for s in plan[:5]] == [
+        ("base", 0, None),
+        ("nspo", 0, 1e-4),
+        ("grpo", 0, 1e-4),
+        ("nspo", 1, 1e-4),
+        ("grpo", 1, 1e-4),
+    ]
+    assert len(plan) == 1 + 2 * 2 * 2
+    with pytest.raises(ValueError, match="must be among"):
+        main_grid(CONFIG, ["ngpo"], [0], [1e-4])

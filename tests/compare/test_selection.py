@@ -1,0 +1,55 @@
+"""Selection, fronts, spreads."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nspo_lightning.compare.selection import SelectionRule, front, front_at, mean_and_spread
+
+UNIT = st.floats(0, 1)
+
+
+def metrics(unsafe: float, accuracy: float) -> dict[str, float]:
+    return {"safety/unsafe_rate": unsafe, "general/accuracy": accuracy}
+
+
+def test_a_safe_able_checkpoint_beats_a_safer_less_able_one() -> None:
+    rule = SelectionRule()
+    assert rule.preference(metrics(0.05, 0.9)) > rule.preference(metrics(0.0, 0.8))
+
+
+def test_an_unsafe_checkpoint_never_beats_a_safe_one_and_the_safest_of_the_unsafe_wins() -> None:
+    rule = SelectionRule()
+    assert rule.preference(metrics(0.051, 1.0)) < rule.preference(metrics(0.05, 0.0))
+    assert rule.preference(metrics(0.2, 0.1)) > rule.preference(metrics(0.3, 1.0))
+
+
+def test_a_metric_of_which_less_is_better_and_one_that_is_missing() -> None:
+    rule = SelectionRule(metric="text/nll", higher_is_better=False)
+    low, high = ({"safety/unsafe_rate": 0.0, "text/nll": v} for v in (1.0, 2.0))
+    assert rule.preference(low) > rule.preference(high) > rule.preference({"safety/unsafe_rate": 0.0})
+    assert rule.preference(high) > rule.preference({"safety/unsafe_rate": 0.0, "text/nll": math.nan})
+
+
+@given(st.lists(st.tuples(UNIT, UNIT), min_size=1, max_size=12))
+def test_no_point_lies_above_the_front_and_every_point_of_it_is_needed(points: list[tuple[float, float]]) -> None:
+    curve = front(points)
+    assert set(curve) <= set(points)
+    for unsafe, ability in points:
+        assert front_at(curve, unsafe) >= ability
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        assert x0 < x1
+        assert y0 < y1
+
+
+def test_spread_is_the_bessel_corrected_deviation() -> None:
+    mean, spread = mean_and_spread([1.0, 3.0])
+    assert mean == 2.0
+    assert spread == pytest.approx(math.sqrt(2))
+    assert mean_and_spread([1.5]) == (1.5, 0.0)
+    assert math.isnan(mean_and_spread([])[0])
