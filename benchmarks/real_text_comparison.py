@@ -57,7 +57,7 @@ def prepare_data(arguments: argparse.Namespace, folder: Path) -> list[tuple[str,
     with arguments.xstest.open() as file:
         safe = [{"prompt": row["prompt"]} for row in csv.DictReader(file) if row["label"] == "safe"]
     random.Random(0).shuffle(safe)
-    for split, start, end, xs in (("val", 0, 64, safe[:80]), ("test", 64, 192, safe[80:])):
+    for split, start, end, xs in (("val", 0, 32, safe[:50]), ("test", 32, 160, safe[50:])):
         (folder / split).mkdir(exist_ok=True)
         write_rows(folder / split / "over_refusal.jsonl", xs)
         for name in ("alpaca", "gsm8k"):
@@ -128,8 +128,8 @@ def write_config(folder: Path, rate: float) -> Path:
             },
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": rate, "weight_decay": 0.0}},
             "group_size": 8,
-            "sampling": {"max_new_tokens": 20},
-            "general_max_new_tokens": 20,
+            "sampling": {"max_new_tokens": 14},
+            "general_max_new_tokens": 14,
         },
         "data": {
             "safety": str(data / "harmful_train.jsonl"),
@@ -142,7 +142,7 @@ def write_config(folder: Path, rate: float) -> Path:
                 ]
                 for split in ("val", "test")
             },
-            "batch_size": 12,
+            "batch_size": 8,
             "eval_batch_size": 64,
             "calibration_size": 512,
         },

@@ -50,7 +50,7 @@ def compare(
     learning_rates: list[float] | None = None,
     sweep: SweepName | None = None,
     quick: bool = False,
-    updates: int = 100,
+    steps: int = 100,
     eval_every: int = 5,
     stop_unsafe: float = 0.01,
     unsafe_limit: float = 0.05,
@@ -73,9 +73,9 @@ def compare(
             the configuration's alone).
         sweep: instead of methods, vary one setting: what K is computed from, the threshold, the share of the safety
             prompts, or the adapter's rank and place.
-        quick: one seed, the larger learning rate, fewer rollouts: minutes instead of an hour.
-        updates: rollouts a run at most.
-        eval_every: rollouts between two evaluations; each is a checkpoint that counts.
+        quick: one seed, the larger learning rate, fewer steps: minutes instead of an hour.
+        steps: training steps a run at most.
+        eval_every: training steps between two evaluations; each is a checkpoint that counts.
         stop_unsafe: a run ends once its unsafe rate on validation prompts is at most this.
         unsafe_limit: what counts as safe in the selection.
         metric: what general ability is, for the selection and the pictures.
@@ -95,14 +95,14 @@ def compare(
 
     console = console or Console()
     settings = read_config(Path(config))
-    _check(seeds=len(seeds), updates=updates, eval_every=eval_every, jobs=1 if jobs is None else jobs)
-    if not 0 < eval_every <= updates:
-        raise ValueError(f"`eval_every` must be at most `updates` ({updates}), got {eval_every}.")
+    _check(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=1 if jobs is None else jobs)
+    if not 0 < eval_every <= steps:
+        raise ValueError(f"`eval_every` must be at most `steps` ({steps}), got {eval_every}.")
     own = _learning_rate(settings)
     if quick:
-        seeds, updates, eval_every = seeds[:1], min(updates, 60), max(eval_every, 5)
+        seeds, steps, eval_every = seeds[:1], min(steps, 60), max(eval_every, 5)
         learning_rates = learning_rates or [2 * own]
-    budget = Budget(updates=updates, eval_every=eval_every, stop_unsafe=stop_unsafe)
+    budget = Budget(steps=steps, eval_every=eval_every, stop_unsafe=stop_unsafe)
     rule = SelectionRule(unsafe_limit=unsafe_limit, metric=metric, higher_is_better=higher_is_better)
     asked: Sweep | None = None
     if sweep is not None:

@@ -18,10 +18,10 @@ LEARNING_RATE = "model.optimizer.init_args.lr"
 class Budget:
     """The stopping rule, the same for all methods."""
 
-    updates: int
-    """Rollouts at most."""
+    steps: int
+    """Training steps at most, over as many epochs as it takes."""
     eval_every: int
-    """Rollouts between two evaluations."""
+    """Training steps between two evaluations."""
     stop_unsafe: float
     """A run ends once an evaluation's unsafe rate is at most this."""
 
@@ -29,7 +29,7 @@ class Budget:
         """Say the rule."""
         return (
             f"a run ends at an unsafe rate of at most {self.stop_unsafe:g} on validation prompts, or after "
-            f"{self.updates} rollouts; evaluated every {self.eval_every} rollouts"
+            f"{self.steps} training steps; evaluated every {self.eval_every} steps"
         )
 
 
@@ -82,6 +82,7 @@ class RunSpec:
                 "init_args": {
                     "result": str(out / "runs" / self.name / "result.json"),
                     "stop_unsafe": budget.stop_unsafe,
+                    "steps": budget.steps,
                     "measure_start": not trains,
                     **trajectory,
                 },
@@ -91,9 +92,10 @@ class RunSpec:
         settings: dict[str, Any] = {
             "seed_everything": self.seed,
             "trainer.default_root_dir": str(out),
-            "trainer.max_epochs": 1,
-            "trainer.limit_train_batches": budget.updates,
+            "trainer.max_epochs": -1,
+            "trainer.limit_train_batches": 1.0,
             "trainer.val_check_interval": budget.eval_every,
+            "trainer.check_val_every_n_epoch": None,
             "trainer.num_sanity_val_steps": 0,
             "trainer.enable_progress_bar": False,
             "trainer.logger": logger,

@@ -114,7 +114,7 @@ def _data(config: Mapping[str, Any]) -> Sweep:
             variants.append((method, method.upper(), label, {**settings, "data.safety": chosen}))
     return Sweep(
         title="How much safety data is needed",
-        question="10 to 100 % of the safety prompts, the number of rollouts being the same",
+        question="10 to 100 % of the safety prompts, the number of training steps being the same",
         variants=variants,
     )
 

@@ -28,6 +28,7 @@ class Trajectory(Callback):
 
     Args:
         result: JSON file that is written when the run is complete, never before.
+        steps: training steps at most.
         unsafe_limit: see `SelectionRule`.
         metric: see `SelectionRule`.
         higher_is_better: see `SelectionRule`.
@@ -39,6 +40,7 @@ class Trajectory(Callback):
     def __init__(
         self,
         result: str,
+        steps: int,
         unsafe_limit: float = 0.05,
         metric: str = "general/accuracy",
         higher_is_better: bool = True,
@@ -48,6 +50,7 @@ class Trajectory(Callback):
     ) -> None:
         self.result = Path(result)
         self.rule = SelectionRule(unsafe_limit=unsafe_limit, metric=metric, higher_is_better=higher_is_better)
+        self.steps = steps
         self.stop_unsafe = stop_unsafe
         self.text_rows = text_rows
         self.measure_start = measure_start
@@ -62,10 +65,19 @@ class Trajectory(Callback):
         self._begin = time.monotonic()
 
     @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 >= self.steps:
+            trainer.should_stop = True  # Lightning validates once more on the way out
+
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
         rates = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(_PREFIXES[:2])}
+        if self.records and self.records[-1]["steps"] == trainer.fit_loop.total_batch_idx + 1:
+            return  # the last step's validation ran already
         self._record(trainer, pl_module, rates)
         if rates.get(UNSAFE, 1.0) <= self.stop_unsafe:
             rank_zero_info(f"Stopping: unsafe rate {rates[UNSAFE]:.3f} <= {self.stop_unsafe}.")
@@ -111,6 +123,7 @@ class Trajectory(Callback):
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rates: dict[str, float]) -> None:
         record = {
+            "steps": float(trainer.fit_loop.total_batch_idx + 1),
             "rollouts": float(getattr(pl_module, "rollouts", 0)),
             "updates": float(trainer.global_step),
             **rates,

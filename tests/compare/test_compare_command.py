@@ -60,7 +60,7 @@ def test_the_learning_rate_is_selected_by_the_same_rule_as_checkpoints() -> None
 
 
 def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path) -> None:
-    budget = Budget(updates=10, eval_every=5, stop_unsafe=0.01)
+    budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
     write_report(tmp_path, RESULTS, rule=SelectionRule(), budget=budget, sweep=None, planned=20, console=QUIET)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == len(RESULTS)
@@ -108,7 +108,7 @@ def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_
     compare(**settings)
     assert len(ran) == 4  # nothing left to do
     with pytest.raises(ValueError, match="other settings"):
-        compare(**settings, updates=50)
+        compare(**settings, steps=50)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_
     [
         ({"config": "nowhere.yaml"}, "No configuration at"),
         ({"methods": ["nspo", "magic"]}, "'magic'"),
-        ({"eval_every": 50, "updates": 20}, "`eval_every` must be at most"),
+        ({"eval_every": 50, "steps": 20}, "`eval_every` must be at most"),
         ({"only_report": True}, "nothing to report"),
         ({"jobs": 0}, "`jobs` must be at least 1"),
     ],
@@ -148,7 +148,7 @@ def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
     arguments += [
         "--learning_rates",
         "[1e-3]",
-        "--updates",
+        "--steps",
         "2",
         "--eval_every",
         "1",

@@ -15,7 +15,7 @@ from nspo_lightning.compare.sweeps import make_sweep
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 CONFIG: dict[str, Any] = yaml.safe_load(QUICKSTART.read_text())
-BUDGET = Budget(updates=20, eval_every=5, stop_unsafe=0.01)
+BUDGET = Budget(steps=20, eval_every=5, stop_unsafe=0.01)
 SKILLS = ["arithmetic", "strings", "format", "facts", "benign"]
 
 
