@@ -100,6 +100,8 @@ def summary(
     ]
     if sweep is None:
         lines += _fronts(results, rule)
+        if any("text/kl" in r.test for r in results):
+            lines += _fronts(results, SelectionRule(metric="text/kl", higher_is_better=False))
     elif any(key.startswith("general/accuracy/") for key in results[0].test):
         lines += _by_domain(groups, base)
     return "\n".join(lines) + "\n"
@@ -162,7 +164,8 @@ def _fronts(results: Sequence[RunResult], rule: SelectionRule) -> list[str]:
     """Best ability at each unsafe rate over all checkpoints and learning rates, the mean over seeds."""
     sign = 1.0 if rule.higher_is_better else -1.0
     lines = [
-        f"## Fronts: best {rule.metric} on validation prompts at an unsafe rate of at most x",
+        f"## Fronts: {'highest' if rule.higher_is_better else 'lowest'} {rule.metric} on validation prompts at an unsafe "
+        "rate of at most x",
         "",
         "Over all evaluated checkpoints and learning rates, the mean over seeds; — where a seed never got there.",
         "",
