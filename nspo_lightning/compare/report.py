@@ -164,8 +164,8 @@ def _fronts(results: Sequence[RunResult], rule: SelectionRule) -> list[str]:
     """Best ability at each unsafe rate over all checkpoints and learning rates, the mean over seeds."""
     sign = 1.0 if rule.higher_is_better else -1.0
     lines = [
-        f"## Fronts: {'highest' if rule.higher_is_better else 'lowest'} {rule.metric} on validation prompts at an unsafe "
-        "rate of at most x",
+        f"## Fronts: {'highest' if rule.higher_is_better else 'lowest'} {rule.metric} on validation prompts "
+        "at an unsafe rate of at most x",
         "",
         "Over all evaluated checkpoints and learning rates, the mean over seeds; — where a seed never got there.",
         "",
