@@ -10,6 +10,7 @@ from nspo_lightning.rewards.guard import GuardJudge
 from nspo_lightning.rewards.helpful import SafeAndHelpful
 from nspo_lightning.rewards.outcomes import OutcomeReward
 from nspo_lightning.rewards.refusal import RefusalReward, RulesJudge
+from nspo_lightning.rewards.safety_and_answers import SafetyAndAnswers
 from nspo_lightning.rewards.server_judge import ServerJudge
 from nspo_lightning.rewards.shape import FormatReward, LengthReward
 
@@ -32,6 +33,7 @@ __all__ = [
     "RewardSet",
     "RulesJudge",
     "SafeAndHelpful",
+    "SafetyAndAnswers",
     "ServerJudge",
     "Text",
 ]
