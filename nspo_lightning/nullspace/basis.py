@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.nullspace.criteria import Criterion, NoNullDirections, RankChoice, choose_rank, value_leaving_one
+from nspo_lightning.nullspace.partial import LEAST_WIDTH, MOST_WIDTH, FindCut, leading_eigenpairs
 
 Form = Literal["hard", "soft"]
 Subspace = Literal["null", "random", "protected"]
@@ -29,7 +30,7 @@ class Spectrum:
     values: Tensor
     """Shape ``(width,)``, descending, float64, never negative; on the CPU."""
     vectors: Tensor
-    """Shape ``(width, width)`` or ``(width, m)`` for a sketch, orthonormal columns in the order of ``values``."""
+    """Shape ``(width, width)``, or ``(width, m)`` for a partial one, orthonormal columns in the order of ``values``."""
     tokens: int
     """Rows that the moment was taken over."""
     resolution: float = torch.finfo(torch.float64).eps
@@ -89,19 +90,31 @@ class Basis:
         return replace(self, vectors=self.vectors.to(device=device, dtype=dtype), weights=weights)
 
 
-def decompose(moment: Tensor, *, tokens: int, resolution: float = torch.finfo(torch.float64).eps) -> Spectrum:
+def decompose(
+    moment: Tensor,
+    *,
+    tokens: int,
+    resolution: float = torch.finfo(torch.float64).eps,
+    find_cut: FindCut | None = None,
+    count: int | None = None,
+) -> Spectrum:
     """Diagonalise a second moment.
 
     float64 up to a width of 4,096 on the CPU and 2,048 elsewhere; float32 above, where it would cost more than the
-    calibration itself.
+    calibration itself. Where the cut is known to need leading eigenpairs only, these alone are computed, in float64
+    (see `partial`), unless they cannot be had as exactly as by the full decomposition.
 
     Args:
         moment: symmetric, positive semi-definite up to rounding, shape ``(width, width)``.
         tokens: rows that it was taken over.
         resolution: relative rounding noise in it.
+        find_cut: from eigenvalues to the number of protected directions, where leading eigenvalues and the sum of the
+            others decide it; None = all eigenpairs are wanted.
+        count: that number, where it is known beforehand.
 
     Returns:
         The eigenpairs; eigenvalues under the rounding noise are set to zero, since their directions carry nothing.
+        With ``find_cut`` possibly the protected ones only, and a tail that holds the energy of the others.
 
     Raises:
         ValueError: if the moment is not a square matrix of finite numbers.
@@ -113,6 +126,12 @@ def decompose(moment: Tensor, *, tokens: int, resolution: float = torch.finfo(to
             "The second moment holds NaN or infinite values: likely a forward pass that overflows in half precision "
             "(calibrate in bfloat16 or float32), or an input that is not finite."
         )
+    partly = LEAST_WIDTH <= moment.shape[0] <= MOST_WIDTH and moment.dtype == torch.float64
+    if find_cut is not None and partly:
+        found = leading_eigenpairs(moment, find_cut, count=count)
+        # A cut within the rounding noise is left to the full decomposition, which sets that noise to zero.
+        if found is not None and float(found[0][found[1].shape[1] - 1]) > resolution * float(found[0][0]):
+            return Spectrum(values=found[0], vectors=found[1], tokens=tokens, resolution=resolution)
     wide = moment.shape[0] > (4096 if moment.device.type == "cpu" else 2048)
     work = moment.to(torch.float32 if wide or moment.device.type == "mps" else torch.float64)
     values, vectors = torch.linalg.eigh(work)

@@ -107,7 +107,7 @@ class Calibration:
         for name, by_domain in self.moments.items():
             tokens = sum(n for d, n in self.domain_tokens.items() if d not in settings.without_domains)
             mean = combine(by_domain, settings.domain_weights, without=settings.without_domains)
-            spectra[name] = decompose(mean, tokens=tokens, resolution=torch.finfo(torch.float32).eps)
+            spectra[name] = decompose_for(settings, mean, tokens=tokens, resolution=torch.finfo(torch.float32).eps)
         bases = bases_from_spectra(spectra, settings)
         return Calibration(
             bases=bases,
@@ -118,6 +118,37 @@ class Calibration:
             moments=self.moments,
             fingerprint=self.fingerprint | {"settings": settings.as_dict()},
         )
+
+
+_LEADING = ("energy", "bound", "relative", "absolute", "rank", "null_share")
+"""Criteria that leading eigenvalues and the sum of the others decide; ``auto`` looks at every eigenvalue."""
+_LEAST_ENERGY = 1e-10  # below it rounding decides what is left of a trace, and each small eigenvalue must be known
+
+
+def decompose_for(settings: BasisSettings, moment: Tensor, *, tokens: int, resolution: float) -> Spectrum:
+    """Return as much of a moment's spectrum as the settings need (see `decompose`).
+
+    Args:
+        settings: criterion and form.
+        moment: shape ``(width, width)``.
+        tokens: rows that it was taken over.
+        resolution: relative rounding noise in it.
+
+    Returns:
+        The eigenpairs.
+    """
+    threshold = check_threshold(settings.criterion, settings.threshold)
+    least = {"energy": _LEAST_ENERGY, "bound": math.sqrt(_LEAST_ENERGY)}.get(settings.criterion, 0.0)
+    leading = settings.criterion in _LEADING and settings.form == "hard" and settings.subspace != "protected"
+    if not leading or threshold is None or threshold < least:
+        return decompose(moment, tokens=tokens, resolution=resolution)
+
+    def find_cut(values: Tensor) -> int:
+        return choose_rank(values, settings.criterion, threshold).protected
+
+    known = settings.criterion in ("rank", "null_share")
+    count = find_cut(torch.ones(moment.shape[0], dtype=torch.float64)) if known else None
+    return decompose(moment, tokens=tokens, resolution=resolution, find_cut=find_cut, count=count)
 
 
 def bases_from_spectra(spectra: Mapping[str, Spectrum], settings: BasisSettings) -> dict[str, Basis]:

@@ -16,8 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning.nullspace import ranks
-from nspo_lightning.nullspace.basis import Basis, Spectrum, decompose
-from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, basis_from_spectrum, refuse_empty
+from nspo_lightning.nullspace.basis import Basis, Spectrum
+from nspo_lightning.nullspace.basis_set import (
+    BasisSettings,
+    Calibration,
+    basis_from_spectrum,
+    decompose_for,
+    refuse_empty,
+)
 from nspo_lightning.nullspace.collect import InputCollector, RepeatBatch
 from nspo_lightning.nullspace.domains import combine
 from nspo_lightning.nullspace.sketch import RangeSketch, sketch_columns, sketch_spectrum
@@ -98,7 +104,7 @@ def calibrate_modules(
                 moments = {domain: m.second_moment() for domain, m in by_domain.items()}
                 mean = combine(moments, settings.domain_weights, without=settings.without_domains)
                 resolution = max(m.resolution for m in by_domain.values())
-                spectrum = _decompose_on_owner(mean, len(values), sum(tokens.values()), resolution)
+                spectrum = _decompose_on_owner(settings, mean, len(values), sum(tokens.values()), resolution)
                 if keep_moments:
                     result.moments[first] = {d: m.to(device="cpu", dtype=torch.float32) for d, m in moments.items()}
             values[first] = spectrum.values
@@ -243,19 +249,24 @@ def _reduce_output_energy(collector: InputCollector, result: Calibration) -> Non
         result.output_energy[name] = total / max(rows, 1)
 
 
-def _decompose_on_owner(moment: Tensor, index: int, tokens: int, resolution: float) -> Spectrum:
+def _decompose_on_owner(
+    settings: BasisSettings, moment: Tensor, index: int, tokens: int, resolution: float
+) -> Spectrum:
     """Return eigenpairs found on one rank, so that all ranks hold the same vectors even where eigenvalues coincide."""
     if ranks.world_size() == 1:
-        return decompose(moment, tokens=tokens, resolution=resolution)
+        return decompose_for(settings, moment, tokens=tokens, resolution=resolution)
     owner = index % ranks.world_size()
+    found = None
     if ranks.rank() == owner:
-        spectrum = decompose(moment, tokens=tokens, resolution=resolution)
-        values, vectors = spectrum.values, spectrum.vectors
-    else:
-        values, vectors = torch.zeros(moment.shape[0], dtype=torch.float64), torch.zeros_like(moment)
-    dtype = ranks.broadcast_object(vectors.dtype, owner)
+        found = decompose_for(settings, moment, tokens=tokens, resolution=resolution)
+    described = None if found is None else (tuple(found.vectors.shape), found.vectors.dtype)
+    described = ranks.broadcast_object(described, owner)
+    assert described is not None  # the owner described its eigenvectors
+    shape, dtype = described
+    values = found.values if found else torch.zeros(moment.shape[0], dtype=torch.float64)
+    vectors = found.vectors if found else torch.zeros(shape, dtype=dtype, device=moment.device)
     values = ranks.broadcast_tensor(values, owner)
-    vectors = ranks.broadcast_tensor(vectors.to(dtype), owner)
+    vectors = ranks.broadcast_tensor(vectors, owner)
     return Spectrum(values=values, vectors=vectors, tokens=tokens, resolution=resolution)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nspo_lightning.nullspace.basis import Spectrum
 from nspo_lightning.nullspace.covariance import SecondMoment
+from nspo_lightning.nullspace.partial import with_tail
 
 _MAX_COLUMNS = 4096
 
@@ -152,14 +153,11 @@ def sketch_spectrum(basis: RangeBasis, moments: Mapping[str, Any], weights: Mapp
     trace = float(sum(weight * float(moments[name].trace) for name, weight in weights.items()))
     assert isinstance(total, Tensor)
     values, rotation = torch.linalg.eigh(total)
-    values, rotation = values.flip(0).clamp_min(0).cpu(), rotation.flip(1)
-    width, columns = basis.vectors.shape
-    rest = max(trace - float(values.sum()), 0.0)
-    tail = torch.full((width - columns,), rest / max(width - columns, 1), dtype=torch.float64)
-    vectors = basis.vectors @ rotation.to(basis.vectors.dtype)
+    values, rotation = values.flip(0), rotation.flip(1)
+    width = basis.vectors.shape[0]
     return Spectrum(
-        values=torch.cat([values, tail]),
-        vectors=vectors,
+        values=with_tail(values, trace, width),
+        vectors=basis.vectors @ rotation.to(basis.vectors.dtype),
         tokens=sum(moments[name].rows for name in weights),
         resolution=torch.finfo(torch.float32).eps,
     )
