@@ -10,7 +10,7 @@ throughout, because a Gram matrix squares the condition number and float32 would
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -66,18 +66,41 @@ def gram(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         tensor([[10., 14.],
                 [14., 20.]])
     """
-    rows = rows.to(dtype)
-    width = rows.shape[1]
+    return mirror_(add_gram_(rows.new_zeros(rows.shape[1], rows.shape[1], dtype=dtype), rows.to(dtype)))
+
+
+def add_gram_(total: Tensor, rows: Tensor) -> Tensor:
+    """Add rows^T rows to the upper column tiles of ``total``, in place; `mirror_` fills in the rest.
+
+    Args:
+        total: shape ``(width, width)``; in the rows' dtype the product adds up inside the matrix product, which saves
+            a pass over memory.
+        rows: shape ``(n, width)``; their dtype is the product's.
+
+    Returns:
+        ``total``.
+    """
     # TF32 or bf16x3 products would put 1e-3 of relative noise into the spectrum's tail: they are switched off here.
     with torch.autocast(device_type=rows.device.type, enabled=False), _full_precision_products(rows.device):
-        if width < _TILED_WIDTH:
-            return rows.T @ rows
-        result = rows.new_empty(width, width)
-        edges = [width * i // _TILES for i in range(_TILES + 1)]
-        for start, end in itertools.pairwise(edges):
-            torch.matmul(rows[:, start:end].T, rows[:, start:], out=result[start:end, start:])
-            result[end:, start:end] = result[start:end, end:].T
-        return result
+        for start, end in _tiles(rows.shape[1]):
+            target = total[start:end, start:]
+            if total.dtype == rows.dtype:
+                target.addmm_(rows[:, start:end].T, rows[:, start:])
+            else:
+                target.add_(rows[:, start:end].T @ rows[:, start:])
+    return total
+
+
+def mirror_(total: Tensor) -> Tensor:
+    """Copy the upper column tiles below the diagonal, in place, and return the matrix."""
+    for start, end in _tiles(total.shape[1]):
+        total[end:, start:end] = total[start:end, end:].T
+    return total
+
+
+def _tiles(width: int) -> Iterable[tuple[int, int]]:
+    count = _TILES if width >= _TILED_WIDTH else 1
+    return itertools.pairwise(width * i // count for i in range(count + 1))
 
 
 class _full_precision_products:
@@ -121,7 +144,7 @@ class SecondMoment:
             return
         self.rows += rows.shape[0]
         self._pending_rows += rows.shape[0]
-        if self._pending_rows >= self._fold_rows:
+        if self._pending_rows >= max(_FOLD_ROWS, self.width):
             self._pending.append(rows)
             self._fold()
         else:
@@ -136,7 +159,7 @@ class SecondMoment:
         if self._pending_rows or self._sum is None:
             self._fold()
         assert self._sum is not None  # _fold always leaves one
-        return self._sum
+        return mirror_(self._sum)
 
     @property
     def resolution(self) -> float:
@@ -151,18 +174,22 @@ class SecondMoment:
         counts = reduce_sum(counts)
         self.rows, self._float32_product = int(counts[0]), bool(counts[1] > 0)
 
-    @property
-    def _fold_rows(self) -> int:
-        return max(_FOLD_ROWS, self.width)
-
     def _fold(self) -> None:
+        """Add the product of the rows gathered to the sum."""
         dtype = self._product_dtype or self._default_product_dtype()
+        parts = [part.to(dtype) for part in self._pending] or [torch.zeros(0, self.width, dtype=dtype)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        total = self._total_on(rows.device)
+        add_gram_(total, rows)
         self._float32_product |= dtype != torch.float64
-        rows = torch.cat([part.to(dtype) for part in self._pending]) if self._pending else torch.zeros(0, self.width)
-        sum_dtype = torch.float64 if self.width <= _FLOAT64_SUM_WIDTH and rows.device.type != "mps" else torch.float32
-        product = gram(rows, dtype)
-        self._sum = product.to(sum_dtype) if self._sum is None else self._sum.add_(product)
         self._pending, self._pending_rows = [], 0
+
+    def _total_on(self, device: torch.device) -> Tensor:
+        if self._sum is None:
+            double = self.width <= _FLOAT64_SUM_WIDTH and device.type != "mps"
+            dtype = torch.float64 if double else torch.float32
+            self._sum = torch.zeros(self.width, self.width, dtype=dtype, device=device)
+        return self._sum
 
     def _default_product_dtype(self) -> torch.dtype:
         exact = self.rows <= self.width or self.width <= _FLOAT64_PRODUCT_WIDTH
