@@ -1,9 +1,17 @@
 """Lightning callbacks: each needs torch, lightning and the torch-only null-space core."""
 
+from nspo_lightning.callbacks.capability_guard import CapabilityGuard
 from nspo_lightning.callbacks.last_on_exception import LastOnException
 from nspo_lightning.callbacks.null_space_projection import NullSpaceProjection
 from nspo_lightning.callbacks.prediction_writer import PredictionWriter
 from nspo_lightning.callbacks.run_report import RunReport
 from nspo_lightning.callbacks.sample_completions import SampleCompletions
 
-__all__ = ["LastOnException", "NullSpaceProjection", "PredictionWriter", "RunReport", "SampleCompletions"]
+__all__ = [
+    "CapabilityGuard",
+    "LastOnException",
+    "NullSpaceProjection",
+    "PredictionWriter",
+    "RunReport",
+    "SampleCompletions",
+]

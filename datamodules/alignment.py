@@ -16,6 +16,10 @@ from nspo_lightning.datamodules.render import Tokenizer
 from nspo_lightning.datamodules.rows import PromptRow
 from nspo_lightning.datamodules.safety import SafetyDataModule
 from nspo_lightning.datamodules.source import Sources
+from nspo_lightning.datamodules.text import choose_text_rows, collate_text
+
+TEXT_BATCH_SIZE = 16
+"""Rows of text scored at once, at most."""
 
 
 class AlignmentDataModule(pl.LightningDataModule):
@@ -176,6 +180,27 @@ class AlignmentDataModule(pl.LightningDataModule):
 
     def _eval_loaders(self, rows: Sequence[Sequence[PromptRow]]) -> list[PromptLoader]:
         return [self.safety.eval_loader(part) for part in rows]
+
+    def text_dataloader(
+        self, split: Literal["validation", "test"], rows: int | None = None, max_tokens: int | None = None
+    ) -> PromptLoader:
+        """Batches of held-out general text to score; no calibration row is among them.
+
+        Args:
+            split: Which rows.
+            rows: How many, spread over skills; None = all.
+            max_tokens: Where longer texts are cut.
+
+        Returns:
+            A loader of `input_ids`, `attention_mask`, `labels_mask` (1 = the answer's tokens) and `domain`.
+        """
+        chosen, renderer = choose_text_rows(self.eval_rows(split)[1], rows), self.general.renderer
+        return PromptLoader(
+            [chosen],
+            lambda batch: collate_text(batch, renderer, max_tokens),
+            batch_size=min(self.general.eval_batch_size, TEXT_BATCH_SIZE),
+            shard=self.general.shard,
+        )
 
     def calibration_dataloader(self, answer_fn: AnswerFn | None = None) -> PromptLoader:
         """Batches of general text for the null space.

@@ -24,6 +24,7 @@ from nspo_lightning.policy import (
 )
 from nspo_lightning.rewards import Judge, RewardSet
 from nspo_lightning.rollout import SamplingConfig, sample
+from nspo_lightning.text_scores import TextSums, score_text
 
 EVALUATION_SEED = 20_251_211
 STATE_KEY = "nspo_lightning"
@@ -251,6 +252,17 @@ class PolicyModule(pl.LightningModule):
                 moved = self.trainer.strategy.batch_to_device(batch)
                 rates.update(self._observe(moved, index, batch_idx), self.device)
         return rates.compute(self.device)
+
+    def text_sums(self, batch: Mapping[str, Any]) -> TextSums:
+        """Score a batch of given text, and how far the policy is from the base on it; see `score_text`.
+
+        Args:
+            batch: `input_ids`, `attention_mask` and maybe `labels_mask`, shape (rows, tokens).
+
+        Returns:
+            Sums over the scored tokens of this rank.
+        """
+        return score_text(self.require_policy(), batch)
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
