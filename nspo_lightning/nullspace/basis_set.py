@@ -188,7 +188,7 @@ def basis_from_spectrum(index: int, spectrum: Spectrum, settings: BasisSettings)
     if choice.protected > available:  # a sketch holds no more directions: protect those, and say so
         left = float(energy_left(spectrum.values)[available])
         share = 1 - available / spectrum.values.numel()
-        reason = f"{choice.reason}; held by the sketch's {available} columns"
+        reason = f"{choice.reason}; held by the sketch's {available} directions"
         choice = RankChoice(
             protected=available, energy_left=left, null_share=share, gain=left / share**2, reason=reason
         )

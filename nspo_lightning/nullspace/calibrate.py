@@ -26,7 +26,15 @@ from nspo_lightning.nullspace.basis_set import (
 )
 from nspo_lightning.nullspace.collect import InputCollector, RepeatBatch
 from nspo_lightning.nullspace.domains import combine
-from nspo_lightning.nullspace.sketch import RangeSketch, sketch_columns, sketch_spectrum
+from nspo_lightning.nullspace.sketch import (
+    MOST_PASSES,
+    RangeSketch,
+    combined_image,
+    random_test_matrix,
+    settled,
+    sketch_columns,
+    sketch_spectrum,
+)
 
 _NO_BATCHES = "Calibration got no batches. Check `calibration` or the datamodule's `calibration_dataloader()`."
 
@@ -97,9 +105,7 @@ def calibrate_modules(
             if sum(tokens.values()) == 0:
                 raise ValueError(f"No calibration row counted for {first}: every mask entry was False.")
             if job.sketch_columns:
-                spectrum = _second_sketch_pass(
-                    first, modules, by_domain, forward, calls, settings, sharded, job, report
-                )
+                spectrum = _sketched(first, modules, by_domain, forward, calls, settings, sharded, job, report)
             else:
                 moments = {domain: m.second_moment() for domain, m in by_domain.items()}
                 mean = combine(moments, settings.domain_weights, without=settings.without_domains)
@@ -116,7 +122,7 @@ def calibrate_modules(
 
 
 def _new_sketch(columns: int, seed: int, _: str, width: int) -> RangeSketch:
-    return RangeSketch(width, columns, seed=seed)
+    return RangeSketch(width, random_test_matrix(width, columns, seed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +276,7 @@ def _decompose_on_owner(
     return Spectrum(values=values, vectors=vectors, tokens=tokens, resolution=resolution)
 
 
-def _second_sketch_pass(
+def _sketched(
     first: str,
     modules: Mapping[str, nn.Module],
     by_domain: Mapping[str, Any],
@@ -281,19 +287,32 @@ def _second_sketch_pass(
     job: _Pass,
     report: Callable[[str, int], None],
 ) -> Spectrum:
-    """Return exact energies inside the sketched range, measured by a second pass over the text."""
+    """Return the leading eigenpairs of an input too wide to hold, by further passes over the text."""
     shares = {d: w for d, w in (settings.domain_weights or dict.fromkeys(by_domain, 1.0)).items() if d in by_domain}
     shares = {d: w for d, w in shares.items() if d not in settings.without_domains}
     scale = sum(shares.values())
     weights = {d: w / scale / max(by_domain[d].rows, 1) for d, w in shares.items()}
-    range_basis = RangeSketch.combined_range(by_domain, weights)
+    tokens = sum(by_domain[d].rows for d in weights)
+    image, before = combined_image(by_domain, weights), None
+    for _ in range(MOST_PASSES - 1):
+        test: Tensor = torch.linalg.qr(image).Q
+        del image
 
-    def make(_: str, width: int) -> Any:
-        return range_basis.accumulator(width)
+        def make(_: str, width: int, test: Tensor = test) -> RangeSketch:
+            return RangeSketch(width, test)
 
-    collector = InputCollector(modules, groups=job.groups, only=job.only, make_moment=make)
-    _run(collector, forward, calls, sharded=sharded, report=report)
-    return sketch_spectrum(range_basis, _reduced(collector, first), weights)
+        collector = InputCollector(modules, groups=job.groups, only=job.only, make_moment=make)
+        _run(collector, forward, calls, sharded=sharded, report=report)
+        parts = _reduced(collector, first)
+        trace = sum(weight * parts[d].trace for d, weight in weights.items())
+        image = combined_image(parts, weights)
+        spectrum = sketch_spectrum(test, image, trace=trace, tokens=tokens)
+        chosen = basis_from_spectrum(0, spectrum, settings)
+        protected = spectrum.vectors.shape[1] if chosen is None else chosen.protected
+        if settled(spectrum.values, before, protected, test.shape[1]):
+            break
+        before = spectrum.values
+    return spectrum
 
 
 def _width(module: nn.Module) -> int:

@@ -1,29 +1,31 @@
-"""Leading directions of a second moment too wide to hold: randomized range finder and exact Rayleigh-Ritz energies.
+"""Leading directions of a second moment too wide to hold: randomized subspace iteration over the calibration text.
 
 Pass 1 sums Y = C Omega for a random Omega (width x s) and orthonormalises it to Q (Halko, Martinsson and Tropp,
-arXiv 0909.4061, algorithm 4.1). Pass 2 sums T = Q^T C Q (s x s) exactly, whose eigenvectors give the directions
-Q W inside the range and whose eigenvalues are their true energies; the trace of C is summed exactly as well, so the
-energy left outside is known and not estimated. Memory: 3 width * s numbers instead of width^2.
+arXiv 0909.4061, algorithms 4.1 and 4.4). Each further pass sums Z = C Q, whose Rayleigh-Ritz matrix T = Q^T Z has the
+directions Q W inside the range and their true energies; the trace of C is summed as well, so the energy left outside is
+known and not estimated. Without a gap in the spectrum one pass misses up to a twentieth of the energy, so the passes go
+on with Q <- orth(Z) until the protected energy has settled. Memory: a few width * s numbers instead of width^2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nspo_lightning.nullspace.basis import Spectrum
-from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.partial import with_tail
 
+MOST_PASSES = 8  # over the text, for one input
+USABLE = 0.75  # share of the columns that may be protected: the last ones converge slowly and serve the others
+_NOTHING_LEFT = 5e-4  # share of the energy outside the range: no other subspace of any size can hold more than it more
+_SETTLED = 2e-4  # change of the protected share between passes; what later passes add is less than twice that
 _MAX_COLUMNS = 4096
 
 
 def sketch_columns(width: int, budget_bytes: float) -> int:
-    """Return how many sketch columns fit into a budget: Omega, Y, Q and a QR workspace, float32 each.
+    """Return how many sketch columns fit into a budget: Q, Z and the workspace of a QR decomposition, float32 each.
 
     Raises:
         ValueError: if fewer than 16 fit.
@@ -38,19 +40,18 @@ def sketch_columns(width: int, budget_bytes: float) -> int:
 
 
 class RangeSketch:
-    """Running Y = sum x (x^T Omega) and the trace sum ||x||^2.
+    """Running Z = sum x (x^T Q), the trace sum ||x||^2, and how many rows there were.
 
     Args:
         width: input features.
-        columns: s.
-        seed: of Omega, the same on all ranks and for all domains.
+        test: Q, shape ``(width, s)``, float32; the same on all ranks and for all domains.
     """
 
-    def __init__(self, width: int, columns: int, *, seed: int = 0) -> None:
-        self.width, self.columns, self.rows = width, columns, 0
-        self._seed = seed
-        self._omega: Tensor | None = None
+    def __init__(self, width: int, test: Tensor) -> None:
+        self.width, self.rows = width, 0
+        self._test = test
         self._sum: Tensor | None = None
+        self._trace = torch.zeros((), dtype=torch.float64)
 
     def update(self, rows: Tensor) -> None:
         """Add rows of shape ``(n, width)``."""
@@ -58,106 +59,84 @@ class RangeSketch:
             return
         rows = rows.to(torch.float32)
         self.rows += rows.shape[0]
-        omega = self._test_matrix(rows.device)
-        self.total_on(rows.device).addmm_(rows.T, rows @ omega)
-
-    def total_on(self, device: torch.device) -> Tensor:
-        """Return Y, shape ``(width, columns)``, zeros before the first row."""
-        if self._sum is None:
-            self._sum = torch.zeros(self.width, self.columns, device=device)
-        return self._sum
-
-    def all_reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Add up over ranks."""
-        total = self.total_on(torch.device("cpu"))
-        self._sum = reduce_sum(total)
-        self.rows = int(reduce_sum(torch.tensor([self.rows], dtype=torch.float64, device=total.device))[0])
-
-    def _test_matrix(self, device: torch.device) -> Tensor:
-        if self._omega is None:
-            generator = torch.Generator().manual_seed(self._seed)
-            self._omega = torch.randn(self.width, self.columns, generator=generator).to(device)
-        return self._omega
-
-    @staticmethod
-    def combined_range(sketches: Mapping[str, RangeSketch], weights: Mapping[str, float]) -> RangeBasis:
-        """Return the range of the weighted sum of the domains' sketches (they share Omega, so Y is linear in C)."""
-        first = next(iter(sketches.values()))
-        device = first.total_on(torch.device("cpu")).device
-        total = torch.zeros_like(first.total_on(device))
-        for name, weight in weights.items():
-            total.add_(sketches[name].total_on(device), alpha=weight)
-        for sketch in sketches.values():
-            sketch._omega = sketch._sum = None  # the budget holds one sketch at a time
-        return RangeBasis(vectors=torch.linalg.qr(total).Q)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RangeBasis:
-    """Orthonormal columns that hold the leading directions of C."""
-
-    vectors: Tensor
-    """Q, shape ``(width, columns)``, float32."""
-
-    def accumulator(self, width: int) -> CompressedMoment:
-        """Return an accumulator of Q^T C Q."""
-        return CompressedMoment(width, self.vectors)
-
-
-class CompressedMoment:
-    """Running T = Q^T (sum x x^T) Q and the trace of sum x x^T."""
-
-    def __init__(self, width: int, vectors: Tensor) -> None:
-        self.width = width
-        self._vectors = vectors
-        self._inner = SecondMoment(vectors.shape[1])
-        self.trace = torch.zeros((), dtype=torch.float64)
-
-    @property
-    def rows(self) -> int:
-        """Rows seen."""
-        return self._inner.rows
-
-    def update(self, rows: Tensor) -> None:
-        """Add rows of shape ``(n, width)``."""
-        rows = rows.to(torch.float32)
-        self._inner.update(rows @ self._vectors)
-        self.trace = self.trace + rows.square().sum(dtype=torch.float64).cpu()
-
-    def all_reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Add up over ranks."""
-        if self._inner.rows == 0:
-            self._inner.update(self._vectors.new_zeros(1, self._vectors.shape[1]))
-            self._inner.rows = 0
-        self._inner.all_reduce(reduce_sum)
-        self.trace = reduce_sum(self.trace.reshape(1))[0]
+        self._test = self._test.to(rows.device)
+        self.total().addmm_(rows.T, rows @ self._test)
+        self._trace = self._trace + rows.square().sum(dtype=torch.float64).cpu()
 
     def total(self) -> Tensor:
-        """Return T, shape ``(columns, columns)``."""
-        return self._inner.total()
+        """Return Z, shape ``(width, s)``, zeros before the first row."""
+        if self._sum is None:
+            self._sum = torch.zeros_like(self._test)
+        return self._sum
+
+    @property
+    def trace(self) -> float:
+        """Sum of ||x||^2."""
+        return float(self._trace)
+
+    def all_reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Add up over ranks."""
+        self._sum = reduce_sum(self.total())
+        counts = reduce_sum(torch.stack([self._trace, torch.tensor(float(self.rows), dtype=torch.float64)]))
+        self._trace, self.rows = counts[0].cpu(), int(counts[1])
 
 
-def sketch_spectrum(basis: RangeBasis, moments: Mapping[str, Any], weights: Mapping[str, float]) -> Spectrum:
+def random_test_matrix(width: int, columns: int, seed: int) -> Tensor:
+    """Return Omega, shape ``(width, columns)``, Gaussian."""
+    return torch.randn(width, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def combined_image(sketches: Mapping[str, RangeSketch], weights: Mapping[str, float]) -> Tensor:
+    """Return the weighted sum of the domains' Z (they share Q, so Z is linear in C), and let go of the parts."""
+    total: Tensor | None = None
+    for name, weight in weights.items():
+        part = sketches[name].total().mul_(weight)
+        total = part if total is None else total.add_(part)
+        sketches[name]._sum = None
+    assert total is not None
+    return total
+
+
+def sketch_spectrum(test: Tensor, image: Tensor, *, trace: float, tokens: int) -> Spectrum:
     """Rayleigh-Ritz: eigenpairs of C inside the range of Q, and a tail that holds the energy outside.
 
     Args:
-        basis: Q.
-        moments: domain -> `CompressedMoment`.
-        weights: domain -> weight of its sum (share / rows).
+        test: Q, orthonormal columns, shape ``(width, s)``.
+        image: C Q, same shape.
+        trace: of C.
+        tokens: rows that C was taken over.
 
     Returns:
         ``values`` of full length: the Ritz values, then the energy outside Q spread evenly over the other directions;
-        ``vectors`` of shape ``(width, columns)``, so at most that many directions can be protected.
+        ``vectors`` of shape ``(width, 3 s / 4)``, so at most that many directions can be protected.
     """
-    total = sum(weight * moments[name].total().to(torch.float64) for name, weight in weights.items())
-    trace = float(sum(weight * float(moments[name].trace) for name, weight in weights.items()))
-    assert isinstance(total, Tensor)
-    values, rotation = torch.linalg.eigh(total)
-    values, rotation = values.flip(0), rotation.flip(1)
-    width = basis.vectors.shape[0]
+    inner = (test.T @ image).to(torch.float64)
+    ritz, rotation = torch.linalg.eigh((inner + inner.T) / 2)
+    usable = max(int(USABLE * test.shape[1]), 1)
     return Spectrum(
-        values=with_tail(values, trace, width),
-        vectors=basis.vectors @ rotation.to(basis.vectors.dtype),
-        tokens=sum(moments[name].rows for name in weights),
+        values=with_tail(ritz.flip(0), trace, test.shape[0]),
+        vectors=test @ rotation.flip(1)[:, :usable].to(test.dtype),
+        tokens=tokens,
         resolution=torch.finfo(torch.float32).eps,
     )
+
+
+def settled(values: Tensor, before: Tensor | None, protected: int, columns: int) -> bool:
+    """Return whether another pass could hardly add to the protected energy.
+
+    Args:
+        values: eigenvalues of this pass, full length.
+        before: of the pass before it.
+        protected: k.
+        columns: s.
+
+    Returns:
+        True if next to nothing is left outside the range (the k leading eigenvalues of a matrix sum up to at most those
+        of two diagonal blocks together), or if the sum of the k leading values has stopped rising.
+    """
+    trace = float(values.sum())
+    if trace <= 0 or float(values[columns:].sum()) <= _NOTHING_LEFT * trace:
+        return True
+    if before is None:
+        return False
+    return abs(float(values[:protected].sum() - before[:protected].sum())) <= _SETTLED * trace
