@@ -59,8 +59,8 @@ class CapabilityGuard(Callback):
     """Hold a run to a budget of forgetting, and say which checkpoint is the safest within it.
 
     Every `every_n_updates` updates, and at every validation, KL(base || policy) is measured on held-out general text.
-    Over budget, weights and optimizer state go back to the last measurement that was within it, and the learning rate
-    is halved (or the run stops). At the end of every validation `guard/score` is the unsafe rate, plus 1 if over
+    Over budget, weights and optimizer state go back to the last measurement that was within it (with a budget for
+    accuracy: to the last such validation), and the learning rate is halved (or the run stops). At the end of every validation `guard/score` is the unsafe rate, plus 1 if over
     budget: `ModelCheckpoint(monitor="guard/score", mode="min")` keeps the safest checkpoint within the budget.
 
     Logs `guard/kl` (nats a token), `guard/perplexity`, `guard/accuracy_drop`, `guard/unsafe_rate`,
@@ -175,6 +175,11 @@ class CapabilityGuard(Callback):
             self._batches = list(given)
             if not self._anywhere(bool(self._batches), pl_module):
                 raise MisconfigurationException("CapabilityGuard's text is empty: give held-out general rows.")
+        if self.max_accuracy_drop is not None and not trainer.enable_validation:
+            raise MisconfigurationException(
+                "CapabilityGuard: `max_accuracy_drop` is checked at validation, and there is none. Give validation data "
+                "(and `limit_val_batches` above 0), or leave that budget null."
+            )
         if self.max_accuracy_drop is not None and self.base_accuracy is None:
             self.base_accuracy = self._measure_base_accuracy(trainer, pl_module)
         if self.good.step < 0:
@@ -228,7 +233,8 @@ class CapabilityGuard(Callback):
         reading = self._measure(trainer, pl_module, validation)
         if reading.over:
             self._rescue(trainer, pl_module, reading, self._stop_before_validation if validation else None)
-        elif self.good.step != trainer.global_step:
+        elif self.good.step != trainer.global_step and (validation or self.max_accuracy_drop is None):
+            # With a budget for accuracy only validation can tell whether a state is good.
             self.good.take(trainer, pl_module)
         self._log(trainer, reading, validation)
 

@@ -191,14 +191,31 @@ def test_a_goal_reached_over_budget_does_not_end_the_run():
     assert watcher.rescues > 0
 
 
+class AfterValidation(Callback):
+    def __init__(self):
+        self.weights = {}
+
+    def on_validation_end(self, trainer, pl_module):
+        self.weights[trainer.global_step] = pl_module.delta.weight.detach().clone()
+
+
 def test_accuracy_has_a_budget_of_its_own():
     options = {"limit_val_batches": 1.0, "val_check_interval": 1, "max_steps": 12}
-    module, watcher = Adapted(lr=0.3), guard(max_kl=None, max_accuracy_drop=0.05)
-    trainer = fit(module, watcher, **options)
+    module, watcher, after = Adapted(lr=0.03), guard(max_kl=10.0, max_accuracy_drop=0.05), AfterValidation()
+    trainer = fit(module, watcher, after, **options)
     assert watcher.rescues > 0
+    good = 0
+    for reading in (r for r in watcher.readings if r.accuracy_drop is not None):
+        if reading.over:  # back to a validated state, though the KL at this very step was within its budget
+            assert good
+            assert torch.equal(after.weights[reading.step], after.weights[good])
+        else:
+            good = reading.step
     assert "guard/accuracy_drop" in trainer.callback_metrics
     with pytest.raises(MisconfigurationException, match="logged no `missing`"):
         fit(Adapted(), guard(max_accuracy_drop=0.05, accuracy_metric="missing"), **options)
+    with pytest.raises(MisconfigurationException, match="there is none"):
+        fit(Adapted(), guard(max_accuracy_drop=0.05))
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
