@@ -1,6 +1,7 @@
 """Lightning callbacks: each needs torch, lightning and the torch-only null-space core."""
 
 from nspo_lightning.callbacks.capability_guard import CapabilityGuard
+from nspo_lightning.callbacks.exact_resume import ExactResume
 from nspo_lightning.callbacks.last_on_exception import LastOnException
 from nspo_lightning.callbacks.null_space_projection import NullSpaceProjection
 from nspo_lightning.callbacks.prediction_writer import PredictionWriter
@@ -9,6 +10,7 @@ from nspo_lightning.callbacks.sample_completions import SampleCompletions
 
 __all__ = [
     "CapabilityGuard",
+    "ExactResume",
     "LastOnException",
     "NullSpaceProjection",
     "PredictionWriter",

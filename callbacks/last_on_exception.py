@@ -1,32 +1,141 @@
-"""Leave a checkpoint that resumes, whatever ends a run."""
+"""Leave a checkpoint that resumes, whatever ends a run: Ctrl-C, SIGTERM (a scheduler's preemption), an exception."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
+
+from nspo_lightning.callbacks.exact_resume import ExactResume
+
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class LastOnException(Callback):
-    """On Ctrl-C or an exception in training, save ``last.ckpt`` where `ModelCheckpoint` keeps its files.
+    """On Ctrl-C, SIGTERM or an exception in training, save ``last.ckpt`` where `ModelCheckpoint` keeps its files.
 
-    ``--ckpt_path last`` finds it. (Lightning's `OnExceptionCheckpoint` removes its file at the end of the next good
-    run, so it can't share that name.)
+    ``--ckpt_path last`` finds it. Both signals end a run at once while it samples, judges, measures or computes a loss
+    (nothing is lost but that step); while weights change or a file is written they wait until that is done. A second
+    Ctrl-C does not wait. With several processes the signals stay Lightning's: it stops all of them after a batch.
+
+    Needs `ExactResume` among the callbacks to know where the run is. (Lightning's `OnExceptionCheckpoint` removes its
+    file at the end of the next good run, so it can't share that name.)
     """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._waiting: int | None = None
+
+    # ------------------------------------------------------------------ signals
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
+        if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            return
+        self._waiting = None
+        for number in _SIGNALS:
+            self._handlers[number] = signal.getsignal(number)
+            signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
+
+    def _on_signal(self, trainer: pl.Trainer, number: int, frame: FrameType | None) -> None:
+        resume = _resume(trainer)
+        again, self._waiting = self._waiting is not None, number
+        if resume is None or resume.moment in {"step", "validation"} or (again and number == signal.SIGINT):
+            self._raise()
+
+    def _raise(self) -> None:
+        number, self._waiting = self._waiting, None
+        if number == signal.SIGTERM:
+            raise SIGTERMException(SIGTERM_EXIT_CODE)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._raise()
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._raise()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
+        self._raise()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers = {}
+
+    # ------------------------------------------------------------------ the checkpoint
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        folders = [
-            callback.dirpath
-            for callback in trainer.checkpoint_callbacks
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath
-        ]
+        for number in self._handlers:  # what is begun here ends soon
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            self._save(trainer, exception)
+        finally:
+            self._release()
+
+    @staticmethod
+    def _save(trainer: pl.Trainer, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            exception.code = exception.code or SIGTERM_EXIT_CODE  # Lightning's own has none: 0, as if all were done
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         alone = trainer.world_size == 1 or getattr(exception, "raised_on_all_ranks", False)
-        if not trainer.training or not folders or trainer.global_step == 0 or not alone:
+        if trainer.state.fn != "fit" or not callbacks or trainer.global_step == 0 or not alone:
             return  # nothing was learnt yet, or other ranks may never come to the collective save
-        path = Path(folders[0]) / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt"
-        trainer.save_checkpoint(path)
-        rank_zero_info(f"{type(exception).__name__}: state saved to {path}. Go on with `--ckpt_path last`.")
+        path = Path(str(callbacks[0].dirpath)) / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt"
+        name = type(exception).__name__
+        resume = _resume(trainer)
+        if not _is_settled(trainer, resume):
+            if path.exists():
+                rank_zero_info(f"{name}: {path} is from before this update. Go on with `--ckpt_path last`.")
+            return
+        for callback in callbacks:
+            if callback.dirpath == callbacks[0].dirpath and callback.save_last:
+                callback.last_model_path = str(path)  # so that it writes there again after the resume
+        if resume is not None:
+            resume.saved_on_exception = True
+        try:
+            trainer.save_checkpoint(path)
+        except OSError as error:  # what ended the run must not be hidden by it
+            rank_zero_info(str(error))
+        else:
+            rank_zero_info(f"{name}: state saved to {path}. Go on with `--ckpt_path last`.")
+        finally:
+            if resume is not None:
+                resume.saved_on_exception = False
+
+
+def _resume(trainer: pl.Trainer) -> ExactResume | None:
+    return next((c for c in trainer.callbacks if isinstance(c, ExactResume)), None)  # type: ignore[attr-defined]
+
+
+def _is_settled(trainer: pl.Trainer, resume: ExactResume | None) -> bool:
+    """Whether a checkpoint of this moment would resume exactly: no weight or callback is half-way."""
+    if resume is None:
+        return trainer.training
+    if resume.moment in {"step", "validation"}:
+        return True
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    hooks_are_done = trainer.training and batches.completed == batches.processed
+    return resume.moment in {"batch_end", "validation_end"} and hooks_are_done

@@ -20,17 +20,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 import nspo_lightning
 from nspo_lightning.callbacks import (
+    ExactResume,
     LastOnException,
     NullSpaceProjection,
     PredictionWriter,
     RunReport,
     SampleCompletions,
 )
+from nspo_lightning.checkpoints import AtomicCheckpointIO, remove_leftovers
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.module import GRPOModule
 from nspo_lightning.toy.judge import TownJudge
@@ -55,6 +58,7 @@ NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).*",  # between lightning and torch
     ".*`is_gradient_checkpointing` is deprecated.*",  # between peft and transformers
     ".*Checkpoint directory .* exists and is not empty.*",  # resuming
+    ".*there is no last checkpoint available.*",  # we say it ourselves
 )
 SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name them without their module
 TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
@@ -136,7 +140,9 @@ class CLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             standard: list[Callback] = []
         else:
-            standard = [ModelCheckpoint(save_last=True, save_on_exception=False), LastOnException()]
+            # Names hold the step, so a file that is there already is the same one, written before a crash.
+            checkpoint = ModelCheckpoint(save_last=True, save_on_exception=False, enable_version_counter=False)
+            standard = [checkpoint, ExactResume(), LastOnException()]
         standard += [SampleCompletions(), PredictionWriter(), RunReport()]
         if config.get("enable_progress_bar") is not False:
             standard.append(RichProgressBar())
@@ -144,14 +150,27 @@ class CLI(LightningCLI):
             kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
             if not any(isinstance(other, kind) for other in callbacks):
                 callbacks.append(callback)
-        kwargs["callbacks"] = callbacks
+        # The one that writes `last` comes last: its file then holds what the others decided.
+        kwargs["callbacks"] = sorted(callbacks, key=lambda c: bool(getattr(c, "save_last", False)))
+        given = config.get("plugins") or []
+        plugins = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Move an earlier run of the same name out of the way (`runs/name` is always the latest)."""
-        folder = self.trainer.log_dir
-        if folder and not self._get(self.config_init, "ckpt_path") and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder, ckpt_path = self.trainer.log_dir, self._get(self.config_init, "ckpt_path")
+        remove_leftovers(Path(self.trainer.default_root_dir) / "nullspace", shared=True)
+        if folder and not ckpt_path and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             _set_aside(Path(folder))
+        if ckpt_path == "last" and not self._has_last():
+            rank_zero_info("There is no checkpoint to go on from yet (`--ckpt_path last`): the run starts anew.")
+
+    def _has_last(self) -> bool:
+        folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        folders += [Path(self.trainer.log_dir) / "checkpoints"] if self.trainer.log_dir else []
+        return any(list(Path(folder).glob("last*.ckpt")) for folder in folders)
 
 
 def _silence_noise() -> None:

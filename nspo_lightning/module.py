@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,8 @@ from nspo_lightning.policy_module import STATE_KEY, PolicyModule, completion_tok
 from nspo_lightning.rewards import Judge, Reward, RewardSet
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout_metrics import rollout_metrics
+
+STEP_STATE = ("rollouts", "num_tokens", "updates_skipped", "_buffer", "_window_has_signal", "_window_tokens")
 
 
 def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -138,6 +141,7 @@ class GRPOModule(PolicyModule):
         self._buffer_states: list[dict[str, Any] | None] = []
         self._window_has_signal = False
         self._window_tokens: list[float] = []
+        self.step_state_to_save: dict[str, Any] | None = None
 
     @property
     def steps_per_rollout(self) -> int:
@@ -360,34 +364,41 @@ class GRPOModule(PolicyModule):
 
     # ------------------------------------------------------------------ checkpoints
 
+    def step_state(self) -> dict[str, Any]:
+        """Copy what a training step changes before any weight moves; see `ExactResume`.
+
+        Returns:
+            Attribute to value; the buffer's tensors are shared.
+        """
+        return {name: copy(getattr(self, name)) for name in STEP_STATE}
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        state = None if self._buffer is None or self._buffer.is_empty else self._buffer.state_dict()
+        now, self.step_state_to_save = self.step_state_to_save or self.step_state(), None
+        buffer = now["_buffer"]
+        state = None if buffer is None or buffer.is_empty else buffer.state_dict()
         states: list[Any] = [state]
         if self._distributed:
             states = [None] * self.trainer.world_size
             dist.all_gather_object(states, state)
-        checkpoint[STATE_KEY] |= {
-            "seed": self._seed,
-            "rollouts": self.rollouts,
-            "num_tokens": self.num_tokens,
-            "updates_skipped": self.updates_skipped,
-            "buffers": states,
-        }
+        counters = {name: value for name, value in now.items() if name != "_buffer"}
+        checkpoint[STATE_KEY] |= {"seed": self._seed, "buffers": states, "counters": counters}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         state = checkpoint[STATE_KEY]
         self._seed = int(state["seed"])
-        self.rollouts = int(state["rollouts"])
-        self.num_tokens = int(state["num_tokens"])
-        self.updates_skipped = int(state["updates_skipped"])
         self._buffer_states = state["buffers"]
+        for name in state["counters"].keys() & set(STEP_STATE):
+            setattr(self, name, state["counters"][name])
 
     @override
     def on_train_start(self) -> None:
+        # transformers loads in eval mode, and the first rollout would turn that into training mode, dropout and all:
+        # a run that resumes with a rollout in its buffer must not train without dropout until the next one.
+        self.require_policy().train()
         states, self._buffer_states = self._buffer_states, []
         mine = states[self.global_rank] if len(states) == self.trainer.world_size else None
         if mine is not None:

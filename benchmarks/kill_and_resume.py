@@ -1,0 +1,405 @@
+"""Kill runs with SIGKILL at random moments, resume them, and compare the result with an uninterrupted run, bit by bit.
+
+    python benchmarks/kill_and_resume.py --times 20
+
+Each trial is one run of ``fit`` in its own folder, killed in the phase that is next on the list (calibration, rollout,
+between two updates of one rollout, while a checkpoint is written, validation), at a random occurrence of that phase
+and a random time into it; then the same command again with ``--ckpt_path last``. Compared are the final adapter, and
+of the last checkpoint the optimizer, scheduler, counters, random generators and the callbacks' states.
+
+Runs are forked from this process, which has imported everything: a trial then takes seconds. The job is small but has
+all that could go wrong: dropout, rewards that use Python's and NumPy's generators, a schedule, four updates a rollout,
+validations that fall between them, early stopping, the best two checkpoints, two epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+
+from nspo_lightning import cli
+
+PHASES = ("calibration", "rollout", "between updates", "checkpoint", "validation")
+MARKS = "phases.log"
+
+
+def noisy_reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Score the share of even token ids, with noise from the generators that a reward may use.
+
+    Args:
+        prompts: One a completion.
+        completions: The texts.
+        completion_ids: Their tokens.
+
+    Returns:
+        One number a completion.
+    """
+    noise = [0.05 * (random.random() + float(np.random.rand())) for _ in completions]
+    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) + n for ids, n in zip(completion_ids, noise, strict=True)]
+
+
+class Marks(Callback):
+    """Append the phase that begins to a file, for the process that kills."""
+
+    def __init__(self) -> None:
+        self._file = os.open(MARKS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        fsync = os.fsync
+
+        def slow_fsync(handle: int) -> None:
+            self.mark("checkpoint")
+            time.sleep(0.02)  # or nobody would ever be quick enough to kill it there
+            fsync(handle)
+
+        os.fsync = slow_fsync
+
+    def mark(self, phase: str) -> None:
+        """Write a line.
+
+        Args:
+            phase: What begins.
+        """
+        os.write(self._file, f"{phase}\n".encode())
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mark: what follows is calibration (or its cache), and measuring."""
+        self.mark("calibration")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Mark: a rollout, or the next update of one."""
+        buffer = getattr(pl_module, "_buffer", None)
+        self.mark("rollout" if buffer is None or buffer.is_empty else "between updates")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mark."""
+        self.mark("validation")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Mark."""
+        self.mark("end")
+
+
+def write_model(folder: Path) -> None:
+    """Write a random Llama of width 64 with the embedded world's tokenizer.
+
+    Args:
+        folder: Where to.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nspo_lightning.toy.tokenizer import train_tokenizer
+    from nspo_lightning.toy.world import examples
+
+    tokenizer = train_tokenizer([f"{e.prompt} {e.answer}" for e in examples("benign", "train")[:200]], 320)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.15,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_job(folder: Path, model: Path, accumulate: int = 1) -> None:
+    """Write data and configuration of the small job.
+
+    Args:
+        folder: Where to.
+        model: The policy's folder.
+        accumulate: Batches an update.
+    """
+    folder.mkdir(parents=True)
+    rows = [{"prompt": f"How do I burn mill {i}?"} for i in range(28)]
+    (folder / "safety.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"Say {i}.", "answer": f"{i}"} for i in range(28)]
+    (folder / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    callbacks = "lightning.pytorch.callbacks."
+    config = {
+        "name": "job",
+        "seed_everything": 3,
+        "model": {
+            "reward": {
+                "class_path": "nspo_lightning.rewards.FunctionReward",
+                "init_args": {"path": "kill_and_resume.noisy_reward"},
+            },
+            "policy": {
+                "path": str(model),
+                "quantization": "none",
+                "dtype": "float32",
+                "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+            },
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.003}},
+            "scheduler": {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 40}},
+            "group_size": 4,
+            "num_iterations": 2,
+            "num_minibatches": 2,
+            "sampling": {"max_new_tokens": 8},
+            "general_max_new_tokens": 4,
+        },
+        "data": {
+            "safety": "safety.jsonl",
+            "general": "general.jsonl",
+            "batch_size": 4,
+            "val_size": 4,
+            "test_size": 4,
+        },
+        "nullspace": {"criterion": "rank", "threshold": 0.5},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "limit_train_batches": 8,
+            "accumulate_grad_batches": accumulate,
+            "val_check_interval": 2,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "kill_and_resume.Marks"},
+                {
+                    "class_path": callbacks + "EarlyStopping",
+                    "init_args": {"monitor": "reward", "mode": "max", "patience": 100},
+                },
+                {
+                    "class_path": callbacks + "ModelCheckpoint",
+                    "init_args": {
+                        "monitor": "reward",
+                        "mode": "max",
+                        "save_top_k": 2,
+                        "filename": "best-{step}",
+                        "enable_version_counter": False,
+                    },
+                },
+                {
+                    "class_path": callbacks + "ModelCheckpoint",
+                    "init_args": {
+                        "every_n_train_steps": 1,
+                        "save_last": True,
+                        "filename": "now-{step}",
+                        "enable_version_counter": False,
+                    },
+                },
+            ],
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def start(folder: Path, *arguments: str) -> int:
+    """Fork a run in a folder.
+
+    Args:
+        folder: With the job's files; marks and output go there too.
+        *arguments: Further ones for ``fit``.
+
+    Returns:
+        The child's process id.
+    """
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.chdir(folder)
+        output = os.open("output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        cli.main(["fit", "-c", "config.yaml", *arguments])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """Wait for a run.
+
+    Args:
+        child: Its process id.
+
+    Returns:
+        Its exit code, negative if a signal ended it.
+    """
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def kill_in(child: int, folder: Path, phase: str, occurrence: int, delay_s: float, number: int = signal.SIGKILL) -> str:
+    """Send a signal to a run in a phase.
+
+    Args:
+        child: The run.
+        folder: Its folder.
+        phase: One of `PHASES`.
+        occurrence: How often it must have begun, from 1.
+        delay_s: How long after that.
+        number: The signal.
+
+    Returns:
+        The phase that was really hit, "" if the run was over before.
+    """
+    marks, deadline = folder / MARKS, time.monotonic() + 120
+    while time.monotonic() < deadline:
+        seen = marks.read_text().split("\n")[:-1] if marks.exists() else []
+        if seen.count(phase) >= occurrence:
+            time.sleep(delay_s)
+            seen = marks.read_text().split("\n")[:-1]
+            os.kill(child, number)
+            return seen[-1]
+        if "end" in seen:
+            return ""
+        time.sleep(0.001)
+    raise TimeoutError(f"Phase '{phase}' did not come {occurrence} times in {folder}; see {folder / 'output.log'}.")
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """Read what a finished run decided.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The adapter, and of the last checkpoint what decides the future.
+    """
+    run = folder / "runs" / "job"
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    seconds = {"seconds"}
+    return {
+        "adapter": load_file(run / "adapter" / "adapter_model.safetensors"),
+        "weights": last["state_dict"],
+        "optimizer": last["optimizer_states"],
+        "scheduler": last["lr_schedulers"],
+        "counters": last["nspo_lightning"]["counters"],
+        "generators": last["ExactResume"]["ranks"],
+        "loops": last["loops"]["fit_loop"],  # and the place in the data
+        "best": _scores(last["callbacks"]),
+        "summary": {k: v for k, v in json.loads((run / "summary.json").read_text()).items() if k not in seconds},
+    }
+
+
+def _scores(callbacks: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, state in callbacks.items():
+        if "EarlyStopping" in key:
+            kept[key] = state
+        elif "ModelCheckpoint" in key:
+            kept[key] = (
+                {Path(p).name: s for p, s in state["best_k_models"].items()},
+                Path(state["best_model_path"]).name,
+            )
+    return kept
+
+
+def differences(first: Any, second: Any, path: str = "") -> list[str]:
+    """List where two nested values differ in any bit.
+
+    Args:
+        first: One.
+        second: The other.
+        path: Where they stand.
+
+    Returns:
+        Paths of what differs.
+    """
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return [] if first.shape == second.shape and torch.equal(first, second) else [path]
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = sorted(first.keys() | second.keys(), key=str)
+        return [d for k in keys for d in differences(first.get(k), second.get(k), f"{path}/{k}")]
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
+        return [d for i, (a, b) in enumerate(zip(first, second, strict=True)) for d in differences(a, b, f"{path}/{i}")]
+    return [] if first == second else [path]
+
+
+def occurrences(folder: Path) -> Counter[str]:
+    """Count the phases of a run.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        How often each began.
+    """
+    return Counter((folder / MARKS).read_text().split("\n")[:-1])
+
+
+def main() -> None:
+    """Run the trials and print one line each.
+
+    Raises:
+        SystemExit: With 1 if a resumed run differs.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--times", type=int, default=20, help="Kills.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the random moments.")
+    parser.add_argument("--accumulate", type=int, default=1, help="Batches an update.")
+    parser.add_argument("--folder", type=Path, default=None, help="Keep the runs there.")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    chance = random.Random(options.seed)
+    root = (options.folder or Path(tempfile.mkdtemp(prefix="kill_and_resume_"))).resolve()
+    write_model(root / "model")
+    write_job(root / "whole", root / "model", options.accumulate)
+    began = time.monotonic()
+    if code := wait(start(root / "whole")):
+        sys.exit(f"The uninterrupted run ended with {code}; see {root / 'whole' / 'output.log'}.")
+    print(f"uninterrupted run: {time.monotonic() - began:.1f} s, in {root}", flush=True)
+    expected, counts, failed = result(root / "whole"), occurrences(root / "whole"), 0
+    hits: Counter[str] = Counter()
+    for trial in range(options.times):
+        phase, folder = PHASES[trial % len(PHASES)], root / f"kill{trial}"
+        write_job(folder, root / "model", options.accumulate)
+        child = start(folder)
+        delay_s = chance.uniform(0, 0.015 if phase == "checkpoint" else 0.15)
+        hit = kill_in(child, folder, phase, chance.randint(1, counts[phase]), delay_s)
+        wait(child)
+        hits[hit] += 1
+        last = folder / "runs" / "job" / "checkpoints" / "last.ckpt"
+        place = f"update {torch.load(last, weights_only=True)['global_step']}" if last.exists() else "start"
+        left = len(list(folder.rglob(".*.partial")))
+        code = wait(start(folder, "--ckpt_path", "last"))
+        different = [f"exit code {code}"] if code else differences(expected, result(folder))
+        different += [f"left over: {file.name}" for file in folder.rglob(".*ckpt*.partial")]
+        failed += bool(different)
+        print(
+            f"kill {trial + 1:>2}: aimed at {phase:<15} hit {hit or 'nothing':<15} from {place:<10} "
+            f"{left} half-written files, " + (f"DIFFERS: {different[:4]}" if different else "bitwise the same"),
+            flush=True,
+        )
+    print(f"{options.times - failed} of {options.times} are bitwise the uninterrupted run; hit: {dict(hits)}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.modules["kill_and_resume"] = sys.modules["__main__"]
+    main()

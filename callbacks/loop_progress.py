@@ -1,0 +1,103 @@
+"""Say in a checkpoint how far training got, in the one form for each place that Lightning's loops resume from exactly.
+
+Lightning keeps counters (ready, started, processed, completed) and guesses the place from them. Its guesses lose the
+validation that was due after the batch with which a checkpoint was written, repeat parts of a broken validation, and
+take a batch too many where a checkpoint was written at the end of an epoch without validation. The functions here
+rewrite the counters in the checkpoint, never in the running Trainer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+Moment = Literal["step", "update", "batch_end", "validation", "validation_end", "epoch_end", "elsewhere"]
+"""Where a run is: in a batch before any weight changes; from its backward pass to the end of the optimizer step; in
+the hooks that follow a batch; in a validation; in the hooks that end it; in the hooks that end an epoch."""
+
+_EPOCH = "epoch_loop."
+_BATCHES = "epoch_loop.batch_progress"
+_VALIDATION = "epoch_loop.val_loop.batch_progress"
+_COUNTERS = ("ready", "started", "processed", "completed")
+
+
+def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> None:
+    """Rewrite a checkpoint's counters in place.
+
+    Args:
+        fit_loop: `checkpoint["loops"]["fit_loop"]`.
+        trainer: The Trainer, for its validation interval and accumulation.
+        moment: Where the run is.
+    """
+    batches = fit_loop[_BATCHES]
+    match moment:
+        case "step":  # the batch that was begun is as if it had never been
+            _set_all(batches, batches["total"]["completed"], batches["current"]["completed"])
+            batches["is_last_batch"] = False
+            if validation_follows(trainer, batches["current"]["completed"], batches["total"]["completed"]):
+                # Lightning goes through the end of the last batch again, to pass by its validation.
+                fit_loop[_EPOCH + "state_dict"]["_batches_that_stepped"] -= 1
+        case "validation":
+            _validation_to_come(fit_loop)
+        case "batch_end" if validation_follows(trainer, batches["current"]["ready"], batches["total"]["ready"]):
+            _set_all(batches, batches["total"]["ready"], batches["current"]["ready"])
+            _validation_to_come(fit_loop)
+        case "epoch_end":
+            epochs = fit_loop["epoch_progress"]
+            _set_all(epochs, epochs["total"]["ready"], epochs["current"]["ready"])
+            _set_all(batches, batches["total"]["completed"], 0)
+            batches["is_last_batch"] = False
+            if trainer.limit_val_batches and validation_follows(trainer, 0, batches["total"]["completed"]):
+                fit_loop[_EPOCH + "state_dict"]["_batches_that_stepped"] -= 1
+        case _:
+            pass
+
+
+def validation_follows(trainer: pl.Trainer, in_epoch: int, in_total: int) -> bool:
+    """Tell whether a validation comes after so many batches.
+
+    Args:
+        trainer: The Trainer.
+        in_epoch: Batches of this epoch.
+        in_total: Batches of all epochs.
+
+    Returns:
+        As Lightning decides it for intervals in batches; False for intervals in time, which no resumed run repeats.
+    """
+    every = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
+        return False
+    interval = getattr(trainer, "val_check_batch", None)
+    if interval is None or interval == float("inf"):
+        return False
+    return (in_total if every is None else in_epoch) % int(interval) == 0
+
+
+def in_window(trainer: pl.Trainer) -> bool:
+    """Tell whether gradients of earlier batches wait for the rest of their accumulation window.
+
+    Args:
+        trainer: The Trainer, in a batch or in the hooks after one.
+
+    Returns:
+        True in the middle of a window.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    done = progress.current.processed
+    last = done == trainer.num_training_batches or (progress.is_last_batch and done == progress.current.ready)
+    return bool(done % trainer.accumulate_grad_batches) and not last
+
+
+def _validation_to_come(fit_loop: dict[str, Any]) -> None:
+    """Make it look like a validation that was begun and has seen no batch: Lightning then runs it whole."""
+    progress = fit_loop[_VALIDATION]
+    done = progress["total"]["completed"]
+    progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+    progress["current"] |= dict.fromkeys(_COUNTERS, 0)
+    progress["is_last_batch"] = False
+
+
+def _set_all(progress: dict[str, Any], total: int, current: int) -> None:
+    progress["total"] |= dict.fromkeys(_COUNTERS, total)
+    progress["current"] |= dict.fromkeys(_COUNTERS, current)

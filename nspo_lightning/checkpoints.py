@@ -1,0 +1,161 @@
+"""Checkpoints that are there whole or not at all, on a disk that may be full and in a process that may be killed.
+
+A checkpoint is written beside its place, under a name that no reader takes for one, flushed to the disk and renamed.
+Lightning's own plugin writes to the system's temporary folder and moves the file, which copies it where that folder is
+another file system, and a copy can stop half-way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from typing_extensions import override
+
+PARTIAL = ".partial"
+SHARED_LEFTOVER_S = 3600.0
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written. The message says what, where, how much room it needs, and what is left."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes local checkpoints beside their place and renames them; other file systems are Lightning's to handle.
+
+    The first time that it reads from or writes to a folder, it removes what killed runs left half written there.
+    """
+
+    def __init__(self) -> None:
+        self._tidied: set[Path] = set()
+
+    @override
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if "://" not in str(path):
+            self._tidy(Path(path).parent)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    def _tidy(self, folder: Path) -> None:
+        if folder not in self._tidied:
+            self._tidied.add(folder)
+            remove_leftovers(folder)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        self._tidy(Path(path).parent)
+        # In memory first: `torch.save` hides a full disk behind an error about its own archive, and the size is known.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        write_atomically(content.getbuffer(), Path(path))
+
+
+def write_atomically(content: bytes | memoryview, path: Path) -> None:
+    """Write a file so that a reader, whenever it looks and whatever happens, finds the old one or the new one.
+
+    Args:
+        content: What to write.
+        path: Where to; missing folders are made.
+
+    Raises:
+        CheckpointError: If it can't be written, for lack of room or another reason. The old file is untouched then.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    had_one = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)  # without it the rename itself may be lost with the power
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise CheckpointError(_explanation(error, len(content), path, had_one)) from error
+    except BaseException:  # Ctrl-C
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: Path, *, shared: bool = False) -> list[Path]:
+    """Remove what killed processes left half written.
+
+    Args:
+        folder: Where to look; it may be missing.
+        shared: Whether several machines write here. A process of another machine can't be seen, so only files that
+            nobody wrote to for an hour are removed.
+
+    Returns:
+        The files that were removed.
+    """
+    removed: list[Path] = []
+    for file in _partial_files(folder):
+        with contextlib.suppress(OSError):
+            if _is_running(file) or (shared and time.time() - file.stat().st_mtime < SHARED_LEFTOVER_S):
+                continue
+            file.unlink()
+            removed.append(file)
+    return removed
+
+
+def _partial_files(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(folder.glob(f".*{PARTIAL}"))
+
+
+def _is_running(file: Path) -> bool:
+    """Whether the process that writes this file is there: its number stands before the ending."""
+    number = file.name.removesuffix(PARTIAL).rpartition(".")[2]
+    if not number.isdigit() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is there, and another user's
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders can't be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems can't; the rename has happened all the same
+        pass
+    finally:
+        os.close(handle)
+
+
+def _explanation(error: OSError, size: int, path: Path, had_one: bool) -> str:
+    free = "?"
+    with contextlib.suppress(OSError):
+        free = _megabytes(shutil.disk_usage(path.parent).free)
+    whole = f"The checkpoint that stood there before is whole: {path}." if had_one else f"No {path.name} was begun."
+    return (
+        f"The checkpoint {path} could not be written ({error.strerror or error}): it takes {_megabytes(size)}, and "
+        f"{free} are free in {path.parent}. {whole} Make room there (or look at quotas and permissions), then go on "
+        "with the same command and `--ckpt_path last`."
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
