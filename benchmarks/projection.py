@@ -1,23 +1,31 @@
-"""What the null space costs: thin against dense projection, share of a step, the basis, calibration.
+"""What the null space costs: thin against dense projection, shares of a step, the basis, calibration, the sketch.
 
-    python benchmarks/projection.py [--parts thin,step,calibration,basis]
+    python benchmarks/projection.py [--parts thin,step,run,calibration,basis,sketch]
 
-One run, ratios as a table, JSON in ``results/projection.json`` with the versions and the machine. ``step`` times a
-forward and backward pass of 16 x 128 tokens of a 27 M-parameter model, the least that a GRPO update contains (sampling
-comes on top), against the two projections of that update.
+Ratios as a table, JSON in ``results/projection.json`` with the versions and the machine; parts that are not run keep
+the numbers that are there. ``step`` times a forward and backward pass of 16 x 128 tokens of a 27 M-parameter model, the
+least that an update contains, against the two projections of that update; ``run`` times them inside real GRPO fits.
+Spectra are stated where they are made; the second one of ``basis`` has no gap, as those of real models.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import platform
+import resource
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from nspo_lightning.nullspace import (
     BasisSettings,
@@ -25,16 +33,17 @@ from nspo_lightning.nullspace import (
     Spectrum,
     calibrate_modules,
     choose_rank,
-    decompose,
     plan_layers,
 )
 from nspo_lightning.nullspace.basis import build_basis
+from nspo_lightning.nullspace.basis_set import decompose_for
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper
 from nspo_lightning.nullspace.projection import apply
+from nspo_lightning.nullspace.sketch import sketch_columns
 
 
-def best(function: Callable[[], Any], repeats: int) -> float:
-    """Return the shortest time of several calls, in seconds, after one call to warm up.
+def median(function: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of several calls, in seconds, after one call to warm up.
 
     With one thread it is CPU time, which other processes on the machine disturb least; else wall time.
     """
@@ -45,7 +54,14 @@ def best(function: Callable[[], Any], repeats: int) -> float:
         begin = clock()
         function()
         times.append(clock() - begin)
-    return min(times)
+    return statistics.median(times)
+
+
+def once(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the wall time of one call, and its result."""
+    begin = time.perf_counter()
+    result = function()
+    return time.perf_counter() - begin, result
 
 
 def thin() -> dict[str, float]:
@@ -56,13 +72,10 @@ def thin() -> dict[str, float]:
     spectrum = Spectrum(values=values, vectors=torch.cat([vectors, torch.zeros(width, width - protected)], 1), tokens=1)
     basis = build_basis(spectrum, choose_rank(values, "rank", protected))
     adapter = torch.randn(rank, width)
-    ours = best(lambda: apply(basis, adapter), 20)
-    weight, reference, projector = (
-        torch.randn(out, width),
-        torch.randn(out, width),
-        torch.eye(width) - vectors @ vectors.T,
-    )
-    dense = best(lambda: reference + (weight - reference) @ projector, 1)
+    weight, reference = torch.randn(out, width), torch.randn(out, width)
+    projector = torch.eye(width) - vectors @ vectors.T
+    dense = median(lambda: reference + (weight - reference) @ projector, 5)
+    ours = median(lambda: apply(basis, adapter), 50)
     return {
         "thin_s": ours,
         "dense_s": dense,
@@ -100,8 +113,8 @@ def step() -> dict[str, float]:
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
 
-    whole = best(update, 3)
-    gradients, parameters = best(keeper.project_gradients_, 10), best(keeper.reproject_, 10)
+    whole = median(update, 3)
+    gradients, parameters = median(keeper.project_gradients_, 10), median(keeper.reproject_, 10)
     projections = gradients + parameters
     return {
         "forward_backward_s": whole,
@@ -113,15 +126,31 @@ def step() -> dict[str, float]:
     }
 
 
-def calibration() -> dict[str, float]:
-    """The collecting passes over their own forward passes, at hidden 512 (eigenvectors apart)."""
+def run() -> dict[str, Any]:
+    """Both projections inside real GRPO fits."""
+    from projection_run import run_27m, run_quickstart
+
+    return {"quickstart": run_quickstart(), "27m": run_27m(model_27m())}
+
+
+def calibration() -> dict[str, Any]:
+    """The collecting passes over their own forward passes, at hidden 512 (eigenvectors apart), 16,384 tokens each."""
+    return {
+        "128_tokens": collecting(model_27m(), (16, 128)),
+        "512_tokens": collecting(model_27m(), (4, 512)),
+        "128_tokens_32000_words": collecting(model_27m(32_000), (16, 128)),
+    }
+
+
+def collecting(model: Any, shape: tuple[int, int], tokens: int = 16_384) -> dict[str, float]:
+    """Time forward passes alone, and with the collector; and the products that the sums need at the least."""
     from nspo_lightning.nullspace.collect import InputCollector
 
-    model = model_27m().eval()
+    model.eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("proj" in name)
     modules = {layer.name: layer.module for layer in plan_layers(model).layers}
-    batches = [torch.randint(0, 1000, (16, 128)) for _ in range(4)]
+    batches = [torch.randint(0, 1000, shape) for _ in range(tokens // (shape[0] * shape[1]))]
 
     @torch.no_grad()
     def forward() -> None:
@@ -136,31 +165,170 @@ def calibration() -> dict[str, float]:
                 model(input_ids=ids)
                 collector.end()
 
-    plain, collecting = best(forward, 2), best(collect, 2)
-    return {"forward_s": plain, "collecting_s": collecting, "ratio": collecting / plain}
-
-
-def basis() -> dict[str, float]:
-    """The basis of a 3,584-wide Gram against torch.svd of it, and the distance of the protected subspaces."""
-    width, protected = 3584, 1024
-    mixing = torch.cat([torch.logspace(1, 0, protected), torch.logspace(-2, -3, width - protected)])
-    rows = torch.randn(2 * width, width) * mixing
-    moment = rows.double().T @ rows.double() / rows.shape[0]
-    begin = time.perf_counter()
-    ours = decompose(moment, tokens=rows.shape[0])
-    middle = time.perf_counter()
-    theirs = torch.svd(moment.float())[0]
-    end = time.perf_counter()
-    a, b = ours.vectors[:, :protected], theirs[:, :protected].double()
+    forward()
+    pairs = [(once(forward)[0], once(collect)[0]) for _ in range(3)]  # in turn, so that both see the same machine
+    plain, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
+    rows = torch.randn(shape[0] * shape[1], 1376)
+    inputs = model.config.num_hidden_layers * len(batches)
+    product = median(lambda: rows.T @ rows, 5) / 2
+    narrow = rows[:, :512].contiguous()
+    least = inputs * (product + 3 * median(lambda: narrow.T @ narrow, 5) / 2)
     return {
-        "eigh_float64_s": middle - begin,
-        "svd_float32_s": end - middle,
-        "times_faster": (end - middle) / (middle - begin),
-        "subspace_distance": float((a - b @ (b.T @ a)).norm(dim=0).max()),
+        "forward_s": plain,
+        "collecting_s": whole,
+        "ratio": whole / plain,
+        "half_of_the_full_products_s": least,  # what a symmetric product costs at a full one's speed, nothing else
+        "least_ratio": 1 + least / plain,
     }
 
 
-PARTS = {"thin": thin, "step": step, "calibration": calibration, "basis": basis}
+def basis() -> dict[str, Any]:
+    """The basis of a 3,584-wide Gram against torch.svd of it, and the distance of the protected subspaces."""
+    width, protected = 3584, 1024
+    gap = torch.cat([torch.logspace(2, 0, protected), torch.logspace(-4, -6, width - protected)]).double()
+    massive = torch.cat([torch.tensor([50.0, 10.0, 5.0]), 0.01 / torch.arange(1, width - 2)]).double()
+    return {
+        # 1,024 eigenvalues from 100 to 1, the others from 1e-4 to 1e-6, evenly on a logarithmic scale.
+        "gap": against_svd(gap, {"rank 1024": ("rank", 1024), "energy 1e-3": ("energy", 1e-3)}),
+        # 50, 10, 5 and 0.01 / i: massive leading values and a long tail without a gap.
+        "massive": against_svd(
+            massive, {"rank 1024": ("rank", 1024), "energy 1e-3": ("energy", 1e-3), "auto": ("auto", None)}
+        ),
+    }
+
+
+def against_svd(values: Tensor, settings: dict[str, tuple[Any, float | None]]) -> dict[str, Any]:
+    """Compare with torch.svd in float64 (the Gram's dtype) and float32, for several criteria.
+
+    Subspace distances are sines of the largest angle to the eigenvectors that the Gram was made from.
+    """
+    width = values.numel()
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+    moment = (exact * values) @ exact.T
+    moment = (moment + moment.T) / 2
+
+    def distance(vectors: Tensor, k: int) -> float:
+        a, b = vectors[:, :k].double(), exact[:, :k]
+        return float(torch.linalg.matrix_norm(a - b @ (b.T @ a), 2))
+
+    double, of_double = once(lambda: torch.svd(moment)[0])
+    single, of_single = once(lambda: torch.svd(moment.float())[0])
+    result: dict[str, Any] = {"svd_float64_s": double, "svd_float32_s": single}
+    warm = BasisSettings(criterion="rank", threshold=8)
+    decompose_for(warm, moment, tokens=width, resolution=1e-15)
+    for name, (criterion, threshold) in settings.items():
+        asked = BasisSettings(criterion=criterion, threshold=threshold)
+        find = functools.partial(decompose_for, asked, moment, tokens=width, resolution=1e-15)
+        pairs = [once(find) for _ in range(2)]
+        ours, spectrum = max(pairs, key=lambda pair: pair[0])  # the slower of two
+        k = choose_rank(spectrum.values, criterion, threshold).protected
+        result[name] = {
+            "ours_s": ours,
+            "protected": float(k),
+            "partial": float(spectrum.vectors.shape[1] < width),
+            "times_faster": double / ours,
+            "times_faster_than_float32": single / ours,
+            "distance": distance(spectrum.vectors, k),
+            "distance_svd_float64": distance(of_double, k),
+            "distance_svd_float32": distance(of_single, k),
+        }
+    return result
+
+
+def sketch() -> dict[str, Any]:
+    """Memory of a sketch at 18,944 within 2 GB, in a fresh process; and its energy against the exact basis's."""
+    child = subprocess.run(
+        [sys.executable, __file__, "--memory", "--threads", str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    width = 2048
+    share = sketch_columns(18944, 2e9) / 18944
+    power = torch.arange(1, width + 1).pow(-1.0)
+    massive = torch.cat([torch.tensor([50.0, 10.0, 5.0]), 0.01 / torch.arange(1, width - 2)])
+    return {
+        "memory": json.loads(child.stdout),
+        "power_law": against_exact(power, int(share * width)),  # 1 / i
+        "massive": against_exact(massive, int(share * width)),  # 50, 10, 5 and 0.01 / i
+    }
+
+
+def against_exact(values: Tensor, columns: int, rows: int = 4096) -> dict[str, float]:
+    """Compare protected energies at a quarter, a half and three quarters of the columns (the most that is allowed)."""
+    width = values.numel()
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(rows, width, generator=generator) * values.sqrt()
+    layer = nn.Linear(width, 1, bias=False)
+    moment = inputs.double().T @ inputs.double() / rows
+    exact = torch.linalg.eigvalsh(moment).flip(0)
+    result = {"width": float(width), "columns": float(columns)}
+    for part in (0.25, 0.5, 0.75):
+        k, passes = int(part * columns), itertools.count()
+
+        def calls(passes: Any = passes) -> Any:
+            next(passes)
+            return iter([ForwardCall(args=(inputs,))])
+
+        settings = BasisSettings(criterion="rank", threshold=k)
+        budget = (columns + 0.5) * 20 * width / 1e9
+        found = calibrate_modules({"l": layer}, layer, calls, settings, memory_budget_gb=budget).bases["l"]
+        u = found.vectors.double()
+        ours = float((u.T @ moment @ u).trace() / moment.trace())
+        result |= {
+            f"protected_{k}_exact": float(exact[:k].sum() / exact.sum()),
+            f"protected_{k}_missing": float(exact[:k].sum() / exact.sum()) - ours,
+            f"protected_{k}_passes": float(next(passes) - 1),
+        }
+    return result
+
+
+def memory() -> None:
+    """Calibrate one input of width 18,944 within 2 GB and print the growth of the process's peak memory as JSON."""
+    width = 18944
+    layer = nn.Linear(width, 1, bias=False)
+    torch.linalg.qr(torch.randn(64, 64))
+    torch.linalg.eigh(torch.eye(64))
+    inputs = torch.randn(256, width) * torch.arange(1, width + 1).pow(-0.5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls = [ForwardCall(args=(part,)) for part in torch.chunk(inputs, 4)]
+    settings = BasisSettings(criterion="rank", threshold=1024)
+    seconds, found = once(
+        lambda: calibrate_modules({"l": layer}, layer, lambda: iter(calls), settings, memory_budget_gb=2.0)
+    )
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        json.dumps({
+            "width": float(width),
+            "columns": float(sketch_columns(width, 2e9)),
+            "protected": float(found.bases["l"].protected),
+            "peak_growth_gb": (after - before) * 1024 / 1e9,
+            "imported_process_gb": before * 1024 / 1e9,
+            "seconds": seconds,
+        })
+    )
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "thin": thin,
+    "step": step,
+    "run": run,
+    "calibration": calibration,
+    "basis": basis,
+    "sketch": sketch,
+}
+
+
+def shown(values: dict[str, Any], indent: str = "  ") -> str:
+    """Return nested numbers as indented lines."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", shown(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key:<28} {float(value):.4g}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -169,9 +337,14 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "projection.json")
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)  # the child process of `sketch`
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {
+    if arguments.memory:
+        memory()
+        return
+    earlier = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    result: dict[str, Any] = {name: earlier[name] for name in PARTS if name in earlier} | {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -180,7 +353,7 @@ def main() -> None:
     }
     for name in arguments.parts.split(","):
         result[name] = PARTS[name]()
-        print(name, {key: float(f"{value:.4g}") for key, value in result[name].items()}, flush=True)
+        print(f"{name}\n{shown(result[name])}", flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
