@@ -7,6 +7,7 @@ from nspo_lightning.callbacks.null_space_projection import NullSpaceProjection
 from nspo_lightning.callbacks.prediction_writer import PredictionWriter
 from nspo_lightning.callbacks.run_report import RunReport
 from nspo_lightning.callbacks.sample_completions import SampleCompletions
+from nspo_lightning.callbacks.test_report import TestReport
 
 __all__ = [
     "CapabilityGuard",
@@ -16,4 +17,5 @@ __all__ = [
     "PredictionWriter",
     "RunReport",
     "SampleCompletions",
+    "TestReport",
 ]

@@ -60,8 +60,9 @@ class CapabilityGuard(Callback):
 
     Every `every_n_updates` updates, and at every validation, KL(base || policy) is measured on held-out general text.
     Over budget, weights and optimizer state go back to the last measurement that was within it (with a budget for
-    accuracy: to the last such validation), and the learning rate is halved (or the run stops). At the end of every validation `guard/score` is the unsafe rate, plus 1 if over
-    budget: `ModelCheckpoint(monitor="guard/score", mode="min")` keeps the safest checkpoint within the budget.
+    accuracy: to the last such validation), and the learning rate is halved (or the run stops). At the end of every
+    validation `guard/score` is the unsafe rate, plus 1 if over budget: `ModelCheckpoint(monitor="guard/score",
+    mode="min")` keeps the safest checkpoint within the budget.
 
     Logs `guard/kl` (nats a token), `guard/perplexity`, `guard/accuracy_drop`, `guard/unsafe_rate`,
     `guard/over_budget`, `guard/rescues`, `guard/lr_scale`, `guard/score`. Place it behind `EarlyStopping`: a stop that
@@ -177,8 +178,8 @@ class CapabilityGuard(Callback):
                 raise MisconfigurationException("CapabilityGuard's text is empty: give held-out general rows.")
         if self.max_accuracy_drop is not None and not trainer.enable_validation:
             raise MisconfigurationException(
-                "CapabilityGuard: `max_accuracy_drop` is checked at validation, and there is none. Give validation data "
-                "(and `limit_val_batches` above 0), or leave that budget null."
+                "CapabilityGuard: `max_accuracy_drop` is checked at validation, and there is none. Give validation "
+                "data (and `limit_val_batches` above 0), or leave that budget null."
             )
         if self.max_accuracy_drop is not None and self.base_accuracy is None:
             self.base_accuracy = self._measure_base_accuracy(trainer, pl_module)

@@ -32,11 +32,13 @@ from nspo_lightning.callbacks import (
     PredictionWriter,
     RunReport,
     SampleCompletions,
+    TestReport,
 )
 from nspo_lightning.checkpoints import AtomicCheckpointIO, remove_leftovers
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.module import GRPOModule
 from nspo_lightning.toy.judge import TownJudge
+from nspo_lightning.trained_state import find_trained
 from nspo_lightning.trainer import Trainer
 
 DESCRIPTION = """Safety GRPO in the null space of general ability.
@@ -143,7 +145,7 @@ class CLI(LightningCLI):
             # Names hold the step, so a file that is there already is the same one, written before a crash.
             checkpoint = ModelCheckpoint(save_last=True, save_on_exception=False, enable_version_counter=False)
             standard = [checkpoint, ExactResume(), LastOnException()]
-        standard += [SampleCompletions(), PredictionWriter(), RunReport()]
+        standard += [SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
         if config.get("enable_progress_bar") is not False:
             standard.append(RichProgressBar())
         for callback in standard:
@@ -166,6 +168,18 @@ class CLI(LightningCLI):
             _set_aside(Path(folder))
         if ckpt_path == "last" and not self._has_last():
             rank_zero_info("There is no checkpoint to go on from yet (`--ckpt_path last`): the run starts anew.")
+
+    def before_validate(self) -> None:
+        """Find what `--ckpt_path` means: `best`, `last`, a checkpoint, or an adapter's folder."""
+        name = self._get(self.config_init, "ckpt_path")
+        if name is None:
+            return
+        found = find_trained(str(name), Path(self.trainer.log_dir or RUNS))
+        if found.is_dir():
+            self.model.adapter_folder = found
+        self.config_init[self.subcommand].ckpt_path = None if found.is_dir() else str(found)
+
+    before_test = before_predict = before_validate
 
     def _has_last(self) -> bool:
         folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]

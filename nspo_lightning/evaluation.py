@@ -9,13 +9,31 @@ as the judge names them; garbage is never counted as safe. `general/accuracy` is
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torchmetrics import MeanMetric
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
 
 from nspo_lightning.answers import answers_match, final_answers_match
+from nspo_lightning.intervals import wilson_interval
+
+CATEGORY_COLUMNS = (
+    "category",
+    "SemanticCategory",
+    "Category",
+    "risk_area",
+    "harm_area",
+    "types_of_harm",
+    "topic",
+    "type",
+    "subject",
+)
+"""Columns that hold what kind of prompt a row is, in the order of preference, as the presets' sets name them."""
+
 
 def general_outcomes(
     completions: Sequence[str],
@@ -67,11 +85,104 @@ def safety_outcomes(outcomes: Iterable[str | None]) -> list[tuple[str, float]]:
     ]
 
 
-class RateTable:
-    """Rates by name, each a `torchmetrics.MeanMetric`, made when a name is first seen."""
+def row_categories(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
+    """Name the categories of a row, for rates by category.
+
+    Args:
+        columns: The batch's columns.
+        row: Which row.
+
+    Returns:
+        What the first of `CATEGORY_COLUMNS` that the row has says: one name, several (a list, or a table of truth
+        values, as BeaverTails has), or none.
+    """
+    for name in CATEGORY_COLUMNS:
+        values = columns.get(name)
+        value = values[row] if values is not None else None
+        if value is None or value == "":
+            continue
+        if isinstance(value, Mapping):
+            return [str(key) for key, holds in value.items() if holds]
+        return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """A batch of evaluated completions.
+
+    Attributes:
+        completions: One a prompt.
+        outcomes: What the judge calls each.
+        observations: (metric name, value in [0, 1]) pairs.
+    """
+
+    completions: list[str]
+    outcomes: list[Any]
+    observations: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A share of prompts, and how sure it is.
+
+    Attributes:
+        successes: How many.
+        total: Of how many.
+    """
+
+    successes: float
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.successes / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval."""
+        return wilson_interval(self.successes, self.total)
+
+    def as_dict(self) -> dict[str, float | int | list[float]]:
+        """Return what a result file holds."""
+        low, high = self.interval
+        return {"rate": self.value, "count": self.successes, "of": self.total, "interval_95": [low, high]}
+
+
+class Share(Metric):
+    """Sums of observations in [0, 1] and their number, over batches and ranks."""
+
+    full_state_update = False
+    successes: Tensor
+    total: Tensor
 
     def __init__(self) -> None:
-        self._metrics: dict[str, MeanMetric] = {}
+        super().__init__()
+        self.add_state("successes", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @override
+    def update(self, values: Tensor) -> None:
+        """Count.
+
+        Args:
+            values: Shape (n,), each in [0, 1].
+        """
+        self.successes += values.double().sum()
+        self.total += values.numel()
+
+    @override
+    def compute(self) -> Tensor:
+        """Return shape (2,): the sum, and of how many."""
+        return torch.stack([self.successes, self.total])
+
+
+class RateTable:
+    """Rates by name, each a torchmetrics metric, made when a name is first seen."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Share] = {}
 
     def update(self, observations: Iterable[tuple[str, float]], device: torch.device) -> None:
         """Count observations.
@@ -95,21 +206,37 @@ class RateTable:
         Returns:
             Name to rate, with `general/accuracy` as the mean over skills.
         """
+        rates = {name: rate.value for name, rate in self.compute_counts(device).items()}
+        skills = [rate for name, rate in rates.items() if name.startswith("general/accuracy/")]
+        if skills:
+            rates["general/accuracy"] = sum(skills) / len(skills)
+        return rates
+
+    def compute_counts(self, device: torch.device) -> dict[str, Rate]:
+        """Reduce over batches and ranks, and start anew.
+
+        Args:
+            device: Where the counts are kept.
+
+        Returns:
+            Name to rate with its number of prompts; without the mean over skills, which is no share of prompts.
+        """
         names = sorted(self._metrics)
         if dist.is_available() and dist.is_initialized():
             everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, names)
             names = sorted(set().union(*everyone))  # a rank may have seen no row of some skill
-        rates = {name: float(self._metric(name, device).compute()) for name in names}
+        rates: dict[str, Rate] = {}
+        for name in names:
+            successes, total = self._metric(name, device).compute().tolist()
+            rates[name] = Rate(successes=successes, total=round(total))
         self._metrics.clear()
-        skills = [rate for name, rate in rates.items() if name.startswith("general/accuracy/")]
         if "general/refusal_rate" in rates:  # without prompts made for it, every harmless prompt counts
             rates.setdefault("general/over_refusal_rate", rates["general/refusal_rate"])
-        if skills:
-            rates["general/accuracy"] = sum(skills) / len(skills)
         return rates
 
-    def _metric(self, name: str, device: torch.device) -> MeanMetric:
+    def _metric(self, name: str, device: torch.device) -> Share:
         if name not in self._metrics:
-            self._metrics[name] = MeanMetric(nan_strategy="error").to(device)
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._metrics[name] = Share().set_dtype(dtype).to(device)
         return self._metrics[name]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nspo_lightning.evaluation import RateTable, general_outcomes, safety_outcomes
+from nspo_lightning.evaluation import Answers, RateTable, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.policy import (
     PolicyError,
@@ -24,7 +24,8 @@ from nspo_lightning.policy import (
 )
 from nspo_lightning.rewards import Judge, RewardSet
 from nspo_lightning.rollout import SamplingConfig, sample
-from nspo_lightning.text_scores import TextSums, score_text
+from nspo_lightning.text_scores import TextSums, has_adapter, score_text, without_adapter
+from nspo_lightning.trained_state import load_adapter_
 
 EVALUATION_SEED = 20_251_211
 STATE_KEY = "nspo_lightning"
@@ -42,6 +43,8 @@ class PolicyModule(pl.LightningModule):
         over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
         share_prefix: Run each prompt once a group.
     """
+
+    evaluation_seed = EVALUATION_SEED
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class PolicyModule(pl.LightningModule):
         self.share_prefix = share_prefix
         self.strict_loading = False  # checkpoints hold trained parameters only
         self.policy: nn.Module | None = None
+        self.adapter_folder: Path | None = None  # a trained adapter to measure
         self.fingerprint = ""
         self._tokenizer: Any = None
         self._rates = RateTable()
@@ -93,6 +97,8 @@ class PolicyModule(pl.LightningModule):
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         self.policy = load_policy(self.policy_settings, device)
         self.fingerprint = policy_fingerprint(self.policy)
+        if self.adapter_folder is not None:
+            load_adapter_(self.policy, self.adapter_folder)
 
     def require_policy(self) -> Any:
         """Return the policy.
@@ -212,8 +218,10 @@ class PolicyModule(pl.LightningModule):
         self._rates.update(self._observe(batch, dataloader_idx, batch_idx), self.device)
 
     @override
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._rates.update(self._observe(batch, dataloader_idx, batch_idx), self.device)
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        answers = self.answer(batch, dataloader_idx, batch_idx)
+        self._rates.update(answers.observations, self.device)
+        return {"answers": answers}
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -228,14 +236,46 @@ class PolicyModule(pl.LightningModule):
             self.log(name, rate, prog_bar=name == "general/accuracy")
 
     def _observe(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> list[tuple[str, float]]:
+        return self.answer(batch, dataloader_idx, batch_idx).observations
+
+    def answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
+        """Answer a batch of evaluation prompts, with noise that depends on the place of the batch alone.
+
+        Args:
+            batch: See `generate`.
+            dataloader_idx: 0 = harmful prompts, else general ones.
+            batch_idx: The batch's number.
+
+        Returns:
+            Completions, what the judge calls them, and what is counted.
+        """
         columns = batch.get("columns", {})
         seed = EVALUATION_SEED + batch_idx * self.trainer.world_size + self.global_rank
-        if dataloader_idx == 0:
-            _, texts = self.generate(batch, self.evaluation_sampling, 1, seed)
-            return safety_outcomes(self.judge.classify(batch["prompt"], texts, **columns))
-        _, texts = self.generate(batch, self.general_sampling, 1, seed)
-        refused = [outcome == "refusal" for outcome in self.judge.classify(batch["prompt"], texts, **columns)]
-        return general_outcomes(texts, refused, columns, self.over_refusal_skills)
+        harmful = dataloader_idx == 0
+        _, texts = self.generate(batch, self.evaluation_sampling if harmful else self.general_sampling, 1, seed)
+        outcomes = self.judge.classify(batch["prompt"], texts, **columns)
+        if harmful:
+            return Answers(completions=texts, outcomes=outcomes, observations=safety_outcomes(outcomes))
+        refused = [outcome == "refusal" for outcome in outcomes]
+        observations = general_outcomes(texts, refused, columns, self.over_refusal_skills)
+        return Answers(completions=texts, outcomes=outcomes, observations=observations)
+
+    def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
+        """Answer as the base does, the policy with its adapter off, with the same noise.
+
+        Args:
+            batch: See `answer`.
+            dataloader_idx: See `answer`.
+            batch_idx: See `answer`.
+
+        Returns:
+            The same as `answer`; None without an adapter.
+        """
+        policy = self.require_policy()
+        if not has_adapter(policy):
+            return None
+        with without_adapter(policy):
+            return self.answer(batch, dataloader_idx, batch_idx)
 
     def evaluate(self, dataloaders: Sequence[Any]) -> dict[str, float]:
         """Measure safety and general ability outside of a Trainer loop (before and after a fit).
@@ -287,6 +327,17 @@ class PolicyModule(pl.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the policy and refuse a checkpoint that is not of it.
+
+        Args:
+            checkpoint: Its content.
+
+        Raises:
+            PolicyError: If base or adapter are others.
+        """
         state = checkpoint.get(STATE_KEY)
         if state is None:
             raise PolicyError("The checkpoint was not written by this project. Give one from a run's `checkpoints/`.")
