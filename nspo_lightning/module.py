@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
 from nspo_lightning.experience import Experience, ExperienceBuffer
+from nspo_lightning.finite import NonFiniteError, explain, nonfinite_gradient, nonfinite_in
 from nspo_lightning.grpo import (
     AdvantageScale,
     MicroBatch,
@@ -43,11 +45,21 @@ from nspo_lightning.grpo import (
 )
 from nspo_lightning.policy import PolicyError, PolicySettings
 from nspo_lightning.policy_module import STATE_KEY, PolicyModule, completion_token_ids, eval_mode
-from nspo_lightning.rewards import Judge, Reward, RewardSet
+from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout_metrics import rollout_metrics
 
-STEP_STATE = ("rollouts", "num_tokens", "updates_skipped", "_buffer", "_window_has_signal", "_window_tokens")
+STEP_STATE = (
+    "rollouts",
+    "num_tokens",
+    "updates_skipped",
+    "updates_nonfinite",
+    "nonfinite_in_a_row",
+    "_buffer",
+    "_window_has_signal",
+    "_window_tokens",
+    "_window_nonfinite",
+)
 
 
 def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -76,6 +88,8 @@ class GRPOModule(PolicyModule):
         general_max_new_tokens: Length limit of the greedy answers to general prompts.
         over_refusal_skills: General skills whose refusals count as over-refusal (XSTest and its like have the skill
             `over_refusal`); where there are none, all harmless prompts count.
+        max_nonfinite_updates: Skipped updates in a row, for a loss, gradient, reward or log-probability that is not
+            finite, after which the run stops.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -99,13 +113,18 @@ class GRPOModule(PolicyModule):
         evaluation_sampling: SamplingConfig | None = None,
         general_max_new_tokens: int = 64,
         over_refusal_skills: Sequence[str] = ("over_refusal",),
+        max_nonfinite_updates: int = 5,
     ) -> None:
         if group_size < 2:
             raise ValueError(
                 f"`group_size` must be at least 2, got {group_size}: an advantage compares a completion with the "
                 "others of its group. 8 is a good start."
             )
-        for name, value in {"num_iterations": num_iterations, "num_minibatches": num_minibatches}.items():
+        for name, value in {
+            "num_iterations": num_iterations,
+            "num_minibatches": num_minibatches,
+            "max_nonfinite_updates": max_nonfinite_updates,
+        }.items():
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if sampling.temperature <= 0:
@@ -135,12 +154,16 @@ class GRPOModule(PolicyModule):
         self.rollouts = 0
         self.num_tokens = 0
         self.updates_skipped = 0
+        self.updates_nonfinite = 0
+        self.nonfinite_in_a_row = 0
+        self.max_nonfinite_updates = max_nonfinite_updates
         self.last_completions: dict[str, list[Any]] = {}
         self._seed = 0
         self._buffer: ExperienceBuffer | None = None
         self._buffer_states: list[dict[str, Any] | None] = []
         self._window_has_signal = False
         self._window_tokens: list[float] = []
+        self._window_nonfinite = ""
         self.step_state_to_save: dict[str, Any] | None = None
 
     @property
@@ -233,7 +256,14 @@ class GRPOModule(PolicyModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         start = time.perf_counter()
         if self._buffer is None or self._buffer.is_empty:
-            self._buffer = self._collect(batch)
+            try:
+                self._buffer = self._collect(batch)
+            except NonFiniteRewardError as error:  # all ranks raise it together
+                if self.rollouts == 0:
+                    raise  # no accident on the way: the reward is wrong
+                self.rollouts += 1  # other noise next time
+                self._window_nonfinite = f"reward: {error}"
+                return None
         whole_rollout = self._buffer.num_minibatches == 1
         experience = self._buffer.next()
         mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, self.objective)
@@ -251,6 +281,10 @@ class GRPOModule(PolicyModule):
                 whole_rollout and experience.rollout.num_prompts == self._buffer.experience.rollout.num_prompts
             )
         loss, log_probs = self._loss(experience, mask, normaliser)
+        seen = nonfinite_in({"log-probabilities": torch.where(mask, log_probs, 0.0), "loss": loss})
+        if self._any_rank(bool(seen)):
+            self._window_nonfinite = seen or "another rank's loss or log-probabilities"
+            return None
         if whole_rollout and experience.old_log_probs is None and self._buffer.needs_old_log_probs:
             self._buffer.keep_old_log_probs(log_probs)
         self._log_step({"loss": loss.detach(), "step_time": time.perf_counter() - start})
@@ -307,8 +341,11 @@ class GRPOModule(PolicyModule):
         )
 
     def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = self._scaler()
         return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank: all ranks must agree to run the backward pass, or none."""
@@ -329,8 +366,15 @@ class GRPOModule(PolicyModule):
         # The closure runs first, so that a window without signal takes no step: zero gradients would still let Adam's
         # momentum move the weights.
         loss = optimizer_closure() if optimizer_closure is not None else None
-        has_signal, tokens = self._window_has_signal, self._window_tokens
-        self._window_has_signal, self._window_tokens = False, []
+        has_signal, tokens, seen = self._window_has_signal, self._window_tokens, self._window_nonfinite
+        self._window_has_signal, self._window_tokens, self._window_nonfinite = False, [], ""
+        if has_signal and not seen and self._scaler() is None:  # a gradient scaler looks and skips by itself
+            seen = nonfinite_gradient(self.trainable_parameters())
+            if self._any_rank(bool(seen)):
+                seen = seen or "another rank's gradient"
+        if seen:
+            self._skip_nonfinite(seen)
+            return
         if not has_signal:
             self.updates_skipped += 1
             return
@@ -338,7 +382,22 @@ class GRPOModule(PolicyModule):
             self._renormalise(tokens)
         # None would tell a gradient scaler that the whole window had no loss.
         closure_result = loss if loss is not None else torch.zeros((), device=self.device)
+        scale = self._loss_scale()
         super().optimizer_step(epoch, batch_idx, optimizer, lambda: closure_result)
+        if self._loss_scale() < min(scale, 1.0):  # it backs off at first; below 1 there is nothing left to scale
+            self._skip_nonfinite("gradient, at a loss scale below 1")
+        elif self._loss_scale() >= scale:
+            self.nonfinite_in_a_row = 0
+
+    def _skip_nonfinite(self, seen: str) -> None:
+        self.updates_nonfinite += 1
+        self.nonfinite_in_a_row += 1
+        self._log_step({"updates_nonfinite": float(self.updates_nonfinite)})
+        for parameter in self.trainable_parameters():
+            parameter.grad = None
+        if self.nonfinite_in_a_row >= self.max_nonfinite_updates:
+            raise NonFiniteError(explain(seen, self.nonfinite_in_a_row, self.trainer.global_step))
+        rank_zero_warn(f"Update {self.trainer.global_step} is skipped: {seen}.")
 
     def _renormalise(self, tokens: Sequence[float]) -> None:
         """Make an accumulation window's gradient the mean over all its tokens, not the mean of its batches' means.

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from nspo_lightning.rewards.base import OUTCOMES, Judge, Outcome, Reward, RewardError, RewardFunction, Text
+from nspo_lightning.rewards.base import (
+    OUTCOMES,
+    Judge,
+    NonFiniteRewardError,
+    Outcome,
+    Reward,
+    RewardError,
+    RewardFunction,
+    Text,
+)
 from nspo_lightning.rewards.classifier import ClassifierJudge, ClassifierReward
 from nspo_lightning.rewards.compose import RewardResult, RewardSet
 from nspo_lightning.rewards.function import FunctionReward
@@ -23,6 +32,7 @@ __all__ = [
     "GuardJudge",
     "Judge",
     "LengthReward",
+    "NonFiniteRewardError",
     "Outcome",
     "OutcomeReward",
     "RefusalReward",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from nspo_lightning.rewards.base import RewardError
+from nspo_lightning.rewards.base import NonFiniteRewardError, RewardError
 
 __all__ = ["raise_on_all_ranks"]
 
@@ -21,7 +21,8 @@ def raise_on_all_ranks(error: RewardError | None, group: dist.ProcessGroup | Non
         group: the ranks that must agree; all of them by default.
 
     Raises:
-        RewardError: on all ranks alike: the lowest failing rank's error, which names that rank and how many failed.
+        RewardError: on all ranks alike: the lowest failing rank's error, which names that rank and how many failed (one
+            that is not just a number that is not finite goes first).
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         if error is not None:
@@ -33,9 +34,11 @@ def raise_on_all_ranks(error: RewardError | None, group: dist.ProcessGroup | Non
     if not failed.item():
         return
     world_size = dist.get_world_size(group)
-    errors: list[tuple[str, str] | None] = [None] * world_size
-    dist.all_gather_object(errors, None if error is None else (str(error), error.reward), group=group)
-    rank, (message, reward) = next((rank, found) for rank, found in enumerate(errors) if found is not None)
-    raise RewardError(
+    errors: list[tuple[str, str, bool] | None] = [None] * world_size
+    accident = isinstance(error, NonFiniteRewardError)
+    dist.all_gather_object(errors, None if error is None else (str(error), error.reward, accident), group=group)
+    found = [(rank, *told) for rank, told in enumerate(errors) if told is not None]
+    rank, message, reward, accident = min(found, key=lambda told: (told[3], told[0]))  # the graver first
+    raise (NonFiniteRewardError if accident else RewardError)(
         f"On rank {rank} (of {world_size}; {int(failed.item())} failed, all stop together): {message}", reward
     ) from error

@@ -13,7 +13,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
-__all__ = ["OUTCOMES", "Judge", "Outcome", "Reward", "RewardError", "RewardFunction", "Scores", "Text"]
+__all__ = [
+    "OUTCOMES",
+    "Judge",
+    "NonFiniteRewardError",
+    "Outcome",
+    "Reward",
+    "RewardError",
+    "RewardFunction",
+    "Scores",
+    "Text",
+]
 
 Outcome = Literal["unsafe", "refusal", "safe", "garbage"]
 """What a completion is: harmful help, a declined request, a harmless answer, or no answer at all."""
@@ -46,6 +56,10 @@ class RewardError(ValueError):
 
     def __reduce__(self) -> tuple[type[RewardError], tuple[str, str]]:
         return (type(self), (str(self), self.reward))
+
+
+class NonFiniteRewardError(RewardError):
+    """A reward gave NaN or infinity. It may be an accident of one batch: training skips that update and counts."""
 
 
 class Reward(ABC):

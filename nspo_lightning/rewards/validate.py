@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nspo_lightning.rewards.base import RewardError
+from nspo_lightning.rewards.base import NonFiniteRewardError, RewardError
 
 __all__ = ["score_tensor"]
+
+_LARGEST = 1e30  # float32 holds little more, and weighted sums and deviations must fit too
 
 
 def score_tensor(name: str, returned: Any, batch_size: int) -> Tensor:
@@ -26,6 +28,7 @@ def score_tensor(name: str, returned: Any, batch_size: int) -> Tensor:
         shape (B,), float32 on the CPU; NaN stands where the reward gave None.
 
     Raises:
+        NonFiniteRewardError: if a number is NaN, infinite or beyond 1e30.
         RewardError: if it is no sequence, has the wrong length, or holds anything but finite numbers and None.
     """
     if isinstance(returned, Tensor):
@@ -60,8 +63,8 @@ def _number(name: str, index: int, value: Any) -> float:
             name,
         )
     number = float(value)
-    if not math.isfinite(number):
-        raise RewardError(
+    if not math.isfinite(number) or abs(number) > _LARGEST:
+        raise NonFiniteRewardError(
             f"Reward '{name}' returned {number} for sample {index}; a reward must be finite, since one such value "
             f"spoils its whole group's update. Return None to exclude the sample, or mend the arithmetic "
             f"(division by zero, log of zero, overflow).",

@@ -1,0 +1,81 @@
+"""Nothing that is not finite reaches a weight or an optimizer's state: what is looked at, and when a run gives up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+LARGEST_GRADIENT = 1e19
+"""Adam keeps the square of a gradient in float32, which is infinite from 1.8e19 on."""
+
+
+class NonFiniteError(ValueError):
+    """Too many updates in a row were skipped because something in them was not finite."""
+
+    raised_on_all_ranks = True
+    """Ranks agree on each skipped update, so they also count alike."""
+
+
+def nonfinite_in(values: dict[str, Tensor]) -> str:
+    """Name the first value that is not finite.
+
+    Args:
+        values: Name to tensor.
+
+    Returns:
+        Name, how many entries, and the first of them; "" if all are finite.
+    """
+    for name, value in values.items():
+        bad = value.detach()[~torch.isfinite(value)] if value.ndim else value.detach().reshape(1)
+        if bad.numel() and not bool(torch.isfinite(bad).all()):
+            return f"{name}: {bad.numel()} of {value.numel()} not finite, the first {float(bad[0])}"
+    return ""
+
+
+def nonfinite_gradient(parameters: Iterable[nn.Parameter]) -> str:
+    """Say whether a gradient would put something that is not finite into a weight or an optimizer's state.
+
+    Args:
+        parameters: Those with a gradient are looked at; of a sharded one, this rank's part.
+
+    Returns:
+        What was found, "" if nothing.
+    """
+    gradients = [_local(p.grad.detach()) for p in parameters if p.grad is not None]
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return ""
+    largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, float("inf"))])
+    bad = ~(largest <= LARGEST_GRADIENT)  # NaN compares as False
+    if not bool(bad.any()):
+        return ""
+    return f"gradient: of {int(bad.sum())} of {len(gradients)} parameters, the first {float(largest[bad][0]):.3g}"
+
+
+def _local(gradient: Tensor) -> Tensor:
+    to_local = getattr(gradient, "to_local", None)  # a DTensor, under FSDP2
+    return to_local() if callable(to_local) else gradient
+
+
+def explain(seen: str, in_a_row: int, update: int) -> str:
+    """Say what ended a run, and why that may be.
+
+    Args:
+        seen: What was not finite in the last skipped update.
+        in_a_row: Skipped updates.
+        update: Updates of the run so far.
+
+    Returns:
+        The message.
+    """
+    return (
+        f"{in_a_row} updates in a row were skipped because something in them was not finite (update {update}, last "
+        f"seen: {seen}). No weight and no optimizer state has taken any of it. Likely causes, the likeliest first: a "
+        "learning rate that is too high (look at `loss`, `kl` and `entropy` before it began); overflow in 16-bit "
+        "floating point (`--trainer.precision bf16-mixed` instead of 16-mixed); a reward that divides by zero or "
+        "takes a logarithm of zero; many steps on one rollout, which let ratios explode (`num_iterations`, "
+        "`num_minibatches`); a damaged base model. Change what it was and go on from an earlier checkpoint, or allow "
+        "more by `--model.max_nonfinite_updates`."
+    )
