@@ -80,7 +80,8 @@ class RunReport(Callback):
         if self.evaluate:
             rank_zero_info("Measuring the policy after training ...")
             after = self._measure(trainer, pl_module)
-        seconds = self._seconds + time.monotonic() - self._start
+        # Without a start, training was over in the checkpoint already.
+        seconds = self._seconds + (time.monotonic() - self._start if self._start else 0.0)
         summary: dict[str, Any] = {
             **{f"before/{name}": value for name, value in self.before.items()},
             **{f"after/{name}": value for name, value in after.items()},

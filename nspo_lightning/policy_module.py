@@ -69,6 +69,7 @@ class PolicyModule(pl.LightningModule):
         self.policy: nn.Module | None = None
         self.adapter_folder: Path | None = None  # a trained adapter to measure
         self.fingerprint = ""
+        self._trained: frozenset[str] = frozenset()
         self._tokenizer: Any = None
         self._rates = RateTable()
 
@@ -97,6 +98,7 @@ class PolicyModule(pl.LightningModule):
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         self.policy = load_policy(self.policy_settings, device)
         self.fingerprint = policy_fingerprint(self.policy)
+        self._trained = self._trainable_names()
         if self.adapter_folder is not None:
             load_adapter_(self.policy, self.adapter_folder)
 
@@ -126,6 +128,9 @@ class PolicyModule(pl.LightningModule):
         policy = self.require_policy()
         output = policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1)
         return cast(Tensor, output.logits)
+
+    def _trainable_names(self) -> frozenset[str]:
+        return frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer trains.
@@ -321,7 +326,8 @@ class PolicyModule(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        # A callback may have frozen some since (`freeze_down`): they were moved before that, and a resume needs them.
+        names = self._trained | self._trainable_names()
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in names}
         checkpoint[STATE_KEY] = {"policy": self.fingerprint, "policy_path": self.policy_settings.path}
 
@@ -348,7 +354,8 @@ class PolicyModule(pl.LightningModule):
                 f"{state['policy']}), and `policy.path` is '{self.policy_settings.path}' ({self.fingerprint}). "
                 "Give the checkpoint's own base, with the same quantization and dtype."
             )
-        mine = {name: tuple(p.shape) for name, p in self.named_parameters() if p.requires_grad}
+        names = self._trained | self._trainable_names()
+        mine = {name: tuple(p.shape) for name, p in self.named_parameters() if name in names}
         found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
         if mine != found:
             odd = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))[0]

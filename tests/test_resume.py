@@ -184,3 +184,17 @@ def _saved(state: dict[str, Any]) -> Any:
     torch.save(state, file)
     file.seek(0)
     return file
+
+
+def test_what_a_callback_froze_is_in_the_checkpoint_and_comes_back(
+    trials: ModuleType, whole: Path, tmp_path: Path
+) -> None:
+    trials.write_job(tmp_path / "whole", whole.parent / "model")
+    assert trials.wait(trials.start(tmp_path / "whole", "--nullspace.freeze_down", "true")) == 0
+    trials.write_job(tmp_path / "cut", whole.parent / "model")
+    child = trials.start(tmp_path / "cut", "--nullspace.freeze_down", "true")
+    assert trials.kill_in(child, tmp_path / "cut", "checkpoint", 9, 0.01)
+    trials.wait(child)
+    resumed = trials.start(tmp_path / "cut", "--nullspace.freeze_down", "true", "--ckpt_path", "last")
+    assert trials.wait(resumed) == 0
+    assert trials.differences(trials.result(tmp_path / "whole"), trials.result(tmp_path / "cut")) == []
