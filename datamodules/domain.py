@@ -28,6 +28,9 @@ class DomainSources:
         validation_size: Validation rows over all sources; None = a world's own split whole, else a tenth.
         test_size: Likewise for test rows.
         seed: Decides what is held out.
+
+    Raises:
+        ValueError: If a size is negative.
     """
 
     train: list[PromptSource]
@@ -37,6 +40,11 @@ class DomainSources:
     validation_size: int | None = None
     test_size: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, size in {"val_size": self.validation_size, "test_size": self.test_size}.items():
+            if size is not None and size < 0:
+                raise ValueError(f"`{name}` must not be negative, got {size}. 0 holds nothing out, null a tenth.")
 
 
 @dataclass(kw_only=True)

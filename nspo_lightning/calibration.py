@@ -76,6 +76,7 @@ def calibrate(
         TypeError: if the datamodule has no ``calibration_dataloader()``.
     """
     console = console or Console()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not for nothing
     loader = getattr(datamodule, "calibration_dataloader", None)
     if not callable(loader):
         raise TypeError(

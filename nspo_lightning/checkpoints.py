@@ -8,8 +8,11 @@ another file system, and a copy can stop half-way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
+import pickle
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,7 +29,7 @@ SHARED_LEFTOVER_S = 3600.0
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written. The message says what, where, how much room it needs, and what is left."""
+    """A checkpoint could not be written or read. The message says what, where, and how to mend it."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -44,7 +47,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if "://" not in str(path):
             self._tidy(Path(path).parent)
-        return super().load_checkpoint(path, map_location, weights_only)
+        try:  # whatever Lightning's default is: a checkpoint is data, and data runs no code
+            return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise CheckpointError(_unreadable(path, error)) from error
 
     def _tidy(self, folder: Path) -> None:
         if folder not in self._tidied:
@@ -61,6 +67,35 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_atomically(content.getbuffer(), Path(path))
+
+
+def check_checkpoint(path: Path) -> None:
+    """Look whether a checkpoint can be read, before anything long.
+
+    Args:
+        path: The file (or a folder, as sharded strategies write it, which is not looked into).
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        CheckpointError: If it can't be read, or holds more than data.
+    """
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path.is_dir():
+        return
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: _PATH, error: Exception) -> str:
+    planted = re.search(r"(?:GLOBAL|Unsupported global:?) (\S+)", str(error))
+    if planted:
+        found = f"it holds code ({planted[1]}) besides tensors and plain values, and that is never run"
+    else:
+        found = f"it is no checkpoint, or only a part of one ({str(error).splitlines()[0][:120]})"
+    return f"The checkpoint {path} can't be read: {found}. Give one from a run's `checkpoints/`."
 
 
 def write_atomically(content: bytes | memoryview, path: Path) -> None:

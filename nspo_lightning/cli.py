@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -21,10 +20,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-import nspo_lightning
 from nspo_lightning.callbacks import (
     ExactResume,
     LastOnException,
@@ -34,9 +32,11 @@ from nspo_lightning.callbacks import (
     SampleCompletions,
     TestReport,
 )
-from nspo_lightning.checkpoints import AtomicCheckpointIO, remove_leftovers
+from nspo_lightning.checkpoints import AtomicCheckpointIO, check_checkpoint, remove_leftovers
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.mistakes import explain, is_users_mistake
 from nspo_lightning.module import GRPOModule
+from nspo_lightning.run_folder import RunFolder
 from nspo_lightning.toy.judge import TownJudge
 from nspo_lightning.trained_state import find_trained
 from nspo_lightning.trainer import Trainer
@@ -61,18 +61,12 @@ NOISE = (
     ".*`is_gradient_checkpointing` is deprecated.*",  # between peft and transformers
     ".*Checkpoint directory .* exists and is not empty.*",  # resuming
     ".*there is no last checkpoint available.*",  # we say it ourselves
+    ".*weights_only. was not set.*",  # ours is always True
 )
 SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name them without their module
+CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
 TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
-PACKAGE_FOLDERS = tuple(
-    str(Path(folder).resolve())
-    for folder in (
-        Path(nspo_lightning.__file__).parent,
-        Path(nspo_lightning.__file__).parent / "callbacks",
-        Path(nspo_lightning.__file__).parent / "datamodules",
-        Path(pl.__file__).parent,
-    )
-)
+RUN_FOLDER = RunFolder()
 
 
 class SaveConfig(SaveConfigCallback):
@@ -88,6 +82,10 @@ class SaveConfig(SaveConfigCallback):
 
 class Parser(LightningArgumentParser):
     """Takes a path among data or calibration settings as what it is, not as a file with settings to be read."""
+
+    @override
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} [-c FILE] [--SECTION.OPTION VALUE ...]\n"
 
     @override
     def add_lightning_class_args(
@@ -122,6 +120,15 @@ class CLI(LightningCLI):
         return parser
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning looks for hyperparameters in the file here; ours stand in config.yaml. What is looked at is whether
+        # the checkpoint can be read at all, before models are loaded and data is read.
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path and str(path) not in CHECKPOINT_WORDS and "://" not in str(path):
+            check_checkpoint(Path(path))
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="nspo", help="Name of the run; it is kept in runs/<name>.")
         parser.add_lightning_class_args(NullSpaceProjection, "nullspace")
@@ -135,6 +142,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         _silence_noise()  # libraries that were imported meanwhile brought filters of their own
         config = self._get(self.config_init, "trainer")
+        _check_trainer(config)
         name = self._get(self.config_init, "name")
         if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             kwargs["logger"] = TensorBoardLogger(RUNS, name=name, version="")
@@ -164,8 +172,8 @@ class CLI(LightningCLI):
         """Move an earlier run of the same name out of the way (`runs/name` is always the latest)."""
         folder, ckpt_path = self.trainer.log_dir, self._get(self.config_init, "ckpt_path")
         remove_leftovers(Path(self.trainer.default_root_dir) / "nullspace", shared=True)
-        if folder and not ckpt_path and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            _set_aside(Path(folder))
+        if folder and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            RUN_FOLDER.begin(Path(folder), set_aside=not ckpt_path)
         if ckpt_path == "last" and not self._has_last():
             rank_zero_info("There is no checkpoint to go on from yet (`--ckpt_path last`): the run starts anew.")
 
@@ -187,40 +195,22 @@ class CLI(LightningCLI):
         return any(list(Path(folder).glob("last*.ckpt")) for folder in folders)
 
 
+def _check_trainer(config: Any) -> None:
+    """Refuse what Lightning would stumble over later, or not at all."""
+    accumulate, clip = config.get("accumulate_grad_batches"), config.get("gradient_clip_val")
+    if accumulate is not None and accumulate < 1:
+        raise MisconfigurationException(f"`trainer.accumulate_grad_batches` must be at least 1, got {accumulate}.")
+    if clip is not None and clip < 0:
+        raise MisconfigurationException(
+            f"`trainer.gradient_clip_val` must not be negative, got {clip}. Leave it out for no clipping."
+        )
+
+
 def _silence_noise() -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())
-
-
-@rank_zero_only
-def _set_aside(folder: Path) -> None:
-    if not (folder.is_dir() and any(folder.iterdir())) or os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    number = 1
-    while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(kept)
-    rank_zero_info(f"An earlier run stood in {folder}; it is now {kept}.")
-
-
-def is_users_mistake(error: BaseException) -> bool:
-    """Tell a mistake in configuration or data, which a message explains, from a bug, which needs its traceback.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        True for a misconfiguration, and for a ValueError, TypeError or OSError that this package itself or Lightning's
-        own checks raised.
-    """
-    if isinstance(error, MisconfigurationException):
-        return True
-    if not isinstance(error, (ValueError, TypeError, OSError)):
-        return False
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(PACKAGE_FOLDERS)
 
 
 def cli_arguments() -> dict[str, Any]:
@@ -262,5 +252,6 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
             raise
-        print(f"\nerror: {error}\n(set {TRACEBACK_VARIABLE}=1 for the traceback)", file=sys.stderr)
+        RUN_FOLDER.withdraw()
+        print(f"\nerror: {explain(error)}\n(set {TRACEBACK_VARIABLE}=1 for the traceback)", file=sys.stderr)
         sys.exit(1)

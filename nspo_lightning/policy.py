@@ -126,6 +126,11 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
     if settings.chat_template is not None:
         file = Path(settings.chat_template)
         is_file = len(settings.chat_template) < 1024 and file.is_file()
+        if not is_file and "{" not in settings.chat_template:
+            raise PolicyError(
+                f"`policy.chat_template` is neither a Jinja template nor a file that is there: "
+                f"{settings.chat_template[:80]!r}. Give the template's text or the path of a .jinja file."
+            )
         tokenizer.chat_template = file.read_text() if is_file else settings.chat_template
     if not tokenizer.chat_template:
         raise PolicyError(

@@ -1,0 +1,166 @@
+"""User mistakes: what was typed, the exit code, and what the message must say (a regular expression)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake."""
+
+    arguments: tuple[str, ...]
+    says: str
+    code: int = 1
+
+
+def fit(*arguments: str, says: str, code: int = 1) -> Mistake:
+    """A mistake in a `fit` of the small job."""
+    return Mistake(("fit", "-c", "config.yaml", *arguments), says, code)
+
+
+def command(*arguments: str, says: str, code: int = 1) -> Mistake:
+    """A mistake in another command."""
+    return Mistake(arguments, says, code)
+
+
+CONFIG = {
+    "unknown option": fit("--model.grup_size=4", says="grup_size", code=2),
+    "text for a number": fit("--model.group_size=four", says="group_size", code=2),
+    "unknown subcommand": command("fti", says="fti", code=2),
+    "no subcommand": command(says="subcommand", code=2),
+    "config not there": command("fit", "-c", "nowhere.yaml", says="nowhere.yaml", code=2),
+    "config is no YAML": command("fit", "-c", "broken/yaml.yaml", says="Problems parsing config", code=2),
+    "config is a list": command("fit", "-c", "broken/list.yaml", says="list.yaml|config", code=2),
+    "group of one": fit("--model.group_size=1", says="`group_size` must be at least 2, got 1"),
+    "greedy training": fit("--model.sampling.temperature=0", says="greedy completions"),
+    "negative temperature": fit("--model.sampling.temperature=-1", says="temperature"),
+    "top_p above one": fit("--model.sampling.top_p=1.5", says="top_p"),
+    "no new tokens": fit("--model.sampling.max_new_tokens=0", says="max_new_tokens"),
+    "no passes": fit("--model.num_iterations=0", says="`num_iterations` must be at least 1"),
+    "no microbatch": fit("--model.tokens_per_microbatch=0", says="tokens_per_microbatch"),
+    "unknown loss": fit("--model.objective.loss_type=ppo", says="loss_type", code=2),
+    "negative KL coefficient": fit("--model.objective.beta=-1", says="beta"),
+    "negative clip range": fit("--model.objective.clip_epsilon=-0.2", says="epsilon"),
+    "unknown advantage scale": fit("--model.scale_rewards=sometimes", says="scale_rewards", code=2),
+    "reward class misspelt": fit("--model.reward=nspo_lightning.rewards.RefuselReward", says="RefuselReward", code=2),
+    "optimizer misspelt": fit("--model.optimizer=torch.optim.AdamX", says="AdamX", code=2),
+    "callback misspelt": fit("--trainer.callbacks=[{class_path: nspo_lightning.callbacks.Nope}]", says="Nope", code=2),
+    "seed is a word": fit("--seed_everything=tomorrow", says="seed_everything", code=2),
+    "unknown precision": fit("--trainer.precision=12", says="precision", code=2),
+    "pure half precision": fit("--trainer.precision=16-true", says="precision|float32"),
+    "unknown strategy": fit("--trainer.strategy=magic", says="magic"),
+    "a GPU that is not there": fit("--trainer.accelerator=cuda", says="(?i)cuda"),
+    "unknown accelerator": fit("--trainer.accelerator=quantum", says="quantum"),
+    "no devices": fit("--trainer.devices=0", says="devices"),
+    "validation never comes": fit("--trainer.val_check_interval=1000", says="val_check_interval"),
+    "negative clipping": fit("--trainer.gradient_clip_val=-1", says="gradient_clip_val"),
+    "no accumulation": fit("--trainer.accumulate_grad_batches=0", says="accumulate_grad_batches"),
+}
+NULLSPACE = {
+    "unknown criterion": fit("--nullspace.criterion=guess", says="criterion", code=2),
+    "negative threshold": fit("--nullspace.threshold=-1", says="threshold"),
+    "everything protected": fit(
+        "--nullspace.criterion=absolute", "--nullspace.threshold=1e-30", says="(?i)no null direction"
+    ),
+    "unknown subspace": fit("--nullspace.subspace=lucky", says="subspace", code=2),
+    "unknown unprotected": fit("--nullspace.unprotected=maybe", says="unprotected", code=2),
+    "no softness": fit("--nullspace.form=soft", "--nullspace.softness=0", says="softness"),
+    "null share above one": fit("--nullspace.min_null_share=1.5", says="min_null_share"),
+    "targets that match nothing": fit(
+        "--nullspace.target_modules=no_such_layer", says="cannot be held in the null space.*target_modules"
+    ),
+    "domain that is not there": fit("--nullspace.without_domains=[poetry]", says="poetry"),
+    "all domains left out": fit("--nullspace.without_domains=[general]", says="domain"),
+    "tiny memory budget": fit("--nullspace.memory_budget_gb=1e-9", says="memory_budget_gb"),
+    "basis not there": fit("--nullspace.calibration=nowhere.safetensors", says="nowhere.safetensors"),
+    "basis is text": fit("--nullspace.calibration=broken/text.safetensors", says="text.safetensors"),
+    "basis is a pickle": fit("--nullspace.calibration=broken/pickle.safetensors", says="pickle.safetensors"),
+    "basis is a folder": fit("--nullspace.calibration=broken/folder", says="folder"),
+}
+DATA = {
+    "data not there": fit("--data.safety=nothing.jsonl", says="nothing.jsonl"),
+    "data empty": fit("--data.safety=broken/empty.jsonl", says="empty.jsonl"),
+    "data cut off": fit("--data.safety=broken/cut.jsonl", says="cut.jsonl.*2"),
+    "data in another encoding": fit("--data.safety=broken/latin.csv", says="latin.csv.*UTF-8"),
+    "data is binary": fit("--data.safety=broken/binary.jsonl", says="binary.jsonl"),
+    "data without a prompt": fit("--data.safety=broken/column.jsonl", says="column.jsonl.*text_of_it"),
+    "prompt is null": fit("--data.safety=broken/null.jsonl", says="null.jsonl"),
+    "prompt is a number": fit("--data.safety=broken/number.jsonl", says="number.jsonl"),
+    "prompt is blank": fit("--data.safety=broken/blank.jsonl", says="blank.jsonl"),
+    "folder without data": fit("--data.general=broken/folder", says="folder"),
+    "file of another kind": fit("--data.general=broken/notes.txt", says="notes.txt"),
+    "unknown preset": fit("--data.safety={preset: advbunch}", says="advbunch"),
+    "no source in a list": fit("--data.safety=[]", says="empty list"),
+    "no share of the rows": fit("--data.safety={path: safety.jsonl, fraction: 0}", says="`fraction` must be in"),
+    "share and count": fit("--data.safety={path: safety.jsonl, fraction: 0.5, count: 3}", says="both given"),
+    "a column that is not there": fit("--data.safety={path: safety.jsonl, prompt_column: goal}", says="goal"),
+    "no batch": fit("--data.batch_size=0", says="batch_size"),
+    "negative split": fit("--data.val_size=-1", says="val_size"),
+    "prompts all too long": fit("--data.max_prompt_tokens=1", says="max_prompt_tokens|longer than 1"),
+    "nothing to calibrate on": fit("--data.calibration_size=0", says="`calibration_size` must be at least 1"),
+    "unknown calibration text": fit("--data.calibration_text=poem", says="calibration_text", code=2),
+    "a world that is not there": fit("--data.safety=toy/harmfull", says="harmfull"),
+}
+MODEL = {
+    "model not there": fit("--model.policy.path=/nowhere", says="found nothing at '/nowhere'"),
+    "folder without a model": fit("--model.policy.path=broken/folder", says="broken/folder"),
+    "unknown quantization": fit("--model.policy.quantization=int3", says="quantization", code=2),
+    "unknown dtype": fit("--model.policy.dtype=float7", says="dtype", code=2),
+    "LoRA of rank 0": fit("--model.policy.lora.r=0", says="rank|`r`|lora"),
+    "LoRA on nothing": fit("--model.policy.lora.target_modules=[no_proj]", says="no_proj"),
+    "dropout of two": fit("--model.policy.lora.dropout=2", says="dropout"),
+    "no room for completions": fit("--model.sampling.max_new_tokens=256", says="No room left for completions"),
+    "4-bit without an adapter": fit("--model.policy.quantization=nf4", "--model.policy.lora=null", says="lora|4-bit"),
+    "adapter not there": fit("--model.policy.adapter=/nowhere/adapter", says="/nowhere/adapter"),
+    "template not there": fit("--model.policy.chat_template=broken/nothing.jinja", says="chat_template|template"),
+}
+CHECKPOINT = {
+    "checkpoint not there": fit("--ckpt_path=nowhere.ckpt", says="nowhere.ckpt"),
+    "checkpoint is text": fit("--ckpt_path=broken/text.ckpt", says="text.ckpt"),
+    "checkpoint with planted code": fit("--ckpt_path=broken/planted.ckpt", says="planted.ckpt"),
+    "checkpoint of another project": fit("--ckpt_path=broken/other.ckpt", says="not written by this project"),
+}
+JUDGE = {
+    "reward without a module": fit(
+        "--model.reward=nspo_lightning.rewards.FunctionReward", "--model.reward.path=nothing.at_all", says="nothing"
+    ),
+    "judge that does not answer": fit(
+        "--model.reward=nspo_lightning.rewards.OutcomeReward",
+        "--model.reward.judge=nspo_lightning.rewards.ServerJudge",
+        "--model.reward.judge.model=m",
+        "--model.reward.judge.base_url=http://127.0.0.1:9/v1",
+        "--model.reward.judge.max_retries=0",
+        says="127.0.0.1:9",
+    ),
+    "guard not there": fit(
+        "--model.reward=nspo_lightning.rewards.OutcomeReward",
+        "--model.reward.judge={class_path: nspo_lightning.rewards.GuardJudge, init_args: {model: /nowhere/guard}}",
+        says="/nowhere/guard",
+    ),
+    "nothing to judge": command("judge", "-c", "config.yaml", "--input=nowhere.jsonl", says="nowhere.jsonl"),
+    "judge without completions": command("judge", "-c", "config.yaml", "--input=safety.jsonl", says="completion"),
+}
+OTHER = {
+    "compare without a folder": command("compare", "--config=config.yaml", says="out", code=2),
+    "compare an unknown method": command(
+        "compare", "--config=config.yaml", "--out=cmp", "--methods=[magic]", says="'magic'"
+    ),
+    "compare no config": command("compare", "--config=nowhere.yaml", "--out=cmp", says="nowhere.yaml"),
+    "compare nothing finished": command(
+        "compare",
+        "--config=config.yaml",
+        "--out=cmp",
+        "--methods=[nspo]",
+        "--only_report=true",
+        says="nothing to report",
+    ),
+    "compare an unknown sweep": command(
+        "compare", "--config=config.yaml", "--out=cmp", "--sweep=everything", says="sweep", code=2
+    ),
+    "calibrate into nowhere": command(
+        "calibrate", "-c", "config.yaml", "--out=/proc/nowhere/basis.safetensors", says="/proc/nowhere"
+    ),
+    "predict without a model": command("predict", "-c", "config.yaml", "--ckpt_path=nowhere.ckpt", says="nowhere.ckpt"),
+}
+MISTAKES = {**CONFIG, **NULLSPACE, **DATA, **MODEL, **CHECKPOINT, **JUDGE, **OTHER}
