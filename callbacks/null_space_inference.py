@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nspo_lightning.callbacks.null_space_batches import first_floating, move_call
 from nspo_lightning.nullspace import ForwardCall
@@ -42,6 +42,18 @@ def inference(trainer: pl.Trainer | None, pl_module: pl.LightningModule, *, adap
         finally:
             for module, training in modes:
                 module.training = training
+            reshard(pl_module)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's sharded parameters back in place after forwards without a backward.
+
+    The outermost sharded modules keep their gathered weights after a forward, waiting for a backward that validation
+    and calibration never run; whoever looks up ``module.weight`` then gets a copy that is thrown away.
+    """
+    for module in model.modules():
+        if all(callable(getattr(module, name, None)) for name in ("reshard", "unshard", "set_reshard_after_forward")):
+            module.reshard()  # type: ignore[operator]
 
 
 class OutputCheck:

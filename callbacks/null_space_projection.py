@@ -30,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from nspo_lightning.callbacks.null_space_batches import BatchToInputs
-from nspo_lightning.callbacks.null_space_inference import OutputCheck
+from nspo_lightning.callbacks.null_space_inference import OutputCheck, reshard
 from nspo_lightning.callbacks.null_space_logging import log_start, logs_now, step_metrics
 from nspo_lightning.callbacks.null_space_source import BasisSource
 from nspo_lightning.callbacks.null_space_unprotected import Unprotected, report_unprotected, require_float32
@@ -196,6 +196,7 @@ class NullSpaceProjection(Callback):
         if not self.enabled:
             return
         self._remove_hooks()
+        reshard(pl_module)
         resumed = self._started or bool(self._resumed)
         plan = self._plan(trainer, pl_module, resumed=resumed)
         if report_unprotected(plan, self.unprotected, self.target_modules):

@@ -70,6 +70,7 @@ class BasisSource:
     cache_dir: str | PathLike[str] | None = "auto"
     path: str | None = field(default=None, init=False)
     """The file that holds the bases, once they are in one."""
+    _first: ForwardCall | None = field(default=None, init=False, repr=False)
 
     @property
     def is_file(self) -> bool:
@@ -101,6 +102,7 @@ class BasisSource:
             return self.load(Path(remembered), modules, resumed=True)
         batches = self.batches(trainer, pl_module)
         calls = self.calls(batches)
+        self._first = next(iter(calls), None)
         fingerprint = self.fingerprint(modules, calls)
         cached = self._cache_path(trainer, fingerprint)
         if cached is not None and all(ranks.gather_objects(cached.is_file())):
@@ -166,7 +168,13 @@ class BasisSource:
         return [to_call(batch, self.batch_to_inputs, cpu) for batch in limited]
 
     def first_call(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ForwardCall | None:
-        """Return one batch to check outputs on, None where only a basis file is given."""
+        """Return one batch to check outputs on, None where only a basis file is given.
+
+        It is the first of those that were calibrated on, where that has just happened: text is read once.
+        """
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         try:
             batches = self.batches(trainer, pl_module)
         except MisconfigurationException:

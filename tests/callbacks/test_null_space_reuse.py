@@ -139,6 +139,22 @@ def test_a_datamodule_provides_the_text(tmp_path):
     assert leak(model) <= LEAK
 
 
+def test_calibration_text_is_read_once(tmp_path):
+    """The certificate's reference is taken on the first batch that calibration read, not on a second reading."""
+
+    class Counting(list):
+        readings = 0
+
+        def __iter__(self):
+            Counting.readings += 1
+            return super().__iter__()
+
+    callback = projection(calibration=Counting([general_inputs()]))
+    trainer(tmp_path, callback, max_steps=2).fit(Net())
+    assert Counting.readings == 1
+    assert callback.output_change is not None
+
+
 def test_metrics_arrive_at_the_logging_interval(tmp_path):
     import csv
 
