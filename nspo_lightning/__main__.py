@@ -1,6 +1,6 @@
 """``python -m nspo_lightning``."""
 
-from nspo_lightning.cli import main
+from nspo_lightning.command_face import main
 
 if __name__ == "__main__":
     main()

@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from nspo_lightning import command_face
 from nspo_lightning.callbacks import (
     ExactResume,
     LastOnException,
@@ -43,8 +44,8 @@ from nspo_lightning.trainer import Trainer
 
 DESCRIPTION = """Safety GRPO in the null space of general ability.
 
-Start with `fit -c configs/quickstart.yaml`; `SUBCOMMAND --help` lists every setting, `fit -c FILE --print_config`
-prints them with their values. Other jobs have a help of their own: `judge --help` (score a file), `compare --help`
+Start with `fit -c quickstart`; `SUBCOMMAND --help=all` lists every setting, `fit -c FILE --print_config` prints them
+with their values. Other jobs have a help of their own: `judge --help` (score a file), `compare --help`
 (methods, seeds and sweeps in one table), `evaluate --help` (lm-evaluation-harness), `export --help` (an adapter or a
 merged model out of a checkpoint)."""
 COMMANDS = {
@@ -243,12 +244,21 @@ def main(args: list[str] | None = None) -> None:
         BaseException: What is no user's mistake, or any error if NSPO_LIGHTNING_TRACEBACK is set.
     """
     _silence_noise()
-    arguments = sys.argv[1:] if args is None else args
+    arguments = list(sys.argv[1:] if args is None else args)
+    if (text := command_face.help_text(arguments)) is not None:
+        print(text)
+        return
     try:
-        if arguments and arguments[0] in COMMANDS:
+        arguments = command_face.prepared(arguments)
+        if arguments[0] == "completion":
+            command_face.completion(arguments[1:])
+        elif arguments[0] in COMMANDS:
             import_module(COMMANDS[arguments[0]]).main(arguments[1:])
         else:
-            CLI(**cli_arguments(), args=args)
+            CLI(**cli_arguments(), args=arguments)
+    except command_face.UnknownConfigError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
             raise

@@ -1,0 +1,228 @@
+"""The first screen of the command line: short helps, names of shipped configs, shell completion.
+
+`SUBCOMMAND --help` prints one screen with what most runs need, and `--help=all` every setting with its meaning. Nothing
+here imports torch, so that a help appears at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+PROG = "python -m nspo_lightning"
+ALL = ("--help=all", "--help_all", "--help-all")
+HELP = ("-h", "--help")
+SHELLS = ("bash", "zsh", "tcsh")
+
+JOBS: dict[str, str] = {
+    "fit": "train: calibrate the null space, then GRPO inside it; writes runs/NAME",
+    "validate": "measure safety and general ability on the validation split",
+    "test": "measure on the held-out split",
+    "predict": "write completions with rewards and outcomes to predictions.jsonl",
+    "calibrate": "find the null space alone and write it as a file",
+    "data": "show what would be trained and calibrated on, without a model",
+}
+"""LightningCLI's and our own that share its configuration."""
+TOOLS: dict[str, str] = {
+    "judge": "score a file of completions with any judge",
+    "compare": "methods, seeds and sweeps in one table",
+    "evaluate": "lm-evaluation-harness on a base and a trained adapter",
+    "export": "a PEFT adapter or a merged model out of a checkpoint",
+    "completion": "print a completion script for bash, zsh or tcsh",
+}
+COMMON: dict[str, str] = {
+    "--config": "YAML file, or the name of a shipped one (quickstart); may be repeated, later ones win",
+    "--print_config": "print every setting with its value and stop",
+    "--name": "name of the run; it is kept in runs/NAME",
+    "--seed_everything": "seed of everything random",
+    "--model.policy.path": "folder or hub id of the model; toy = the embedded one",
+    "--model.policy.quantization": "nf4, fp4 or none",
+    "--data.safety": "prompts to train on: a file, a hub id, or {preset: ...}",
+    "--data.general": "general text to protect: one source or a list",
+    "--trainer.accelerator": "cpu, gpu or auto; every Trainer flag of Lightning works",
+}
+TRAINING: dict[str, str] = {
+    "--model.optimizer.init_args.lr": "learning rate, where the config names an optimizer",
+    "--model.group_size": "completions a prompt",
+    "--model.sampling.max_new_tokens": "length limit of a completion",
+    "--model.objective.beta": "weight of the KL term (0: none, and no reference pass)",
+    "--data.batch_size": "prompts a step",
+    "--nullspace.enabled": "false = plain GRPO",
+    "--nullspace.criterion": "what decides how many directions are protected (auto)",
+    "--nullspace.calibration": "basis file that `calibrate` wrote; none = calibrate at the start",
+    "--trainer.max_epochs": "passes over the prompts",
+    "--trainer.limit_train_batches": "stop an epoch after so many steps",
+}
+CHECKPOINT: dict[str, str] = {"--ckpt_path": "checkpoint to start from; last = that of the run"}
+OPTIONS: dict[str, dict[str, str]] = {
+    "fit": {**COMMON, **TRAINING, **CHECKPOINT},
+    "validate": {**COMMON, **CHECKPOINT},
+    "test": {**COMMON, **CHECKPOINT},
+    "predict": {**COMMON, **CHECKPOINT},
+    "calibrate": {
+        **COMMON,
+        "--out": "the basis file (basis.safetensors); a picture goes beside it",
+        "--keep_moments": "keep second moments by domain in the file",
+        "--data.calibration_size": "texts to calibrate on",
+        "--nullspace.criterion": "what decides how many directions are protected (auto)",
+    },
+    "data": {**COMMON, "--examples": "rendered texts of each use"},
+}
+
+
+class UnknownConfigError(ValueError):
+    """A configuration that is neither a file nor shipped."""
+
+
+def help_text(arguments: Sequence[str]) -> str | None:
+    """Return the first screen of help, if that is what was asked for.
+
+    Args:
+        arguments: Of the process.
+
+    Returns:
+        The text; None if something else is wanted, among it the whole help and the helps of tools.
+    """
+    if not arguments or (arguments[0] in HELP):
+        return _overview()
+    if arguments[0] in JOBS and any(argument in HELP for argument in arguments[1:]):
+        return _job(arguments[0])
+    return None
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments as the parsers take them: shipped configs as paths, `--help=all` as their own help.
+
+    Args:
+        arguments: Of the process.
+
+    Returns:
+        New arguments.
+    """
+    result: list[str] = []
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if argument in ALL:
+            result.append("--help")
+        elif index and arguments[index - 1] in {"-c", "--config"} and arguments[0] in JOBS:
+            result.append(find_config(argument))
+        elif equals and option == "--config" and arguments[0] in JOBS:
+            result.append(f"{option}={find_config(value)}")
+        else:
+            result.append(argument)
+    return result
+
+
+def shipped_configs() -> dict[str, str]:
+    """Return name -> path of the configurations that come with the package."""
+    folder = Path(str(files("nspo_lightning.configs")))
+    return {path.stem: str(path) for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(name: str) -> str:
+    """Resolve what `--config` says.
+
+    Args:
+        name: A file, or the name of a shipped configuration with or without its ending.
+
+    Returns:
+        The path. A file of that name wins, and what looks like neither is left as it is.
+
+    Raises:
+        UnknownConfigError: If it is a bare name, and there is nothing of that name.
+    """
+    if Path(name).exists() or name != Path(name).name or any(sign in name for sign in "{:\n"):
+        return name
+    shipped = shipped_configs()
+    if name.removesuffix(".yaml") in shipped:
+        return shipped[name.removesuffix(".yaml")]
+    raise UnknownConfigError(
+        f"`--config {name}`: there is no such file here, and no shipped configuration of that name. Shipped ones: "
+        f"{', '.join(shipped)}. Give one of them, or the path of a file."
+    )
+
+
+def completion(arguments: list[str]) -> None:
+    """Print a completion script: `completion bash`.
+
+    Args:
+        arguments: What follows ``completion``.
+
+    Raises:
+        ValueError: If shtab, which writes it, is not installed.
+    """
+    parser = argparse.ArgumentParser(prog=f"{PROG} completion", description="Print a completion script to source.")
+    parser.add_argument("shell", choices=SHELLS)
+    shell = parser.parse_args(arguments).shell
+    try:
+        import shtab
+    except ImportError as error:
+        raise ValueError(
+            "`completion` needs shtab: `pip install shtab`, or the extra `nspo-lightning[cli]`."
+        ) from error
+    print(shtab.complete(completion_parser(), shell=shell))
+
+
+def completion_parser() -> argparse.ArgumentParser:
+    """Return a parser with the subcommands and the options of their first screens, for completion alone."""
+    parser = argparse.ArgumentParser(prog="nspo-lightning")
+    commands = parser.add_subparsers()
+    for name, line in {**JOBS, **TOOLS}.items():
+        sub = commands.add_parser(name, help=line)
+        for option, meaning in OPTIONS.get(name, {}).items():
+            names = ("-c", option) if option == "--config" else (option,)
+            sub.add_argument(*names, help=meaning, choices=list(shipped_configs()) if option == "--config" else None)
+        if name == "completion":
+            sub.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def main() -> None:
+    """Answer a call for help at once, else hand over to the command line proper."""
+    text = help_text(sys.argv[1:])
+    if text is not None:
+        print(text)
+        return
+    from nspo_lightning.cli import main as run
+
+    run()
+
+
+def _overview() -> str:
+    lines = [
+        f"usage: {PROG} SUBCOMMAND [options]      (or: nspo-lightning SUBCOMMAND [options])",
+        "",
+        "Safety GRPO in the null space of general ability. Start with:",
+        "",
+        f"  {PROG} fit -c quickstart",
+        "",
+        *_table("jobs, which share one configuration:", JOBS),
+        "",
+        *_table("tools:", TOOLS),
+        "",
+        "SUBCOMMAND --help is one screen, SUBCOMMAND --help=all has every setting.",
+        "Shipped configurations: " + ", ".join(shipped_configs()),
+        "Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage. NSPO_LIGHTNING_TRACEBACK=1 shows tracebacks.",
+    ]
+    return "\n".join(lines)
+
+
+def _job(name: str) -> str:
+    lines = [
+        f"usage: {PROG} {name} -c CONFIG [--section.setting VALUE ...]",
+        "",
+        f"{JOBS[name][0].upper()}{JOBS[name][1:]}.",
+        "",
+        *_table("options most often given:", OPTIONS[name]),
+        "",
+        f"Everything: {name} --help=all. With values: {name} -c CONFIG --print_config.",
+    ]
+    return "\n".join(lines)
+
+
+def _table(title: str, rows: dict[str, str]) -> list[str]:
+    width = max(len(name) for name in rows)
+    return [title, *(f"  {name.ljust(width)}  {meaning}" for name, meaning in rows.items())]
