@@ -255,7 +255,9 @@ def main(args: list[str] | None = None) -> None:
         elif arguments[0] in COMMANDS:
             import_module(COMMANDS[arguments[0]]).main(arguments[1:])
         else:
-            CLI(**cli_arguments(), args=arguments)
+            if args is None:
+                sys.argv[1:] = arguments  # where LightningCLI looks, and warns if it is told something else
+            CLI(**cli_arguments(), args=None if args is None else arguments)
     except command_face.UnknownConfigError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         sys.exit(2)
