@@ -110,8 +110,9 @@ def load_trained_(module: PolicyModule, path: Path) -> None:
 
     """
     if path.is_dir():
-        module.adapter_folder = path
         module.configure_model()
+        load_adapter_(module.require_policy(), path)
+        module.adapter_folder = path
         return
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     module.check_checkpoint(checkpoint)
