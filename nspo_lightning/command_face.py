@@ -107,9 +107,9 @@ def prepared(arguments: Sequence[str]) -> list[str]:
         option, equals, value = argument.partition("=")
         if argument in ALL:
             result.append("--help")
-        elif index and arguments[index - 1] in {"-c", "--config"} and arguments[0] in JOBS:
+        elif index and arguments[index - 1] in {"-c", "--config"} and arguments[0] != "export":
             result.append(find_config(argument))
-        elif equals and option == "--config" and arguments[0] in JOBS:
+        elif equals and option == "--config" and arguments[0] != "export":
             result.append(f"{option}={find_config(value)}")
         else:
             result.append(argument)
