@@ -18,6 +18,7 @@ from nspo_lightning.callbacks.exact_resume import ExactResume
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BUSY = frozenset({"update", "batch_end", "validation_end", "epoch_end"})
 
 
 class LastOnException(Callback):
@@ -50,7 +51,7 @@ class LastOnException(Callback):
     def _on_signal(self, trainer: pl.Trainer, number: int, frame: FrameType | None) -> None:
         resume = _resume(trainer)
         again, self._waiting = self._waiting is not None, number
-        if resume is None or resume.moment in {"step", "validation"} or (again and number == signal.SIGINT):
+        if resume is None or resume.moment not in _BUSY or (again and number == signal.SIGINT):
             self._raise()
 
     def _raise(self) -> None:
