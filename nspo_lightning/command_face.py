@@ -70,6 +70,28 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--nullspace.criterion": "what decides how many directions are protected (auto)",
     },
     "data": {**COMMON, "--examples": "rendered texts of each use"},
+    "judge": {
+        "--config": "YAML with `reward`, or a training configuration, whose reward is taken; judge-rules is shipped",
+        "--input": "jsonl, json, csv or parquet file of prompts and completions",
+        "--output": "JSON lines file for the scores (NAME.scores.jsonl)",
+        "--prompt_column": "column of the prompts",
+        "--completion_column": "column of the completions, if not completion, response, output or answer",
+        "--label_column": "column that says which completions are unsafe; agreement with it is printed",
+        "--threshold": "a total reward below it counts as judged unsafe (0)",
+        "--limit": "rows to read at most",
+    },
+    "compare": {
+        "--config": "configuration of a `fit`, or the name of a shipped one",
+        "--out": "folder of the results; the same command again goes on where it was interrupted",
+        "--methods": "names of methods, e.g. '[nspo, grpo]'; all by default",
+        "--seeds": "at least 3 for a claim ([0, 1, 2])",
+        "--learning_rates": "the grid, the same for every method",
+        "--sweep": "instead of methods: calibration, threshold, data or rank",
+        "--quick": "one seed, fewer steps: minutes instead of an hour",
+        "--steps": "training steps a run at most (100)",
+        "--jobs": "processes at a time",
+        "--only_report": "write table and pictures of what is there, run nothing",
+    },
 }
 
 
@@ -84,12 +106,12 @@ def help_text(arguments: Sequence[str]) -> str | None:
         arguments: Of the process.
 
     Returns:
-        The text; None if something else is wanted, among it the whole help and the helps of tools.
+        The text; None if something else is wanted, among it the whole help and the helps of small tools.
     """
     if not arguments or (arguments[0] in HELP):
         return _overview()
-    if arguments[0] in JOBS and any(argument in HELP for argument in arguments[1:]):
-        return _job(arguments[0])
+    if arguments[0] in OPTIONS and any(argument in HELP for argument in arguments[1:]):
+        return _screen(arguments[0])
     return None
 
 
@@ -210,15 +232,18 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _job(name: str) -> str:
+def _screen(name: str) -> str:
+    meaning = {**JOBS, **TOOLS}[name]
+    usage = "-c CONFIG [--section.setting VALUE ...]" if name in JOBS else "--config CONFIG [options]"
+    values = f" With values: {name} -c CONFIG --print_config." if name in JOBS else ""
     lines = [
-        f"usage: {PROG} {name} -c CONFIG [--section.setting VALUE ...]",
+        f"usage: {PROG} {name} {usage}",
         "",
-        f"{JOBS[name][0].upper()}{JOBS[name][1:]}.",
+        f"{meaning[0].upper()}{meaning[1:]}.",
         "",
         *_table("options most often given:", OPTIONS[name]),
         "",
-        f"Everything: {name} --help=all. With values: {name} -c CONFIG --print_config.",
+        f"Everything: {name} --help=all.{values}",
     ]
     return "\n".join(lines)
 
