@@ -218,8 +218,8 @@ def _print(rates: Mapping[str, Mapping[str, Rate]], text: Mapping[str, Any]) -> 
         interval = f"{100 * low:.1f} to {100 * high:.1f}"
         table.add_row(title, before, f"{100 * rate.value:.1f} %", interval, f"{rate.total:,}")
     if (mean := _accuracy(policy)) is not None:
-        before = _accuracy(base)
-        shown = "" if before is None else f"{100 * before:.1f} %"
+        base_mean = _accuracy(base)
+        shown = "" if base_mean is None else f"{100 * base_mean:.1f} %"
         table.add_row("general/accuracy (mean of skills)", shown, f"{100 * mean:.1f} %", "", "")
     if text:
         table.add_row("perplexity of general text", "", f"{text['perplexity']:.4f}", "", f"{text['tokens']:,} tokens")

@@ -238,5 +238,7 @@ class RateTable:
     def _metric(self, name: str, device: torch.device) -> Share:
         if name not in self._metrics:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._metrics[name] = Share().set_dtype(dtype).to(device)
+            metric = Share()
+            metric.set_dtype(dtype)
+            self._metrics[name] = metric.to(device)
         return self._metrics[name]
