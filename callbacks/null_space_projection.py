@@ -9,8 +9,6 @@ uses, and keeps every update out of them. Hooks, in the order in which Lightning
     optimizer post-step hook  project parameters, once for each step that really happened
     on_train_batch_end        log, at the Trainer's logging interval only
     on_train_end              certificate
-
-Needs torch and lightning; peft is recognised by its layout.
 """
 
 from __future__ import annotations
@@ -340,8 +338,6 @@ class NullSpaceProjection(Callback):
         fingerprint = self.source.fingerprint(modules, calls)
         self.calibration = self.source.calibrate(trainer, pl_module, modules, calls, fingerprint, progress=progress)
         return self.calibration
-
-    # ------------------------------------------------------------------------------------------------------ internals
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool = False) -> LayerPlan:
         elsewhere: set[int] = set()
