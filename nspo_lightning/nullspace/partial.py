@@ -121,8 +121,10 @@ def _probe(single: Tensor, find_cut: FindCut, columns: int, trace: float, accura
         return None
     # Each product shrinks what is wrong with direction k by theta_b / theta_k; the gap decides how much must go.
     gap = 1 - float(ritz[k] / ritz[k - 1])
-    for size, rounds in ((_enough(k), 1), (columns, 1), (columns, _FINAL_ROUNDS)):
-        shrink = float(ritz[min(size, columns) - 1] / ritz[k - 1])
+    sizes = {min(_enough(k) * 2**i, columns) for i in range(columns.bit_length())}
+    choices = sorted((size * rounds, size, rounds) for size in sizes for rounds in range(1, _FINAL_ROUNDS + 1))
+    for _, size, rounds in choices:  # cheapest first
+        shrink = float(ritz[size - 1] / ritz[k - 1])
         if gap > 0 and shrink ** (1 + 2 * rounds) <= accuracy * gap:
             start: Tensor = torch.linalg.qr(image if size >= columns else image @ rotation[:, :size]).Q
             return start
