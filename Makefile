@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types test-slow docs clean
+.PHONY: demo test lint types test-slow docs install-matrix clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -35,6 +35,9 @@ test-slow: .venv/.installed  ## what takes minutes
 
 docs: .venv/.docs  ## the site, into site/; any broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+install-matrix:  ## wheel, clean environments, the shipped quickstart far from here; downloads gigabytes
+	benchmarks/install_matrix.sh $(or $(PYTHONS),$(PYTHON))
 
 clean:
 	rm -rf .venv build dist site *.egg-info
