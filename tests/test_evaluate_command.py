@@ -46,7 +46,7 @@ def job(tiny_llama, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "adapter")
     model.eval()
     tokenizer = load_tokenizer(settings)
-    rows = [{"question": f"Say {i}.", "choices": [str(i), "red", "moon"]} for i in range(10)]
+    rows = [{"question": f"Say {i}.", "choices": list("ABCDEF")} for i in range(10)]
     for row, choice in zip(rows, choices(model, tokenizer, rows), strict=True):
         row["label"] = choice  # so the policy, and hardly its base, is always right
     (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -108,7 +108,8 @@ def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
 def test_without_the_harness_it_says_how_to_get_it(job, monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MisconfigurationException, match="pip install"):
         main(["-c", "config.yaml", "--tasks", "colours"])
 
