@@ -100,6 +100,11 @@ def _from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str
             **kwargs,
         )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise PolicyError(
+                f"`policy.path`: the {what} at '{path}' comes with code of its own, which runs only if you say so. "
+                "Read it, then set `policy.trust_remote_code: true`."
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PolicyError(
             f"`policy.path`: could not load the {what} from '{path}': {first} "

@@ -100,6 +100,11 @@ class ServerJudge(Judge):
             raise ValueError(f"`base_url` must be an address such as http://localhost:8000/v1, got {base_url!r}.")
         self.model, self.base_url, self.reply_format, self.template = model, base_url, reply_format, template
         self.instructions = instructions or _INSTRUCTIONS
+        if not re.fullmatch(r"[A-Za-z_]\w*", api_key_env):
+            raise ValueError(
+                "`api_key_env` must be the name of an environment variable, such as OPENAI_API_KEY. If it was a key: a "
+                "configuration is saved with every run, so keys stay in the environment (`export NAME=...`)."
+            )
         self.api_key_env, self.on_error, self.threshold = api_key_env, on_error, threshold
         self.max_tokens, self.request_options, self.name = max_tokens, dict(request_options or {}), name
         self.request_timeout_s = request_timeout_s
