@@ -151,6 +151,7 @@ def write_config(folder: Path, rate: float) -> Path:
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
+    (folder / "mixed_reward.yaml").write_text(yaml.safe_dump(MIXED_REWARD))
     return path
 
 
@@ -172,7 +173,7 @@ def main() -> None:
     config = write_config(arguments.work, arguments.learning_rate)
     command = [sys.executable, "-m", "nspo_lightning", "compare", "--config", str(config)]
     command += ["--out", str(arguments.work / "comparison"), "--metric", "text/nll", "--higher_is_better", "false"]
-    command += ["--mixed_reward", json.dumps(MIXED_REWARD)]
+    command += ["--mixed_reward", str(arguments.work / "mixed_reward.yaml")]
     if not arguments.only_prepare:
         subprocess.run([*command, *rest], check=True)
 

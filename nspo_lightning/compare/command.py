@@ -57,7 +57,7 @@ def compare(
     metric: str = "general/accuracy",
     higher_is_better: bool = True,
     text_rows: int = 16,
-    mixed_reward: dict[str, Any] | None = None,
+    mixed_reward: str | None = None,
     jobs: int | None = None,
     only_report: bool = False,
     console: Console | None = None,
@@ -81,8 +81,8 @@ def compare(
         metric: what general ability is, for the selection and the pictures.
         higher_is_better: false where less of the metric is better (text/nll).
         text_rows: general rows of each domain whose NLL and KL to the base are measured at each evaluation; 0 = none.
-        mixed_reward: reward of the method that mixes general prompts in, as in a configuration; by default the
-            configuration's on harmful prompts, and right answers on general ones.
+        mixed_reward: YAML file with the reward of the method that mixes general prompts in, written as in a
+            configuration; by default the configuration's on harmful prompts, and right answers on general ones.
         jobs: processes at a time; by default one a core on the CPU, else one.
         only_report: write table and pictures of what is there, run nothing.
         console: where progress goes.
@@ -105,11 +105,12 @@ def compare(
     budget = Budget(steps=steps, eval_every=eval_every, stop_unsafe=stop_unsafe)
     rule = SelectionRule(unsafe_limit=unsafe_limit, metric=metric, higher_is_better=higher_is_better)
     asked: Sweep | None = None
+    reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
     if sweep is not None:
         asked = make_sweep(sweep, settings, calibration_domains(settings))
         plan = asked.plan(seeds, (learning_rates or [own])[0])
     else:
-        plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own], mixed_reward)
+        plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own], reward)
     folder = Path(out).resolve()
     trajectory = {
         "unsafe_limit": unsafe_limit,
