@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -51,18 +53,26 @@ def test_nothing_imports_the_command_line():
             assert "nspo_lightning.cli" not in file.read_text(), file
 
 
-def test_the_wheel_holds_what_git_holds(tmp_path):
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """What git holds, in a folder of its own: (folder, names)."""
     git = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False)
     if git.returncode:
         pytest.skip("not a git checkout")
-    source = tmp_path / "source"
-    for name in git.stdout.splitlines():
+    source = tmp_path_factory.mktemp("checkout")
+    names = [name for name in git.stdout.splitlines() if (ROOT / name).exists()]
+    for name in names:
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_symlink():
             target.symlink_to((ROOT / name).readlink())
         else:
             target.write_bytes((ROOT / name).read_bytes())
+    return source, names
+
+
+def test_the_wheel_holds_what_git_holds(copied, tmp_path):
+    source, names = copied
     # Without isolation: the build backend is what is installed here, and nothing is downloaded.
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
     result = subprocess.run(build, capture_output=True, text=True, cwd=source, check=False)
@@ -72,10 +82,36 @@ def test_the_wheel_holds_what_git_holds(tmp_path):
     folders = {"callbacks": "nspo_lightning/callbacks", "datamodules": "nspo_lightning/datamodules"}
     folders["configs"] = "nspo_lightning/configs"
     expected = set()
-    for name in git.stdout.splitlines():
+    for name in names:
         top, _, rest = name.partition("/")
         if top in folders:
             expected.add(f"{folders[top]}/{rest}")
         elif top == "nspo_lightning" and not (ROOT / name).is_symlink():
             expected.add(name)
     assert packed == expected
+
+
+def test_the_source_archive_builds_the_same_wheel_and_brings_the_tests(copied, tmp_path):
+    source, names = copied
+    code = f"import os, setuptools.build_meta as b; os.chdir({str(source)!r}); print(b.build_sdist({str(tmp_path)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        name
+        for name in names
+        if name.partition("/")[0] in {"callbacks", "configs", "datamodules", "nspo_lightning", "tests"}
+        and not (ROOT / name).is_symlink()
+    }
+    assert wanted | {"pyproject.toml", "README.md", "LICENSE"} <= packed
+
+
+def test_every_folder_with_code_is_a_package_of_the_wheel():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'^  "(nspo_lightning[\w.]*)",$', text, re.MULTILINE))
+    found = {"nspo_lightning", "nspo_lightning.callbacks", "nspo_lightning.configs", "nspo_lightning.datamodules"}
+    for folder in (ROOT / "nspo_lightning").iterdir():
+        if folder.is_dir() and not folder.is_symlink() and (folder / "__init__.py").is_file():
+            found.add(f"nspo_lightning.{folder.name}")
+    assert listed == found
