@@ -24,12 +24,14 @@ class Experience:
         advantages: Shape (R,).
         old_log_probs: Shape (R, C), under the policy that sampled; None while that is still the current policy.
         reference_log_probs: Shape (R, C), under the base; None at beta 0.
+        sampling_log_probs: Shape (R, C), as a server says that it drew them; None if this process drew them.
     """
 
     rollout: Rollout
     advantages: Tensor
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
+    sampling_log_probs: Tensor | None = None
 
     def select(self, prompts: slice | Tensor) -> Experience:
         """Keep whole groups.
@@ -48,6 +50,7 @@ class Experience:
             advantages=self.advantages[rows],
             old_log_probs=None if self.old_log_probs is None else self.old_log_probs[rows],
             reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs[rows],
+            sampling_log_probs=None if self.sampling_log_probs is None else self.sampling_log_probs[rows],
         )
 
     def to(self, device: torch.device | str) -> Experience:
@@ -64,6 +67,7 @@ class Experience:
             advantages=self.advantages.to(device),
             old_log_probs=None if self.old_log_probs is None else self.old_log_probs.to(device),
             reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs.to(device),
+            sampling_log_probs=None if self.sampling_log_probs is None else self.sampling_log_probs.to(device),
         )
 
 
@@ -123,6 +127,7 @@ class ExperienceBuffer:
             "advantages": experience.advantages,
             "old_log_probs": experience.old_log_probs,
             "reference_log_probs": experience.reference_log_probs,
+            "sampling_log_probs": experience.sampling_log_probs,
             "num_minibatches": self.num_minibatches,
             "num_iterations": self.num_iterations,
             "step": self.step,
@@ -144,6 +149,7 @@ class ExperienceBuffer:
             advantages=state["advantages"],
             old_log_probs=state["old_log_probs"],
             reference_log_probs=state["reference_log_probs"],
+            sampling_log_probs=state.get("sampling_log_probs"),  # older checkpoints have none
         )
         buffer = cls(experience.to(device), state["num_minibatches"], state["num_iterations"])
         buffer.step = state["step"]

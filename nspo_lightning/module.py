@@ -10,7 +10,7 @@ this module without it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
+from nspo_lightning.collection import CollectingModule, check_server, judge_of
 from nspo_lightning.experience import Experience, ExperienceBuffer
 from nspo_lightning.finite import NonFiniteError, explain, nonfinite_gradient, nonfinite_in
 from nspo_lightning.grpo import (
@@ -32,22 +33,19 @@ from nspo_lightning.grpo import (
     Normaliser,
     ObjectiveConfig,
     ObjectiveMetrics,
-    Rollout,
     accumulated_loss,
-    can_share_prompts,
-    group_advantages,
     groups_with_signal,
     loss_mask,
     objective,
     score_completions,
-    split_microbatches,
     token_weights,
 )
-from nspo_lightning.policy import PolicyError, PolicySettings
-from nspo_lightning.policy_module import STATE_KEY, PolicyModule, completion_token_ids, eval_mode
+from nspo_lightning.policy import PolicySettings
+from nspo_lightning.policy_module import STATE_KEY
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
 from nspo_lightning.rollout import SamplingConfig
-from nspo_lightning.rollout_metrics import rollout_metrics
+from nspo_lightning.rollout.server import ServerRollouts
+from nspo_lightning.rollout.server_config import ServerSettings
 
 STEP_STATE = (
     "rollouts",
@@ -66,7 +64,7 @@ def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5)
 
 
-class GRPOModule(PolicyModule):
+class GRPOModule(CollectingModule):
     """Safety GRPO on a policy with a LoRA adapter.
 
     Args:
@@ -90,6 +88,7 @@ class GRPOModule(PolicyModule):
             `over_refusal`); where there are none, all harmless prompts count.
         max_nonfinite_updates: Skipped updates in a row, for a loss, gradient, reward or log-probability that is not
             finite, after which the run stops.
+        rollout_server: Server that draws training completions; null = this process does. See docs/server.md.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -114,6 +113,7 @@ class GRPOModule(PolicyModule):
         general_max_new_tokens: int = 64,
         over_refusal_skills: Sequence[str] = ("over_refusal",),
         max_nonfinite_updates: int = 5,
+        rollout_server: ServerSettings | None = None,
     ) -> None:
         if group_size < 2:
             raise ValueError(
@@ -122,6 +122,7 @@ class GRPOModule(PolicyModule):
             )
         for name, value in {
             "num_iterations": num_iterations,
+            "tokens_per_microbatch": 1 if tokens_per_microbatch is None else tokens_per_microbatch,
             "num_minibatches": num_minibatches,
             "max_nonfinite_updates": max_nonfinite_updates,
         }.items():
@@ -134,7 +135,7 @@ class GRPOModule(PolicyModule):
             )
         super().__init__(
             reward=reward if isinstance(reward, RewardSet) else RewardSet([reward]),
-            judge=judge or _judge_of(reward),
+            judge=judge or judge_of(reward),
             policy=policy,
             sampling=evaluation_sampling or sampling,
             general_max_new_tokens=general_max_new_tokens,
@@ -159,6 +160,7 @@ class GRPOModule(PolicyModule):
         self.max_nonfinite_updates = max_nonfinite_updates
         self.last_completions: dict[str, list[Any]] = {}
         self._seed = 0
+        self.server = None if rollout_server is None else ServerRollouts(rollout_server)
         self._buffer: ExperienceBuffer | None = None
         self._buffer_states: list[dict[str, Any] | None] = []
         self._window_has_signal = False
@@ -174,6 +176,8 @@ class GRPOModule(PolicyModule):
     @override
     def setup(self, stage: str) -> None:
         self._seed = torch.initial_seed() % 2**31
+        if stage == "fit" and self.server is not None:
+            check_server(self, self.server)
 
     @override
     def on_fit_start(self) -> None:
@@ -187,68 +191,6 @@ class GRPOModule(PolicyModule):
             return optimizer
         scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[typeddict-item]
-
-    # ------------------------------------------------------------------ rollouts
-
-    def _collect(self, batch: Mapping[str, Any]) -> ExperienceBuffer:
-        """Roll out, judge, compare: a batch of P prompts becomes experience of P * G completions."""
-        group = self.group_size
-        seed = (self._seed * 1_000_003 + self.rollouts) * self.trainer.world_size + self.global_rank
-        rollout, texts = self.generate(batch, self.sampling, group, seed)
-        prompts = [prompt for prompt in batch["prompt"] for _ in range(group)]
-        columns = {
-            key: [value for value in values for _ in range(group)] for key, values in batch.get("columns", {}).items()
-        }
-        result = self.reward(prompts, texts, columns, completion_ids=completion_token_ids(rollout))
-        # A reward made from a judge's outcomes reports them: a guard model need not judge everything twice.
-        reported = [values for column, values in result.extra.items() if column.endswith("/outcome")]
-        outcomes = reported[0] if reported else self.judge.classify(prompts, texts, **columns)
-        self.rollouts += 1
-        self.num_tokens += int(rollout.completion_mask.sum()) + int(rollout.prompt_mask.sum()) * group
-        self.last_completions = {
-            "prompt": prompts,
-            "completion": texts,
-            "reward": result.total.tolist(),
-            "outcome": list(outcomes),
-            **{name: values for name, values in result.extra.items() if len(values) == len(texts)},
-        }
-        self._log_step({**rollout_metrics(rollout, result, outcomes), "num_tokens": float(self.num_tokens)})
-        experience = Experience(
-            rollout=rollout,
-            advantages=group_advantages(result.total, group, self.scale_rewards).to(self.device),
-            old_log_probs=self._score_without_grad(rollout) if self.num_minibatches > 1 else None,
-            reference_log_probs=self._reference_log_probs(rollout),
-        )
-        return ExperienceBuffer(experience, self.num_minibatches, self.num_iterations)
-
-    def _split(self, rollout: Rollout) -> list[MicroBatch]:
-        model = self.require_policy()
-        shares = self.share_prefix and can_share_prompts(getattr(model, "get_base_model", lambda: model)())
-        return split_microbatches(rollout, self.tokens_per_microbatch, share_prefix=shares)
-
-    def _score_without_grad(self, rollout: Rollout) -> Tensor:
-        scores = torch.zeros(rollout.completion_ids.shape, device=self.device)
-        with eval_mode(self.require_policy()), torch.no_grad():
-            for micro in self._split(rollout):
-                part = score_completions(
-                    self.require_policy(),
-                    micro.rollout,
-                    temperature=self.sampling.temperature,
-                    share_prefix=self.share_prefix,
-                )
-                scores[micro.rows.to(scores.device), : part.log_probs.shape[1]] = part.log_probs
-        return scores
-
-    def _reference_log_probs(self, rollout: Rollout) -> Tensor | None:
-        if self.objective.beta == 0:
-            return None
-        if not hasattr(self.require_policy(), "disable_adapter"):
-            raise PolicyError(
-                f"`objective.beta` is {self.objective.beta}, and the reference is the policy with its adapter off, but "
-                "there is no adapter (`policy.lora: null`). Set `objective.beta: 0`, or train an adapter."
-            )
-        with self.require_policy().disable_adapter():
-            return self._score_without_grad(rollout)
 
     # ------------------------------------------------------------------ training
 
@@ -310,6 +252,7 @@ class GRPOModule(PolicyModule):
             )
             kept[micro.rows.to(kept.device), : scores.log_probs.shape[1]] = scores.log_probs.detach()
             old, reference = experience.old_log_probs, experience.reference_log_probs
+            sampled = experience.sampling_log_probs
             result = objective(
                 scores.log_probs,
                 mask=micro.take(mask),
@@ -319,13 +262,17 @@ class GRPOModule(PolicyModule):
                 old_log_probs=None if old is None else micro.take(old),
                 reference_log_probs=None if reference is None else micro.take(reference),
                 entropy=scores.entropy,
+                sampling_log_probs=None if sampled is None else micro.take(sampled),
+                importance_cap=None if self.server is None else self.server.settings.importance_cap,
             )
             metrics.append(result.metrics)
             return result.loss
 
         micros = self._split(experience.rollout)
         loss = accumulated_loss(self.trainable_parameters(), micros, one, loss_scale=self._loss_scale())
-        self._log_step(ObjectiveMetrics.merge(metrics).means())
+        means = ObjectiveMetrics.merge(metrics).means()
+        self._log_step(means)
+        self._check_sampler(means)
         return loss, kept
 
     def _normaliser(self, mask: Tensor) -> Normaliser:
@@ -346,14 +293,6 @@ class GRPOModule(PolicyModule):
 
     def _scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank: all ranks must agree to run the backward pass, or none."""
-        if self.trainer.world_size == 1:
-            return flag
-        tensor = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return bool(tensor)
 
     @override
     def optimizer_step(
@@ -408,19 +347,6 @@ class GRPOModule(PolicyModule):
         gradients = [parameter.grad for parameter in self.trainable_parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, factor)
 
-    # ------------------------------------------------------------------ logs
-
-    def _log_step(self, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            on_bar = name in {"reward", "unsafe"}
-            self.log(
-                name, value, on_step=True, on_epoch=False, prog_bar=on_bar, sync_dist=self._distributed, batch_size=1
-            )
-
-    @property
-    def _distributed(self) -> bool:
-        return self.trainer.world_size > 1
-
     # ------------------------------------------------------------------ checkpoints
 
     def step_state(self) -> dict[str, Any]:
@@ -470,14 +396,3 @@ def _with_signal(experience: Experience, mask: Tensor, group_size: int) -> tuple
     signal[0] |= ~signal.any()
     rows = signal.repeat_interleave(group_size)
     return experience.select(signal), mask[rows]
-
-
-def _judge_of(reward: Any) -> Judge:
-    """Find a judge in the reward: one of its parts that can judge, or that scores a judge's outcomes."""
-    for part in reward.rewards if isinstance(reward, RewardSet) else [reward]:
-        for candidate in (part, getattr(part, "judge", None)):
-            if isinstance(candidate, Judge):
-                return candidate
-    from nspo_lightning.rewards import RulesJudge
-
-    return RulesJudge()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nspo_lightning.grpo.sampler_metrics import SamplerSums
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveMetrics:
@@ -25,6 +27,7 @@ class ObjectiveMetrics:
         high_max: largest clipped-from-above share of a row; -inf without rows.
         kl_sum: k3 estimates, or None without a reference.
         entropy_sum: entropies, or None where they were not asked for.
+        sampler: how another program that drew the tokens differs, or None where this policy drew them.
     """
 
     num_tokens: Tensor
@@ -35,10 +38,18 @@ class ObjectiveMetrics:
     high_max: Tensor
     kl_sum: Tensor | None = None
     entropy_sum: Tensor | None = None
+    sampler: SamplerSums | None = None
 
     @classmethod
     def measure(
-        cls, *, low: Tensor, high: Tensor, mask: Tensor, kl: Tensor | None, entropy: Tensor | None
+        cls,
+        *,
+        low: Tensor,
+        high: Tensor,
+        mask: Tensor,
+        kl: Tensor | None,
+        entropy: Tensor | None,
+        sampler: SamplerSums | None = None,
     ) -> ObjectiveMetrics:
         """Sum up some rows.
 
@@ -48,6 +59,7 @@ class ObjectiveMetrics:
             mask: shape (R, C), bool, True = token that is trained on.
             kl: shape (R, C) or None.
             entropy: shape (R, C) or None.
+            sampler: passed on.
 
         Returns:
             The sums.
@@ -68,6 +80,7 @@ class ObjectiveMetrics:
             high_max=high_share.max() if used.any() else torch.tensor(-torch.inf, device=mask.device),
             kl_sum=None if kl is None else torch.where(mask, kl, 0.0).sum(),
             entropy_sum=None if entropy is None else torch.where(mask, entropy, 0.0).sum(),
+            sampler=sampler,
         )
 
     @classmethod
@@ -98,6 +111,7 @@ class ObjectiveMetrics:
             high_max=torch.stack([part.high_max for part in parts]).max(),
             kl_sum=None if parts[0].kl_sum is None else total("kl_sum"),
             entropy_sum=None if parts[0].entropy_sum is None else total("entropy_sum"),
+            sampler=SamplerSums.merge([part.sampler for part in parts if part.sampler is not None]),
         )
 
     def means(self) -> dict[str, Tensor]:
@@ -119,4 +133,6 @@ class ObjectiveMetrics:
             named["kl"] = self.kl_sum / tokens
         if self.entropy_sum is not None:
             named["entropy"] = self.entropy_sum / tokens
+        if self.sampler is not None:
+            named |= self.sampler.means()
         return named

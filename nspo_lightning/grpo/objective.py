@@ -12,6 +12,10 @@ arXiv:2507.18071) and kl the k3 estimator exp(d) - d - 1, d = log pi_ref - log p
   ranks and accumulated batches, for ``bnpo`` those of the local batch: the caller says which in `Normaliser`;
 - ``dr_grpo`` (arXiv:2503.20783): 1 / (number of rows * max_new_tokens), a constant.
 
+Where another program drew the tokens, as a server does, their log-probabilities mu under it are not quite those of the
+policy. Then the clipped term (not the KL) is weighted token by token with min(pi_old / mu, cap), a constant: truncated
+importance sampling (https://fengyao.notion.site/off-policy-rl).
+
 As the normaliser is known before the first forward pass, the sum may be cut into micro-batches anywhere and stays
 exactly the same. Rows are completions: R of them, padded to length C.
 """
@@ -25,6 +29,7 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.grpo.metrics import ObjectiveMetrics
+from nspo_lightning.grpo.sampler_metrics import SamplerSums
 
 LossType = Literal["grpo", "dapo", "bnpo", "dr_grpo"]
 RatioLevel = Literal["token", "sequence"]
@@ -177,6 +182,8 @@ def objective(
     old_log_probs: Tensor | None = None,
     reference_log_probs: Tensor | None = None,
     entropy: Tensor | None = None,
+    sampling_log_probs: Tensor | None = None,
+    importance_cap: float | None = None,
 ) -> Objective:
     """Compute the loss of some rows.
 
@@ -190,6 +197,8 @@ def objective(
             the ratio is one and its gradient that of the log-probability, with no second forward pass.
         reference_log_probs: shape (R, C), under the reference; needed exactly when ``config.beta > 0``.
         entropy: shape (R, C), of the policy's next-token distribution, for the metrics only.
+        sampling_log_probs: shape (R, C), of the program that drew the tokens. None = this very policy drew them.
+        importance_cap: upper bound on the importance ratio; None = no bound.
 
     Returns:
         The loss and its metrics.
@@ -207,6 +216,11 @@ def objective(
     bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
     advantages = advantages[:, None] if advantages.ndim == 1 else advantages
     token_loss = -torch.minimum(bounded * advantages, clipped * advantages)
+    difference = importance = None
+    if sampling_log_probs is not None:
+        difference = torch.where(mask, old.detach() - sampling_log_probs, 0.0)
+        importance = difference.exp().clamp(max=importance_cap)
+        token_loss = token_loss * importance
     kl = None
     if config.beta > 0:
         if reference_log_probs is None:
@@ -214,8 +228,8 @@ def objective(
                 f"beta={config.beta} needs `reference_log_probs`, got None. Score the rollout with the adapter off, or "
                 "set beta=0."
             )
-        difference = torch.where(mask, reference_log_probs - log_probs, 0.0)
-        kl = difference.exp() - difference - 1  # k3, http://joschu.net/blog/kl-approx.html
+        to_reference = torch.where(mask, reference_log_probs - log_probs, 0.0)
+        kl = to_reference.exp() - to_reference - 1  # k3, http://joschu.net/blog/kl-approx.html
         token_loss = token_loss + config.beta * kl
     with torch.no_grad():
         metrics = ObjectiveMetrics.measure(
@@ -224,5 +238,8 @@ def objective(
             mask=mask,
             kl=kl,
             entropy=entropy,
+            sampler=None
+            if difference is None or importance is None
+            else SamplerSums.measure(difference, importance, mask),
         )
     return Objective(loss=(token_loss * weights).sum(), metrics=metrics)

@@ -1,0 +1,74 @@
+"""Where training completions come from when a server draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlparse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """An OpenAI-compatible completions server that loads LoRA adapters at run time, such as vLLM.
+
+    Attributes:
+        base_url: the server's address, with its `/v1`.
+        model: the name under which the server offers the base.
+        adapter_folder: folder on a file system that trainer and server share; this run writes its adapters there, one
+            after the other. One run, one folder: what an earlier run left loaded from it is unloaded.
+        server_adapter_folder: the same folder as the server sees it, if its path is another one there.
+        api_key_env: environment variable that holds the key, if the server wants one.
+        timeout_s: limit of one request; a request is one prompt with its group of completions.
+        retries: tries after the first. The waits between them double, up to 30 s: 12 bridge a restart of 4 minutes.
+        backoff_s: the first wait.
+        concurrency: requests under way at once, on each rank.
+        importance_cap: a token's weight in the loss is its probability under the trainer over the one under the
+            server, at most this.
+        warn_logp_difference: mean absolute difference of the log-probabilities, in nats a token, that is warned of.
+        max_logp_difference: the one that ends the run: another base or another adapter must have answered.
+    """
+
+    base_url: str
+    model: str
+    adapter_folder: str
+    server_adapter_folder: str | None = None
+    api_key_env: str = "ROLLOUT_API_KEY"
+    timeout_s: float = 600.0
+    retries: int = 12
+    backoff_s: float = 1.0
+    concurrency: int = 64
+    importance_cap: float = 2.0
+    warn_logp_difference: float = 0.1
+    max_logp_difference: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If a value is out of its range, or the address is none or carries a password.
+        """
+        url = urlparse(self.base_url)
+        if url.password or url.username:
+            raise ValueError(
+                "`rollout_server.base_url` carries a name or password, which would be saved with every config. Leave "
+                "it out, and give the key in the environment variable that `api_key_env` names."
+            )
+        if url.scheme not in {"http", "https"} or not url.netloc:
+            raise ValueError(
+                f"`rollout_server.base_url` must be an address such as http://localhost:8000/v1, got '{self.base_url}'."
+            )
+        for name in ("model", "adapter_folder"):
+            if not getattr(self, name):
+                raise ValueError(f"`rollout_server.{name}` must not be empty.")
+        for name in ("timeout_s", "concurrency", "warn_logp_difference", "max_logp_difference"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`rollout_server.{name}` must be positive, got {getattr(self, name)}.")
+        if self.retries < 0 or self.backoff_s < 0:
+            raise ValueError(
+                "`rollout_server.retries` and `backoff_s` must not be negative, got "
+                f"{self.retries} and {self.backoff_s}."
+            )
+        if self.importance_cap < 1:
+            raise ValueError(
+                f"`rollout_server.importance_cap` must be at least 1, got {self.importance_cap}: below that, tokens "
+                "that server and trainer agree on would lose weight. 2 is a good start."
+            )

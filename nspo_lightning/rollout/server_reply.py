@@ -1,0 +1,185 @@
+"""What is asked of a completions server, and its answer as token ids and log-probabilities, checked.
+
+Field names are vLLM's. Every sampling parameter is sent, also where it has its default: vLLM fills what a request
+leaves out from the model's own generation settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.grpo.batch import Rollout
+from nspo_lightning.rollout.config import SamplingConfig
+from nspo_lightning.rollout.server_client import RolloutServerError
+
+
+@dataclass(frozen=True)
+class ServedCompletion:
+    """One completion as the server drew it.
+
+    Attributes:
+        ids: its tokens, the closing EOS included.
+        log_probs: one a token, of the distribution that it was drawn from.
+    """
+
+    ids: list[int]
+    log_probs: list[float]
+
+
+def completion_request(
+    model: str, prompt: Sequence[int], group_size: int, config: SamplingConfig, stop_ids: Sequence[int], seed: int
+) -> dict[str, Any]:
+    """Ask for one prompt's group.
+
+    Args:
+        model: the adapter's name on the server.
+        prompt: token ids.
+        group_size: completions.
+        config: how they are drawn.
+        stop_ids: tokens that end one.
+        seed: of the noise; completion g of the group uses seed + g.
+
+    Returns:
+        The request's body.
+    """
+    return {
+        "model": model,
+        "prompt": list(prompt),
+        "n": group_size,
+        "seed": seed,
+        "max_tokens": config.max_new_tokens,
+        "min_tokens": config.min_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "min_p": config.min_p or 0.0,
+        "repetition_penalty": config.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": list(stop_ids),
+        "logprobs": 0,  # of the drawn token alone
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "skip_special_tokens": False,
+    }
+
+
+def read_completions(
+    reply: Any, request: dict[str, Any], stop_ids: Sequence[int], vocab_size: int
+) -> list[ServedCompletion]:
+    """Read and check one reply.
+
+    Args:
+        reply: its JSON.
+        request: what was asked.
+        stop_ids: tokens that end a completion.
+        vocab_size: of the trainer's policy.
+
+    Returns:
+        The group, in order.
+
+    Raises:
+        RolloutServerError: If another model answered, or something is missing or impossible.
+    """
+    if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
+        raise RolloutServerError(f"The rollout server answered no completion but {str(reply)[:120]!r}.")
+    if reply.get("model") != request["model"]:
+        raise RolloutServerError(
+            f"Stale adapter: completions were asked of '{request['model']}', and the rollout server says that "
+            f"'{reply.get('model')}' answered. Nothing of it is trained on. Is there a proxy between?"
+        )
+    choices = sorted(reply["choices"], key=lambda choice: int(choice.get("index", 0)))
+    if len(choices) != request["n"]:
+        raise RolloutServerError(
+            f"{request['n']} completions were asked for, and {len(choices)} came back. The server must honour `n`."
+        )
+    return [_read(choice, request, frozenset(stop_ids), vocab_size) for choice in choices]
+
+
+def _read(choice: dict[str, Any], request: dict[str, Any], stop: frozenset[int], vocab_size: int) -> ServedCompletion:
+    prompt = choice.get("prompt_token_ids")
+    if prompt is not None and list(prompt) != request["prompt"]:
+        raise RolloutServerError(
+            f"The rollout server completed another prompt ({len(prompt)} tokens) than the one it was sent "
+            f"({len(request['prompt'])} tokens): it must take token ids as they are."
+        )
+    scored = choice.get("logprobs") or {}
+    ids = choice.get("token_ids") or _ids_of(scored.get("tokens"))
+    log_probs = scored.get("token_logprobs")
+    if not ids or not log_probs or len(ids) != len(log_probs):
+        raise RolloutServerError(
+            f"A completion came back with {len(ids or [])} token ids and {len(log_probs or [])} log-probabilities. The "
+            "server must return both (vLLM 0.10.2 or newer: `return_token_ids` and `logprobs`)."
+        )
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) and value <= 1e-3 for value in log_probs):
+        raise RolloutServerError(
+            "The rollout server returned a log-probability that is none (missing, NaN or positive)."
+        )
+    if not all(0 <= token < vocab_size for token in ids):
+        raise RolloutServerError(
+            f"The rollout server drew token {max(ids)}, and the policy's vocabulary has {vocab_size}. It serves "
+            "another model: mend `rollout_server.model`."
+        )
+    if any(token in stop for token in ids[:-1]) or len(ids) > request["max_tokens"]:
+        raise RolloutServerError(
+            f"The rollout server went on behind a token that ends a completion ({sorted(stop)}) or behind "
+            "`max_tokens`. It must honour `stop_token_ids` and `max_tokens`."
+        )
+    if ids[-1] not in stop and len(ids) < request["max_tokens"]:
+        raise RolloutServerError(
+            f"A completion ended after {len(ids)} of {request['max_tokens']} tokens without one that ends it "
+            f"(finish_reason '{choice.get('finish_reason')}', stop_reason {choice.get('stop_reason')!r}). Give the "
+            "server more context (`--max-model-len`), or remove its own stop words (`--generation-config vllm`)."
+        )
+    return ServedCompletion([int(token) for token in ids], [min(float(value), 0.0) for value in log_probs])
+
+
+def _ids_of(tokens: Any) -> list[int]:
+    # Servers without `token_ids` may write tokens as "token_id:17".
+    marked = [str(token).partition("token_id:")[2] for token in tokens or ()]
+    return [int(token) for token in marked] if all(token.isdigit() for token in marked) else []
+
+
+def as_rollout(
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    groups: Sequence[Sequence[ServedCompletion]],
+    stop_ids: Sequence[int],
+    pad_id: int,
+) -> tuple[Rollout, Tensor]:
+    """Pad what the server drew.
+
+    Args:
+        prompt_ids: shape (P, L), left-padded.
+        prompt_mask: shape (P, L), bool.
+        groups: P groups of G completions.
+        stop_ids: tokens that end a completion.
+        pad_id: fills up.
+
+    Returns:
+        The rollout, and the server's log-probabilities, shape (P * G, C), float32, zero at padding.
+    """
+    rows = [completion for group in groups for completion in group]
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    mask, log_probs = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        mask[index, : len(row.ids)] = True
+        log_probs[index, : len(row.ids)] = torch.tensor(row.log_probs)
+    device = prompt_ids.device
+    rollout = Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask.bool(),
+        group_size=len(groups[0]),
+        completion_ids=ids.to(device),
+        completion_mask=mask.to(device),
+        finished=torch.tensor([row.ids[-1] in set(stop_ids) for row in rows], device=device),
+    )
+    return rollout, log_probs.to(device)
