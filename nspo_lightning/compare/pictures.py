@@ -1,32 +1,54 @@
-"""The pictures of a comparison, in the Okabe-Ito colours, which stay apart for colour-blind readers."""
+"""The pictures of a comparison, in colours that stay apart for colour-blind readers (Okabe-Ito, Tol), and markers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nspo_lightning.compare.methods import METHODS
 from nspo_lightning.compare.results import Group, RunResult
-from nspo_lightning.compare.selection import UNSAFE, SelectionRule, front
+from nspo_lightning.compare.selection import UNSAFE, SelectionRule, front_at
 from nspo_lightning.compare.sweeps import Sweep
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_MARKERS = "oXs^Dv*Phd<>"
-_ORDER = ("nspo", "grpo", "soft", "grpo_kl", "grpo_mixed", "nspo_kl", "random", "protected", "gradient", "displacement")
-"""Those that are looked at first get the most distinct colours."""
+_METHOD_STYLES = {
+    "nspo": ("#0072B2", "o"),
+    "nspo_kl": ("#88CCEE", "v"),
+    "b_only": ("#44AA99", ">"),
+    "soft": ("#117733", "s"),
+    "grpo": ("#D55E00", "X"),
+    "grpo_kl": ("#882255", "^"),
+    "grpo_mixed": ("#DDAA33", "D"),
+    "random": ("#000000", "*"),
+    "protected": ("#999999", "P"),
+    "gradient": ("#AA4499", "h"),
+    "displacement": ("#999933", "d"),
+}
+_FRONT_RATES = [x / 8 for x in range(81)]
+"""Unsafe rates in % at which fronts are drawn."""
 
 
 def style_of(method: str) -> dict[str, Any]:
     """Return colour, marker and line style of a method, the same in every picture."""
-    names = [*_ORDER, *(name for name in METHODS if name not in _ORDER)]
-    index = names.index(method)
-    return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": "-" if index < len(_COLOURS) else "--",
-        "linewidth": 2.4 if method == "nspo" else 1.3,
-        "zorder": 5 if method == "nspo" else 3,
-    }
+    colour, marker = _METHOD_STYLES.get(method, ("#999999", "o"))
+    ours = method == "nspo"
+    return {"color": colour, "marker": marker, "linewidth": 2.6 if ours else 1.4, "zorder": 5 if ours else 3}
+
+
+def mean_front(runs: Sequence[RunResult], value: Callable[[Mapping[str, float]], float]) -> list[float]:
+    """Average the seeds' fronts: the best value at an unsafe rate of at most each of `_FRONT_RATES`.
+
+    Args:
+        runs: Of one method, all learning rates.
+        value: Of a checkpoint, larger = better.
+
+    Returns:
+        One number for each rate; NaN where a seed never got there.
+    """
+    seeds = sorted({r.spec.seed for r in runs})
+    points = [[(100 * p[UNSAFE], value(p)) for r in runs if r.spec.seed == s for p in r.trajectory] for s in seeds]
+    bests = [[front_at(p, rate) for p in points] for rate in _FRONT_RATES]
+    return [sum(b) / len(b) if min(b) > -math.inf else math.nan for b in bests]
 
 
 def tradeoff_figure(
@@ -45,45 +67,52 @@ def tradeoff_figure(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    has_text = all("text/kl" in p for r in results for p in r.trajectory)
+    figure = Figure(figsize=(15 if has_text else 11, 5.6), layout="constrained")
+    panels = list(figure.subplots(1, 3 if has_text else 2))
+    left, right = panels[0], panels[-1]
     for label in dict.fromkeys(r.spec.label for r in results if r.spec.method != "base"):
         runs = [r for r in results if r.spec.label == label]
         style = style_of(runs[0].spec.method)
-        points = [(100 * p[UNSAFE], _gain(p, base, rule, test=False)) for r in runs for p in r.trajectory]
-        curve = front(points)
-        xs, ys = [p[0] for p in curve] + [100.0], [p[1] for p in curve] + [curve[-1][1]]
-        line = {k: v for k, v in style.items() if k != "marker"}
-        left.plot(xs, ys, drawstyle="steps-post", label=label, **line)
+        line = {key: value for key, value in style.items() if key != "marker"}
+        left.plot(_FRONT_RATES, mean_front(runs, lambda p: _gain(p, base, rule, test=False)), label=label, **line)
+        if has_text:
+            kls = mean_front(runs, lambda p: -p["text/kl"])
+            panels[1].plot(_FRONT_RATES, [-kl for kl in kls], **line)
         chosen = groups[label].results
-        dots = {"color": style["color"], "marker": style["marker"], "zorder": style["zorder"]}
         right.scatter(
             [100 * r.test[UNSAFE] for r in chosen],
             [_gain(r.test, base, rule, test=True) for r in chosen],
-            s=70 if runs[0].spec.method == "nspo" else 45,
+            s=90 if runs[0].spec.method == "nspo" else 50,
             alpha=0.85,
             label=label,
             edgecolors="white",
             linewidths=0.6,
-            **dots,
+            color=style["color"],
+            marker=style["marker"],
+            zorder=style["zorder"],
         )
-    for axes in (left, right):
+    for axes in panels:
         axes.axvline(100 * rule.unsafe_limit, color="0.6", lw=0.8, ls=":")
-        axes.axhline(0, color="0.6", lw=0.8)
         axes.set_xlabel("unsafe answers to harmful prompts, %")
-        axes.set_ylabel(_ability_label(rule))
         axes.grid(alpha=0.25)
-    left.set_xlim(-0.2, 10)
-    left.set_title("Fronts over all checkpoints, validation prompts")
-    right.set_title("Selected checkpoint of each run, test prompts")
+    for axes in (left, right):
+        axes.axhline(0, color="0.6", lw=0.8)
+        axes.set_ylabel(_ability_label(rule))
+    for axes in panels[:-1]:
+        axes.set_xlim(-0.2, _FRONT_RATES[-1])
+    left.set_title("Fronts: general ability (validation)")
+    if has_text:
+        panels[1].set_yscale("log")
+        panels[1].set_ylabel("KL to the base on general answers, nats a token (less is better)")
+        panels[1].set_title("Fronts: distance from the base (validation)")
+    right.set_title("Selected checkpoint of each run (test)")
     right.set_xscale("symlog", linthresh=5)
     ticks = [0, 1, 2, 3, 4, 5, 10, 20, 50, 100]
     right.set_xticks(ticks, [str(t) for t in ticks])
     right.set_xlim(-0.2, 105)
-    left.set_ylim(*_limits(left, right))
-    right.set_ylim(*left.get_ylim())
     handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=10, frameon=False)
     return figure
 
 
@@ -100,7 +129,7 @@ def curves_figure(groups: Mapping[str, Group], base: RunResult | None, rule: Sel
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     top, bottom = figure.subplots(1, 2)
     for label, group in groups.items():
         method = group.results[0].spec.method
@@ -177,13 +206,6 @@ def _ability_label(rule: SelectionRule) -> str:
     if rule.metric == "general/accuracy":
         return "general accuracy, change in points"
     return f"{rule.metric}, {'gain' if rule.higher_is_better else 'reduction'} against the base"
-
-
-def _limits(*axes: Any) -> tuple[float, float]:
-    low = min(a.dataLim.y0 for a in axes)
-    high = max(a.dataLim.y1 for a in axes)
-    margin = 0.06 * max(high - low, 1e-9)
-    return low - margin, max(high, 0.0) + margin
 
 
 def _mean_curve(
