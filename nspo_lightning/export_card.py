@@ -178,9 +178,11 @@ def _before_after(source: ExportSource) -> str:
     for key, value in after.items():
         old = source.summary.get(f"before/{key}")
         lines.append(f"| {key} | {'' if old is None else f'{100 * old:.1f} %'} | {100 * value:.1f} % |")
-    measured = source.summary.get("checkpoint") or "the last state of the run"
-    if measured != source.checkpoint.name:
+    measured = source.summary.get("checkpoint")
+    if measured is not None and measured != source.checkpoint.name:
         lines += ["", f"Measured on {measured}; this is an export of {source.checkpoint.name}."]
+    elif measured is None and source.summary.get("updates") != source.updates:
+        lines += ["", f"Measured at the end of the run; this is an export of {source.checkpoint.name}."]
     return "\n".join(lines)
 
 

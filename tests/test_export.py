@@ -167,6 +167,18 @@ def test_the_card_tells_what_a_reader_needs(run, export, tmp_path):
     for wanted in (basis.fingerprint["data"], "safety.jsonl", "group_size: 4", "nf4", "vllm serve", "PeftModel"):
         assert wanted in card
     assert "largest leak" in card
+    assert "Measured" not in card  # the last state is the one that the figures are of
+
+
+def test_figures_of_another_checkpoint_are_said_to_be_so(run, export, tmp_path):
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    (tmp_path / "moved" / "last.ckpt").write_bytes((run / "checkpoints" / "last.ckpt").read_bytes())
+    summary = json.loads((run / "summary.json").read_text()) | {"checkpoint": "best-2.ckpt"}
+    (tmp_path / "moved" / "summary.json").write_text(json.dumps(summary))
+    assert export(ckpt=tmp_path / "moved" / "last.ckpt")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Measured on best-2.ckpt; this is an export of last.ckpt." in card
 
 
 def test_without_its_basis_an_export_says_so(run, export, tmp_path):
