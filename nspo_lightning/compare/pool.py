@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -68,7 +69,9 @@ def run_all(jobs: Sequence[Job], workers: int, console: Console) -> list[Outcome
     )
     outcomes: list[Outcome] = []
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(max_workers=workers, mp_context=context)
+    executor = ProcessPoolExecutor(
+        max_workers=workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)
+    )
     try:
         with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
             task = progress.add_task("runs", total=len(jobs))
@@ -86,6 +89,17 @@ def run_all(jobs: Sequence[Job], workers: int, console: Console) -> list[Outcome
         raise
     executor.shutdown()
     return outcomes
+
+
+def _die_with(parent: int) -> None:
+    """End this worker when the process that gave it work is gone, whatever ended that: nobody would read the result."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_one(job: Job) -> Outcome:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +169,28 @@ def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
     assert [p["rollouts"] for p in run["trajectory"]] == [1.0, 2.0]
     rule = SelectionRule()
     assert rule.preference(run["selected"]) == max(rule.preference(p) for p in run["trajectory"])
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = (
+        "import sys, time, multiprocessing\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from nspo_lightning.compare import pool\n"
+        "import os\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    e = ProcessPoolExecutor(1, mp_context=context, initializer=pool._die_with, initargs=(os.getpid(),))\n"
+        "    print(e.submit(os.getpid).result(), flush=True)\n"
+        "    e.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    (tmp_path / "pool_job.py").write_text(script)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "pool_job.py")], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{worker}").exists()
