@@ -22,6 +22,7 @@ exactly the same. Rows are completions: R of them, padded to length C.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -219,7 +220,7 @@ def objective(
     difference = importance = None
     if sampling_log_probs is not None:
         difference = torch.where(mask, old.detach() - sampling_log_probs, 0.0)
-        importance = difference.exp().clamp(max=importance_cap)
+        importance = difference.exp().clamp(max=math.inf if importance_cap is None else importance_cap)
         token_loss = token_loss * importance
     kl = None
     if config.beta > 0:
