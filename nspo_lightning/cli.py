@@ -248,6 +248,9 @@ def main(args: list[str] | None = None) -> None:
     if (text := command_face.help_text(arguments)) is not None:
         print(text)
         return
+    if not arguments:
+        print(f"{command_face.overview()}\n\nerror: expected a subcommand, got none.", file=sys.stderr)
+        sys.exit(2)
     try:
         arguments = command_face.prepared(arguments)
         if arguments[0] == "completion":

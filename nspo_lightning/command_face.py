@@ -7,7 +7,6 @@ here imports torch, so that a help appears at once.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -108,9 +107,9 @@ def help_text(arguments: Sequence[str]) -> str | None:
     Returns:
         The text; None if something else is wanted, among it the whole help and the helps of small tools.
     """
-    if not arguments or (arguments[0] in HELP):
-        return _overview()
-    if arguments[0] in OPTIONS and any(argument in HELP for argument in arguments[1:]):
+    if arguments and arguments[0] in HELP:
+        return overview()
+    if arguments and arguments[0] in OPTIONS and any(argument in HELP for argument in arguments[1:]):
         return _screen(arguments[0])
     return None
 
@@ -202,18 +201,8 @@ def completion_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Answer a call for help at once, else hand over to the command line proper."""
-    text = help_text(sys.argv[1:])
-    if text is not None:
-        print(text)
-        return
-    from nspo_lightning.cli import main as run
-
-    run()
-
-
-def _overview() -> str:
+def overview() -> str:
+    """Return the screen that names every subcommand."""
     lines = [
         f"usage: {PROG} SUBCOMMAND [options]      (or: nspo-lightning SUBCOMMAND [options])",
         "",

@@ -39,9 +39,9 @@ def test_every_help_fits_on_a_screen(capsys, name, monkeypatch):
     assert max(len(line) for line in out.splitlines()) <= 120
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
-def test_the_overview_names_every_subcommand(capsys, arguments):
-    code, out, _ = call(capsys, *arguments)
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_the_overview_names_every_subcommand(capsys, argument):
+    code, out, _ = call(capsys, argument)
     assert code == 0
     assert len(out.splitlines()) <= SCREEN
     for name in (*command_face.JOBS, *COMMANDS):
@@ -67,7 +67,7 @@ def test_help_all_has_every_setting_and_the_screen_invents_none(capsys):
 def test_help_needs_no_torch():
     code = (
         "import sys; sys.argv = ['x', 'fit', '--help']\n"
-        "from nspo_lightning.command_face import main; main(); assert 'torch' not in sys.modules"
+        "from nspo_lightning.__main__ import main; main(); assert 'torch' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -104,6 +104,8 @@ def test_exit_codes(capsys, tmp_path, monkeypatch):
     assert call(capsys, "completion", "bash")[0] == 0
     code, _, err = call(capsys, "export", "--ckpt", "none.ckpt", "--out", "out")  # failed
     assert (code, "no checkpoint" in err) == (1, True)
+    code, _, err = call(capsys)
+    assert (code, "expected a subcommand" in err) == (2, True)
     for wrong in (("nothing",), ("fit", "-c", "quickstart", "--nothing", "1"), ("export",), ("completion", "fish")):
         code, _, err = call(capsys, *wrong)
         assert code == 2, wrong
