@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import signal
@@ -232,6 +233,10 @@ def start(folder: Path, *arguments: str) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # they hold on to the stream of their import
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setStream(sys.stderr)
         cli.main(["fit", "-c", "config.yaml", *arguments])
         code = 0
     except SystemExit as stop:

@@ -18,6 +18,7 @@ the hooks that follow a batch; in a validation; in the hooks that end it; in the
 
 _EPOCH = "epoch_loop."
 _BATCHES = "epoch_loop.batch_progress"
+_OPTIMIZER = "epoch_loop.automatic_optimization.optim_progress"
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 _COUNTERS = ("ready", "started", "processed", "completed")
 
@@ -35,6 +36,9 @@ def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> Non
         case "step":  # the batch that was begun is as if it had never been
             _set_all(batches, batches["total"]["completed"], batches["current"]["completed"])
             batches["is_last_batch"] = False
+            steps = fit_loop[_OPTIMIZER]["optimizer"]["step"]
+            for count in ("total", "current"):
+                steps[count]["ready"] = steps[count]["completed"]
             if validation_follows(trainer, batches["current"]["completed"], batches["total"]["completed"]):
                 # Lightning goes through the end of the last batch again, to pass by its validation.
                 fit_loop[_EPOCH + "state_dict"]["_batches_that_stepped"] -= 1

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 PARTIAL = ".partial"
@@ -47,8 +48,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if "://" not in str(path):
             self._tidy(Path(path).parent)
-        try:  # whatever Lightning's default is: a checkpoint is data, and data runs no code
-            return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+        try:  # whatever Lightning's default is or a caller asks for: a checkpoint is data, and data runs no code
+            return super().load_checkpoint(path, map_location, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise CheckpointError(_unreadable(path, error)) from error
 
@@ -73,7 +74,8 @@ def check_checkpoint(path: Path) -> None:
     """Look whether a checkpoint can be read, before anything long.
 
     Args:
-        path: The file (or a folder, as sharded strategies write it, which is not looked into).
+        path: The file (or a folder, as sharded strategies write it, which is not looked into: PyTorch reads its index
+            and its plain values with pickle, so it must come from a run of one's own).
 
     Raises:
         FileNotFoundError: If nothing is there.
@@ -82,6 +84,11 @@ def check_checkpoint(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path.is_dir():
+        if (path / ".metadata").exists():
+            rank_zero_info(
+                f"{path} is a sharded checkpoint. PyTorch reads those with pickle, which can run code: go on from your "
+                "own runs only."
+            )
         return
     try:
         torch.load(path, map_location="meta", weights_only=True)
@@ -90,7 +97,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def _unreadable(path: _PATH, error: Exception) -> str:
-    planted = re.search(r"(?:GLOBAL|Unsupported global:?) (\S+)", str(error))
+    planted = re.search(r"GLOBAL (\S+)", str(error))
     if planted:
         found = f"it holds code ({planted[1]}) besides tensors and plain values, and that is never run"
     else:

@@ -163,7 +163,7 @@ def test_a_checkpoint_is_read_as_weights_and_nothing_else(tmp_path: Path) -> Non
             return (Path.touch, (tmp_path / "planted",))
 
     torch.save({"state_dict": {}, "x": Planted()}, tmp_path / "bad.ckpt")
-    with pytest.raises(Exception, match=r"[Ww]eights"):
+    with pytest.raises(Exception, match="holds code"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "planted").exists()
 

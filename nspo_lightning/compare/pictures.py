@@ -103,7 +103,8 @@ def tradeoff_figure(
         axes.set_xlim(-0.2, _FRONT_RATES[-1])
     left.set_title("Fronts: general ability (validation)")
     if has_text:
-        panels[1].set_yscale("log")
+        if any(kl > 0 for line in panels[1].get_lines() for kl in line.get_ydata()):
+            panels[1].set_yscale("log")
         panels[1].set_ylabel("KL to the base on general answers, nats a token (less is better)")
         panels[1].set_title("Fronts: distance from the base (validation)")
     right.set_title("Selected checkpoint of each run (test)")

@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.grpo.sharing import evaluation_mode
+
 _PROBE_TOLERANCE = 1e-3  # relative; the two ways run the same kernels on the same numbers
 
 
@@ -112,7 +114,7 @@ def _splits(model: Any, head: Callable[[Tensor], Tensor], vocab_size: int) -> bo
             lambda _m, _a, output: seen.append(getattr(output, "last_hidden_state", None))
         )
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluation_mode(model):  # dropout would draw noise that a resumed run draws elsewhere
                 # Several different tokens: one of them may be padding, whose embedding and logits can be all zero.
                 ids = torch.arange(8, device=next(model.parameters()).device)[None] % vocab_size
                 logits = model(input_ids=ids, use_cache=False, return_dict=True).logits

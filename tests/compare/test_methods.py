@@ -41,7 +41,8 @@ def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> N
     assert callback.settings.form == ("soft" if spec.method == "soft" else "hard")
     subspace = spec.method if spec.method in {"random", "protected"} else "null"
     assert callback.settings.subspace == subspace
-    assert cli.trainer.limit_train_batches == 20
+    trajectory = next(c for c in cli.trainer.callbacks if type(c).__name__ == "Trajectory")  # type: ignore[attr-defined]
+    assert trajectory.steps == 20
     assert cli.trainer.val_check_interval == 5
 
 

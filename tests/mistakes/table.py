@@ -28,7 +28,6 @@ CONFIG = {
     "unknown option": fit("--model.grup_size=4", says="grup_size", code=2),
     "text for a number": fit("--model.group_size=four", says="group_size", code=2),
     "unknown subcommand": command("fti", says="fti", code=2),
-    "no subcommand": command(says="subcommand", code=2),
     "config not there": command("fit", "-c", "nowhere.yaml", says="nowhere.yaml", code=2),
     "config is no YAML": command("fit", "-c", "broken/yaml.yaml", says="Problems parsing config", code=2),
     "config is a list": command("fit", "-c", "broken/list.yaml", says="list.yaml|config", code=2),
@@ -146,7 +145,7 @@ OTHER = {
     "compare an unknown method": command(
         "compare", "--config=config.yaml", "--out=cmp", "--methods=[magic]", says="'magic'"
     ),
-    "compare no config": command("compare", "--config=nowhere.yaml", "--out=cmp", says="nowhere.yaml"),
+    "compare no config": command("compare", "--config=nowhere.yaml", "--out=cmp", says="nowhere.yaml", code=2),
     "compare nothing finished": command(
         "compare",
         "--config=config.yaml",
