@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nspo_lightning.compare.methods import METHODS
 from nspo_lightning.compare.plan import Budget, RunSpec, main_grid
-from nspo_lightning.compare.pool import Job, run_all
+from nspo_lightning.compare.pool import Job, Outcome, run_all
 from nspo_lightning.compare.results import RunResult
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep, make_sweep
@@ -119,14 +119,19 @@ def compare(
         "text_rows": text_rows,
     }
     prepared = {s.name: s.arguments(Path(config).resolve(), folder, budget, trajectory) for s in plan}
+    failed: list[Outcome] = []
     if not only_report:
-        _run_missing(plan, prepared, Path(config).resolve(), folder, jobs or _default_jobs(settings), console)
+        failed = _run_missing(plan, prepared, Path(config).resolve(), folder, jobs or _default_jobs(settings), console)
     results = [
         RunResult.read(spec, path) for spec in plan if (path := folder / "runs" / spec.name / "result.json").is_file()
     ]
-    if not results:
+    if not results and not failed:
         raise ValueError(f"No run is complete in {folder}: nothing to report. Leave `--only_report` out.")
-    write_report(folder, results, rule=rule, budget=budget, sweep=asked, planned=len(plan), console=console)
+    if results:
+        write_report(folder, results, rule=rule, budget=budget, sweep=asked, planned=len(plan), console=console)
+    if failed:  # a variant that can't be trained is an answer too: the others are reported first
+        listing = "\n".join(f"  {o.name}: {o.error}" for o in failed)
+        raise ValueError(f"{len(failed)} of {len(plan)} runs failed; the others are kept and reported:\n{listing}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def _run_missing(
     folder: Path,
     workers: int,
     console: Console,
-) -> None:
+) -> list[Outcome]:
     """Run what is not there yet; a run of the same name made with other settings is an error, never a result."""
     jobs: list[Job] = []
     for spec in plan:
@@ -209,7 +214,4 @@ def _run_missing(
         jobs.append(Job(name=spec.name, arguments=[*arguments, *resume], log=folder / "logs" / f"{spec.name}.txt"))
     done = len(plan) - len(jobs)
     console.print(f"{len(plan)} runs, {done} done already; {workers} at a time; logs in {folder / 'logs'}")
-    failed = [o for o in run_all(jobs, workers, console) if o.error]
-    if failed:
-        listing = "\n".join(f"  {o.name}: {o.error}" for o in failed)
-        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed; the others are kept:\n{listing}")
+    return [o for o in run_all(jobs, workers, console) if o.error]
