@@ -37,7 +37,9 @@ def write_hparams(results: Sequence[RunResult], folder: Path) -> None:
                 for metric in _METRICS:
                     if metric in record:
                         writer.add_scalar(f"validation/{metric}", record[metric], int(record["rollouts"]))
-            parameters = {"method": spec.method, "variant": spec.variant, "seed": spec.seed}
+            parameters: dict[str, str | float] = {"method": spec.method, "seed": str(spec.seed)}
+            if any(r.spec.variant for r in results):
+                parameters["variant"] = spec.variant or spec.label
             parameters |= {"learning_rate": spec.learning_rate or 0.0, "null_share": result.null_share or 0.0}
             metrics = {f"test/{m}": result.test[m] for m in _METRICS if m in result.test}
             writer.add_hparams(parameters, metrics, run_name=".")
