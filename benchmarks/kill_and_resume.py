@@ -233,7 +233,7 @@ def start(folder: Path, *arguments: str) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # they hold on to the stream of their import
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # they keep the stream of their import
             for handler in logging.getLogger(name).handlers:
                 if isinstance(handler, logging.StreamHandler):
                     handler.setStream(sys.stderr)
