@@ -93,6 +93,7 @@ def test_base_and_policy_on_a_local_task(job, capsys):
 
 
 def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
+    pytest.importorskip("lm_eval")
     folder = job[0]
     with pytest.raises(MisconfigurationException, match="nothing at"):
         main(["-c", "missing.yaml", "--tasks", "colours"])

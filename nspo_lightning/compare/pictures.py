@@ -71,6 +71,7 @@ def tradeoff_figure(
     figure = Figure(figsize=(15 if has_text else 11, 5.6), layout="constrained")
     panels = list(figure.subplots(1, 3 if has_text else 2))
     left, right = panels[0], panels[-1]
+    shown: list[float] = []
     for label in dict.fromkeys(r.spec.label for r in results if r.spec.method != "base"):
         runs = [r for r in results if r.spec.label == label]
         style = style_of(runs[0].spec.method)
@@ -78,6 +79,7 @@ def tradeoff_figure(
         left.plot(_FRONT_RATES, mean_front(runs, lambda p: _gain(p, base, rule, test=False)), label=label, **line)
         if has_text:
             kls = mean_front(runs, lambda p: -p["text/kl"])
+            shown += [-kl for kl in kls]
             panels[1].plot(_FRONT_RATES, [-kl for kl in kls], **line)
         chosen = groups[label].results
         right.scatter(
@@ -103,7 +105,7 @@ def tradeoff_figure(
         axes.set_xlim(-0.2, _FRONT_RATES[-1])
     left.set_title("Fronts: general ability (validation)")
     if has_text:
-        if any(kl > 0 for line in panels[1].get_lines() for kl in line.get_ydata()):
+        if any(kl > 0 for kl in shown):  # nothing to take a logarithm of where no run came far enough
             panels[1].set_yscale("log")
         panels[1].set_ylabel("KL to the base on general answers, nats a token (less is better)")
         panels[1].set_title("Fronts: distance from the base (validation)")
