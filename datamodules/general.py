@@ -165,6 +165,5 @@ class GeneralDataModule(PromptDataModule):
         return PromptLoader(
             [rows],
             lambda batch: collate_calibration(batch, self.calibration_text, renderer, self.calibration_padding),
-            batch_size=self.calibration_batch_size,
-            shard=self.shard,
+            batch_size=self.calibration_batch_size,  # the same on every rank: `calibrate_modules` deals batches out
         )

@@ -107,13 +107,16 @@ class ExperienceBuffer:
         prompts, parts = self.experience.rollout.num_prompts, self.num_minibatches
         return self.experience.select(slice(part * prompts // parts, (part + 1) * prompts // parts))
 
-    def keep_old_log_probs(self, log_probs: Tensor) -> None:
-        """Keep the log-probabilities of an on-policy step that covered the whole rollout.
+    def keep_old_log_probs(self, log_probs: Tensor, rows: Tensor) -> None:
+        """Keep the log-probabilities of an on-policy step over the rollout, for the passes that follow.
 
         Args:
-            log_probs: Shape (R, C), detached.
+            log_probs: Shape (rows that count, C), detached.
+            rows: Shape (R,), True = the step scored this row; the others (groups without signal) are never learnt from.
         """
-        self.experience = replace(self.experience, old_log_probs=log_probs)
+        whole = log_probs.new_zeros(len(rows), log_probs.shape[1])
+        whole[rows] = log_probs
+        self.experience = replace(self.experience, old_log_probs=whole)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain tensors and values, for checkpoints.

@@ -206,7 +206,6 @@ class GRPOModule(CollectingModule):
                 self.rollouts += 1  # other noise next time
                 self._window_nonfinite = f"reward: {error}"
                 return None
-        whole_rollout = self._buffer.num_minibatches == 1
         experience = self._buffer.next()
         mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, self.objective)
         normaliser = self._normaliser(mask)
@@ -217,18 +216,18 @@ class GRPOModule(CollectingModule):
             self._log_step({"step_time": time.perf_counter() - start, "updates_skipped": float(self.updates_skipped)})
             return None
         self._window_has_signal = True
+        rows = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
         if self.objective.beta == 0:  # groups without signal have a zero gradient: nothing is lost without them
-            experience, mask = _with_signal(experience, mask, self.group_size)
-            whole_rollout = (
-                whole_rollout and experience.rollout.num_prompts == self._buffer.experience.rollout.num_prompts
-            )
+            signal = _with_signal(experience.advantages, self.group_size)
+            experience, rows = experience.select(signal), signal.repeat_interleave(self.group_size)
+            mask = mask[rows]
         loss, log_probs = self._loss(experience, mask, normaliser)
         seen = nonfinite_in({"log-probabilities": torch.where(mask, log_probs, 0.0), "loss": loss})
         if self._any_rank(bool(seen)):
             self._window_nonfinite = seen or "another rank's loss or log-probabilities"
             return None
-        if whole_rollout and experience.old_log_probs is None and self._buffer.needs_old_log_probs:
-            self._buffer.keep_old_log_probs(log_probs)
+        if self._buffer.num_minibatches == 1 and experience.old_log_probs is None and self._buffer.needs_old_log_probs:
+            self._buffer.keep_old_log_probs(log_probs, rows)
         self._log_step({"loss": loss.detach(), "step_time": time.perf_counter() - start})
         return loss
 
@@ -390,9 +389,8 @@ class GRPOModule(CollectingModule):
             self._buffer = ExperienceBuffer.from_state_dict(mine, self.device)
 
 
-def _with_signal(experience: Experience, mask: Tensor, group_size: int) -> tuple[Experience, Tensor]:
-    """Keep the groups that have a signal (at least one group: other ranks may be waiting in the backward pass)."""
-    signal = groups_with_signal(experience.advantages, group_size)
+def _with_signal(advantages: Tensor, group_size: int) -> Tensor:
+    """Mark the groups that have a signal, shape (P,): at least one, as other ranks may be waiting in the backward."""
+    signal = groups_with_signal(advantages, group_size)
     signal[0] |= ~signal.any()
-    rows = signal.repeat_interleave(group_size)
-    return experience.select(signal), mask[rows]
+    return signal

@@ -153,6 +153,19 @@ def test_second_iteration_is_off_policy(tiny_llama, tmp_path):
     assert recorder.steps[1]["clip_ratio/region_mean"] > 0
 
 
+def test_second_iteration_is_off_policy_beside_a_group_without_signal(tiny_llama, tmp_path):
+    def one_group_is_flat(prompts, completions, completion_ids, **_):
+        flat = prompts[0]
+        return [0.0 if p == flat else sum(ids) % 7 for p, ids in zip(prompts, completion_ids, strict=True)]
+
+    recorder = Recorder()
+    policy = module(tiny_llama, reward=one_group_is_flat, num_iterations=2, lr=0.1)
+    trainer(tmp_path, steps=2, callbacks=[recorder]).fit(policy, datamodule(repeat_batches=2))
+    assert recorder.steps[1]["frac_reward_zero_std"] > 0
+    assert recorder.steps[0]["clip_ratio/region_mean"] == 0
+    assert recorder.steps[1]["clip_ratio/region_mean"] > 0
+
+
 def gradients_of(policy, folder, batch_size, accumulate):
     """Gradients of the first update over the same four prompts, whose completions depend on the prompt alone."""
     original = policy.generate

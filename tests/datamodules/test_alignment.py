@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -112,6 +113,19 @@ def test_model_answers_need_someone_to_answer(make):
     data = make(calibration_text="prompt_and_model_answer")
     with pytest.raises(DataError, match="answer_fn"):
         data.calibration_dataloader()
+
+
+def test_every_rank_is_given_all_calibration_text(make):
+    """`calibrate_modules` deals the batches out; dealt twice, half of the text would be in no rank's sums."""
+
+    def texts(rank, world_size):
+        data = make()
+        data.general.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=None)
+        return [ids.tolist() for batch in data.general.calibration_dataloader() for ids in batch["input_ids"]]
+
+    alone = texts(0, 1)
+    assert texts(0, 2) == texts(1, 2) == alone
+    assert len(alone) == len(make().general.calibration_rows())
 
 
 def test_calibration_mixes_sources_equally_unless_weighted(make, tokenizer, files):
