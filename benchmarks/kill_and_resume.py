@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,42 +99,11 @@ class Marks(Callback):
         self.mark("end")
 
 
-def write_model(folder: Path) -> None:
-    """Write a random Llama of width 64 with the embedded world's tokenizer.
-
-    Args:
-        folder: Where to.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from nspo_lightning.toy.tokenizer import train_tokenizer
-    from nspo_lightning.toy.world import examples
-
-    tokenizer = train_tokenizer([f"{e.prompt} {e.answer}" for e in examples("benign", "train")[:200]], 320)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        initializer_range=0.15,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def write_job(folder: Path, model: Path, accumulate: int = 1) -> None:
+def write_job(folder: Path, accumulate: int = 1) -> None:
     """Write data and configuration of the small job.
 
     Args:
         folder: Where to.
-        model: The policy's folder.
         accumulate: Batches an update.
     """
     folder.mkdir(parents=True)
@@ -151,7 +121,7 @@ def write_job(folder: Path, model: Path, accumulate: int = 1) -> None:
                 "init_args": {"path": "kill_and_resume.noisy_reward"},
             },
             "policy": {
-                "path": str(model),
+                "path": "toy",
                 "quantization": "none",
                 "dtype": "float32",
                 "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
@@ -212,12 +182,13 @@ def write_job(folder: Path, model: Path, accumulate: int = 1) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def start(folder: Path, *arguments: str) -> int:
+def start(folder: Path, *arguments: str, before: Callable[[], None] = lambda: None) -> int:
     """Fork a run in a folder.
 
     Args:
         folder: With the job's files; marks and output go there too.
         *arguments: Further ones for ``fit``.
+        before: Called in the child before it runs.
 
     Returns:
         The child's process id.
@@ -237,6 +208,7 @@ def start(folder: Path, *arguments: str) -> int:
             for handler in logging.getLogger(name).handlers:
                 if isinstance(handler, logging.StreamHandler):
                     handler.setStream(sys.stderr)
+        before()
         cli.main(["fit", "-c", "config.yaml", *arguments])
         code = 0
     except SystemExit as stop:
@@ -376,8 +348,7 @@ def main() -> None:
     torch.set_num_threads(1)
     chance = random.Random(options.seed)
     root = (options.folder or Path(tempfile.mkdtemp(prefix="kill_and_resume_"))).resolve()
-    write_model(root / "model")
-    write_job(root / "whole", root / "model", options.accumulate)
+    write_job(root / "whole", options.accumulate)
     began = time.monotonic()
     if code := wait(start(root / "whole")):
         sys.exit(f"The uninterrupted run ended with {code}; see {root / 'whole' / 'output.log'}.")
@@ -386,7 +357,7 @@ def main() -> None:
     hits: Counter[str] = Counter()
     for trial in range(options.times):
         phase, folder = PHASES[trial % len(PHASES)], root / f"kill{trial}"
-        write_job(folder, root / "model", options.accumulate)
+        write_job(folder, options.accumulate)
         child = start(folder)
         delay_s = chance.uniform(0, 0.015 if phase == "checkpoint" else 0.15)
         hit = kill_in(child, folder, phase, chance.randint(1, counts[phase]), delay_s)

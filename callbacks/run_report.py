@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
+
+from nspo_lightning.atomic import write_json
+from nspo_lightning.checkpoints import read_checkpoint
 
 HEADLINES = (
     "safety/unsafe_rate",
@@ -94,9 +94,7 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             module.save_adapter(folder / "adapter")
-            partial = folder / "summary.json.partial"
-            partial.write_text(json.dumps(summary, indent=2) + "\n")
-            os.replace(partial, folder / "summary.json")
+            write_json(summary, folder / "summary.json")
         self._print(self.before, after, summary, folder)
 
     @override
@@ -128,7 +126,7 @@ class RunReport(Callback):
                 path = getattr(callback, "best_model_path", None) or path
         if not path or not Path(path).exists():
             return None
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        state = read_checkpoint(path)["state_dict"]
         pl_module.load_state_dict(state, strict=False)
         return Path(path).name
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
+from nspo_lightning.atomic import write_json
 from nspo_lightning.divergence import TextSums
 from nspo_lightning.evaluation import Answers, Rate, RateTable, row_categories
 from nspo_lightning.identity import data_identity, describe, policy_identity, versions
@@ -113,10 +113,7 @@ class TestReport(Callback):
             "completions": COMPLETIONS,
         }
         if trainer.is_global_zero:
-            path = self._folder(trainer) / RESULT
-            partial = path.with_suffix(".json.partial")
-            partial.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n")
-            os.replace(partial, path)
+            write_json(self.result, self._folder(trainer) / RESULT)
         _print(rates, text)
         rank_zero_info(f"Written to {self._folder(trainer)}: {RESULT}, {COMPLETIONS}")
 

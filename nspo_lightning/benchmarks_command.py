@@ -7,8 +7,6 @@ as it is and with its adapter in place; the base is the same model with the adap
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
+from nspo_lightning.atomic import write_json
 from nspo_lightning.identity import describe, policy_identity, versions
 from nspo_lightning.policy import PolicySettings, load_policy, policy_fingerprint
 from nspo_lightning.policy_module import PolicyModule
@@ -66,10 +65,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         "results": {who: scores(values) for who, values in found.items()},
     }
     out = Path(options.out or run / RESULT)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n")
-    os.replace(partial, out)
+    write_json(result, out)
     console = console or Console()
     console.print(_table(result["results"], found["policy"]))
     console.print(f"written to {out}")

@@ -25,7 +25,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-PARTIAL = ".partial"
+from nspo_lightning.atomic import PARTIAL, replacing
+
 SHARED_LEFTOVER_S = 3600.0
 
 
@@ -46,12 +47,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        if "://" not in str(path):
-            self._tidy(Path(path).parent)
-        try:  # whatever Lightning's default is or a caller asks for: a checkpoint is data, and data runs no code
+        # Whatever Lightning's default is or a caller asks for: a checkpoint is data, and data runs no code.
+        if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CheckpointError(_unreadable(path, error)) from error
+        self._tidy(Path(path).parent)
+        return read_checkpoint(path, map_location)
 
     def _tidy(self, folder: Path) -> None:
         if folder not in self._tidied:
@@ -67,7 +67,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # In memory first: `torch.save` hides a full disk behind an error about its own archive, and the size is known.
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        write_atomically(content.getbuffer(), Path(path))
+        write_checkpoint(content.getbuffer(), Path(path))
+
+
+def read_checkpoint(path: _PATH, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint as data: tensors and plain values, never code.
+
+    Args:
+        path: The file.
+        map_location: Where its tensors go; "meta" = nowhere.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        CheckpointError: If it can't be read, or holds more than data.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    return content
 
 
 def check_checkpoint(path: Path) -> None:
@@ -83,17 +106,13 @@ def check_checkpoint(path: Path) -> None:
     """
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    if path.is_dir():
-        if (path / ".metadata").exists():
-            rank_zero_info(
-                f"{path} is a sharded checkpoint. PyTorch reads those with pickle, which can run code: go on from your "
-                "own runs only."
-            )
-        return
-    try:
-        torch.load(path, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(_unreadable(path, error)) from error
+    if not path.is_dir():
+        read_checkpoint(path, "meta")
+    elif (path / ".metadata").exists():
+        rank_zero_info(
+            f"{path} is a sharded checkpoint. PyTorch reads those with pickle, which can run code: go on from your own "
+            "runs only."
+        )
 
 
 def _unreadable(path: _PATH, error: Exception) -> str:
@@ -101,12 +120,12 @@ def _unreadable(path: _PATH, error: Exception) -> str:
     if planted:
         found = f"it holds code ({planted[1]}) besides tensors and plain values, and that is never run"
     else:
-        found = f"it is no checkpoint, or only a part of one ({str(error).splitlines()[0][:120]})"
+        found = "it is not a checkpoint that can be read without running code from it, or only a part of one"
     return f"The checkpoint {path} can't be read: {found}. Give one from a run's `checkpoints/`."
 
 
-def write_atomically(content: bytes | memoryview, path: Path) -> None:
-    """Write a file so that a reader, whenever it looks and whatever happens, finds the old one or the new one.
+def write_checkpoint(content: bytes | memoryview, path: Path) -> None:
+    """Write a checkpoint, whole or not at all.
 
     Args:
         content: What to write.
@@ -115,24 +134,12 @@ def write_atomically(content: bytes | memoryview, path: Path) -> None:
     Raises:
         CheckpointError: If it can't be written, for lack of room or another reason. The old file is untouched then.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     had_one = path.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)  # without it the rename itself may be lost with the power
+        with replacing(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise CheckpointError(_explanation(error, len(content), path, had_one)) from error
-    except BaseException:  # Ctrl-C
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
 
 
 def remove_leftovers(folder: Path, *, shared: bool = False) -> list[Path]:
@@ -173,18 +180,6 @@ def _is_running(file: Path) -> bool:
     except OSError:  # it is there, and another user's
         return True
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders can't be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems can't; the rename has happened all the same
-        pass
-    finally:
-        os.close(handle)
 
 
 def _explanation(error: OSError, size: int, path: Path, had_one: bool) -> str:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
+from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.nullspace import Calibration, load_calibration
 from nspo_lightning.policy import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.policy_module import STATE_KEY
@@ -157,13 +156,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise ValueError(f"There is no checkpoint at {path}. Give a file from a run's `checkpoints/` as `--ckpt`.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint that can be read without running code from it. "
-            "Give a file from a run's `checkpoints/` as `--ckpt`."
-        ) from error
+    content = read_checkpoint(path)
     if not isinstance(content, dict) or STATE_KEY not in content or "state_dict" not in content:
         raise ValueError(f"{path} is not a checkpoint of this project. Give a file from a run's `checkpoints/`.")
     return content

@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from nspo_lightning.atomic import replacing
 from nspo_lightning.datamodules.errors import DataError, listing
 from nspo_lightning.datamodules.readers import read_file
 from nspo_lightning.datamodules.rows import RawRow
@@ -161,12 +162,10 @@ def _score(
         The total, each reward's scores, and the last counters.
     """
     prompt_column, completion_column = columns
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
     totals: list[Tensor] = []
     per_reward: dict[str, list[Tensor]] = {name: [] for name in rewards.names}
     metrics: dict[str, float] = {}
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
         for start in track(range(0, len(rows), batch_size), description="Scoring", console=console, transient=True):
             batch = rows[start : start + batch_size]
             names = {name for row in batch for name in row.data} - {prompt_column, completion_column}
@@ -180,7 +179,6 @@ def _score(
             for name, scores in result.per_reward.items():
                 per_reward[name].append(scores)
             file.writelines(line + "\n" for line in _lines(result, start))
-    partial.replace(target)
     return torch.cat(totals), {name: torch.cat(scores) for name, scores in per_reward.items()}, metrics
 
 

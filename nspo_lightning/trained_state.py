@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
+from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.policy import PolicyError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def find_trained(name: str, run: Path) -> Path:
         )
     if name == "last":
         return last
-    states = torch.load(last, map_location="cpu", weights_only=True).get("callbacks", {})
+    states = read_checkpoint(last).get("callbacks", {})
     for state in states.values():
         path = Path(str(state.get("best_model_path") or "")) if isinstance(state, dict) else Path()
         if not isinstance(state, dict) or not state.get("monitor"):
@@ -114,6 +114,6 @@ def load_trained_(module: PolicyModule, path: Path) -> None:
         load_adapter_(module.require_policy(), path)
         module.adapter_folder = path
         return
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     module.check_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from nspo_lightning import checkpoints
+from nspo_lightning import atomic
 from nspo_lightning.callbacks.random_state import random_state, set_random_state
-from nspo_lightning.checkpoints import AtomicCheckpointIO, CheckpointError, remove_leftovers, write_atomically
+from nspo_lightning.checkpoints import AtomicCheckpointIO, CheckpointError, remove_leftovers, write_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
@@ -40,8 +40,7 @@ def trials() -> ModuleType:
 def whole(trials: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of the small job."""
     root = tmp_path_factory.mktemp("resume")
-    trials.write_model(root / "model")
-    trials.write_job(root / "whole", root / "model")
+    trials.write_job(root / "whole")
     assert trials.wait(trials.start(root / "whole")) == 0
     return root / "whole"
 
@@ -60,7 +59,7 @@ def test_a_killed_run_ends_bitwise_where_the_uninterrupted_one_does(
     phase: str, occurrence: int, number: int, trials: ModuleType, whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "job"
-    trials.write_job(folder, whole.parent / "model")
+    trials.write_job(folder)
     child = trials.start(folder)
     assert trials.kill_in(child, folder, phase, occurrence, 0.01, number)
     code = trials.wait(child)
@@ -75,7 +74,7 @@ def test_a_killed_run_ends_bitwise_where_the_uninterrupted_one_does(
 
 def test_last_without_a_checkpoint_starts_anew_and_says_so(trials: ModuleType, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "job"
-    trials.write_job(folder, whole.parent / "model")
+    trials.write_job(folder)
     assert trials.wait(trials.start(folder, "--ckpt_path", "last")) == 0
     assert "the run starts anew" in (folder / "output.log").read_text()
     assert trials.differences(trials.result(whole), trials.result(folder)) == []
@@ -90,51 +89,37 @@ def test_the_comparison_sees_a_single_bit(trials: ModuleType) -> None:
 
 def test_a_file_is_old_or_new_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
-    write_atomically(b"old", path)
+    write_checkpoint(b"old", path)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"No space left.*it takes 3\.0 MB.*before is whole.*--ckpt_path last"):
-        write_atomically(b"n" * 3_000_000, path)
+        write_checkpoint(b"n" * 3_000_000, path)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_full_disk_ends_a_run_in_one_message(trials: ModuleType, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "job"
-    trials.write_job(folder, whole.parent / "model")
-    child = os.fork()
-    if child == 0:  # the disk is full once five checkpoints are written
-        os.chdir(folder)
-        output = os.open("output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        written, real = [0], checkpoints._sync_folder
+    trials.write_job(folder)
+    written, real_sync, real_fsync = [0], atomic.sync_folder, os.fsync
 
-        def count(path: Path) -> None:
-            written[0] += 1
-            real(path)
+    def count(path: Path) -> None:
+        written[0] += 1
+        real_sync(path)
 
-        def fsync(handle: int, fsync: Any = os.fsync) -> None:
-            if written[0] >= 5:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            fsync(handle)
+    def fsync(handle: int) -> None:
+        if written[0] >= 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_fsync(handle)
 
-        checkpoints._sync_folder = count
-        trials.os.fsync = fsync
-        code = 1
-        try:
-            trials.cli.main(["fit", "-c", "config.yaml"])
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    def fill_the_disk() -> None:  # in the child: it is full once five files are written, the basis and checkpoints
+        atomic.sync_folder = count
+        os.fsync = fsync
+
+    child = trials.start(folder, before=fill_the_disk)
     assert trials.wait(child) == 1
     text = (folder / "output.log").read_text()
     assert "Traceback" not in text
@@ -189,9 +174,9 @@ def _saved(state: dict[str, Any]) -> Any:
 def test_what_a_callback_froze_is_in_the_checkpoint_and_comes_back(
     trials: ModuleType, whole: Path, tmp_path: Path
 ) -> None:
-    trials.write_job(tmp_path / "whole", whole.parent / "model")
+    trials.write_job(tmp_path / "whole")
     assert trials.wait(trials.start(tmp_path / "whole", "--nullspace.freeze_down", "true")) == 0
-    trials.write_job(tmp_path / "cut", whole.parent / "model")
+    trials.write_job(tmp_path / "cut")
     child = trials.start(tmp_path / "cut", "--nullspace.freeze_down", "true")
     assert trials.kill_in(child, tmp_path / "cut", "checkpoint", 9, 0.01)
     trials.wait(child)

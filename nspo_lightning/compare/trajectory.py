@@ -5,8 +5,6 @@ The validation loop is Lightning's own; nothing here depends on the method that 
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from nspo_lightning.atomic import write_json
 from nspo_lightning.compare.general_text import text_metrics
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 
@@ -101,10 +100,7 @@ class Trajectory(Callback):
             **_null_space(trainer),
         }
         if trainer.is_global_zero:
-            self.result.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.result.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(partial, self.result)
+            write_json(result, self.result)
 
     @override
     def state_dict(self) -> dict[str, Any]:

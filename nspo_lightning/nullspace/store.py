@@ -8,7 +8,6 @@ tensor. Nothing in the file is executed on load.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nspo_lightning.atomic import replacing
 from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration
 from nspo_lightning.nullspace.criteria import RankChoice
@@ -61,10 +61,8 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
         "fingerprint": calibration.fingerprint,
     }
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file(tensors, str(partial), metadata={"nspo": json.dumps(header), "format": "pt"})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, str(partial), metadata={"nspo": json.dumps(header), "format": "pt"})
     return path
 
 
