@@ -200,6 +200,7 @@ def start(folder: Path, *arguments: str, before: Callable[[], None] = lambda: No
     code = 1
     try:
         os.chdir(folder)
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch's pool does not survive a fork, and new threads ask for it
         output = os.open("output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -291,10 +291,7 @@ class CapabilityGuard(Callback):
             for batch in self._batches:
                 total += self._batch_sums(trainer.strategy.batch_to_device(batch), pl_module)
         pl_module.train(was_training)
-        sums = total.as_tensor(pl_module.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        return TextSums.from_tensor(sums)
+        return total.over_ranks(pl_module.device)
 
     def _batch_sums(self, batch: Any, pl_module: pl.LightningModule) -> TextSums:
         if self.logits is None:

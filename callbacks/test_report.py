@@ -9,14 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
 from nspo_lightning.divergence import TextSums
-from nspo_lightning.evaluation import Answers, Rate, RateTable, row_categories
+from nspo_lightning.evaluation import Answers, Rate, RateTable, mean_accuracy, row_categories
 from nspo_lightning.identity import data_identity, describe, policy_identity, versions
 
 RESULT = "test.json"
@@ -126,10 +125,7 @@ class TestReport(Callback):
         loader = datamodule.text_dataloader("test", self.text_rows, getattr(module, "context_tokens", None))
         for batch in loader:
             total += module.text_sums(trainer.strategy.batch_to_device(batch))
-        sums = total.as_tensor(module.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        total = TextSums.from_tensor(sums)
+        total = total.over_ranks(module.device)
         if not total.tokens:
             return {}
         has_base = total.kl == total.kl  # NaN without an adapter
@@ -193,8 +189,7 @@ def _side_by_side(
 
 
 def _accuracy(rates: Mapping[str, Rate]) -> float | None:
-    skills = [rate.value for name, rate in rates.items() if name.startswith("general/accuracy/")]
-    return sum(skills) / len(skills) if skills else None
+    return mean_accuracy({name: rate.value for name, rate in rates.items()})
 
 
 @rank_zero_only

@@ -25,8 +25,9 @@ from nspo_lightning.grpo import (
     score_completions,
     split_microbatches,
 )
+from nspo_lightning.grpo.sharing import evaluation_mode
 from nspo_lightning.policy import PolicyError, stop_token_ids
-from nspo_lightning.policy_module import PolicyModule, completion_token_ids, eval_mode
+from nspo_lightning.policy_module import PolicyModule, completion_token_ids
 from nspo_lightning.rewards import Judge, RewardSet, RulesJudge
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server import ServerRollouts
@@ -171,7 +172,7 @@ class CollectingModule(PolicyModule):
 
     def _score_without_grad(self, rollout: Rollout) -> Tensor:
         scores = torch.zeros(rollout.completion_ids.shape, device=self.device)
-        with eval_mode(self.require_policy()), torch.no_grad():
+        with evaluation_mode(self.require_policy()), torch.no_grad():
             for micro in self._split(rollout):
                 part = score_completions(
                     self.require_policy(),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Head = Callable[[Tensor], Tensor]
@@ -51,23 +52,22 @@ class TextSums:
         """Return exp(mean NLL); infinite where that overflows."""
         return float(torch.tensor(self.mean_nll, dtype=torch.float64).exp())
 
-    def as_tensor(self, device: torch.device) -> Tensor:
-        """Return shape (3,), float64 (float32 where a device has none), to be summed over ranks."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.tensor([self.nll, self.kl, float(self.tokens)], device=device, dtype=dtype)
-
-    @classmethod
-    def from_tensor(cls, sums: Tensor) -> TextSums:
-        """Read what `as_tensor` wrote.
+    def over_ranks(self, device: torch.device) -> TextSums:
+        """Return the sums over all ranks, which must ask together; these sums in a single process.
 
         Args:
-            sums: Shape (3,).
+            device: That ranks exchange tensors on.
 
         Returns:
             The sums.
         """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        sums = torch.tensor([self.nll, self.kl, float(self.tokens)], device=device, dtype=dtype)
+        dist.all_reduce(sums)
         nll, kl, tokens = sums.tolist()
-        return cls(nll=nll, kl=kl, tokens=round(tokens))
+        return TextSums(nll=nll, kl=kl, tokens=round(tokens))
 
 
 @torch.no_grad()

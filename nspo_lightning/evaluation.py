@@ -178,6 +178,19 @@ class Share(Metric):
         return torch.stack([self.successes, self.total])
 
 
+def mean_accuracy(rates: Mapping[str, float]) -> float | None:
+    """Average the accuracies of the skills.
+
+    Args:
+        rates: Name to rate.
+
+    Returns:
+        The mean of `general/accuracy/<skill>`; None without any.
+    """
+    skills = [rate for name, rate in rates.items() if name.startswith("general/accuracy/")]
+    return sum(skills) / len(skills) if skills else None
+
+
 class RateTable:
     """Rates by name, each a torchmetrics metric, made when a name is first seen."""
 
@@ -207,9 +220,8 @@ class RateTable:
             Name to rate, with `general/accuracy` as the mean over skills.
         """
         rates = {name: rate.value for name, rate in self.compute_counts(device).items()}
-        skills = [rate for name, rate in rates.items() if name.startswith("general/accuracy/")]
-        if skills:
-            rates["general/accuracy"] = sum(skills) / len(skills)
+        if (accuracy := mean_accuracy(rates)) is not None:
+            rates["general/accuracy"] = accuracy
         return rates
 
     def compute_counts(self, device: torch.device) -> dict[str, Rate]:

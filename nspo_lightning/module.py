@@ -380,8 +380,7 @@ class GRPOModule(CollectingModule):
 
     @override
     def on_train_start(self) -> None:
-        # transformers loads in eval mode, and the first rollout would turn that into training mode, dropout and all:
-        # a run that resumes with a rollout in its buffer must not train without dropout until the next one.
+        # transformers loads in eval mode, and everything that evaluates leaves the mode as it found it.
         self.require_policy().train()
         states, self._buffer_states = self._buffer_states, []
         mine = states[self.global_rank] if len(states) == self.trainer.world_size else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,18 +166,17 @@ class PolicyModule(pl.LightningModule):
         """
         policy = self.require_policy()
         self.check_room(batch["prompt_ids"].shape[1], sampling.max_new_tokens)
-        with eval_mode(policy), torch.no_grad():
-            rollout = sample(
-                policy,
-                batch["prompt_ids"],
-                batch["prompt_mask"],
-                group_size=group_size,
-                config=sampling,
-                eos_token_ids=stop_token_ids(policy, self.tokenizer),
-                pad_token_id=self.tokenizer.pad_token_id,
-                generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
-                share_prefix=self.share_prefix,
-            )
+        rollout = sample(
+            policy,
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            group_size=group_size,
+            config=sampling,
+            eos_token_ids=stop_token_ids(policy, self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+            generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
+            share_prefix=self.share_prefix,
+        )
         return rollout, self.tokenizer.batch_decode(completion_token_ids(rollout), skip_special_tokens=True)
 
     def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
@@ -376,21 +374,3 @@ def completion_token_ids(rollout: Rollout) -> list[list[int]]:
         R lists of token ids, without padding.
     """
     return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask, strict=True)]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run without dropout.
-
-    Args:
-        model: What runs.
-
-    Yields:
-        Nothing.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nspo_lightning.divergence import TextSums, predicted_positions, text_sums
 from nspo_lightning.grpo.parts import policy_parts
 from nspo_lightning.grpo.scoring import positions
+from nspo_lightning.grpo.sharing import evaluation_mode
 
 __all__ = ["TextSums", "has_adapter", "score_text", "score_texts", "without_adapter"]
 
@@ -76,9 +76,7 @@ def score_text(
     labels = batch.get("labels_mask")
     scored = predicted_positions(mask, None if labels is None else labels.to(device))
     parts = policy_parts(policy)
-    was_training = policy.training
-    policy.eval()
-    try:
+    with evaluation_mode(policy):
         states = _states(parts, ids, mask, scored)
         if not (with_base and has_adapter(policy)):
             return text_sums(
@@ -100,8 +98,6 @@ def score_text(
             vocab_size=parts.vocab_size,
             chunk_tokens=chunk_tokens,
         )
-    finally:
-        policy.train(was_training)
 
 
 def score_texts(
@@ -125,11 +121,7 @@ def score_texts(
     total = TextSums(kl=0.0 if with_base and has_adapter(policy) else float("nan"))
     for batch in batches:
         total += score_text(policy, batch, with_base=with_base, chunk_tokens=chunk_tokens)
-    if dist.is_available() and dist.is_initialized():
-        sums = total.as_tensor(next(policy.parameters()).device)
-        dist.all_reduce(sums)
-        total = TextSums.from_tensor(sums)
-    return total
+    return total.over_ranks(next(policy.parameters()).device)
 
 
 def _states(parts: Any, ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:

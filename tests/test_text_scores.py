@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from nspo_lightning.divergence import TextSums, predicted_positions, text_sums
@@ -129,9 +130,14 @@ def test_impossible_tokens_give_no_nan():
     assert wider.kl == float("inf")  # the base says what the policy never would
 
 
-def test_sums_add_and_survive_a_tensor():
+def test_sums_add_and_survive_the_way_over_ranks(tmp_path):
     total = TextSums(nll=1.5, kl=0.5, tokens=3) + TextSums(nll=0.5, kl=0.25, tokens=1)
-    assert TextSums.from_tensor(total.as_tensor(torch.device("cpu"))) == total
+    assert total.over_ranks(torch.device("cpu")) == total
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert total.over_ranks(torch.device("cpu")) == total
+    finally:
+        dist.destroy_process_group()
     assert total.mean_nll == 0.5
     assert TextSums().mean_kl != TextSums().mean_kl  # nan
 
