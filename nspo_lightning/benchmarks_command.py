@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +23,7 @@ from nspo_lightning.policy import PolicySettings, load_policy, policy_fingerprin
 from nspo_lightning.policy_module import PolicyModule
 from nspo_lightning.rewards import RewardSet, RulesJudge
 from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.run_config import policy_settings, read_config
 from nspo_lightning.text_scores import has_adapter, without_adapter
 from nspo_lightning.trained_state import find_trained, load_trained_
 
@@ -44,13 +44,14 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     """
     options = _parse(arguments)
     task_manager = _harness()  # before anything long
-    config = _read_config(Path(options.config))
+    source = Path(options.config)
+    config = read_config(source)
     run = RUNS / str(options.name or config.get("name") or "nspo")
     trained = None if options.ckpt_path is None else find_trained(options.ckpt_path, run)
     tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
     manager = task_manager(include_path=options.include_path)
     _check_tasks(tasks, manager.all_tasks)
-    module = _load(policy_settings(config), trained)
+    module = _load(policy_settings(config, source), trained)
     found = run_tasks(module, tasks, manager, options)
     result = {
         "identity": {
@@ -138,25 +139,6 @@ def scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return table
 
 
-def policy_settings(config: Mapping[str, Any]) -> PolicySettings:
-    """Read the policy out of a training config.
-
-    Args:
-        config: The file's content.
-
-    Returns:
-        Its `model.policy`, or the defaults.
-    """
-    from jsonargparse import ArgumentParser as ClassParser
-
-    parser = ClassParser(exit_on_error=False)
-    parser.add_argument("--policy", type=PolicySettings, default=PolicySettings())
-    given = (config.get("model") or {}).get("policy") or {}
-    parsed = parser.instantiate_classes(parser.parse_object({"policy": given}))
-    settings: PolicySettings = parsed.policy
-    return settings
-
-
 def _load(settings: PolicySettings, trained: Path | None) -> PolicyModule:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = PolicyModule(
@@ -230,15 +212,6 @@ def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
             f"`--tasks`: the harness knows no {', '.join(unknown) or 'task of an empty name'}. Give names out of "
             "`lm_eval ls tasks`, separated by commas, or the folder of your own tasks as `--include_path`."
         )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise MisconfigurationException(f"`--config`: expected a training config, found nothing at '{path}'.")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise MisconfigurationException(f"`--config`: {path} holds no settings. Give a training config.")
-    return content
 
 
 def _parse(arguments: list[str] | None) -> Namespace:

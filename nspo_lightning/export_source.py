@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.nullspace import Calibration, load_calibration
-from nspo_lightning.policy import LoraSettings, PolicyError, PolicySettings
+from nspo_lightning.policy import PolicyError, PolicySettings
 from nspo_lightning.policy_module import STATE_KEY
+from nspo_lightning.run_config import policy_settings, read_config
 
 PREFIX = "policy."
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -92,7 +92,7 @@ def read_source(checkpoint: Path, config: Path | None = None, basis: Path | None
     """
     content = _read_checkpoint(checkpoint)
     found = config or _config_of(checkpoint)
-    values = _read_yaml(found)
+    values = read_config(found)
     settings = policy_settings(values, found)
     state = content[STATE_KEY]
     if state["policy_path"] != settings.path:
@@ -121,33 +121,6 @@ def read_source(checkpoint: Path, config: Path | None = None, basis: Path | None
     )
 
 
-def policy_settings(config: Mapping[str, Any], source: Path) -> PolicySettings:
-    """Read the policy's settings out of a run's configuration.
-
-    Args:
-        config: The whole configuration.
-        source: Its file, for the message.
-
-    Returns:
-        The settings.
-
-    Raises:
-        PolicyError: If there are none, or unknown ones.
-    """
-    model = config.get("model")
-    values = dict(model.get("policy") or {}) if isinstance(model, Mapping) else None
-    if values is None:
-        raise PolicyError(
-            f"{source} has no `model` section, so it is not a run's configuration. Give one as `--config`."
-        )
-    lora = values.get("lora", {})
-    for part, kind in ((values, PolicySettings), (lora or {}, LoraSettings)):
-        unknown = set(part) - {field.name for field in fields(kind)}
-        if unknown:
-            raise PolicyError(f"{source}: unknown setting '{sorted(unknown)[0]}' under `model.policy`.")
-    return PolicySettings(**{**values, "lora": None if lora is None else LoraSettings(**lora)})
-
-
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(
@@ -170,16 +143,6 @@ def _config_of(checkpoint: Path) -> Path:
         f"There is no config.yaml beside or above {checkpoint}, so the model is not known. Give the one of its run as "
         "`--config`."
     )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise PolicyError(f"There is no configuration at {path}. Give the config.yaml of the run as `--config`.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise PolicyError(f"{path} is not readable YAML. Give the config.yaml of the run as `--config`.") from error
-    return values if isinstance(values, dict) else {}
 
 
 def _check_rank(weights: Mapping[str, Tensor], settings: PolicySettings, config: Path) -> None:

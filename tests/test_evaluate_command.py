@@ -10,8 +10,9 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from nspo_lightning.benchmarks_command import main, policy_settings, scores
+from nspo_lightning.benchmarks_command import main, scores
 from nspo_lightning.policy import PolicyError, load_policy, load_tokenizer
+from nspo_lightning.run_config import ConfigError, policy_settings
 
 TASK = """
 task: colours
@@ -38,7 +39,7 @@ def job(tiny_llama, tmp_path, monkeypatch):
     policy = {"path": str(tiny_llama), "quantization": "none", "dtype": "float32", "lora": {"r": 4, "alpha": 8}}
     config = {"name": "tiny", "model": {"policy": policy, "group_size": 4}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    settings = policy_settings(config)
+    settings = policy_settings(config, tmp_path / "config.yaml")
     model = load_policy(settings, torch.device("cpu"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -95,7 +96,7 @@ def test_base_and_policy_on_a_local_task(job, capsys):
 def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
     pytest.importorskip("lm_eval")
     folder = job[0]
-    with pytest.raises(MisconfigurationException, match="nothing at"):
+    with pytest.raises(ConfigError, match="nothing at"):
         main(["-c", "missing.yaml", "--tasks", "colours"])
     with pytest.raises(PolicyError, match="trained"):
         main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", "best"])

@@ -12,12 +12,15 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from nspo_lightning.compare.methods import METHODS
+from nspo_lightning.compare.methods import METHODS, as_dicts
 from nspo_lightning.compare.plan import Budget, RunSpec, main_grid
 from nspo_lightning.compare.pool import Job, Outcome, run_all
 from nspo_lightning.compare.results import RunResult
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep, make_sweep
+from nspo_lightning.datamodules import PromptSource
+from nspo_lightning.datamodules.domain import DomainSources, load_domain
+from nspo_lightning.run_config import read_config
 
 SweepName = Literal["calibration", "threshold", "data", "rank"]
 
@@ -89,12 +92,11 @@ def compare(
 
     Raises:
         ValueError: if an argument is out of range, or the folder holds another comparison.
-        FileNotFoundError: if the configuration is not there.
     """
     from nspo_lightning.compare.report import write_report
 
     console = console or Console()
-    settings = read_config(Path(config))
+    settings = read_config(Path(config), needs={"model": ("reward",), "data": ("safety", "general")})
     _check(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=1 if jobs is None else jobs)
     if not 0 < eval_every <= steps:
         raise ValueError(f"`eval_every` must be at most `steps` ({steps}), got {eval_every}.")
@@ -107,7 +109,7 @@ def compare(
     asked: Sweep | None = None
     reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
     if sweep is not None:
-        asked = make_sweep(sweep, settings, calibration_domains(settings))
+        asked = make_sweep(sweep, settings, calibration_domains(settings) if sweep == "calibration" else [])
         plan = asked.plan(seeds, (learning_rates or [own])[0])
     else:
         plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own], reward)
@@ -134,42 +136,14 @@ def compare(
         raise ValueError(f"{len(failed)} of {len(plan)} runs failed; the others are kept and reported:\n{listing}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a `fit` configuration.
-
-    Args:
-        path: YAML.
-
-    Returns:
-        Its content.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it has no model or data section.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"No configuration at {path}. Give the path of a `fit` YAML with `--config`.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    for section, keys in {"model": ("reward",), "data": ("safety", "general")}.items():
-        missing = [k for k in keys if not isinstance(content, dict) or k not in (content.get(section) or {})]
-        if missing:
-            raise ValueError(f"{path} has no `{section}.{missing[0]}`; `compare` takes the configuration of a `fit`.")
-    return dict(content)
-
-
 def calibration_domains(config: Mapping[str, Any]) -> list[str]:
-    """List the domains of the calibration text: the toy world's skills, or the sources' labels."""
-    general = config["data"]["general"]
-    if general == "toy/general":
-        from nspo_lightning.toy.world import SKILLS
-
-        return list(SKILLS)
-    entries = general if isinstance(general, list) else [general]
-    paths = [e if isinstance(e, str) else str(e.get("path")) for e in entries]
-    return [Path(p).name.split(".")[0] for p in paths] if len(paths) > 1 else []
+    """List the domains of the calibration text, as the rows themselves name them."""
+    sources = [PromptSource(**source) for source in as_dicts(config["data"]["general"])]
+    wanted = DomainSources(
+        train=sources, validation=[], test=[], kind="benign", validation_size=0, test_size=0
+    )  # all rows: what is held out has the same domains
+    rows = load_domain(wanted, lambda rows, _: [None] * len(rows)).train
+    return list(dict.fromkeys(row.skill for part in rows for row in part))
 
 
 def _learning_rate(config: Mapping[str, Any]) -> float:

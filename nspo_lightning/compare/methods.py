@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nspo_lightning.datamodules import PromptSource
+from nspo_lightning.datamodules.opening import is_builtin
+
 KL_COEF = 0.04
 """beta of the methods with a KL penalty: DeepSeekMath's (arXiv 2402.03300, section 4.2)."""
 
@@ -25,7 +28,7 @@ class Method:
     """True: general prompts are half of each batch, rewarded for their answers."""
 
 
-_TOY_SPLITS = {"val": "validation", "test": "test"}
+_SPLITS = {"val": "validation", "test": "test"}
 _OFF = {"nullspace.enabled": False}
 
 METHODS: dict[str, Method] = {
@@ -82,10 +85,10 @@ def mixing_settings(config: Mapping[str, Any], reward: Mapping[str, Any] | None 
         ValueError: if the mixture would change what is evaluated.
     """
     data = config["data"]
-    safety, general = _sources(data["safety"]), _sources(data["general"])
+    safety, general = as_dicts(data["safety"]), as_dicts(data["general"])
     held_out = {f"data.safety_{part}": data.get(f"safety_{part}") for part in ("val", "test")}
-    if all(source.get("path") == "toy/harmful" for source in safety):
-        held_out = {f"data.safety_{p}": {"path": "toy/harmful", "split": s} for p, s in _TOY_SPLITS.items()}
+    if all(is_builtin(PromptSource(**source)) for source in safety):  # such a world has splits of its own
+        held_out = {f"data.safety_{part}": [{**s, "split": split} for s in safety] for part, split in _SPLITS.items()}
     elif not all(held_out.values()):
         raise ValueError(
             "Method `grpo_mixed` adds general prompts to `data.safety`, and what is held out of it must stay the same: "
@@ -100,6 +103,7 @@ def mixing_settings(config: Mapping[str, Any], reward: Mapping[str, Any] | None 
     return {"data.safety": mixture, "model.reward": dict(reward), **held_out}
 
 
-def _sources(value: Any) -> list[dict[str, Any]]:
-    entries = value if isinstance(value, list) else [value]
+def as_dicts(sources: Any) -> list[dict[str, Any]]:
+    """Write a configuration's sources (a path, a source, or a list of either) as a list of sources' settings."""
+    entries = sources if isinstance(sources, list) else [sources]
     return [{"path": entry} if isinstance(entry, str) else dict(entry) for entry in entries]

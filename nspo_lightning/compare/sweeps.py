@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nspo_lightning.compare.methods import as_dicts
 from nspo_lightning.compare.plan import RunSpec
 
 Variant = tuple[str, str, str, dict[str, Any]]
@@ -103,9 +104,7 @@ def _threshold() -> Sweep:
 
 
 def _data(config: Mapping[str, Any]) -> Sweep:
-    safety = config["data"]["safety"]
-    entries = safety if isinstance(safety, list) else [safety]
-    sources = [{"path": e} if isinstance(e, str) else dict(e) for e in entries]
+    sources = as_dicts(config["data"]["safety"])
     variants: list[Variant] = []
     for method, settings in (("nspo", {}), ("grpo", {"nullspace.enabled": False})):
         for share in (0.1, 0.2, 0.4, 0.7, 1.0):
