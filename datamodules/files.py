@@ -63,13 +63,26 @@ def find_files(path: str, split: str) -> list[Path]:
             path, "the folder holds no data file", f"Put files there that end in one of {listing(list(SUFFIXES))}."
         )
     for file in found:
-        if not file.resolve().is_relative_to(inside):
-            raise DataError(
-                str(file),
-                f"it links to {file.resolve()}, outside the folder",
-                "Name that file as a source of its own, or copy it.",
-            )
+        check_inside(file, inside)
     return _of_split(path, root, found, split)
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Refuse a file of a data folder that leads out of it, through a link or through `..`.
+
+    Args:
+        file: The file, as the folder names it.
+        folder: The folder, resolved.
+
+    Raises:
+        DataError: If it does.
+    """
+    if not file.resolve().is_relative_to(folder):
+        raise DataError(
+            str(file),
+            f"it leads to {file.resolve()}, outside the folder",
+            "Name that file as a source of its own, or copy it.",
+        )
 
 
 def _of_split(path: str, root: Path, found: list[Path], split: str) -> list[Path]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nspo_lightning.datamodules.errors import DataError, clip, listing
+from nspo_lightning.datamodules.files import check_inside
 from nspo_lightning.datamodules.presets import Preset
 from nspo_lightning.datamodules.rows import RawRow
 from nspo_lightning.datamodules.source import PromptSource
@@ -53,7 +55,7 @@ def read_hub(source: PromptSource, preset: Preset | None, hub_id: str) -> Iterat
 
     arguments = hub_arguments(source, preset, hub_id)
     try:
-        data = datasets.load_dataset(**arguments)
+        data = _without_media(datasets.load_dataset(**arguments))
         if source.streaming:
             data = data.shuffle(seed=source.seed, buffer_size=max(1000, source.count or 0))
         for number, row in enumerate(data, start=1):
@@ -92,8 +94,10 @@ def read_saved(path: str, split: str) -> Iterator[RawRow]:
     """
     import datasets
 
+    folder = Path(path).expanduser()
+    _check_saved(folder)
     try:
-        data = datasets.load_from_disk(str(Path(path).expanduser()))
+        data = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets raises dozens of types; each must end in one message
         found = f"{type(error).__name__}: {clip(str(error), 240)}"
         raise DataError(path, found, "Write the folder again with `save_to_disk`.") from error
@@ -103,8 +107,59 @@ def read_saved(path: str, split: str) -> Iterator[RawRow]:
                 path, f"no split {split!r}; there are {listing(list(data))}", "Set `split` to one of these."
             )
         data = data[split]
-    for number, row in enumerate(data, start=1):
+    for number, row in enumerate(_without_media(data).with_format(None), start=1):
         yield RawRow(where=f"{path} ({split}), row {number}", data=row)
+
+
+def _check_saved(folder: Path) -> None:
+    """Check that the links and the indices of a saved dataset lead nowhere else.
+
+    Args:
+        folder: Of the dataset.
+
+    Raises:
+        DataError: If one does, or an index can't be read.
+    """
+    inside = folder.resolve()
+    for file in sorted(folder.rglob("*")):
+        check_inside(file, inside)
+        if file.name not in ("state.json", "dataset_dict.json"):
+            continue
+        try:
+            index = json.loads(file.read_text("utf-8"))
+            if file.name == "state.json":
+                names = [entry["filename"] for entry in index["_data_files"]]
+            else:
+                names = index["splits"]
+            targets = [file.parent / name for name in names]
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"not the index of a saved dataset ({type(error).__name__}: {clip(str(error), 80)})"
+            raise DataError(str(file), found, "Write the folder again with `save_to_disk`.") from error
+        for target in targets:
+            check_inside(target, inside)
+
+
+def _without_media(data: Any) -> Any:
+    """Drop columns of images, sounds and other files: decoding them opens whatever path stands in a row.
+
+    Args:
+        data: A dataset, or a streamed one.
+
+    Returns:
+        It, with the columns that hold text and numbers.
+    """
+    media = [name for name, feature in (data.features or {}).items() if _opens_files(feature)]
+    return data.remove_columns(media) if media else data
+
+
+def _opens_files(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(_opens_files(inner) for inner in feature.values())
+    if isinstance(feature, (list, tuple)):
+        return any(_opens_files(inner) for inner in feature)
+    if (inner := getattr(feature, "feature", None)) is not None:
+        return _opens_files(inner)
+    return hasattr(feature, "decode") and type(feature).__name__ != "Json"
 
 
 def _cure(error: Exception) -> str:

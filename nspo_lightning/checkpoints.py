@@ -11,7 +11,6 @@ import contextlib
 import errno
 import io
 import os
-import pickle
 import re
 import shutil
 import time
@@ -85,11 +84,14 @@ def read_checkpoint(path: _PATH, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: If it can't be read, or holds more than data.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # a file that is no checkpoint makes `torch.load` raise a dozen types
+        named = isinstance(error, OSError) and error.filename is not None  # not there, or not ours to read
+        if named or isinstance(error, torch.OutOfMemoryError):
+            raise
         raise CheckpointError(_unreadable(path, error)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(_unreadable(path, TypeError("no dictionary")))
     return content
 
 

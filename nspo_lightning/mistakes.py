@@ -20,6 +20,10 @@ _CHECKERS = (*_OWN, str(Path(pl.__file__).parent), str(Path(jsonargparse.__file_
 _UNION = "Does not validate against any of the Union subtypes"
 _NOT_A_SUBCLASS = re.compile(r"Import path (?P<path>\S+) does not correspond to a subclass of \S+")
 _LINES = 30
+_KEY = re.compile(
+    r"""(?ix) (\b\w*(?:api[-_]?key|authorization|password|secret|token)\b  # an option, a field or a header so called
+    ['"]?\s*(?:[:=]|,\s*val=)\s*['"]?(?:bearer\s+)?) [^\s'",)}\]]+"""
+)
 
 
 def is_users_mistake(error: BaseException) -> bool:
@@ -58,10 +62,26 @@ def explain(error: BaseException) -> str:
     text = str(error)
     if text.startswith(_UNION):
         text = _from_union(text)
-    lines = text.splitlines()
+    lines = mask_keys(text).splitlines()
     if len(lines) > _LINES:
         lines = [*lines[:_LINES], f"... and {len(lines) - _LINES} lines more"]
     return "\n".join(lines)
+
+
+def mask_keys(text: str) -> str:
+    """Blot out the values of options that are called like credentials.
+
+    Args:
+        text: A message, which may repeat what a user gave.
+
+    Returns:
+        It, with `***` in their place.
+
+    Examples:
+        >>> mask_keys("Key 'api_key' is not expected. Given: {'api_key': 'sk-123', 'model': 'm'}")
+        "Key 'api_key' is not expected. Given: {'api_key': '***', 'model': 'm'}"
+    """
+    return _KEY.sub(r"\1***", text)
 
 
 def _from_union(text: str) -> str:

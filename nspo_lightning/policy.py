@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -45,6 +47,19 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            PolicyError: If one is out of its range.
+        """
+        if self.r < 1:
+            raise PolicyError(f"`policy.lora.r` must be a rank of at least 1, got {self.r}. 16 is a good start.")
+        if not (0 < self.alpha < float("inf")):
+            raise PolicyError(f"`policy.lora.alpha` must be positive, got {self.alpha}. Twice `r` is usual.")
+        if not 0 <= self.dropout < 1:
+            raise PolicyError(f"`policy.lora.dropout` must be in [0, 1), got {self.dropout}. 0 is the default.")
 
 
 @dataclass(kw_only=True)
@@ -109,6 +124,12 @@ def _from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str
         raise PolicyError(
             f"`policy.path`: could not load the {what} from '{path}': {first} "
             "Give a folder that holds one, or a hub id that this machine can reach."
+        ) from error
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        found = "they are a pickle that holds code, which is never run" if "Weights only" in str(error) else str(error)
+        raise PolicyError(
+            f"`policy.path`: the weights of the {what} in '{path}' can't be read: {found}. Fetch them again, as "
+            "safetensors."
         ) from error
 
 

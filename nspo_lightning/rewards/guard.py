@@ -81,6 +81,8 @@ class GuardJudge(Judge, Reward):
                 f"`batch_size` and `max_tokens` must be at least 1 and `category_tokens` at least 0, got {batch_size}, "
                 f"{max_tokens} and {category_tokens}."
             )
+        if not 0 < threshold <= 1:
+            raise ValueError(f"`threshold` must be a probability in (0, 1], got {threshold}. 0.5 is the default.")
         self.model_id, self.family, self.guidelines = model, FAMILIES[family], guidelines
         self.template = _read_template(template)
         self.device, self.dtype, self.load_in_4bit = device, dtype, load_in_4bit

@@ -13,6 +13,7 @@ from nspo_lightning.rewards.base import Judge, Outcome, RewardError, Text
 from nspo_lightning.rewards.judge_cache import JudgeCache
 from nspo_lightning.rewards.judge_client import JudgeClient, JudgeDown
 from nspo_lightning.rewards.judge_retry import RetryPolicy
+from nspo_lightning.rewards.keys import check_address, check_key_name, check_no_key
 from nspo_lightning.rewards.messages import as_chat, as_text, transcript
 from nspo_lightning.rewards.runner import RewardRunner
 from nspo_lightning.rewards.verdicts import ReplyFormat, Verdict, outcome_of, read_reply
@@ -92,19 +93,17 @@ class ServerJudge(Judge):
             raise ValueError(f"`reply_format` must be one of {', '.join(get_args(ReplyFormat))}, got {reply_format!r}.")
         if on_error not in ("raise", "exclude"):
             raise ValueError(f"`on_error` must be raise or exclude, got {on_error!r}.")
+        if not 0 < threshold <= 1:
+            raise ValueError(f"`threshold` must be a probability in (0, 1], got {threshold}. 0.5 is the default.")
         if template is not None and not ("{prompt}" in template and "{completion}" in template):
             raise ValueError(
                 "`template` must hold `{prompt}` and `{completion}`; a judge that sees one alone is blind."
             )
-        if urlparse(base_url).hostname is None:
-            raise ValueError(f"`base_url` must be an address such as http://localhost:8000/v1, got {base_url!r}.")
+        check_address("base_url", base_url)
+        check_key_name("api_key_env", api_key_env)
+        check_no_key("request_options", request_options)
         self.model, self.base_url, self.reply_format, self.template = model, base_url, reply_format, template
         self.instructions = instructions or _INSTRUCTIONS
-        if not re.fullmatch(r"[A-Za-z_]\w*", api_key_env):
-            raise ValueError(
-                "`api_key_env` must be the name of an environment variable, such as OPENAI_API_KEY. If it was a key: a "
-                "configuration is saved with every run, so keys stay in the environment (`export NAME=...`)."
-            )
         self.api_key_env, self.on_error, self.threshold = api_key_env, on_error, threshold
         self.max_tokens, self.request_options, self.name = max_tokens, dict(request_options or {}), name
         self.request_timeout_s = request_timeout_s

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import urlparse
+
+from nspo_lightning.rewards.keys import check_address, check_key_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +45,10 @@ class ServerSettings:
         """Check the values.
 
         Raises:
-            ValueError: If a value is out of its range, or the address is none or carries a password.
+            ValueError: If a value is out of its range, or the address or the key's name is none.
         """
-        url = urlparse(self.base_url)
-        if url.password or url.username:
-            raise ValueError(
-                "`rollout_server.base_url` carries a name or password, which would be saved with every config. Leave "
-                "it out, and give the key in the environment variable that `api_key_env` names."
-            )
-        if url.scheme not in {"http", "https"} or not url.netloc:
-            raise ValueError(
-                f"`rollout_server.base_url` must be an address such as http://localhost:8000/v1, got '{self.base_url}'."
-            )
+        check_address("rollout_server.base_url", self.base_url)
+        check_key_name("rollout_server.api_key_env", self.api_key_env)
         for name in ("model", "adapter_folder"):
             if not getattr(self, name):
                 raise ValueError(f"`rollout_server.{name}` must not be empty.")

@@ -192,7 +192,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "secret.jsonl").write_bytes(lines(GOOD))
     (tmp_path / "data" / "x.jsonl").symlink_to(tmp_path / "secret.jsonl")
-    check_message(fails(path=str(tmp_path / "data")), "links to", "outside the folder", "copy it")
+    check_message(fails(path=str(tmp_path / "data")), "leads to", "outside the folder", "copy it")
 
 
 def test_a_special_file_is_refused(tmp_path):

@@ -24,6 +24,14 @@ def command(*arguments: str, says: str, code: int = 1) -> Mistake:
     return Mistake(arguments, says, code)
 
 
+REWARD = "--model.reward=nspo_lightning.rewards.OutcomeReward"
+JUDGED = (REWARD, "--model.reward.judge=nspo_lightning.rewards.ServerJudge", "--model.reward.judge.model=m")
+SERVED = (
+    "--model.rollout_server.base_url=http://127.0.0.1:9/v1",
+    "--model.rollout_server.model=base",
+    "--model.rollout_server.adapter_folder=adapters",
+)
+
 CONFIG = {
     "unknown option": fit("--model.grup_size=4", says="grup_size", code=2),
     "text for a number": fit("--model.group_size=four", says="group_size", code=2),
@@ -54,6 +62,15 @@ CONFIG = {
     "no devices": fit("--trainer.devices=0", says="devices"),
     "validation never comes": fit("--trainer.val_check_interval=1000", says="val_check_interval"),
     "negative clipping": fit("--trainer.gradient_clip_val=-1", says="gradient_clip_val"),
+    "negative dev run": fit("--trainer.fast_dev_run=-1", says="fast_dev_run"),
+    "dev run of a config with a typing error": fit(
+        "--trainer.fast_dev_run=true", "--model.policy.lora.rank=4", says="rank", code=2
+    ),
+    "dev run of data that is not there": fit(
+        "--trainer.fast_dev_run=true", "--data.safety=nothing.jsonl", says="nothing.jsonl"
+    ),
+    "negative epochs": fit("--trainer.max_epochs=-3", says="max_epochs"),
+    "option without a value": fit("--model.group_size", says="group_size", code=2),
     "no accumulation": fit("--trainer.accumulate_grad_batches=0", says="accumulate_grad_batches"),
 }
 NULLSPACE = {
@@ -75,6 +92,10 @@ NULLSPACE = {
     "basis not there": fit("--nullspace.calibration=nowhere.safetensors", says="nowhere.safetensors"),
     "basis is text": fit("--nullspace.calibration=broken/text.safetensors", says="text.safetensors"),
     "basis is a pickle": fit("--nullspace.calibration=broken/pickle.safetensors", says="pickle.safetensors"),
+    "basis of another project": fit(
+        "--nullspace.calibration=broken/of_another_project.safetensors", says="of_another_project.safetensors"
+    ),
+    "basis cut off": fit("--nullspace.calibration=broken/cut.safetensors", says="cut.safetensors"),
     "basis is a folder": fit("--nullspace.calibration=broken/folder", says="folder"),
 }
 DATA = {
@@ -106,6 +127,12 @@ MODEL = {
     "folder without a model": fit("--model.policy.path=broken/folder", says="broken/folder"),
     "unknown quantization": fit("--model.policy.quantization=int3", says="quantization", code=2),
     "unknown dtype": fit("--model.policy.dtype=float7", says="dtype", code=2),
+    "tokenizer without a chat template": fit("--model.policy.path=broken/mute", says="(?i)chat template"),
+    "weights are a pickle": fit("--model.policy.path=broken/pickled", says="broken/pickled"),
+    "weights cut off": fit("--model.policy.path=broken/cut_model", says="broken/cut_model"),
+    "DoRA": fit("--model.policy.lora.use_dora=true", says="use_dora", code=2),
+    "negative LoRA alpha": fit("--model.policy.lora.alpha=-1", says="alpha"),
+    "template that is no Jinja": fit("--model.policy.chat_template={% for", says="chat_template|template"),
     "LoRA of rank 0": fit("--model.policy.lora.r=0", says="rank|`r`|lora"),
     "LoRA on nothing": fit("--model.policy.lora.target_modules=[no_proj]", says="no_proj"),
     "dropout of two": fit("--model.policy.lora.dropout=2", says="dropout"),
@@ -118,6 +145,9 @@ CHECKPOINT = {
     "checkpoint not there": fit("--ckpt_path=nowhere.ckpt", says="nowhere.ckpt"),
     "checkpoint is text": fit("--ckpt_path=broken/text.ckpt", says="text.ckpt"),
     "checkpoint with planted code": fit("--ckpt_path=broken/planted.ckpt", says="planted.ckpt"),
+    "checkpoint cut off": fit("--ckpt_path=broken/cut.ckpt", says="cut.ckpt.*only a part"),
+    "basis for a checkpoint": fit("--ckpt_path=broken/of_another_project.safetensors", says="of_another_project"),
+    "best of no run": command("validate", "-c", "config.yaml", "--ckpt_path=best", says="not there"),
     "checkpoint of another project": fit("--ckpt_path=broken/other.ckpt", says="not written by this project"),
 }
 JUDGE = {
@@ -132,13 +162,41 @@ JUDGE = {
         "--model.reward.judge.max_retries=0",
         says="127.0.0.1:9",
     ),
+    "hosted judge without a key": fit(
+        *JUDGED,
+        "--model.reward.judge.base_url=https://api.openai.com/v1",
+        "--model.reward.judge.api_key_env=NO_SUCH_KEY_HERE",
+        says="NO_SUCH_KEY_HERE is not set",
+    ),
+    "judge without a model": fit(
+        REWARD, "--model.reward.judge=nspo_lightning.rewards.ServerJudge", says="model", code=2
+    ),
+    "judge at no address": fit(*JUDGED, "--model.reward.judge.base_url=localhost", says="must be an address"),
+    "judge's template without the completion": fit(
+        *JUDGED, "--model.reward.judge.template=Is {prompt} bad?", says="completion"
+    ),
+    "judge of unknown labels": fit(*JUDGED, "--model.reward.judge.reply_format=colours", says="reply_format", code=2),
+    "judge's threshold above one": fit(*JUDGED, "--model.reward.judge.threshold=7", says="threshold"),
+    "judge without time": fit(*JUDGED, "--model.reward.judge.request_timeout_s=0", says="request_timeout_s"),
     "guard not there": fit(
-        "--model.reward=nspo_lightning.rewards.OutcomeReward",
+        REWARD,
         "--model.reward.judge={class_path: nspo_lightning.rewards.GuardJudge, init_args: {model: /nowhere/guard}}",
         says="/nowhere/guard",
     ),
     "nothing to judge": command("judge", "-c", "config.yaml", "--input=nowhere.jsonl", says="nowhere.jsonl"),
     "judge without completions": command("judge", "-c", "config.yaml", "--input=safety.jsonl", says="completion"),
+}
+SERVER = {
+    "rollout server does not answer": fit(*SERVED, says="No rollout server answers at http://127.0.0.1:9/v1"),
+    "rollout server at no address": fit(*SERVED, "--model.rollout_server.base_url=localhost:8000", says="an address"),
+    "rollout server without a model": fit(*SERVED, "--model.rollout_server.model=", says="rollout_server.model"),
+    "rollout server without a folder": fit(SERVED[0], SERVED[1], says="adapter_folder", code=2),
+    "rollout server with a password": fit(
+        *SERVED, "--model.rollout_server.base_url=http://me:word@host/v1", says="name or password"
+    ),
+    "rollout server without an adapter": fit(*SERVED, "--model.policy.lora=null", says="`policy.lora`"),
+    "rollout server without time": fit(*SERVED, "--model.rollout_server.timeout_s=0", says="timeout_s"),
+    "importance capped below one": fit(*SERVED, "--model.rollout_server.importance_cap=0.5", says="importance_cap"),
 }
 OTHER = {
     "compare without a folder": command("compare", "--config=config.yaml", says="out", code=2),
@@ -162,4 +220,4 @@ OTHER = {
     ),
     "predict without a model": command("predict", "-c", "config.yaml", "--ckpt_path=nowhere.ckpt", says="nowhere.ckpt"),
 }
-MISTAKES = {**CONFIG, **NULLSPACE, **DATA, **MODEL, **CHECKPOINT, **JUDGE, **OTHER}
+MISTAKES = {**CONFIG, **NULLSPACE, **DATA, **MODEL, **CHECKPOINT, **JUDGE, **SERVER, **OTHER}

@@ -12,14 +12,22 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from workspace import Planted, build, run, write_lines
 
 from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.checkpoints import AtomicCheckpointIO, CheckpointError
+from nspo_lightning.datamodules.errors import DataError
+from nspo_lightning.datamodules.hub import read_saved
+from nspo_lightning.mistakes import mask_keys
 from nspo_lightning.nullspace import load_calibration
 
 LIBRARY = Path(__file__).parents[2] / "nspo_lightning"
@@ -184,20 +192,74 @@ def test_a_key_is_in_nothing_that_a_run_prints_or_leaves(job: Path) -> None:
     assert [path for path in left if KEY.encode() in path.read_bytes()] == []
 
 
-def test_a_key_written_into_a_config_is_refused_without_repeating_it(job: Path) -> None:
-    shown = run(
-        job,
-        "fit",
-        "-c",
-        "config.yaml",
-        "--model.reward=nspo_lightning.rewards.OutcomeReward",
-        "--model.reward.judge=nspo_lightning.rewards.ServerJudge",
-        "--model.reward.judge.model=judge",
-        f"--model.reward.judge.api_key_env={KEY}",
-    )
-    assert shown.code != 0
-    assert KEY not in shown.out + shown.err
-    assert [path for path in job.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()] == []
+JUDGE = "--model.reward.judge"
+SERVER_OPTIONS = (
+    "--model.rollout_server.base_url=http://127.0.0.1:9/v1",
+    "--model.rollout_server.model=base",
+    "--model.rollout_server.adapter_folder=adapters",
+)
+KEY_WITHOUT_MARKS = "hf9f8e7d6c5b4a3f2e1d0c"
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        (f"{JUDGE}.api_key_env={KEY}", KEY),
+        (f"{JUDGE}.api_key_env={KEY_WITHOUT_MARKS}", KEY_WITHOUT_MARKS),
+        (f"{JUDGE}.api_key={KEY}", KEY),
+        (f"{JUDGE}.base_url=http://me:{KEY}@localhost:9/v1", KEY),
+        (f"{JUDGE}.base_url=http://localhost:9/v1?key={KEY}", KEY),
+        (f"{JUDGE}.request_options={{extra_headers: {{Authorization: Bearer {KEY}}}}}", KEY),
+        (f"--model.rollout_server.api_key_env={KEY}", KEY),
+        (f"--model.rollout_server.api_key={KEY}", KEY),
+        (f"--model.rollout_server.base_url=http://me:{KEY}@localhost:9/v1", KEY),
+        (f"--model.api_key={KEY}", KEY),
+        (f"--api_key={KEY}", KEY),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_key_written_into_a_config_is_refused_without_repeating_it(
+    option: str, key: str, in_file: bool, job: Path
+) -> None:
+    reward = {
+        "class_path": "nspo_lightning.rewards.OutcomeReward",
+        "init_args": {"judge": {"class_path": "nspo_lightning.rewards.ServerJudge", "init_args": {"model": "judge"}}},
+    }
+    config = yaml.safe_load((job / "config.yaml").read_text())
+    config["model"]["reward"] = reward
+    words = [] if "rollout_server" not in option else list(SERVER_OPTIONS)
+    if in_file:
+        path, _, value = option.removeprefix("--").partition("=")
+        if words:
+            config["model"]["rollout_server"] = {w.split(".")[2].split("=")[0]: w.partition("=")[2] for w in words}
+        at = config
+        for name in path.split(".")[:-1]:
+            at = at.get("init_args", at)
+            at = at.setdefault(name, {})
+        at = at.get("init_args", at)
+        at[path.split(".")[-1]] = yaml.safe_load(value)
+        words = []
+    else:
+        words.append(option)
+    (job / "with_judge.yaml").write_text(yaml.safe_dump(config))
+    shown = run(job, "fit", "-c", "with_judge.yaml", *words)
+    assert shown.code in (1, 2)
+    assert "error: " in shown.err
+    assert "Traceback" not in shown.err
+    assert key not in shown.out + shown.err
+    left = [p for p in job.rglob("*") if p.is_file() and p.name != "with_judge.yaml"]
+    assert [p for p in left if key.encode() in p.read_bytes()] == []
+
+
+def test_lightning_reads_checkpoints_as_data_even_if_told_otherwise(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "x": Planted(tmp_path / "ran")}, tmp_path / "evil.ckpt")
+    for only in (None, True, False):
+        trainer = Trainer(
+            plugins=[AtomicCheckpointIO()], logger=False, enable_checkpointing=False, accelerator="cpu", max_epochs=1
+        )
+        with pytest.raises(CheckpointError, match="holds code"):
+            trainer.fit(BoringModel(), ckpt_path=tmp_path / "evil.ckpt", weights_only=only)
+        assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["prompt", "answer", "image"])
@@ -221,6 +283,74 @@ def test_a_link_out_of_a_data_folder_is_refused(job: Path) -> None:
     assert shown.code == 1
     assert "data" in shown.err
     assert "swordfish" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"--model.api_key={KEY}",
+        f"NestedArg(key='judge.api_key', val='{KEY}')",
+        f"{{'Authorization': 'Bearer {KEY}'}}",
+        f"hf_token: {KEY}",
+    ],
+)
+def test_messages_blot_keys_out(text: str) -> None:
+    assert KEY not in mask_keys(text)
+    assert "***" in mask_keys(text)
+
+
+@pytest.mark.parametrize("text", ["`api_key_env` must be", "max_new_tokens=5", "has no EOS token, so no completion"])
+def test_messages_keep_what_is_no_key(text: str) -> None:
+    assert mask_keys(text) == text
+
+
+def saved(folder: Path) -> Path:
+    """Write a dataset with two splits, and a secret one beside it."""
+    rows = datasets.Dataset.from_dict({"prompt": ["Say it."]})
+    secret = datasets.Dataset.from_dict({"prompt": ["swordfish"]})
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(folder / "data"))
+    secret.save_to_disk(str(folder / "secret"))
+    return folder / "data"
+
+
+def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    assert [row.data for row in read_saved(str(saved(tmp_path)), "train")] == [{"prompt": "Say it."}]
+
+
+@pytest.mark.parametrize("way", ["file", "absolute file", "split", "link"])
+def test_a_saved_dataset_cannot_lead_out_of_its_folder(way: str, tmp_path: Path) -> None:
+    data = saved(tmp_path)
+    secret = next((tmp_path / "secret").glob("*.arrow"))
+    state = json.loads((data / "train" / "state.json").read_text())
+    if way == "file":
+        state["_data_files"] = [{"filename": f"../../secret/{secret.name}"}]
+    elif way == "absolute file":
+        state["_data_files"] = [{"filename": str(secret)}]
+    elif way == "split":
+        (data / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "../secret"]}))
+    else:
+        arrow = data / "train" / state["_data_files"][0]["filename"]
+        arrow.unlink()
+        arrow.symlink_to(secret)
+    (data / "train" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match="outside the folder"):
+        list(read_saved(str(data), "../secret" if way == "split" else "train"))
+
+
+def test_an_image_in_a_row_of_a_saved_dataset_is_not_opened(tmp_path: Path) -> None:
+    image = {"path": str(tmp_path / "secret.png"), "bytes": None}
+    rows = {"prompt": ["Say it."], "images": [[image]]}
+    features = datasets.Features({
+        "prompt": datasets.Value("string"),
+        "images": [{"bytes": datasets.Value("binary"), "path": datasets.Value("string")}],
+    })
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "data"))
+    info = json.loads((tmp_path / "data" / "dataset_info.json").read_text())
+    info["features"]["images"] = {"feature": {"_type": "Image"}, "_type": "List"}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(Exception, match="secret.png"):
+        datasets.load_from_disk(str(tmp_path / "data"))[0]
+    assert [row.data for row in read_saved(str(tmp_path / "data"), "train")] == [{"prompt": "Say it."}]
 
 
 def test_the_callback_reads_bases_as_data_too(tmp_path: Path) -> None:

@@ -7,15 +7,19 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
+from safetensors.torch import save_file
 
-from nspo_lightning.cli import main
+from nspo_lightning.cli import CLI, main
 
 
 class Planted:
@@ -38,13 +42,23 @@ class Shown:
 
 
 def run(folder: Path, *arguments: str) -> Shown:
-    """Run `python -m nspo_lightning` in a folder, in this process."""
-    before = Path.cwd()
+    """Run `python -m nspo_lightning` in a folder, in this process.
+
+    Only the parser of the subcommand that is run is built: parsers take most of the time of a mistake.
+    """
+    before, all_of_them = Path.cwd(), CLI.subcommands()
+    asked = {name: skipped for name, skipped in all_of_them.items() if name in arguments[:1]} or all_of_them
     out, err = io.StringIO(), io.StringIO()
     os.chdir(folder)
     argv, sys.argv = sys.argv, ["nspo_lightning", *arguments]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(CLI, "subcommands", staticmethod(lambda: asked)),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
             try:
                 main(list(arguments))
                 code = 0
@@ -114,6 +128,22 @@ def build(folder: Path, model: Path) -> None:
     (broken / "text.ckpt").write_text("not a checkpoint")
     with (broken / "pickle.safetensors").open("wb") as file:
         pickle.dump(Planted(folder / "planted_by_basis"), file)
+    whole = folder / "broken" / "of_another_project.safetensors"
+    save_file({"weight": torch.zeros(64)}, whole)
+    (broken / "cut.safetensors").write_bytes(whole.read_bytes()[:-40])
+    content = io.BytesIO()
+    torch.save({"state_dict": {"w": torch.zeros(2000)}}, content)
+    (broken / "cut.ckpt").write_bytes(content.getvalue()[:-3000])
+    shutil.copytree(model, broken / "mute")
+    (broken / "mute" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = json.loads((broken / "mute" / "tokenizer_config.json").read_text())
+    tokenizer.pop("chat_template", None)
+    (broken / "mute" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    shutil.copytree(model, broken / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"x": Planted(folder / "planted_by_model")}, broken / "pickled" / "pytorch_model.bin")
+    shutil.copytree(model, broken / "cut_model")
+    weights = broken / "cut_model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
     torch.save({"state_dict": {}, "x": Planted(folder / "planted_by_checkpoint")}, broken / "planted.ckpt")
     torch.save(
         {"state_dict": {"w": torch.zeros(2)}, "pytorch-lightning_version": "2.6.6", "loops": {}}, broken / "other.ckpt"
