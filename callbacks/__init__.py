@@ -1,6 +1,7 @@
 """Lightning callbacks: each needs torch, lightning and the torch-only null-space core."""
 
 from nspo_lightning.callbacks.capability_guard import CapabilityGuard
+from nspo_lightning.callbacks.end_together import EndTogether
 from nspo_lightning.callbacks.exact_resume import ExactResume
 from nspo_lightning.callbacks.last_on_exception import LastOnException
 from nspo_lightning.callbacks.null_space_projection import NullSpaceProjection
@@ -11,6 +12,7 @@ from nspo_lightning.callbacks.test_report import TestReport
 
 __all__ = [
     "CapabilityGuard",
+    "EndTogether",
     "ExactResume",
     "LastOnException",
     "NullSpaceProjection",

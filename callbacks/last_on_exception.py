@@ -26,7 +26,8 @@ class LastOnException(Callback):
 
     ``--ckpt_path last`` finds it. Both signals end a run at once while it samples, judges, measures or computes a loss
     (nothing is lost but that step); while weights change or a file is written they wait until that is done. A second
-    Ctrl-C does not wait. With several processes the signals stay Lightning's: it stops all of them after a batch.
+    Ctrl-C does not wait. With several processes none may leave alone: a signal to any of them is noted, and all stop
+    together before the next batch or validation.
 
     Needs `ExactResume` among the callbacks to know where the run is. (Lightning's `OnExceptionCheckpoint` removes its
     file at the end of the next good run, so it can't share that name.)
@@ -35,15 +36,16 @@ class LastOnException(Callback):
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._waiting: int | None = None
+        self._shared = False
 
     # ------------------------------------------------------------------ signals
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
-        if trainer.world_size > 1 or threading.current_thread() is not threading.main_thread():
+        self._shared, self._waiting = trainer.world_size > 1, None
+        if threading.current_thread() is not threading.main_thread():
             return
-        self._waiting = None
         for number in _SIGNALS:
             self._handlers[number] = signal.getsignal(number)
             signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
@@ -51,30 +53,44 @@ class LastOnException(Callback):
     def _on_signal(self, trainer: pl.Trainer, number: int, frame: FrameType | None) -> None:
         resume = _resume(trainer)
         again, self._waiting = self._waiting is not None, number
+        if self._shared:
+            if again and number == signal.SIGINT:
+                self._raise()
+            return  # nothing collective in here: it may have come in the middle of a collective operation
         if resume is None or resume.moment not in _BUSY or (again and number == signal.SIGINT):
             self._raise()
 
-    def _raise(self) -> None:
+    def _raise(self, *, together: bool = False) -> None:
         number, self._waiting = self._waiting, None
-        if number == signal.SIGTERM:
-            raise SIGTERMException(SIGTERM_EXIT_CODE)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
+        stop: Any = SIGTERMException(SIGTERM_EXIT_CODE) if number == signal.SIGTERM else KeyboardInterrupt()
+        if number is not None:
+            stop.raised_on_all_ranks = together
+            raise stop
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        """Stop if a signal has come, here or on another rank (cross-rank synchronisation, at moments all come to)."""
+        if self._shared:
+            any_rank = trainer.strategy.reduce_boolean_decision
+            if not any_rank(self._waiting is not None, all=False):
+                return
+            self._waiting = signal.SIGTERM if any_rank(self._waiting == signal.SIGTERM, all=False) else signal.SIGINT
+        self._raise(together=self._shared)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._raise()
+        self._stop(trainer)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._raise()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
-        self._raise()
+        self._stop(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

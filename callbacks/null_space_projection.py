@@ -214,7 +214,7 @@ class NullSpaceProjection(Callback):
             for keeper in self._keepers.values():
                 keeper.start_()
         if self.freeze_down:
-            self._freeze_down(plan)
+            self._freeze([layer.matrix for layer in plan.layers if layer.kind == "lora"])
         for optimizer in trainer.optimizers:
             keeper = self._keepers[id(optimizer)]
             self._handles.append(optimizer.register_step_post_hook(lambda *_, k=keeper: k.reproject_()))
@@ -319,6 +319,7 @@ class NullSpaceProjection(Callback):
         batches: Iterable[Any],
         *,
         trainer: pl.Trainer | None = None,
+        sharded: bool = False,
         progress: Callable[[str, int], None] | None = None,
     ) -> Calibration:
         """Calibrate now, outside fit.
@@ -327,6 +328,7 @@ class NullSpaceProjection(Callback):
             pl_module: the module, on its device.
             batches: calibration batches.
             trainer: for its precision; None = the module's own.
+            sharded: each rank has batches of its own; else they are the same on all, and dealt out.
             progress: called with (stage, done).
 
         Returns:
@@ -334,10 +336,11 @@ class NullSpaceProjection(Callback):
         """
         plan = plan_layers(pl_module, self.target_modules, resumed=True)
         modules = {layer.name: layer.module for layer in plan.layers}
-        calls = self.source.calls(batches)
-        fingerprint = self.source.fingerprint(modules, calls)
-        self.calibration = self.source.calibrate(trainer, pl_module, modules, calls, fingerprint, progress=progress)
-        return self.calibration
+        calls, source = self.source.calls(batches), self.source
+        marks = source.fingerprint(modules, calls)
+        found = source.calibrate(trainer, pl_module, modules, calls, marks, sharded=sharded, progress=progress)
+        self.calibration = found
+        return found
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool = False) -> LayerPlan:
         elsewhere: set[int] = set()
@@ -356,9 +359,6 @@ class NullSpaceProjection(Callback):
         else:
             # DDP waits for the gradient of every parameter it has seen: let it come, and drop it before the step.
             self._dropped = list(parameters)
-
-    def _freeze_down(self, plan: LayerPlan) -> None:
-        self._freeze([layer.matrix for layer in plan.layers if layer.kind == "lora"])
 
     def _build_keepers(self, trainer: pl.Trainer, plan: LayerPlan) -> None:
         assert self.calibration is not None

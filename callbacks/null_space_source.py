@@ -56,6 +56,21 @@ def calibration_batches(owner: Any, pl_module: pl.LightningModule) -> Iterable[A
     return batches
 
 
+def is_sharded(batches: Iterable[Any]) -> bool:
+    """Say whether each rank has batches of its own: by a distributed sampler, or by an ``is_sharded`` that says so.
+
+    Batches that are the same on all ranks are dealt out to them; dealing twice would lose the others.
+
+    Args:
+        batches: the calibration batches.
+
+    Returns:
+        True if they are dealt out already.
+    """
+    by_sampler = isinstance(getattr(batches, "sampler", None), DistributedSampler)
+    return by_sampler or bool(getattr(batches, "is_sharded", False))
+
+
 @dataclass(kw_only=True)
 class BasisSource:
     """Obtains a calibration for a set of layers, the same on every rank."""
@@ -108,8 +123,7 @@ class BasisSource:
         if cached is not None and all(ranks.gather_objects(cached.is_file())):
             rank_zero_info(f"Null space: using the cached basis {cached}")
             return self.load(cached, modules, resumed=bool(resumed))
-        sharded = isinstance(getattr(batches, "sampler", None), DistributedSampler)
-        calibration = self.calibrate(trainer, pl_module, modules, calls, fingerprint, sharded=sharded)
+        calibration = self.calibrate(trainer, pl_module, modules, calls, fingerprint, sharded=is_sharded(batches))
         rank_zero_info("Null space of the layers' inputs:\n" + format_table(table_rows(calibration)))
         if cached is not None:
             if trainer.is_global_zero:

@@ -29,6 +29,12 @@ class SampleCompletions(Callback):
         self.every_n_steps = every_n_steps
         self.number = number
         self.jsonl = jsonl
+        self._folder: Path | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = trainer.log_dir  # all ranks must ask together: the first tells the others
+        self._folder = Path(folder) if folder else None
 
     @override
     def on_train_batch_end(
@@ -46,8 +52,8 @@ class SampleCompletions(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("completions", _markdown(rows), trainer.global_step)
-        if self.jsonl and trainer.log_dir:
-            with (Path(trainer.log_dir) / "completions.jsonl").open("a", encoding="utf-8") as file:
+        if self.jsonl and self._folder is not None:
+            with (self._folder / "completions.jsonl").open("a", encoding="utf-8") as file:
                 for row in rows:
                     file.write(json.dumps({"step": trainer.global_step, **row}, ensure_ascii=False) + "\n")
 

@@ -69,7 +69,7 @@ class TestReport(Callback):
         self._file = None
         if trainer.fast_dev_run or not isinstance(pl_module, Tested):  # type: ignore[attr-defined]
             return
-        folder = self._folder(trainer)
+        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         name = COMPLETIONS if trainer.global_rank == 0 else COMPLETIONS.replace(".", f".{trainer.global_rank}.", 1)
         self._file = folder / name
@@ -111,10 +111,11 @@ class TestReport(Callback):
             "text": text,
             "completions": COMPLETIONS,
         }
+        folder = self._file.parent
         if trainer.is_global_zero:
-            write_json(self.result, self._folder(trainer) / RESULT)
+            write_json(self.result, folder / RESULT)
         _print(rates, text)
-        rank_zero_info(f"Written to {self._folder(trainer)}: {RESULT}, {COMPLETIONS}")
+        rank_zero_info(f"Written to {folder}: {RESULT}, {COMPLETIONS}")
 
     def _text(self, trainer: pl.Trainer, module: Tested) -> dict[str, Any]:
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -155,9 +156,6 @@ class TestReport(Callback):
             "ranks": trainer.world_size,
             "versions": versions(),
         }
-
-    def _folder(self, trainer: pl.Trainer) -> Path:
-        return Path(self.folder or trainer.log_dir or trainer.default_root_dir)
 
 
 def _by_category(answers: Answers, columns: Mapping[str, Any], harmful: bool) -> Iterator[tuple[str, float]]:

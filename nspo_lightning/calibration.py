@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from nspo_lightning.callbacks import NullSpaceProjection
-from nspo_lightning.callbacks.null_space_source import calibration_batches
+from nspo_lightning.callbacks.null_space_source import calibration_batches, is_sharded
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
 from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.picture import spectrum_figure
@@ -91,16 +91,20 @@ def calibrate(
     trainer = trainer or pl.Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False)
     with _prepared(trainer, module, datamodule):
         callback.source.keep_moments = _keeps(module, callback, keep_moments)
-        batches = list(calibration_batches(datamodule, module))
+        source = calibration_batches(datamodule, module)
+        batches = list(source)
         if callback.source.limit_batches is not None:
             batches = batches[: callback.source.limit_batches]
-        with _progress(console, len(batches)) as report:
-            calibration = callback.calibrate(module, batches, trainer=trainer, progress=report)
-    path = callback.save(out)
-    picture = path.with_suffix(".png")
-    spectrum_figure(calibration).savefig(picture, dpi=120)
-    domains = _domain_means(calibration)
-    _print(console, calibration, domains, path, picture)
+        with _progress(console, len(batches), visible=trainer.is_global_zero) as report:
+            calibration = callback.calibrate(
+                module, batches, trainer=trainer, sharded=is_sharded(source), progress=report
+            )
+    path, picture, domains = Path(out), Path(out).with_suffix(".png"), _domain_means(calibration)
+    if trainer.is_global_zero:  # all ranks have the same
+        callback.save(path)
+        spectrum_figure(calibration).savefig(picture, dpi=120)
+        _print(console, calibration, domains, path, picture)
+    trainer.strategy.barrier("calibrated")  # nobody looks for the file before it is there
     return CalibrationResult(calibration=calibration, path=path, picture=picture, domains=domains)
 
 
@@ -112,7 +116,9 @@ def _prepared(trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.Li
     datamodule.trainer = trainer
     trainer.datamodule = datamodule  # type: ignore[attr-defined]
     trainer.strategy.setup_environment()
-    datamodule.prepare_data()
+    if trainer.local_rank == 0:
+        datamodule.prepare_data()
+    trainer.strategy.barrier("prepared")
     datamodule.setup("fit")
     module.setup("fit")
     module.configure_model()
@@ -126,10 +132,10 @@ def _prepared(trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.Li
 
 
 @contextmanager
-def _progress(console: Console, batches: int) -> Iterator[Any]:
+def _progress(console: Console, batches: int, *, visible: bool) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not visible) as progress:
 
         def report(stage: str, done: int) -> None:
             if stage not in tasks:

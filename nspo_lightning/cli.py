@@ -12,7 +12,7 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from nspo_lightning import command_face
 from nspo_lightning.callbacks import (
+    EndTogether,
     ExactResume,
     LastOnException,
     NullSpaceProjection,
@@ -35,7 +36,7 @@ from nspo_lightning.callbacks import (
 )
 from nspo_lightning.checkpoints import AtomicCheckpointIO, check_checkpoint, remove_leftovers
 from nspo_lightning.datamodules import AlignmentDataModule
-from nspo_lightning.mistakes import explain, is_users_mistake
+from nspo_lightning.mistakes import explain, is_users_mistake, mask_keys
 from nspo_lightning.module import GRPOModule
 from nspo_lightning.run_folder import RunFolder
 from nspo_lightning.toy.judge import TownJudge
@@ -82,7 +83,15 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Parser(LightningArgumentParser):
-    """Takes a path among data or calibration settings as what it is, not as a file with settings to be read."""
+    """Takes a path among data or calibration settings as what it is, not as a file with settings to be read.
+
+    What it says of a wrong option repeats no key.
+    """
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(mask_keys(message), ex)
+        raise AssertionError  # it has exited
 
     @override
     def format_usage(self) -> str:
@@ -154,7 +163,8 @@ class CLI(LightningCLI):
             # Names hold the step, so a file that is there already is the same one, written before a crash.
             checkpoint = ModelCheckpoint(save_last=True, save_on_exception=False, enable_version_counter=False)
             standard = [checkpoint, ExactResume(), LastOnException()]
-        standard += [SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
+        # What fails together ends together, after what is to be saved is saved.
+        standard += [EndTogether(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
         if config.get("enable_progress_bar") is not False:
             standard.append(RichProgressBar())
         for callback in standard:

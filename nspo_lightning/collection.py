@@ -5,12 +5,13 @@ Everything here happens without gradient, before a training step learns from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from nspo_lightning.grpo import (
     AdvantageScale,
     MicroBatch,
     ObjectiveConfig,
+    ObjectiveMetrics,
     Rollout,
     can_share_prompts,
     group_advantages,
@@ -26,13 +28,15 @@ from nspo_lightning.grpo import (
     split_microbatches,
 )
 from nspo_lightning.grpo.sharing import evaluation_mode
+from nspo_lightning.nullspace import ranks
 from nspo_lightning.policy import PolicyError, stop_token_ids
 from nspo_lightning.policy_module import PolicyModule, completion_token_ids
 from nspo_lightning.rewards import Judge, RewardSet, RulesJudge
 from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout.places import Places, places_among_ranks
 from nspo_lightning.rollout.server import ServerRollouts
 from nspo_lightning.rollout.server_client import RolloutServerError
-from nspo_lightning.rollout_metrics import rollout_metrics
+from nspo_lightning.rollout_metrics import JudgedRows, rollout_metrics
 
 SAMPLER_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
@@ -57,12 +61,12 @@ class CollectingModule(PolicyModule):
     def _collect(self, batch: Mapping[str, Any]) -> ExperienceBuffer:
         """Roll out, judge, compare: a batch of P prompts becomes experience of P * G completions."""
         group = self.group_size
-        seed = (self._seed * 1_000_003 + self.rollouts) * self.trainer.world_size + self.global_rank
+        seed, prompt_places = self._seed * 1_000_003 + self.rollouts, places_among_ranks(len(batch["prompt_ids"]))
         sampling_log_probs = None
         if self.server is None:
-            rollout, texts = self.generate(batch, self.sampling, group, seed)
+            rollout, texts = self.generate(batch, self.sampling, group, seed, prompt_places)
         else:
-            rollout, texts, sampling_log_probs = self._from_server(self.server, batch, seed)
+            rollout, texts, sampling_log_probs = self._from_server(self.server, batch, seed, prompt_places)
         prompts = [prompt for prompt in batch["prompt"] for _ in range(group)]
         columns = {
             key: [value for value in values for _ in range(group)] for key, values in batch.get("columns", {}).items()
@@ -72,7 +76,8 @@ class CollectingModule(PolicyModule):
         reported = [values for column, values in result.extra.items() if column.endswith("/outcome")]
         outcomes = reported[0] if reported else self.judge.classify(prompts, texts, **columns)
         self.rollouts += 1
-        self.num_tokens += int(rollout.completion_mask.sum()) + int(rollout.prompt_mask.sum()) * group
+        everyone = JudgedRows.of(rollout, result, outcomes).of_all_ranks()
+        self.num_tokens += everyone.num_tokens(group)
         self.last_completions = {
             "prompt": prompts,
             "completion": texts,
@@ -80,10 +85,12 @@ class CollectingModule(PolicyModule):
             "outcome": list(outcomes),
             **{name: values for name, values in result.extra.items() if len(values) == len(texts)},
         }
-        self._log_step({**rollout_metrics(rollout, result, outcomes), "num_tokens": float(self.num_tokens)})
+        self._log_step({**rollout_metrics(everyone, group), "num_tokens": float(self.num_tokens)})
         experience = Experience(
             rollout=rollout,
-            advantages=group_advantages(result.total, group, self.scale_rewards).to(self.device),
+            advantages=group_advantages(
+                result.total, group, self.scale_rewards, batch_rewards=everyone.rewards.total
+            ).to(self.device),
             old_log_probs=self._score_without_grad(rollout) if self.num_minibatches > 1 else None,
             reference_log_probs=self._reference_log_probs(rollout),
             sampling_log_probs=sampling_log_probs,
@@ -93,7 +100,7 @@ class CollectingModule(PolicyModule):
     # ------------------------------------------------------------------ a server's completions
 
     def _from_server(
-        self, server: ServerRollouts, batch: Mapping[str, Any], seed: int
+        self, server: ServerRollouts, batch: Mapping[str, Any], seed: int, prompt_places: Places
     ) -> tuple[Rollout, list[str], Tensor]:
         """Publish the adapter as it is and have it answer. All ranks go on, or all raise.
 
@@ -126,6 +133,7 @@ class CollectingModule(PolicyModule):
                 pad_token_id=int(self.tokenizer.pad_token_id),
                 vocab_size=int(policy.get_input_embeddings().weight.shape[0]),
                 seed=seed,
+                prompt_places=prompt_places,
             )
         except RolloutServerError as error:
             problem = str(error)
@@ -196,12 +204,16 @@ class CollectingModule(PolicyModule):
 
     # ------------------------------------------------------------------ logs and ranks
 
-    def _log_step(self, values: Mapping[str, Any]) -> None:
+    def _log_step(self, values: Mapping[str, Any], *, mean_over_ranks: bool = False) -> None:
+        """Log values that are the same on all ranks already, or their mean over ranks."""
+        reduce = mean_over_ranks and self._distributed
         for name, value in values.items():
             on_bar = name in {"reward", "unsafe"}
-            self.log(
-                name, value, on_step=True, on_epoch=False, prog_bar=on_bar, sync_dist=self._distributed, batch_size=1
-            )
+            self.log(name, value, on_step=True, on_epoch=False, prog_bar=on_bar, sync_dist=reduce, batch_size=1)
+
+    def _of_all_ranks(self, metrics: Sequence[ObjectiveMetrics]) -> ObjectiveMetrics:
+        summed = ObjectiveMetrics.merge(metrics)
+        return ObjectiveMetrics.merge(ranks.gather_objects(summed.to("cpu"))) if self._distributed else summed
 
     @property
     def _distributed(self) -> bool:
@@ -214,6 +226,36 @@ class CollectingModule(PolicyModule):
         tensor = torch.tensor(float(flag), device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor)
+
+
+def check_start(module: CollectingModule) -> None:
+    """See at the start of a run that ranks can work apart and wait long enough, and that a server can draw.
+
+    Args:
+        module: Whose run.
+
+    Raises:
+        MisconfigurationException: If weights are sharded, or a rank with a slow reward would be given up by the others.
+    """
+    strategy = module.trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) or getattr(strategy, "zero_stage_3", False):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} shards the policy's weights, which all processes must then gather together at "
+            "every forward pass, but each samples completions of its own and they end at different times: the "
+            "processes would wait for one another for ever. Set `trainer.strategy: ddp`; a policy that is too large "
+            "for one device in 16 bits fits with `policy.quantization: nf4` (docs/scaling.md)."
+        )
+    limit, patience = module.reward.timeout_s, getattr(strategy, "_timeout", None)
+    if module.trainer.world_size > 1 and limit is not None and patience is not None:
+        seconds = patience.total_seconds()
+        if limit >= seconds:
+            raise MisconfigurationException(
+                f"A reward may take `reward.timeout_s` = {limit:g} s, but the other processes wait no longer than the "
+                f"strategy's timeout of {seconds:g} s for the one that it runs in. Raise the `timeout` of "
+                f"{type(strategy).__name__} (1800 s by default), or lower `reward.timeout_s`."
+            )
+    if module.server is not None:
+        check_server(module, module.server)
 
 
 def check_server(module: CollectingModule, server: ServerRollouts) -> None:

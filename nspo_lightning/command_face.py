@@ -138,9 +138,10 @@ def prepared(arguments: Sequence[str]) -> list[str]:
 
 
 def shipped_configs() -> dict[str, str]:
-    """Return name -> path of the configurations that come with the package."""
+    """Return name -> path of the configurations that come with the package, as `quickstart` or `strategies/ddp`."""
     folder = Path(str(files("nspo_lightning.configs")))
-    return {path.stem: str(path) for path in sorted(folder.glob("*.yaml"))}
+    found = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("strategies/*.yaml"))]
+    return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in found}
 
 
 def find_config(name: str) -> str:
@@ -155,11 +156,13 @@ def find_config(name: str) -> str:
     Raises:
         UnknownConfigError: If it is a bare name, and there is nothing of that name.
     """
-    if Path(name).exists() or name != Path(name).name or any(sign in name for sign in "{:\n"):
+    if Path(name).exists() or any(sign in name for sign in "{:\n"):
         return name
     shipped = shipped_configs()
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
+    if name != Path(name).name:
+        return name
     raise UnknownConfigError(
         f"`--config {name}`: there is no such file here, and no shipped configuration of that name. Shipped ones: "
         f"{', '.join(shipped)}. Give one of them, or the path of a file."

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
-from nspo_lightning.collection import CollectingModule, check_server, judge_of
+from nspo_lightning.collection import CollectingModule, check_start, judge_of
 from nspo_lightning.experience import Experience, ExperienceBuffer
 from nspo_lightning.finite import NonFiniteError, explain, nonfinite_gradient, nonfinite_in
 from nspo_lightning.grpo import (
@@ -176,8 +176,8 @@ class GRPOModule(CollectingModule):
     @override
     def setup(self, stage: str) -> None:
         self._seed = torch.initial_seed() % 2**31
-        if stage == "fit" and self.server is not None:
-            check_server(self, self.server)
+        if stage == "fit":
+            check_start(self)
 
     @override
     def on_fit_start(self) -> None:
@@ -205,7 +205,7 @@ class GRPOModule(CollectingModule):
                     raise  # no accident on the way: the reward is wrong
                 self.rollouts += 1  # other noise next time
                 self._window_nonfinite = f"reward: {error}"
-                return None
+                return self._no_loss()
         experience = self._buffer.next()
         mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, self.objective)
         normaliser = self._normaliser(mask)
@@ -213,23 +213,40 @@ class GRPOModule(CollectingModule):
         if self.objective.loss_type == "dapo":
             normaliser = replace(normaliser, num_tokens=max(self._window_tokens[0], 1.0))
         if not self._any_rank(bool((experience.advantages != 0).any())):
-            self._log_step({"step_time": time.perf_counter() - start, "updates_skipped": float(self.updates_skipped)})
-            return None
+            self._log_step({"step_time": time.perf_counter() - start}, mean_over_ranks=True)
+            self._log_step({"updates_skipped": float(self.updates_skipped)})
+            return self._no_loss()
         self._window_has_signal = True
         rows = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
         if self.objective.beta == 0:  # groups without signal have a zero gradient: nothing is lost without them
-            signal = _with_signal(experience.advantages, self.group_size)
-            experience, rows = experience.select(signal), signal.repeat_interleave(self.group_size)
-            mask = mask[rows]
+            signal = groups_with_signal(experience.advantages, self.group_size)
+            mask = mask & signal.repeat_interleave(self.group_size)[:, None]
+            kept = signal.clone()
+            kept[0] |= ~signal.any()  # one at least: other ranks may be waiting in the backward pass
+            rows = kept.repeat_interleave(self.group_size)
+            experience, mask = experience.select(kept), mask[rows]
         loss, log_probs = self._loss(experience, mask, normaliser)
         seen = nonfinite_in({"log-probabilities": torch.where(mask, log_probs, 0.0), "loss": loss})
         if self._any_rank(bool(seen)):
             self._window_nonfinite = seen or "another rank's loss or log-probabilities"
-            return None
+            return self._no_loss()
         if self._buffer.num_minibatches == 1 and experience.old_log_probs is None and self._buffer.needs_old_log_probs:
             self._buffer.keep_old_log_probs(log_probs, rows)
-        self._log_step({"loss": loss.detach(), "step_time": time.perf_counter() - start})
+        self._log_step({"loss": loss.detach(), "step_time": time.perf_counter() - start}, mean_over_ranks=True)
         return loss
+
+    def _no_loss(self) -> Tensor | None:
+        """Say that a batch has nothing to learn from.
+
+        Lightning takes None in a single process alone. DDP wants a backward pass, which averages what an accumulation
+        window has gathered before: a loss of zero gives it one.
+
+        Returns:
+            None, or a zero that depends on every trainable parameter.
+        """
+        if self.trainer.world_size == 1:
+            return None
+        return torch.stack([parameter.sum() for parameter in self.trainable_parameters()]).sum() * 0.0
 
     def _loss(self, experience: Experience, mask: Tensor, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
         """Build one scalar whose backward hands out the gradients of all micro-batches.
@@ -269,22 +286,19 @@ class GRPOModule(CollectingModule):
 
         micros = self._split(experience.rollout)
         loss = accumulated_loss(self.trainable_parameters(), micros, one, loss_scale=self._loss_scale())
-        means = ObjectiveMetrics.merge(metrics).means()
+        means = self._of_all_ranks(metrics).means()
         self._log_step(means)
         self._check_sampler(means)
         return loss, kept
 
     def _normaliser(self, mask: Tensor) -> Normaliser:
         local = Normaliser.of(mask, self.sampling.max_new_tokens)
-        if self.objective.loss_type != "dapo" or self.trainer.world_size == 1:
+        if self.objective.loss_type == "bnpo" or self.trainer.world_size == 1:
             return local
-        tokens = torch.tensor(local.num_tokens, device=self.device)
-        dist.all_reduce(tokens)
-        return Normaliser(
-            num_rows=local.num_rows,
-            num_tokens=float(tokens) / self.trainer.world_size,
-            max_new_tokens=local.max_new_tokens,
-        )
+        counts = torch.tensor([float(local.num_rows), local.num_tokens], device=self.device)
+        dist.all_reduce(counts)  # of the last batch of an epoch, ranks may have different numbers of rows
+        rows, tokens = (counts / self.trainer.world_size).tolist()
+        return Normaliser(num_rows=rows, num_tokens=tokens, max_new_tokens=local.max_new_tokens)
 
     def _loss_scale(self) -> float:
         scaler = self._scaler()
@@ -386,10 +400,3 @@ class GRPOModule(CollectingModule):
         mine = states[self.global_rank] if len(states) == self.trainer.world_size else None
         if mine is not None:
             self._buffer = ExperienceBuffer.from_state_dict(mine, self.device)
-
-
-def _with_signal(advantages: Tensor, group_size: int) -> Tensor:
-    """Mark the groups that have a signal, shape (P,): at least one, as other ranks may be waiting in the backward."""
-    signal = groups_with_signal(advantages, group_size)
-    signal[0] |= ~signal.any()
-    return signal

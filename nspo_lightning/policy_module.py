@@ -23,6 +23,7 @@ from nspo_lightning.policy import (
 )
 from nspo_lightning.rewards import Judge, RewardSet
 from nspo_lightning.rollout import SamplingConfig, sample
+from nspo_lightning.rollout.places import Places, places_among_ranks
 from nspo_lightning.text_scores import TextSums, has_adapter, score_text, without_adapter
 from nspo_lightning.trained_state import load_adapter_
 
@@ -151,7 +152,12 @@ class PolicyModule(pl.LightningModule):
     # ------------------------------------------------------------------ completions
 
     def generate(
-        self, batch: Mapping[str, Any], sampling: SamplingConfig, group_size: int, seed: int
+        self,
+        batch: Mapping[str, Any],
+        sampling: SamplingConfig,
+        group_size: int,
+        seed: int,
+        prompt_places: Places | None = None,
     ) -> tuple[Rollout, list[str]]:
         """Answer a batch of prompts.
 
@@ -160,6 +166,7 @@ class PolicyModule(pl.LightningModule):
             sampling: How.
             group_size: Completions a prompt, G.
             seed: Seed of the sampling noise.
+            prompt_places: Where the prompts stand in the batch of all ranks, see `rollout.places`; None = alone.
 
         Returns:
             The rollout, and the P * G completions as text.
@@ -176,6 +183,7 @@ class PolicyModule(pl.LightningModule):
             pad_token_id=self.tokenizer.pad_token_id,
             generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
             share_prefix=self.share_prefix,
+            prompt_places=prompt_places,
         )
         return rollout, self.tokenizer.batch_decode(completion_token_ids(rollout), skip_special_tokens=True)
 
@@ -242,7 +250,9 @@ class PolicyModule(pl.LightningModule):
         return self.answer(batch, dataloader_idx, batch_idx).observations
 
     def answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
-        """Answer a batch of evaluation prompts, with noise that depends on the place of the batch alone.
+        """Answer a batch of evaluation prompts; all ranks must do it together.
+
+        The noise depends on the place of the prompt alone, whatever the number of ranks that share a batch.
 
         Args:
             batch: See `generate`.
@@ -253,9 +263,11 @@ class PolicyModule(pl.LightningModule):
             Completions, what the judge calls them, and what is counted.
         """
         columns = batch.get("columns", {})
-        seed = EVALUATION_SEED + batch_idx * self.trainer.world_size + self.global_rank
+        seed = EVALUATION_SEED + batch_idx
         harmful = dataloader_idx == 0
-        _, texts = self.generate(batch, self.evaluation_sampling if harmful else self.general_sampling, 1, seed)
+        sampling = self.evaluation_sampling if harmful else self.general_sampling
+        prompt_places = places_among_ranks(len(batch["prompt_ids"])) if sampling.temperature > 0 else None
+        _, texts = self.generate(batch, sampling, 1, seed, prompt_places)
         outcomes = self.judge.classify(batch["prompt"], texts, **columns)
         if harmful:
             return Answers(completions=texts, outcomes=outcomes, observations=safety_outcomes(outcomes))
@@ -311,7 +323,9 @@ class PolicyModule(pl.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         columns = batch.get("columns", {})
         sampling = self.evaluation_sampling if dataloader_idx == 0 else self.general_sampling
-        rollout, texts = self.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx)
+        # Ranks may have different numbers of batches here, so nothing waits for another rank.
+        seed = EVALUATION_SEED + batch_idx * self.trainer.world_size + self.global_rank
+        rollout, texts = self.generate(batch, sampling, 1, seed)
         result = self.reward(batch["prompt"], texts, columns, completion_ids=completion_token_ids(rollout))
         rewards = result.total.tolist()
         outcomes = self.judge.classify(batch["prompt"], texts, **columns)

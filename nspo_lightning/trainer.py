@@ -30,7 +30,16 @@ class Trainer(pl.Trainer):
         from nspo_lightning.calibration import calibrate
 
         projection = next((c for c in self.callbacks if isinstance(c, NullSpaceProjection)), None)  # type: ignore[attr-defined]
-        calibrate(model, datamodule, out=out, projection=projection, keep_moments=keep_moments, trainer=self)
+
+        def job() -> None:
+            calibrate(model, datamodule, out=out, projection=projection, keep_moments=keep_moments, trainer=self)
+
+        self.strategy._lightning_module = model
+        launcher = self.strategy.launcher  # starts the other processes, as it does for `fit`
+        if launcher is None:
+            job()
+        else:
+            launcher.launch(job, trainer=self)
 
     def data(self, model: PolicyModule, datamodule: AlignmentDataModule, examples: int = 3) -> None:
         """Print what would be trained and calibrated on: counts, lengths, drops, rendered examples.

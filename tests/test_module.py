@@ -170,7 +170,7 @@ def gradients_of(policy, folder, batch_size, accumulate):
     """Gradients of the first update over the same four prompts, whose completions depend on the prompt alone."""
     original = policy.generate
 
-    def generate(batch, sampling, group_size, seed):
+    def generate(batch, sampling, group_size, seed, prompt_places):
         from nspo_lightning.grpo import Rollout
 
         rollout, _ = original(batch, sampling, group_size, 0)

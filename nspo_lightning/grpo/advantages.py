@@ -10,7 +10,13 @@ from torch import Tensor
 AdvantageScale = Literal["group", "batch", "none"]
 
 
-def group_advantages(rewards: Tensor, group_size: int, scale: AdvantageScale = "group", eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    scale: AdvantageScale = "group",
+    eps: float = 1e-4,
+    batch_rewards: Tensor | None = None,
+) -> Tensor:
     """Compare each reward with its group: (r - mean_group) / (std + eps), with Bessel's correction.
 
     A NaN reward marks a sample that nothing could judge: it counts in no mean and no deviation, and its advantage is
@@ -21,6 +27,8 @@ def group_advantages(rewards: Tensor, group_size: int, scale: AdvantageScale = "
         group_size: G.
         scale: divide by the standard deviation of the group, of the whole batch, or not at all.
         eps: added to the standard deviation.
+        batch_rewards: the rewards of the whole batch, where these are one rank's part of it; shape (any,). Only its
+            standard deviation counts, only for `scale` "batch". None = these are the batch.
 
     Returns:
         Advantages, shape (P * G,), float32 (float64 for float64 rewards).
@@ -49,7 +57,8 @@ def group_advantages(rewards: Tensor, group_size: int, scale: AdvantageScale = "
     if scale == "group":
         centred = centred / (_nan_std(groups, dim=1) + eps)
     elif scale == "batch":
-        centred = centred / (_nan_std(groups.reshape(1, -1), dim=1) + eps)
+        batch = groups if batch_rewards is None else batch_rewards.to(groups)
+        centred = centred / (_nan_std(batch.reshape(1, -1), dim=1) + eps)
     return centred.nan_to_num(0.0).reshape(-1).masked_fill(rewards.isnan(), 0.0)
 
 

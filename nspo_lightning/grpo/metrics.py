@@ -6,7 +6,7 @@ Names follow TRL's GRPOTrainer: entropy, kl, clip_ratio/{low_mean,low_min,high_m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -113,6 +113,21 @@ class ObjectiveMetrics:
             entropy_sum=None if parts[0].entropy_sum is None else total("entropy_sum"),
             sampler=SamplerSums.merge([part.sampler for part in parts if part.sampler is not None]),
         )
+
+    def to(self, device: torch.device | str) -> ObjectiveMetrics:
+        """Move the sums, to send them to another rank for example.
+
+        Args:
+            device: where to.
+
+        Returns:
+            The same sums there.
+        """
+        sampler = self.sampler
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        if sampler is not None:
+            sampler = replace(sampler, **{f.name: getattr(sampler, f.name).to(device) for f in fields(sampler)})
+        return replace(self, sampler=sampler, **moved)
 
     def means(self) -> dict[str, Tensor]:
         """Turn the sums into what is logged.

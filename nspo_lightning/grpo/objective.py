@@ -90,8 +90,8 @@ class ObjectiveConfig:
 class Normaliser:
     """Counts of the whole training step, known before its first micro-batch.
 
-    Under DDP, which averages gradients over ranks, `num_tokens` of ``dapo`` is the all-reduced count divided by the
-    number of ranks; likewise for several batches of one accumulation window.
+    Under DDP, which averages gradients over ranks, both counts are the all-reduced ones divided by the number of ranks
+    (but for ``bnpo``, whose batch is the local one); likewise for several batches of one accumulation window.
 
     Attributes:
         num_rows: completions in the step.

@@ -17,6 +17,7 @@ from nspo_lightning.grpo.sharing import can_share_prompts, evaluation_mode
 from nspo_lightning.rollout.choosing import build_processors, draw, noise, without_padding
 from nspo_lightning.rollout.config import SamplingConfig
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory
+from nspo_lightning.rollout.places import Places
 
 
 @torch.no_grad()
@@ -31,6 +32,7 @@ def sample(
     pad_token_id: int,
     generator: torch.Generator | None = None,
     share_prefix: bool = True,
+    prompt_places: Places | None = None,
 ) -> Rollout:
     """Sample ``group_size`` completions for each prompt.
 
@@ -44,6 +46,7 @@ def sample(
         pad_token_id: fills completions that are shorter than the longest.
         generator: source of the noise; the same state gives the same completions.
         share_prefix: run each prompt once. False = the plain path, same results.
+        prompt_places: where these prompts stand in a larger batch, whose noise they get; None = they are all of it.
 
     Returns:
         The rollout, C = length of the longest completion.
@@ -62,7 +65,7 @@ def sample(
     limit, device, length = config.max_new_tokens, prompt_ids.device, prompt_ids.shape[1]
     total = prompt_ids.shape[0] * group_size
     process = build_processors(config, eos_token_ids=eos_token_ids, prompt_length=length, device=device)
-    uniform = noise(limit, total, config, generator).to(device)
+    uniform = _noise_of(prompt_places, limit, prompt_ids.shape[0], group_size, config, generator).to(device)
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
     # What the processors see: prompts, then what is drawn.
     sequence = torch.full((total, length + limit), pad_token_id, dtype=torch.long, device=device)
@@ -99,3 +102,19 @@ def sample(
         completion_mask=torch.arange(longest, device=device) < lengths[:, None],
         finished=finished,
     )
+
+
+def _noise_of(
+    prompt_places: Places | None,
+    steps: int,
+    prompts: int,
+    group_size: int,
+    config: SamplingConfig,
+    generator: torch.Generator | None,
+) -> Tensor:
+    # (steps, prompts * group_size). One number a token is so little that every rank draws everybody's.
+    if prompt_places is None:
+        return noise(steps, prompts * group_size, config, generator)
+    drawn = noise(steps, prompt_places.total * group_size, config, generator)
+    mine = torch.tensor(prompt_places.mine, device=drawn.device)
+    return drawn.view(steps, prompt_places.total, group_size)[:, mine].flatten(1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nspo_lightning.grpo.batch import Rollout
 from nspo_lightning.rollout.config import SamplingConfig
+from nspo_lightning.rollout.places import Places
 from nspo_lightning.rollout.server_adapters import AdapterShelf
 from nspo_lightning.rollout.server_client import AdapterGoneError, RolloutServerError, ServerClient
 from nspo_lightning.rollout.server_config import ServerSettings
@@ -118,6 +119,7 @@ class ServerRollouts:
         pad_token_id: int,
         vocab_size: int,
         seed: int,
+        prompt_places: Places | None = None,
     ) -> tuple[Rollout, Tensor]:
         """Draw groups of completions from a published adapter.
 
@@ -131,6 +133,7 @@ class ServerRollouts:
             pad_token_id: fills shorter completions.
             vocab_size: of the policy.
             seed: the same call with the same seed asks for the same.
+            prompt_places: where these prompts stand in a larger batch that shares the seed; None = they are all of it.
 
         Returns:
             The rollout, and the log-probabilities that its tokens were drawn with, shape (P * G, C).
@@ -139,8 +142,9 @@ class ServerRollouts:
         first = (seed * _SEEDS_A_CALL) % 2**62
 
         def ask(index: int) -> list[ServedCompletion]:
+            place = index if prompt_places is None else prompt_places.mine[index]
             request = completion_request(
-                name, prompts[index], group_size, config, eos_token_ids, first + index * group_size
+                name, prompts[index], group_size, config, eos_token_ids, first + place * group_size
             )
             return read_completions(self._ask(request), request, eos_token_ids, vocab_size)
 

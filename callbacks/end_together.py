@@ -1,0 +1,48 @@
+"""When a run fails, its other processes on this machine end too, and are no reason to kill it half-way."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+GRACE_S = 10.0
+"""What processes get to end by themselves, which they do if the error is theirs too."""
+
+
+class EndTogether(Callback):
+    """On an exception in the process that Lightning started the others from, wait for them shortly, then end them.
+
+    Without it they would wait for this one in a collective operation: over NCCL for half an hour. And Lightning's
+    watch over them, which kills this process within seconds of a failure of theirs, would cut off what it still has to
+    say and to save. Where torchrun or SLURM started the processes, that is theirs to do; this callback does nothing.
+
+    Args:
+        grace_s: How long to wait.
+    """
+
+    def __init__(self, grace_s: float = GRACE_S) -> None:
+        self.grace_s = grace_s
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        launcher: Any = trainer.strategy.launcher
+        started: list[subprocess.Popen[bytes]] = getattr(launcher, "procs", [])
+        processes = list(started)
+        if not all(isinstance(process, subprocess.Popen) for process in processes):
+            return  # forked ones are joined by their launcher
+        for number, process in enumerate(processes, start=1):
+            if process.poll():
+                rank_zero_info(f"Process {number} of this run ended first, with exit code {process.returncode}.")
+        started.clear()  # Lightning watches this very list
+        deadline = time.monotonic() + self.grace_s
+        for process in processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
