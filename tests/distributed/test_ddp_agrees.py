@@ -17,9 +17,14 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def commands(job, processes):
-    """The whole job, and a fit that accumulates windows whose last batch has no signal, or has it on one rank."""
+    """The whole job; a fit that accumulates windows whose last batch has no signal, or has it on one rank; a guarded one.
+
+    The guarded one's rate is far too high, so that its first updates exceed the budget and are taken back.
+    """
     window = ["--trainer.accumulate_grad_batches", "2", "--model.objective.loss_type", "dapo"]
     window += ["--model.scale_rewards", "batch", "--model.reward.init_args.path", "probes.now_and_then"]
+    guard = ["--trainer.callbacks+=nspo_lightning.callbacks.CapabilityGuard", "--trainer.callbacks.every_n_updates=1"]
+    guard += ["--trainer.callbacks.max_kl=3e-4", "--model.optimizer.init_args.lr=0.01"]
     trained = ["--ckpt_path", f"runs/fit-{processes}/checkpoints/last.ckpt"]
     return [
         job.command("calibrate", processes, "--out", f"basis-{processes}.safetensors"),
@@ -27,6 +32,7 @@ def commands(job, processes):
         job.command("validate", processes, "--name", f"validate-{processes}", *trained),
         job.command("test", processes, "--name", f"test-{processes}", *trained),
         job.command("fit", processes, "--name", f"window-{processes}", *window),
+        job.command("fit", processes, "--name", f"guarded-{processes}", *guard),
     ]
 
 
@@ -66,7 +72,7 @@ def test_gradients_are_those_of_one_process(runs):
     assert difference(one, two) <= AGREE * largest
 
 
-@pytest.mark.parametrize("name", ["fit", "window"])
+@pytest.mark.parametrize("name", ["fit", "window", "guarded"])
 def test_final_adapter_is_that_of_one_process(runs, name):
     one, two = weights(runs, f"{name}-1"), weights(runs, f"{name}-2")
     assert difference(two, weights(runs, f"{name}-2", rank=1)) == 0
@@ -90,7 +96,7 @@ def test_groups_stay_on_one_rank_and_every_prompt_is_trained_on_once(runs):
     assert set(trained.values()) == {1}
 
 
-@pytest.mark.parametrize("name", ["fit", "validate", "window"])
+@pytest.mark.parametrize("name", ["fit", "validate", "window", "guarded"])
 def test_metrics_are_those_of_all_ranks(runs, name):
     one, two = scalars(runs / "runs" / f"{name}-1"), scalars(runs / "runs" / f"{name}-2")
     assert one.keys() == two.keys()
@@ -100,6 +106,12 @@ def test_metrics_are_those_of_all_ranks(runs, name):
             assert two[tag] == pytest.approx(values, rel=2e-5, abs=1e-7), tag
     if name == "fit":
         assert {"num_tokens", "completions/min_length", "reward_std", "entropy", "loss"} <= one.keys()
+
+
+def test_the_guard_sees_the_same_text_and_acts_alike(runs):
+    one, two = scalars(runs / "runs" / "guarded-1"), scalars(runs / "runs" / "guarded-2")
+    assert 1 <= max(one["guard/rescues"]) < 4, "some updates stand and some are taken back"
+    assert two["guard/rescues"] == one["guard/rescues"]
 
 
 def test_test_rows_are_neither_doubled_nor_dropped_and_answered_alike(runs):
