@@ -17,7 +17,7 @@ from nspo_lightning.compare.sweeps import Sweep
 from nspo_lightning.intervals import wilson_interval
 
 _REFUSAL, _GARBAGE, _OVER = "safety/refusal_rate", "safety/garbage_rate", "general/over_refusal_rate"
-_LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05)
+_LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 
 
 def write_report(
@@ -100,8 +100,9 @@ def summary(
     ]
     if sweep is None:
         lines += _fronts(results, rule)
-        if any("text/kl" in r.test for r in results):
-            lines += _fronts(results, SelectionRule(metric="text/kl", higher_is_better=False))
+        for metric in ("text/kl", _OVER):
+            if all(metric in p for r in results for p in r.trajectory):
+                lines += _fronts(results, SelectionRule(metric=metric, higher_is_better=False))
     elif any(key.startswith("general/accuracy/") for key in results[0].test):
         lines += _by_domain(groups, base)
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 def commands(job, processes):
-    """The whole job; a fit that accumulates windows whose last batch has no signal, or has it on one rank; a guarded one.
+    """The whole job; a fit that accumulates, with batches without signal or with it on one rank; and a guarded one.
 
     The guarded one's rate is far too high, so that its first updates exceed the budget and are taken back.
     """
