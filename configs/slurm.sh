@@ -22,11 +22,10 @@
 set -u
 config=${1:?usage: sbatch configs/slurm.sh CONFIG [options]}
 shift
-here=configs/strategies
 
 # Any task that fails ends the others. `last` starts anew where there is no checkpoint yet.
 srun --kill-on-bad-exit=1 python -m nspo_lightning fit \
-  -c "$config" -c "$here/ddp.yaml" -c "$here/slurm.yaml" \
+  -c "$config" -c strategies/ddp -c strategies/slurm \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
   --ckpt_path last "$@"
 code=$?

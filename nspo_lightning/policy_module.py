@@ -244,7 +244,8 @@ class PolicyModule(pl.LightningModule):
 
     def _log_rates(self) -> None:
         for name, rate in self._rates.compute(self.device).items():  # reduced over ranks already
-            self.log(name, rate, prog_bar=name == "general/accuracy")
+            # All ranks have the same; `sync_dist` only tells Lightning so.
+            self.log(name, rate, prog_bar=name == "general/accuracy", sync_dist=self.trainer.world_size > 1)
 
     def _observe(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> list[tuple[str, float]]:
         return self.answer(batch, dataloader_idx, batch_idx).observations
