@@ -27,7 +27,7 @@ class LastOnException(Callback):
     ``--ckpt_path last`` finds it. Both signals end a run at once while it samples, judges, measures or computes a loss
     (nothing is lost but that step); while weights change or a file is written they wait until that is done. A second
     Ctrl-C does not wait. With several processes none may leave alone: a signal to any of them is noted, and all stop
-    together before the next batch or validation.
+    together before the next batch or validation; one that comes when training is over changes nothing any more.
 
     Needs `ExactResume` among the callbacks to know where the run is. (Lightning's `OnExceptionCheckpoint` removes its
     file at the end of the next good run, so it can't share that name.)
@@ -89,7 +89,8 @@ class LastOnException(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
+        if not self._shared:  # Lightning's own handlers would cut off on one rank what all still measure together
+            self._release()
         self._stop(trainer)
 
     @override

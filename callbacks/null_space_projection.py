@@ -64,7 +64,7 @@ class NullSpaceProjection(Callback):
         unprotected: what to do about trained parameters that cannot be held: ``error``, ``warn`` (they train freely),
             ``freeze`` (they do not train).
         batch_to_inputs: function from a calibration batch to (forward arguments, mask).
-        limit_batches: use at most this many calibration batches.
+        limit_batches: use at most this many calibration batches (of each process, where a sampler deals them out).
         form: ``hard`` cuts directions off, ``soft`` damps them (no cut).
         softness: of the soft form, in units of the mean eigenvalue; larger is freer.
         subspace: ``null``; for comparisons ``random`` (as many random directions) or ``protected`` (the opposite).

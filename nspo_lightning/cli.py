@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from nspo_lightning import command_face
@@ -278,5 +278,8 @@ def main(args: list[str] | None = None) -> None:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
             raise
         RUN_FOLDER.withdraw()
-        print(f"\nerror: {explain(error)}\n(set {TRACEBACK_VARIABLE}=1 for the traceback)", file=sys.stderr)
+        rank: int = getattr(rank_zero_only, "rank")  # noqa: B009  (an attribute of a function)
+        if not (rank and getattr(error, "raised_on_all_ranks", False)):  # what all say is said once
+            where = f" on rank {rank}" if rank else ""
+            print(f"\nerror{where}: {explain(error)}\n(set {TRACEBACK_VARIABLE}=1 for the traceback)", file=sys.stderr)
         sys.exit(1)

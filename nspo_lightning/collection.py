@@ -74,7 +74,7 @@ class CollectingModule(PolicyModule):
         result = self.reward(prompts, texts, columns, completion_ids=completion_token_ids(rollout))
         # A reward made from a judge's outcomes reports them: a guard model need not judge everything twice.
         reported = [values for column, values in result.extra.items() if column.endswith("/outcome")]
-        outcomes = reported[0] if reported else self.judge.classify(prompts, texts, **columns)
+        outcomes = reported[0] if reported else self.classify(prompts, texts, columns)
         self.rollouts += 1
         everyone = JudgedRows.of(rollout, result, outcomes).of_all_ranks()
         self.num_tokens += everyone.num_tokens(group)
@@ -246,13 +246,16 @@ def check_start(module: CollectingModule) -> None:
             "for one device in 16 bits fits with `policy.quantization: nf4` (docs/scaling.md)."
         )
     limit, patience = module.reward.timeout_s, getattr(strategy, "_timeout", None)
-    if module.trainer.world_size > 1 and limit is not None and patience is not None:
-        seconds = patience.total_seconds()
-        if limit >= seconds:
+    if module.trainer.world_size > 1 and patience is not None:
+        seconds, number = patience.total_seconds(), len(module.reward.rewards)
+        if limit is None or limit * number >= seconds:
+            takes = (
+                "without end (`timeout_s: null`)" if limit is None else f"{number} x `timeout_s` = {limit * number:g} s"
+            )
             raise MisconfigurationException(
-                f"A reward may take `reward.timeout_s` = {limit:g} s, but the other processes wait no longer than the "
-                f"strategy's timeout of {seconds:g} s for the one that it runs in. Raise the `timeout` of "
-                f"{type(strategy).__name__} (1800 s by default), or lower `reward.timeout_s`."
+                f"The rewards may take {takes}, but the other processes wait no longer than the strategy's timeout of "
+                f"{seconds:g} s for the one that they run in. Raise the `timeout` of {type(strategy).__name__} (1800 s "
+                "by default), or set `timeout_s` of the RewardSet lower."
             )
     if module.server is not None:
         check_server(module, module.server)

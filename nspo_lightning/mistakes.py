@@ -20,9 +20,11 @@ _CHECKERS = (*_OWN, str(Path(pl.__file__).parent), str(Path(jsonargparse.__file_
 _UNION = "Does not validate against any of the Union subtypes"
 _NOT_A_SUBCLASS = re.compile(r"Import path (?P<path>\S+) does not correspond to a subclass of \S+")
 _LINES = 30
+_CREDENTIAL = r"(?:api[-_]?key|authorization|password|secret|(?<![a-z])(?<!pad_|eos_|bos_|unk_)token)"
 _KEY = re.compile(
-    r"""(?ix) (\b\w*(?:api[-_]?key|authorization|password|secret|token)\b  # an option, a field or a header so called
-    ['"]?\s*(?:[:=]|,\s*val=)\s*['"]?(?:bearer\s+)?) [^\s'",)}\]]+"""
+    rf"""(?ix) (\b\w*{_CREDENTIAL}\b ['"]?\s*(?:=|,\s*val=)\s*['"]?  # an option with its value
+    | (?:\b\w+[-_]|['"]|\b(?!token))\w*{_CREDENTIAL}\b ['"]?\s*:\s*['"]?(?:bearer\s+)?  # a field or a header
+    | --\S*{_CREDENTIAL}\b ['"]?,?\s+['"]?) [^\s'",)}}\]]+"""
 )
 
 

@@ -21,7 +21,8 @@ from nspo_lightning.policy import (
     policy_fingerprint,
     stop_token_ids,
 )
-from nspo_lightning.rewards import Judge, RewardSet
+from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardSet
+from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.places import Places, places_among_ranks
 from nspo_lightning.text_scores import TextSums, has_adapter, score_text, without_adapter
@@ -222,6 +223,29 @@ class PolicyModule(pl.LightningModule):
             f"{max_new_tokens}, and the policy's context holds {limit}. To mend it, {shorten}lower `max_new_tokens`."
         )
 
+    def classify(self, prompts: list[str], texts: list[str], columns: Mapping[str, Any]) -> list[Outcome | None]:
+        """Ask the judge; if it fails on one rank, all raise together (cross-rank synchronisation).
+
+        Args:
+            prompts: One for each completion.
+            texts: The completions.
+            columns: Other columns of the data, a value for each completion.
+
+        Returns:
+            What each completion is; None = could not be judged.
+
+        Raises:
+            RewardError: What the judge of the lowest failing rank says.
+        """
+        outcomes: list[Outcome | None] = []
+        failed: RewardError | None = None
+        try:
+            outcomes = self.judge.classify(prompts, texts, **columns)
+        except RewardError as error:
+            failed = error
+        raise_on_all_ranks(failed)
+        return outcomes
+
     # ------------------------------------------------------------------ evaluation
 
     @override
@@ -269,7 +293,7 @@ class PolicyModule(pl.LightningModule):
         sampling = self.evaluation_sampling if harmful else self.general_sampling
         prompt_places = places_among_ranks(len(batch["prompt_ids"])) if sampling.temperature > 0 else None
         _, texts = self.generate(batch, sampling, 1, seed, prompt_places)
-        outcomes = self.judge.classify(batch["prompt"], texts, **columns)
+        outcomes = self.classify(batch["prompt"], texts, columns)
         if harmful:
             return Answers(completions=texts, outcomes=outcomes, observations=safety_outcomes(outcomes))
         refused = [outcome == "refusal" for outcome in outcomes]
@@ -324,12 +348,11 @@ class PolicyModule(pl.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         columns = batch.get("columns", {})
         sampling = self.evaluation_sampling if dataloader_idx == 0 else self.general_sampling
-        # Ranks may have different numbers of batches here, so nothing waits for another rank.
-        seed = EVALUATION_SEED + batch_idx * self.trainer.world_size + self.global_rank
-        rollout, texts = self.generate(batch, sampling, 1, seed)
+        places = places_among_ranks(len(batch["prompt_ids"])) if sampling.temperature > 0 else None
+        rollout, texts = self.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx, places)
         result = self.reward(batch["prompt"], texts, columns, completion_ids=completion_token_ids(rollout))
         rewards = result.total.tolist()
-        outcomes = self.judge.classify(batch["prompt"], texts, **columns)
+        outcomes = self.classify(batch["prompt"], texts, columns)
         return [
             {"prompt": prompt, "completion": text, "reward": None if reward != reward else reward, "outcome": outcome}
             for prompt, text, reward, outcome in zip(batch["prompt"], texts, rewards, outcomes, strict=True)

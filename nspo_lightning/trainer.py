@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.callbacks import EndTogether, NullSpaceProjection
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.policy_module import PolicyModule
 
@@ -39,7 +39,11 @@ class Trainer(pl.Trainer):
         if launcher is None:
             job()
         else:
-            launcher.launch(job, trainer=self)
+            try:
+                launcher.launch(job, trainer=self)
+            except BaseException as error:
+                EndTogether().on_exception(self, model, error)
+                raise
 
     def data(self, model: PolicyModule, datamodule: AlignmentDataModule, examples: int = 3) -> None:
         """Print what would be trained and calibrated on: counts, lengths, drops, rendered examples.

@@ -39,6 +39,8 @@ def raise_on_all_ranks(error: RewardError | None, group: dist.ProcessGroup | Non
     dist.all_gather_object(errors, None if error is None else (str(error), error.reward, accident), group=group)
     found = [(rank, *told) for rank, told in enumerate(errors) if told is not None]
     rank, message, reward, accident = min(found, key=lambda told: (told[3], told[0]))  # the graver first
-    raise (NonFiniteRewardError if accident else RewardError)(
+    together = (NonFiniteRewardError if accident else RewardError)(
         f"On rank {rank} (of {world_size}; {int(failed.item())} failed, all stop together): {message}", reward
-    ) from error
+    )
+    together.raised_on_all_ranks = True
+    raise together from error

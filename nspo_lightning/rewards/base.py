@@ -47,8 +47,8 @@ class RewardError(ValueError):
         reward: name of the reward that failed.
     """
 
-    raised_on_all_ranks = True
-    """Ranks agree on a failure before they raise, so collective work (a last checkpoint) is safe."""
+    raised_on_all_ranks = False
+    """Set where ranks have agreed on a failure before they raise: collective work (a last checkpoint) is safe then."""
 
     def __init__(self, message: str, reward: str = "") -> None:
         super().__init__(message)

@@ -6,7 +6,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+
+from nspo_lightning.rewards import RewardError, RulesJudge
 
 _calls = 0
 
@@ -26,6 +29,15 @@ def now_and_then(prompts, completions, completion_ids, **_):
     numbers = [int("".join(c for c in prompt if c.isdigit())) for prompt in prompts]
     seen = even_tokens(prompts, completions, completion_ids)
     return [reward if _calls % 2 and number % 3 == 0 else 0.0 for reward, number in zip(seen, numbers, strict=True)]
+
+
+class JudgeThatFails(RulesJudge):
+    """Give up on one rank, as a guard does on a text that is too long for it."""
+
+    def classify(self, prompts, completions, **columns):
+        if dist.is_initialized() and dist.get_rank() == 1:
+            raise RewardError("no verdict", reward="judge")
+        return super().classify(prompts, completions, **columns)
 
 
 class Gradients(Callback):

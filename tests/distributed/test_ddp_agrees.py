@@ -31,6 +31,7 @@ def commands(job, processes):
         job.command("fit", processes, "--name", f"fit-{processes}"),
         job.command("validate", processes, "--name", f"validate-{processes}", *trained),
         job.command("test", processes, "--name", f"test-{processes}", *trained),
+        job.command("predict", processes, "--name", f"predict-{processes}", *trained),
         job.command("fit", processes, "--name", f"window-{processes}", *window),
         job.command("fit", processes, "--name", f"guarded-{processes}", *guard),
     ]
@@ -125,6 +126,15 @@ def test_test_rows_are_neither_doubled_nor_dropped_and_answered_alike(runs):
     assert two["rates"] == one["rates"]
     assert two["rates"]["policy"]["safety/unsafe_rate"]["of"] == 7
     assert two["text"] == pytest.approx(one["text"], rel=1e-5, abs=1e-7)
+
+
+def test_predictions_are_those_of_one_process(runs):
+    one, two = (
+        Counter(line for file in (runs / "runs" / f"predict-{n}").glob("predictions*.jsonl") for line in file.open())
+        for n in (1, 2)
+    )
+    assert sum(one.values()) == 14
+    assert one == two
 
 
 def test_calibration_counts_every_token_once(runs):

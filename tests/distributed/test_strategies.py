@@ -82,6 +82,9 @@ def test_a_reward_that_may_outlast_the_others_patience_is_refused(instantiate):
         check_start(cli.model)
     cli.trainer.strategy._timeout = timedelta(minutes=6)
     check_start(cli.model)
+    cli.model.reward.timeout_s = None
+    with pytest.raises(MisconfigurationException, match="for ever|without end"):
+        check_start(cli.model)
 
 
 def test_processes_that_wait_for_ever_are_ended(instantiate):

@@ -46,23 +46,43 @@ def test_a_slow_rank_is_waited_for_and_the_limit_is_the_strategys(job):
     assert "imed out" in printed
 
 
+def test_a_judge_that_fails_on_one_rank_is_one_message_of_both(job):
+    fit = job.command("fit", 2, "--name", "judged", "--model.judge", "probes.JudgeThatFails")
+    code, printed = job.wait(job.start([fit], "judged"), "judged")
+    assert code == 1
+    assert printed.count("no verdict") == 1, printed[-3000:]
+    assert "On rank 1 (of 2; 1 failed, all stop together): no verdict" in printed
+
+
+def test_a_calibration_that_fails_on_the_first_rank_ends_both(job):
+    (job.folder / "taken").mkdir()
+    process = job.start([job.command("calibrate", 2, "--out", "taken")], "calibrates")
+    code, printed = job.wait(process, "calibrates", timeout_s=ENDS_WITHIN_S)
+    assert code == 1
+    assert "taken" in printed
+    assert not anyone_left(process)
+
+
 @pytest.mark.slow
-def test_sigterm_to_all_ranks_leaves_a_checkpoint_that_goes_on_to_the_same_end(job):
+@pytest.mark.parametrize(("number", "everyone"), [("SIGTERM", True), ("SIGTERM", False), ("SIGINT", False)])
+def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(job, number, everyone):
+    """SLURM and torchrun tell every rank; a Ctrl-C or an impatient administrator perhaps one."""
+    name = f"{number}-{everyone}"
+    for mark in job.folder.glob("step-*"):
+        mark.unlink()
     job.run([job.command("fit", 2, "--name", "whole")], "whole")
-    fit = job.command("fit", 2, "--name", "stopped", *probe("SaysWhere"))
-    process = job.start([fit], "stopped")
+    fit = job.command("fit", 2, "--name", name, *probe("SaysWhere"))
+    process = job.start([fit], name)
     deadline = time.time() + 800
     while not all((job.folder / f"step-2-{rank}").exists() for rank in (0, 1)):
         assert time.time() < deadline
         assert process.poll() is None
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)  # as SLURM and torchrun do it: to every rank
-    code, printed = job.wait(process, "stopped")
-    assert code == 128 + signal.SIGTERM, printed[-3000:]
+    (os.killpg if everyone else os.kill)(process.pid, getattr(signal, number))
+    code, printed = job.wait(process, name)
+    assert code == (128 + signal.SIGTERM if number == "SIGTERM" else 1), printed[-3000:]
     assert "state saved to" in printed
     job.run([[*fit, "--ckpt_path", "last"]], "goes-on")
     for rank in (0, 1):
-        whole, stopped = (
-            torch.load(job.folder / "runs" / name / f"weights-{rank}.pt") for name in ("whole", "stopped")
-        )
-        assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
+        whole, stopped = (torch.load(job.folder / "runs" / run / f"weights-{rank}.pt") for run in ("whole", name))
+        assert all(torch.equal(value, stopped[key]) for key, value in whole.items())

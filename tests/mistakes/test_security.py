@@ -292,6 +292,8 @@ def test_a_link_out_of_a_data_folder_is_refused(job: Path) -> None:
         f"NestedArg(key='judge.api_key', val='{KEY}')",
         f"{{'Authorization': 'Bearer {KEY}'}}",
         f"hf_token: {KEY}",
+        f"unrecognized arguments: --api_key {KEY}",
+        f"unrecognized arguments: ['--judge.api_key', '{KEY}']",
     ],
 )
 def test_messages_blot_keys_out(text: str) -> None:
@@ -299,7 +301,16 @@ def test_messages_blot_keys_out(text: str) -> None:
     assert "***" in mask_keys(text)
 
 
-@pytest.mark.parametrize("text", ["`api_key_env` must be", "max_new_tokens=5", "has no EOS token, so no completion"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`api_key_env` must be",
+        "max_new_tokens=5",
+        "has no EOS token, so no completion",
+        "pad_token='<pad>'",
+        "HF token: see docs",
+    ],
+)
 def test_messages_keep_what_is_no_key(text: str) -> None:
     assert mask_keys(text) == text
 
