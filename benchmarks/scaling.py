@@ -273,7 +273,7 @@ def activation_terms(folder: Path) -> tuple[list[dict[str, Any]], Activations]:
     return lines, found
 
 
-def chunk_term(folder: Path) -> tuple[list[dict[str, Any]], float]:
+def chunk_term() -> tuple[list[dict[str, Any]], float]:
     """Measure how many float32 copies of a chunk of logits are alive at one time: on two vocabularies' difference."""
     from nspo_lightning.grpo.log_probs import chosen_log_probs
 
@@ -328,7 +328,7 @@ def cache_term(folder: Path) -> list[dict[str, Any]]:
 
 
 def null_space_terms(folder: Path) -> list[dict[str, Any]]:
-    """Bytes of the bases, and of the second moments while text is read."""
+    """Bytes of the bases."""
     model = policy(SMALL, folder)
     modules = {layer.name: layer.module for layer in plan_layers(model, None).layers}
     ids = torch.randint(1, SMALL.vocabulary, (16, 64), generator=torch.Generator().manual_seed(1))
@@ -376,7 +376,7 @@ def work_terms(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def step_term(folder: Path, kept: Activations, copies: float) -> list[dict[str, Any]]:
+def step_term(folder: Path, kept: Activations) -> list[dict[str, Any]]:
     """Measure the most bytes alive in one micro-batch of an update, with checkpointing, and add the terms up."""
     shape = replace(SMALL, layers=8)
     model = policy(shape, folder, checkpointing=True)
@@ -392,7 +392,13 @@ def step_term(folder: Path, kept: Activations, copies: float) -> list[dict[str, 
     inputs = shape.layers * tokens * shape.hidden * 2
     gradients = formula.lora_parameters(shape, LOAD.rank) * 4
     total = inputs + layer + formula.dequantised_bytes(shape) + gradients
-    return [term("most alive in a micro-batch, all terms together", total, alive.most)]
+    return [
+        term(
+            "most alive in a micro-batch: layers' inputs, one layer's own, largest matrix, adapter's gradients",
+            total,
+            alive.most,
+        )
+    ]
 
 
 def main() -> None:
@@ -405,9 +411,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as models:
             folder = Path(models)
             kept_lines, kept = activation_terms(folder)
-            chunk_lines, copies = chunk_term(folder)
+            chunk_lines, copies = chunk_term()
             terms = [*weight_terms(folder), *kept_lines, *chunk_lines, *cache_term(folder), *null_space_terms(folder)]
-            terms += [*work_terms(folder), *step_term(folder, kept, copies)]
+            terms += [*work_terms(folder), *step_term(folder, kept)]
         result = {
             "terms": terms,
             "activations": {"constant": kept.constant, "h": kept.h, "i": kept.i, "k": kept.k},

@@ -2,8 +2,8 @@
 
 Notation: H hidden size, I intermediate size, Q = heads x head size, K = key-value heads x head size, N layers, V
 vocabulary, r LoRA rank. A micro-batch pushes T tokens through the policy, a rollout has P prompts of L tokens with G
-completions of C tokens each. `scaling.py` measures every term on small models; nothing in here is fitted but the
-coefficients of `Activations`.
+completions of C tokens each. `scaling.py` measures the terms on small models (not those of a calibration's second
+moments, which are counted from the code); nothing in here is fitted but the coefficients of `Activations`.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def memory_rows(shape: Shape, kept: Activations, copies: float) -> dict[str, flo
         "keys and values while sampling": cache,
         "**training**": base + adapter + bases + sum(training.values()),
         "**sampling**": base + adapter + bases + cache,
-        "second moments, all layers at once": formula.grams_bytes(shape, LOAD.domains),
-        "largest layer's second moment and its decomposition": max(
+        "second moments, all layers at once (from the code, not measured)": formula.grams_bytes(shape, LOAD.domains),
+        "largest layer's second moment and its decomposition (likewise)": max(
             width * width * (8.0 if width <= 8192 else 4.0) + width * width * 32.0 for width in shape.inputs
         ),
     }

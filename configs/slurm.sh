@@ -15,8 +15,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
-# SIGTERM to every task (no `B:`) this long before the end: more than one training step and one validation take. Where
-# jobs are preempted, the partition's GraceTime must be as long.
+# SIGTERM to every task (no `B:`) this long before the end: more than one training step, one validation, or a calibration
+# takes. Where jobs are preempted, the partition's GraceTime must be as long.
 #SBATCH --signal=TERM@600
 
 set -u
