@@ -3,6 +3,7 @@
 #
 #   benchmarks/install_matrix.sh python3.10 python3.13     one clean environment for each interpreter
 #   LOWEST=1 benchmarks/install_matrix.sh python3.10       the oldest version that each range of pyproject.toml allows
+#   NEWEST=1 benchmarks/install_matrix.sh python3.13       the newest, constraints.txt or not
 #
 # For each: sdist, the wheel built from the sdist, a new environment, the wheel with its dependencies (constraints.txt, or
 # their lower bounds), then from an empty folder far away a fit of the shipped quickstart cut to two updates, an export of
@@ -12,8 +13,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-$(mktemp -d)}
-lowest=${LOWEST:-}
-(($#)) || { sed -n '2,12p' "$0" >&2; exit 2; }
+lowest=${LOWEST:+lowest} newest=${NEWEST:+newest}
+(($#)) || { sed -n '2,13p' "$0" >&2; exit 2; }
 mkdir -p "$work"
 
 build() {  # the wheel of the sdist of what git holds: neither local files nor links can hide a missing one
@@ -33,13 +34,19 @@ build() {  # the wheel of the sdist of what git holds: neither local files nor l
 install() {  # $1 interpreter, $2 environment
   if command -v uv >/dev/null; then
     uv venv -q --clear --python "$1" "$2"
-    local how=(-c "$root/constraints.txt")
-    [[ -z $lowest ]] || how=(--resolution lowest-direct)
-    uv pip install -q --python "$2/bin/python" "${how[@]}" "$(echo "$work"/dist/*.whl)"
+    local pinned=(-c "$root/constraints.txt")
+    [[ -z $newest ]] || pinned=()
+    if [[ -n $lowest ]]; then  # the ranges must be given directly: those of a wheel's metadata resolve to the newest
+      uv pip install -q --python "$2/bin/python" --resolution lowest-direct -r "$work/source/pyproject.toml"
+      pinned=(--no-deps)
+    fi
+    uv pip install -q --python "$2/bin/python" "${pinned[@]}" "$(echo "$work"/dist/*.whl)"
   else
     [[ -z $lowest ]] || { echo "LOWEST=1 needs uv: pip install uv" >&2; return 2; }
     "$1" -m venv --clear "$2"
-    "$2/bin/python" -m pip install -q -c "$root/constraints.txt" "$work"/dist/*.whl
+    local pinned=(-c "$root/constraints.txt")
+    [[ -z $newest ]] || pinned=()
+    "$2/bin/python" -m pip install -q "${pinned[@]}" "$work"/dist/*.whl
   fi
 }
 
@@ -55,13 +62,13 @@ run() {  # $1 the environment's python; in an empty folder
 build "$1" >"$work/build.log" 2>&1 || { cat "$work/build.log" >&2; exit 1; }
 failed=0
 for python in "$@"; do
-  name=$(basename "$python")-${lowest:+lowest-}$("$python" -c 'import platform; print(platform.python_version())')
+  name=$(basename "$python")-${lowest:+lowest-}${newest:+newest-}$("$python" -c 'import platform; print(platform.python_version())')
   env=$work/venv-$name
   far=$(mktemp -d)
   code=0
   # In a shell of its own: inside `if` or `||`, `set -e` would not stop at the first command that fails.
   export -f install run
-  root=$root work=$work lowest=$lowest bash -euc 'install "$1" "$2"; cd "$3"; run "$2/bin/python"' _ \
+  root=$root work=$work lowest=$lowest newest=$newest bash -euc 'install "$1" "$2"; cd "$3"; run "$2/bin/python"' _ \
     "$python" "$env" "$far" >"$work/$name.log" 2>&1 || code=$?
   rm -rf "$far"
   ((code == 0)) || { failed=1; tail -n 20 "$work/$name.log" >&2; }
