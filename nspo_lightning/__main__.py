@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from nspo_lightning.command_face import help_text
@@ -9,13 +10,17 @@ from nspo_lightning.command_face import help_text
 
 def main() -> None:
     """Answer a call for help, else hand over to the command line proper."""
-    text = help_text(sys.argv[1:])
-    if text is not None:
-        print(text)
-        return
-    from nspo_lightning.cli import main as run
+    try:
+        text = help_text(sys.argv[1:])
+        if text is not None:
+            print(text, flush=True)
+            return
+        from nspo_lightning.cli import main as run
 
-    run()
+        run()
+    except BrokenPipeError:  # `... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its exit
+        sys.exit(1)
 
 
 if __name__ == "__main__":

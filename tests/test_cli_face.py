@@ -129,3 +129,12 @@ def test_bash_completes_subcommands_and_options(capsys, tmp_path):
     )
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["export", "quickstart"], result.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    shown = subprocess.Popen(
+        [sys.executable, "-m", "nspo_lightning", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    shown.stdout.close()
+    assert b"Traceback" not in shown.stderr.read()
+    shown.wait()
