@@ -190,6 +190,19 @@ def score(model: nn.Module, judged: Rollout, *, autocast: bool = True, share: bo
         return score_completions(model, judged, share_prefix=share).log_probs.sum()
 
 
+def draw(model: nn.Module, judged: Rollout) -> None:
+    """Sample completions of full length to a rollout's prompts."""
+    sample(
+        model,
+        judged.prompt_ids,
+        judged.prompt_mask,
+        group_size=LOAD.group,
+        config=SamplingConfig(max_new_tokens=LOAD.completion_tokens, min_new_tokens=LOAD.completion_tokens),
+        eos_token_ids=[0],
+        pad_token_id=0,
+    )
+
+
 def tokens_of(load: Load) -> int:
     """Tokens through the policy in scoring: the last one of a completion predicts nothing."""
     return load.prompts * load.prompt_tokens + load.prompts * load.group * (load.completion_tokens - 1)
@@ -312,16 +325,7 @@ def cache_term(folder: Path) -> list[dict[str, Any]]:
 
     SharedMemory.step = counted  # type: ignore[method-assign]
     try:
-        config = SamplingConfig(max_new_tokens=LOAD.completion_tokens, min_new_tokens=LOAD.completion_tokens)
-        sample(
-            model,
-            judged.prompt_ids,
-            judged.prompt_mask,
-            group_size=LOAD.group,
-            config=config,
-            eos_token_ids=[0],
-            pad_token_id=0,
-        )
+        draw(model, judged)
     finally:
         SharedMemory.step = original  # type: ignore[method-assign]
     return [term("keys and values while sampling", formula.cache_bytes(SMALL, LOAD), max(held))]
@@ -347,23 +351,10 @@ def work_terms(folder: Path) -> list[dict[str, Any]]:
     """FLOPs of the three parts of a step, on an unquantised base (the counter knows no 4-bit product)."""
     model = policy(SMALL, folder, quantised=False)
     judged = rollout(SMALL, LOAD)
-    config = SamplingConfig(max_new_tokens=LOAD.completion_tokens, min_new_tokens=LOAD.completion_tokens)
-
-    def draw() -> None:
-        sample(
-            model,
-            judged.prompt_ids,
-            judged.prompt_mask,
-            group_size=LOAD.group,
-            config=config,
-            eos_token_ids=[0],
-            pad_token_id=0,
-        )
-
-    draw()
+    draw(model, judged)
     losses: list[Tensor] = []
     lines = [
-        term("sampling", formula.sampling_flops(SMALL, LOAD), flops(draw), "FLOPs"),
+        term("sampling", formula.sampling_flops(SMALL, LOAD), flops(lambda: draw(model, judged)), "FLOPs"),
         term(
             "scoring",
             formula.scoring_flops(SMALL, LOAD),

@@ -103,11 +103,6 @@ class Load:
     null_share: float = 0.5
     domains: int = 1
 
-    def step_tokens(self, *, shared: bool = True) -> int:
-        """Tokens that training pushes through the policy: prompts once a group, or once a completion."""
-        prompts = self.prompts if shared else self.prompts * self.group
-        return prompts * self.prompt_tokens + self.prompts * self.group * self.completion_tokens
-
     def microbatch_rows(self) -> int:
         """Completions of a micro-batch that its budget holds, each group with its prompt."""
         whole, rest = divmod(self.microbatch_tokens, self.prompt_tokens + self.group * self.completion_tokens)

@@ -336,11 +336,12 @@ class NullSpaceProjection(Callback):
         """
         plan = plan_layers(pl_module, self.target_modules, resumed=True)
         modules = {layer.name: layer.module for layer in plan.layers}
-        calls, source = self.source.calls(batches), self.source
-        marks = source.fingerprint(modules, calls)
-        found = source.calibrate(trainer, pl_module, modules, calls, marks, sharded=sharded, progress=progress)
-        self.calibration = found
-        return found
+        calls = self.source.calls(batches)
+        fingerprint = self.source.fingerprint(modules, calls)
+        self.calibration = self.source.calibrate(
+            trainer, pl_module, modules, calls, fingerprint, sharded=sharded, progress=progress
+        )
+        return self.calibration
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool = False) -> LayerPlan:
         elsewhere: set[int] = set()

@@ -57,7 +57,7 @@ def calibration_batches(owner: Any, pl_module: pl.LightningModule) -> Iterable[A
 
 
 def is_sharded(batches: Iterable[Any]) -> bool:
-    """Say whether each rank has batches of its own: by a distributed sampler, or by an ``is_sharded`` that says so.
+    """Say whether a distributed sampler gives each rank batches of its own.
 
     Batches that are the same on all ranks are dealt out to them; dealing twice would lose the others.
 
@@ -67,8 +67,7 @@ def is_sharded(batches: Iterable[Any]) -> bool:
     Returns:
         True if they are dealt out already.
     """
-    by_sampler = isinstance(getattr(batches, "sampler", None), DistributedSampler)
-    return by_sampler or bool(getattr(batches, "is_sharded", False))
+    return isinstance(getattr(batches, "sampler", None), DistributedSampler)
 
 
 @dataclass(kw_only=True)

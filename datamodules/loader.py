@@ -93,11 +93,6 @@ class PromptLoader:
         self._shard = shard
         self._unfinished = unfinished
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each rank gets other batches (and all equally many), so that nobody deals them out again."""
-        return self._shard()[1] > 1
-
     def __len__(self) -> int:
         """Count the batches of an epoch on each rank.
 
