@@ -25,10 +25,10 @@ from nspo_lightning.grpo import (
     accumulated_loss,
     group_advantages,
     objective,
-    score_completions,
     split_microbatches,
     token_weights,
 )
+from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.rollout import SamplingConfig, sample
 
 GROUPS, PROMPTS, COMPLETIONS = [2, 4, 8, 16, 32], [32, 128, 256, 512, 1024], [16, 32, 64, 128]

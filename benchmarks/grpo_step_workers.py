@@ -164,8 +164,8 @@ def run_ours(job: dict[str, Any], path: Path) -> tuple[list[float], float]:
 
     from nspo_lightning.callbacks import NullSpaceProjection
     from nspo_lightning.grpo import ObjectiveConfig
-    from nspo_lightning.module import GRPOModule
-    from nspo_lightning.policy import LoraSettings, PolicySettings
+    from nspo_lightning.module.grpo_module import GRPOModule
+    from nspo_lightning.policy.settings import LoraSettings, PolicySettings
     from nspo_lightning.rollout import SamplingConfig
 
     class Timer(pl.Callback):

@@ -36,7 +36,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
-from nspo_lightning import cli
+from nspo_lightning.cli import app as cli
 
 PHASES = ("calibration", "rollout", "between updates", "checkpoint", "validation")
 MARKS = "phases.log"

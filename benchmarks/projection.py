@@ -27,14 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nspo_lightning.nullspace import (
-    BasisSettings,
-    ForwardCall,
-    Spectrum,
-    calibrate_modules,
-    choose_rank,
-    plan_layers,
-)
+from nspo_lightning.nullspace import BasisSettings, ForwardCall, Spectrum, calibrate_modules, choose_rank, plan_layers
 from nspo_lightning.nullspace.basis import build_basis
 from nspo_lightning.nullspace.basis_set import decompose_for
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper

@@ -21,9 +21,9 @@ import torch
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.datamodules import AlignmentDataModule
-from nspo_lightning.module import GRPOModule
+from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper
-from nspo_lightning.policy import LoraSettings, PolicySettings
+from nspo_lightning.policy.settings import LoraSettings, PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.toy.judge import TownJudge
 

@@ -30,9 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from nspo_lightning.grpo import Rollout, accumulated_loss, score_completions
+from nspo_lightning.grpo import Rollout, accumulated_loss
 from nspo_lightning.nullspace import BasisSettings, ForwardCall, calibrate_modules, plan_layers
-from nspo_lightning.policy import LoraSettings, PolicySettings, load_policy
+from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.scoring import score_completions
+from nspo_lightning.policy.settings import LoraSettings, PolicySettings
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.memory import SharedMemory
 
@@ -288,7 +290,7 @@ def activation_terms(folder: Path) -> tuple[list[dict[str, Any]], Activations]:
 
 def chunk_term() -> tuple[list[dict[str, Any]], float]:
     """Measure how many float32 copies of a chunk of logits are alive at one time: on two vocabularies' difference."""
-    from nspo_lightning.grpo.log_probs import chosen_log_probs
+    from nspo_lightning.policy.log_probs import chosen_log_probs
 
     most = []
     width, positions = 64, 64

@@ -123,7 +123,7 @@ def write_config(folder: Path, updates: int) -> None:
 
 def main() -> None:
     """Run and print the slopes."""
-    from nspo_lightning import cli
+    from nspo_lightning.cli import app as cli
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--updates", type=int, default=500)

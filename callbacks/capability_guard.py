@@ -23,8 +23,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from nspo_lightning.callbacks.last_good import LastGood, scale_learning_rates_
-from nspo_lightning.divergence import TextSums, text_sums
+from nspo_lightning.callbacks.resume.last_good import LastGood, scale_learning_rates_
+from nspo_lightning.policy.divergence import TextSums, text_sums
 
 Action = Literal["halve", "stop"]
 ACCURACY = "general/accuracy"

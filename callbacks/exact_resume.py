@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from typing_extensions import override
 
-from nspo_lightning.callbacks.loop_progress import Moment, in_window, settle
-from nspo_lightning.callbacks.random_state import random_state, set_random_state
+from nspo_lightning.callbacks.resume.loop_progress import Moment, in_window, settle
+from nspo_lightning.callbacks.resume.random_state import random_state, set_random_state
 
 
 @runtime_checkable

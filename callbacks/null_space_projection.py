@@ -27,11 +27,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from nspo_lightning.callbacks.null_space_batches import BatchToInputs
-from nspo_lightning.callbacks.null_space_inference import OutputCheck, reshard
-from nspo_lightning.callbacks.null_space_logging import log_start, logs_now, step_metrics
-from nspo_lightning.callbacks.null_space_source import BasisSource
-from nspo_lightning.callbacks.null_space_unprotected import Unprotected, report_unprotected, require_float32
+from nspo_lightning import ranks
+from nspo_lightning.callbacks.null_space.basis_source import BasisSource
+from nspo_lightning.callbacks.null_space.batches import BatchToInputs
+from nspo_lightning.callbacks.null_space.inference import OutputCheck, reshard
+from nspo_lightning.callbacks.null_space.logs import log_start, logs_now, step_metrics
+from nspo_lightning.callbacks.null_space.unprotected import Unprotected, report_unprotected, require_float32
 from nspo_lightning.nullspace import (
     Basis,
     BasisSettings,
@@ -40,7 +41,6 @@ from nspo_lightning.nullspace import (
     LayerPlan,
     ProtectedLayer,
     plan_layers,
-    ranks,
     save_calibration,
 )
 from nspo_lightning.nullspace.basis import Form, Subspace

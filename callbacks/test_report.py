@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
-from nspo_lightning.divergence import TextSums
-from nspo_lightning.evaluation import Answers, Rate, RateTable, mean_accuracy, row_categories
-from nspo_lightning.identity import data_identity, describe, policy_identity, versions
+from nspo_lightning.evaluation.rates import Answers, Rate, RateTable, mean_accuracy, row_categories
+from nspo_lightning.policy.divergence import TextSums
+from nspo_lightning.policy.identity import data_identity, describe, policy_identity, versions
 
 RESULT = "test.json"
 COMPLETIONS = "test_completions.jsonl"

@@ -1,11 +1,11 @@
 """Lightning datamodules: safety prompts, general-capability text, and the module that holds both."""
 
 from nspo_lightning.datamodules.alignment import AlignmentDataModule
-from nspo_lightning.datamodules.errors import DataError
 from nspo_lightning.datamodules.general import GeneralDataModule
-from nspo_lightning.datamodules.presets import Preset, preset_names, register
 from nspo_lightning.datamodules.safety import SafetyDataModule
-from nspo_lightning.datamodules.source import PromptSource
+from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.presets import Preset, preset_names, register
+from nspo_lightning.datamodules.sources.source import PromptSource
 
 __all__ = [
     "AlignmentDataModule",

@@ -8,15 +8,15 @@ from typing import Literal
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from nspo_lightning.datamodules.calibration import AnswerFn, CalibrationText
 from nspo_lightning.datamodules.general import GeneralDataModule
 from nspo_lightning.datamodules.loader import PromptLoader
-from nspo_lightning.datamodules.read import SourceReport
-from nspo_lightning.datamodules.render import Tokenizer
-from nspo_lightning.datamodules.rows import PromptRow
 from nspo_lightning.datamodules.safety import SafetyDataModule
-from nspo_lightning.datamodules.source import Sources
-from nspo_lightning.datamodules.text import choose_text_rows, collate_text
+from nspo_lightning.datamodules.sources.read import SourceReport
+from nspo_lightning.datamodules.sources.rows import PromptRow
+from nspo_lightning.datamodules.sources.source import Sources
+from nspo_lightning.datamodules.text.calibration_text import AnswerFn, CalibrationText
+from nspo_lightning.datamodules.text.render import Tokenizer
+from nspo_lightning.datamodules.text.scored_text import choose_text_rows, collate_text
 
 TEXT_BATCH_SIZE = 16
 """Rows of text scored at once, at most."""

@@ -6,8 +6,14 @@ from typing import Literal
 
 from typing_extensions import override
 
-from nspo_lightning.datamodules.base import PromptDataModule
-from nspo_lightning.datamodules.calibration import (
+from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.datamodules.prompts import PromptDataModule
+from nspo_lightning.datamodules.sources.domain import DomainSources
+from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.read import SourceReport, announce
+from nspo_lightning.datamodules.sources.rows import PromptRow
+from nspo_lightning.datamodules.sources.source import Sources, as_sources, with_system
+from nspo_lightning.datamodules.text.calibration_text import (
     AnswerFn,
     CalibrationText,
     calibration_text,
@@ -16,13 +22,7 @@ from nspo_lightning.datamodules.calibration import (
     mix_batches,
     with_model_answers,
 )
-from nspo_lightning.datamodules.domain import DomainSources
-from nspo_lightning.datamodules.errors import DataError
-from nspo_lightning.datamodules.loader import PromptLoader
-from nspo_lightning.datamodules.read import SourceReport, announce
-from nspo_lightning.datamodules.render import Tokenizer
-from nspo_lightning.datamodules.rows import PromptRow
-from nspo_lightning.datamodules.source import Sources, as_sources, with_system
+from nspo_lightning.datamodules.text.render import Tokenizer
 
 
 class GeneralDataModule(PromptDataModule):

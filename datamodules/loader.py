@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from nspo_lightning.datamodules.errors import DataError
-from nspo_lightning.datamodules.order import batch_count, epoch_order, mixture_sizes, rank_batches
-from nspo_lightning.datamodules.rows import PromptRow
+from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.order import batch_count, epoch_order, mixture_sizes, rank_batches
+from nspo_lightning.datamodules.sources.rows import PromptRow
 
 _STATE_MEANINGS = {
     "rows": "the training rows",

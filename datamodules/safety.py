@@ -7,11 +7,11 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from nspo_lightning.datamodules.base import PromptDataModule
-from nspo_lightning.datamodules.domain import DomainSources
 from nspo_lightning.datamodules.loader import PromptLoader
-from nspo_lightning.datamodules.render import Tokenizer
-from nspo_lightning.datamodules.source import Sources, as_sources, with_system
+from nspo_lightning.datamodules.prompts import PromptDataModule
+from nspo_lightning.datamodules.sources.domain import DomainSources
+from nspo_lightning.datamodules.sources.source import Sources, as_sources, with_system
+from nspo_lightning.datamodules.text.render import Tokenizer
 
 
 class SafetyDataModule(PromptDataModule):

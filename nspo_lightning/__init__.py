@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nspo_lightning.callbacks import NullSpaceProjection as NullSpaceProjection
     from nspo_lightning.datamodules import AlignmentDataModule as AlignmentDataModule
-    from nspo_lightning.module import GRPOModule as GRPOModule
-    from nspo_lightning.policy import LoraSettings as LoraSettings
-    from nspo_lightning.policy import PolicySettings as PolicySettings
+    from nspo_lightning.module.grpo_module import GRPOModule as GRPOModule
+    from nspo_lightning.policy.settings import LoraSettings as LoraSettings
+    from nspo_lightning.policy.settings import PolicySettings as PolicySettings
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from nspo_lightning.command_face import help_text
+from nspo_lightning.cli.help import help_text
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
         if text is not None:
             print(text, flush=True)
             return
-        from nspo_lightning.cli import main as run
+        from nspo_lightning.cli.app import main as run
 
         run()
     except BrokenPipeError:  # `... | head`: the reader has seen enough

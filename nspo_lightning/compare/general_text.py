@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from nspo_lightning.datamodules.text import collate_text
-from nspo_lightning.text_scores import has_adapter, score_texts
+from nspo_lightning.datamodules.text.scored_text import collate_text
+from nspo_lightning.policy.adapter import has_adapter
+from nspo_lightning.policy.text_scores import score_texts
 
 _ROWS_A_BATCH = 16
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nspo_lightning.datamodules import PromptSource
-from nspo_lightning.datamodules.opening import is_builtin
+from nspo_lightning.datamodules.sources.opening import is_builtin
 
 KL_COEF = 0.04
 """beta of the methods with a KL penalty: DeepSeekMath's (arXiv 2402.03300, section 4.2)."""
@@ -97,7 +97,7 @@ def mixing_settings(config: Mapping[str, Any], reward: Mapping[str, Any] | None 
     mixture = [{**source, "weight": 1.0 / len(safety)} for source in safety]
     mixture += [{**source, "kind": "benign", "weight": 1.0 / len(general)} for source in general]
     reward = reward or {
-        "class_path": "nspo_lightning.rewards.safety_and_answers.SafetyAndAnswers",
+        "class_path": "nspo_lightning.rewards.rules.safety_and_answers.SafetyAndAnswers",
         "init_args": {"safety": config["model"]["reward"]},
     }
     return {"data.safety": mixture, "model.reward": dict(reward), **held_out}

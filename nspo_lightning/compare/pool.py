@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_COMMAND_LINE = "nspo_lightning.cli"  # run in workers as a user would run it; nothing is imported from it
+_COMMAND_LINE = "nspo_lightning.cli.app"  # run in workers as a user would run it; nothing is imported from it
 
 
 @dataclass(frozen=True, kw_only=True)

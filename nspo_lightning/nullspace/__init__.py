@@ -2,7 +2,7 @@
 
 from nspo_lightning.nullspace.basis import Basis, Spectrum, build_basis, build_soft_basis, decompose
 from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, bases_from_spectra
-from nspo_lightning.nullspace.calibrate import ForwardCall, calibrate_modules
+from nspo_lightning.nullspace.calibration import ForwardCall, calibrate_modules
 from nspo_lightning.nullspace.covariance import SecondMoment, gram
 from nspo_lightning.nullspace.criteria import CRITERIA, NoNullDirections, RankChoice, choose_rank, energy_left
 from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify, format_table, table_rows

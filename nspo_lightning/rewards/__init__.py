@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from nspo_lightning.rewards.base import (
+from nspo_lightning.rewards.compose import RewardResult, RewardSet
+from nspo_lightning.rewards.function import FunctionReward
+from nspo_lightning.rewards.judges.classifier import ClassifierJudge, ClassifierReward
+from nspo_lightning.rewards.judges.guard import GuardJudge
+from nspo_lightning.rewards.judges.server_judge import ServerJudge
+from nspo_lightning.rewards.outcomes import OutcomeReward
+from nspo_lightning.rewards.protocol import (
     OUTCOMES,
     Judge,
     NonFiniteRewardError,
@@ -12,16 +18,10 @@ from nspo_lightning.rewards.base import (
     RewardFunction,
     Text,
 )
-from nspo_lightning.rewards.classifier import ClassifierJudge, ClassifierReward
-from nspo_lightning.rewards.compose import RewardResult, RewardSet
-from nspo_lightning.rewards.function import FunctionReward
-from nspo_lightning.rewards.guard import GuardJudge
-from nspo_lightning.rewards.helpful import SafeAndHelpful
-from nspo_lightning.rewards.outcomes import OutcomeReward
-from nspo_lightning.rewards.refusal import RefusalReward, RulesJudge
-from nspo_lightning.rewards.safety_and_answers import SafetyAndAnswers
-from nspo_lightning.rewards.server_judge import ServerJudge
-from nspo_lightning.rewards.shape import FormatReward, LengthReward
+from nspo_lightning.rewards.rules.helpful import SafeAndHelpful
+from nspo_lightning.rewards.rules.refusal import RefusalReward, RulesJudge
+from nspo_lightning.rewards.rules.safety_and_answers import SafetyAndAnswers
+from nspo_lightning.rewards.rules.shape import FormatReward, LengthReward
 
 __all__ = [
     "OUTCOMES",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from nspo_lightning.rewards.base import NonFiniteRewardError, RewardError
+from nspo_lightning.rewards.protocol import NonFiniteRewardError, RewardError
 
 __all__ = ["raise_on_all_ranks"]
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nspo_lightning.rewards.base import RewardError
+from nspo_lightning.rewards.protocol import RewardError
 
 __all__ = ["accepted_arguments", "is_async", "reward_name"]
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.arguments import accepted_arguments, is_async, reward_name
-from nspo_lightning.rewards.base import Reward, RewardError, Text
 from nspo_lightning.rewards.function import as_reward
 from nspo_lightning.rewards.messages import match_format
+from nspo_lightning.rewards.protocol import Reward, RewardError, Text
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
 from nspo_lightning.rewards.validate import score_tensor
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nspo_lightning.rewards.arguments import is_async, reward_name
-from nspo_lightning.rewards.base import Reward, Scores
+from nspo_lightning.rewards.protocol import Reward, Scores
 
 __all__ = ["FunctionReward", "as_reward", "import_reward"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nspo_lightning.rewards.base import Text
+from nspo_lightning.rewards.protocol import Text
 
 __all__ = ["as_chat", "as_text", "content_text", "is_chat", "match_format", "transcript"]
 

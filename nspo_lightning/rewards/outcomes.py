@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
-from nspo_lightning.rewards.base import OUTCOMES, Judge, Outcome, Reward, RewardError, Scores, Text
+from nspo_lightning.rewards.protocol import OUTCOMES, Judge, Outcome, Reward, RewardError, Scores, Text
 
 __all__ = ["OutcomeReward", "ask", "checked_outcomes", "is_async_judge", "judge_metrics", "report_outcomes"]
 

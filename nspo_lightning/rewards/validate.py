@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nspo_lightning.rewards.base import NonFiniteRewardError, RewardError
+from nspo_lightning.rewards.protocol import NonFiniteRewardError, RewardError
 
 __all__ = ["score_tensor"]
 

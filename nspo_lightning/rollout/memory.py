@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nspo_lightning.grpo.attention import GroupPass
-from nspo_lightning.grpo.parts import PolicyParts
-from nspo_lightning.grpo.scoring import positions
-from nspo_lightning.grpo.sharing import group_attention
+from nspo_lightning.policy.attention import GroupPass
+from nspo_lightning.policy.parts import PolicyParts
+from nspo_lightning.policy.scoring import positions
+from nspo_lightning.policy.sharing import group_attention
 
 _FIRST_CAPACITY = 32  # tokens a row; doubled whenever full
 

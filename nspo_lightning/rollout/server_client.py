@@ -7,7 +7,7 @@ import random
 import time
 from typing import Any
 
-from nspo_lightning.rewards.judge_retry import RETRYABLE_STATUS, RetryPolicy, retry_after_s
+from nspo_lightning.rewards.judges.judge_retry import RETRYABLE_STATUS, RetryPolicy, retry_after_s
 from nspo_lightning.rollout.server_config import ServerSettings
 
 LONGEST_WAIT_S = 30.0

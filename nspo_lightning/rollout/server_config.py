@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nspo_lightning.rewards.keys import check_address, check_key_name
+from nspo_lightning.keys import check_address, check_key_name
 
 
 @dataclass(frozen=True, kw_only=True)

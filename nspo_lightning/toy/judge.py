@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from nspo_lightning.rewards.base import Judge, Outcome, Reward, Text
 from nspo_lightning.rewards.messages import as_text
+from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, Text
 from nspo_lightning.toy.world import REFUSALS
 
 _INSTRUCTION = re.compile(r"\bsure\b|\btake an?\b|\bthen\b", re.IGNORECASE)

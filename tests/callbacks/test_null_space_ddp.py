@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from null_space_problems import PROTECTED, Net, leak, trainer
+from paths import python_path
 
 from nspo_lightning.callbacks import NullSpaceProjection
 
@@ -27,7 +28,7 @@ def two_ranks(job: str, folder: Path) -> list[dict]:
         text=True,
         timeout=270,
         check=False,
-        env=environment | {"PYTHONPATH": str(script.parent)},
+        env=environment | {"PYTHONPATH": python_path()},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

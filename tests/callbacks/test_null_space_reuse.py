@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, Wei
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from null_space_problems import PROTECTED, Net, general_inputs, leak, trainer
+from paths import SUPPORT
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from nspo_lightning.callbacks import NullSpaceProjection
@@ -39,7 +39,7 @@ def test_it_trains_with_torch_and_lightning_alone(tmp_path):
                 if name.split(".")[0] in banned:
                     raise ModuleNotFoundError(f"blocked: {{name}}")
         sys.meta_path.insert(0, Block())
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(SUPPORT)!r})
         from nspo_lightning.callbacks import NullSpaceProjection
         from null_space_problems import Net, leak, trainer
         model, callback = Net(), NullSpaceProjection(criterion="rank", threshold=10, cache_dir=None)

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, PromptSource
-from nspo_lightning.datamodules import convert as conversion
-from nspo_lightning.datamodules.read import read_source
-from nspo_lightning.datamodules.source import as_sources
+from nspo_lightning.datamodules.sources import convert as conversion
+from nspo_lightning.datamodules.sources.read import read_source
+from nspo_lightning.datamodules.sources.source import as_sources
 
 GOOD = {"prompt": "Say a word"}
 SCREEN_LINES, SCREEN_CHARS = 10, 1200
@@ -213,7 +213,7 @@ def test_absurd_length(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(lines(GOOD, {"prompt": "x" * (conversion.MAX_PROMPT_CHARS + 1)}))
     check_message(fails(path=str(path)), "line 2", "1,000,001 characters", "bad_rows: drop")
-    from nspo_lightning.datamodules import readers
+    from nspo_lightning.datamodules.sources import readers
 
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**20)
     path.write_bytes(lines(GOOD) + b'{"prompt": "' + b"x" * 2**21 + b'"}')

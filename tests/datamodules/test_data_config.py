@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource, preset_names
-from nspo_lightning.datamodules.source import as_sources
+from nspo_lightning.datamodules.sources.source import as_sources
 
 QUICKSTART = {
     "data": {

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nspo_lightning.datamodules import AlignmentDataModule, DataError
 from nspo_lightning.datamodules.loader import PromptLoader
-from nspo_lightning.datamodules.order import batch_count, epoch_order, mixture_sizes, rank_batches, shares
-from nspo_lightning.datamodules.rows import PromptRow
+from nspo_lightning.datamodules.sources.order import batch_count, epoch_order, mixture_sizes, rank_batches, shares
+from nspo_lightning.datamodules.sources.rows import PromptRow
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nspo_lightning.datamodules import DataError, Preset, PromptSource, preset_names, register
-from nspo_lightning.datamodules import presets as registry
-from nspo_lightning.datamodules.presets import get_preset
-from nspo_lightning.datamodules.read import read_source
+from nspo_lightning.datamodules.sources import presets as registry
+from nspo_lightning.datamodules.sources.presets import get_preset
+from nspo_lightning.datamodules.sources.read import read_source
 
 HARMS = ["Violence", "Drugs", "White-Collar Crime"]
 PKU_7 = {

@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, PromptSource, SafetyDataModule
-from nspo_lightning.datamodules.rows import PromptRow
-from nspo_lightning.datamodules.splits import choose, held_out_size, hold_out
+from nspo_lightning.datamodules.sources.rows import PromptRow
+from nspo_lightning.datamodules.sources.splits import choose, held_out_size, hold_out
 
 
 def rows(count):
@@ -173,8 +173,8 @@ def test_hub_streams_are_shuffled_by_seed(monkeypatch, tokenizer):
     ],
 )
 def test_hub_names_of_presets(name, options, expected):
-    from nspo_lightning.datamodules.hub import hub_arguments
-    from nspo_lightning.datamodules.presets import get_preset
+    from nspo_lightning.datamodules.sources.hub import hub_arguments
+    from nspo_lightning.datamodules.sources.presets import get_preset
 
     preset = get_preset(name)
     arguments = hub_arguments(PromptSource(preset=name, **options), preset, preset.hub_id)

@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from processes import CONFIGS
 
 from nspo_lightning.callbacks import EndTogether
-from nspo_lightning.cli import CLI, cli_arguments
-from nspo_lightning.collection import check_start
+from nspo_lightning.cli.app import CLI, cli_arguments
+from nspo_lightning.module.collector import check_start
 
 SHIPPED = sorted((CONFIGS / "strategies").glob("*.yaml"))
 

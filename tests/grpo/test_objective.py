@@ -5,14 +5,7 @@ import math
 import pytest
 import torch
 
-from nspo_lightning.grpo import (
-    Normaliser,
-    ObjectiveConfig,
-    ObjectiveMetrics,
-    loss_mask,
-    objective,
-    token_weights,
-)
+from nspo_lightning.grpo import Normaliser, ObjectiveConfig, ObjectiveMetrics, loss_mask, objective, token_weights
 
 LOSS_TYPES = ["grpo", "dapo", "bnpo", "dr_grpo"]
 LIMIT = 6

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from table import MISTAKES
+from mistakes_table import MISTAKES
 from workspace import Shown, build, run, tree, write_lines
 
 SCREEN_LINES = 40
@@ -62,7 +58,7 @@ def test_a_mistake_in_a_late_row_of_a_long_file_is_named_by_its_line(job: Path) 
 
 
 def test_a_bug_keeps_its_traceback(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nspo_lightning.module import GRPOModule
+    from nspo_lightning.module.grpo_module import GRPOModule
 
     def broken(self: GRPOModule, batch: object, batch_idx: int) -> None:
         [].pop()

@@ -18,16 +18,13 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from workspace import Planted, build, run, write_lines
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.checkpoints import AtomicCheckpointIO, CheckpointError
-from nspo_lightning.datamodules.errors import DataError
-from nspo_lightning.datamodules.hub import read_saved
-from nspo_lightning.mistakes import mask_keys
+from nspo_lightning.cli.errors import mask_keys
+from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.hub import read_saved
 from nspo_lightning.nullspace import load_calibration
 
 LIBRARY = Path(__file__).parents[2] / "nspo_lightning"
@@ -43,7 +40,7 @@ UNSAFE_METHODS = {
     ("os", "system"),
     ("pickle", "load"),
 }
-SERVER = Path(__file__).parents[1] / "rewards" / "faulty_judge_server.py"
+SERVER = Path(__file__).parents[1] / "support" / "faulty_judge_server.py"
 KEY = "sk-planted-9f8e7d6c5b4a"
 
 

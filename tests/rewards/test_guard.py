@@ -13,9 +13,9 @@ from tiny_guards import CONVERSATIONS, GUIDELINES, MARKS, TEMPLATES, TRAINED, gu
 from transformers import AutoTokenizer
 
 from nspo_lightning.rewards import GuardJudge, OutcomeReward, RewardError, RewardSet
-from nspo_lightning.rewards.guard_families import FAMILIES, Answers, Choice, fallback_template, family_of
-from nspo_lightning.rewards.guard_prompt import defuse, fork, render
-from nspo_lightning.rewards.verdicts import Verdict, outcome_of, read_reply
+from nspo_lightning.rewards.judges.guard_families import FAMILIES, Answers, Choice, fallback_template, family_of
+from nspo_lightning.rewards.judges.guard_prompt import defuse, fork, render
+from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of, read_reply
 
 PADDING_TOLERANCE = 1e-4  # float32 sums in another order when a row is padded
 REPLY_FORMATS = {

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from nspo_lightning.rewards import FormatReward, LengthReward, RefusalReward, RewardError, RewardSet, RulesJudge
-from nspo_lightning.rewards.garbage import is_garbage, repetition
-from nspo_lightning.rewards.patterns import is_refusal, languages, load_patterns, refusal_matcher
+from nspo_lightning.rewards.rules.garbage import is_garbage, repetition
+from nspo_lightning.rewards.rules.patterns import is_refusal, languages, load_patterns, refusal_matcher
 
 REFUSALS = {
     "en": [

@@ -21,8 +21,8 @@ import pytest
 from faulty_judge_server import FAULTS, truth
 
 from nspo_lightning.rewards import OutcomeReward, RewardError, RewardSet, ServerJudge
-from nspo_lightning.rewards.judge_cache import JudgeCache, content_key
-from nspo_lightning.rewards.judge_retry import RetryPolicy, retry_after_s
+from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
+from nspo_lightning.rewards.judges.judge_retry import RetryPolicy, retry_after_s
 
 KEY = "sk-very-secret-0123456789"
 

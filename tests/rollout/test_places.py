@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nspo_lightning.datamodules.order import rank_batches
+from nspo_lightning.datamodules.sources.order import rank_batches
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import places, places_among_ranks
 from nspo_lightning.rollout.sampler import _noise_of

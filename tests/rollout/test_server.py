@@ -8,7 +8,7 @@ from lora_server import BASE, LoraServer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nspo_lightning.grpo import score_completions
+from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server import ServerRollouts
 from nspo_lightning.rollout.server_client import RolloutServerError

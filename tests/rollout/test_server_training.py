@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from lora_server import BASE, LoraServer
+from tiny_jobs import Recorder, adapter, datamodule, module, trainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from test_module import Recorder, adapter, datamodule, module, trainer
-
-from nspo_lightning.experience import ExperienceBuffer
+from nspo_lightning.module.experience import ExperienceBuffer
 from nspo_lightning.rollout.server_client import RolloutServerError
 from nspo_lightning.rollout.server_config import ServerSettings
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nspo_lightning.datamodules import AlignmentDataModule
-from nspo_lightning.module import GRPOModule
-from nspo_lightning.policy import TOY_PATH, PolicySettings
+from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.policy.settings import TOY_PATH, PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.toy.judge import TownJudge
 

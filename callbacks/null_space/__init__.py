@@ -1,0 +1,1 @@
+"""What `NullSpaceProjection` is made of."""

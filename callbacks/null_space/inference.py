@@ -1,0 +1,94 @@
+"""Forward passes of a LightningModule outside its training step, and the check that its outputs did not move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from nspo_lightning.callbacks.null_space.batches import first_floating, move_call
+from nspo_lightning.nullspace import ForwardCall
+from nspo_lightning.nullspace.layers import adapters_off
+
+_OUTPUT_SAMPLES = 1_000_000  # entries of the reference output that are kept (4 MB)
+
+
+@contextmanager
+def inference(trainer: pl.Trainer | None, pl_module: pl.LightningModule, *, adapters: bool = False) -> Iterator[None]:
+    """Run forwards without gradients, in eval mode, in the Trainer's precision; modes are restored one by one.
+
+    Args:
+        trainer: its precision plugin decides about autocast; None = the module as it is.
+        pl_module: the module.
+        adapters: False = adapters are switched off meanwhile, where the model offers that.
+
+    Yields:
+        Nothing.
+    """
+    modes = [(module, module.training) for module in pl_module.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if trainer is not None:
+            stack.enter_context(trainer.precision_plugin.forward_context())
+        if not adapters:
+            for switch in adapters_off(pl_module):
+                stack.enter_context(switch)
+        pl_module.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            reshard(pl_module)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's sharded parameters back in place after forwards without a backward.
+
+    The outermost sharded modules keep their gathered weights after a forward, waiting for a backward that validation
+    and calibration never run; whoever looks up ``module.weight`` then gets a copy that is thrown away.
+    """
+    for module in model.modules():
+        if all(callable(getattr(module, name, None)) for name in ("reshard", "unshard", "set_reshard_after_forward")):
+            module.reshard()  # type: ignore[operator]
+
+
+class OutputCheck:
+    """Remembers a sample of the outputs on one calibration batch before training, and measures how far they moved.
+
+    Args:
+        call: the batch, on the CPU.
+    """
+
+    def __init__(self, call: ForwardCall) -> None:
+        self._call = call
+        self._reference: Tensor | None = None
+
+    def remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the reference, with adapters off: on resume it is still the model that training started from."""
+        self._reference = self._sample(trainer, pl_module, adapters=False)
+
+    def change(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
+        """Return the largest change of an output, relative to the largest output; None where it is not defined."""
+        if self._reference is None:
+            return None
+        now = self._sample(trainer, pl_module, adapters=True)
+        if now is None or now.shape != self._reference.shape:
+            return None
+        scale = self._reference.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        return float((now - self._reference).abs().max() / scale)
+
+    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, adapters: bool) -> Tensor | None:
+        call = move_call(self._call, pl_module.device)
+        with inference(trainer, pl_module, adapters=adapters):
+            output = first_floating(pl_module(*call.args, **call.kwargs))
+        if output is None:
+            return None
+        rows = output.reshape(-1, output.shape[-1])
+        if call.mask is not None and call.mask.numel() == rows.shape[0]:
+            rows = rows[call.mask.reshape(-1).ne(0)]
+        flat = rows.reshape(-1)
+        return flat[:: max(flat.numel() // _OUTPUT_SAMPLES, 1)].to(device="cpu", dtype=torch.float32)

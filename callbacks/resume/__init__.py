@@ -1,0 +1,1 @@
+"""What exact resumption and going back are made of."""

@@ -1,0 +1,1 @@
+"""From files, hub ids and presets to checked rows."""

@@ -1,0 +1,275 @@
+"""Presets of general ability: instructions, maths, knowledge, code, truthfulness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from nspo_lightning.datamodules.sources.presets import Preset, Row, register, text_of
+
+_LETTERS = "ABCDEFGHIJ"
+
+
+def _with_input(row: Row) -> Any:
+    instruction, extra = row["instruction"], row.get("input")
+    return (
+        f"{instruction}\n\n{extra}"
+        if isinstance(extra, str) and extra.strip() and isinstance(instruction, str)
+        else instruction
+    )
+
+
+def _with_context(row: Row) -> Any:
+    instruction, context = row["instruction"], row.get("context")
+    return (
+        f"{context}\n\n{instruction}"
+        if isinstance(context, str) and context.strip() and isinstance(instruction, str)
+        else instruction
+    )
+
+
+def _multiple_choice(question: Any, labels: Sequence[str], choices: Sequence[Any]) -> Any:
+    if not isinstance(question, str):
+        return question
+    options = "\n".join(f"{label}. {choice}" for label, choice in zip(labels, choices, strict=False))
+    return f"{question}\n\n{options}\n\nAnswer with the letter of the right option."
+
+
+def _mmlu_choices(row: Row) -> list[str]:
+    choices = row.get("choices")
+    return [str(c) for c in choices] if choices is not None else [str(row[letter]) for letter in "ABCD"]
+
+
+def _mmlu_letter(row: Row) -> str:
+    answer = row["answer"]
+    return answer.strip() if isinstance(answer, str) else _LETTERS[int(answer)]
+
+
+def _mmlu_prompt(row: Row) -> Any:
+    choices = _mmlu_choices(row)
+    return _multiple_choice(row["question"], _LETTERS[: len(choices)], choices)
+
+
+def _arc_choices(row: Row) -> tuple[list[str], list[str]]:
+    choices = row["choices"]
+    if isinstance(choices, str):  # a csv copy holds the object as JSON text
+        choices = json.loads(choices)
+    return list(choices["label"]), list(choices["text"])
+
+
+def _gsm8k_final(row: Row) -> str:
+    return str(row["answer"]).rsplit("####", 1)[-1].strip().replace(",", "")
+
+
+def _svamp_prompt(row: Row) -> str:
+    body, question = text_of(row, "Body").strip(), text_of(row, "Question").strip()
+    return f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {question}"
+
+
+def _svamp_answer(row: Row) -> str:
+    answer = row["Answer"]
+    return f"{answer:g}" if isinstance(answer, (int, float)) else str(answer)
+
+
+def _humaneval_prompt(row: Row) -> str:
+    return f"Complete this Python function. Answer with the whole function.\n\n{text_of(row, 'prompt')}"
+
+
+def _mbpp_prompt(row: Row) -> str:
+    text = text_of(row, "text" if "text" in row else "prompt")
+    tests = "\n".join(str(test) for test in row["test_list"])
+    return f"{text}\n\nYour code must pass these tests:\n{tests}"
+
+
+def _truthful(row: Row, csv_name: str, hub_name: str) -> Any:
+    return row[csv_name] if csv_name in row else row[hub_name]
+
+
+def _first_exchange(row: Row, position: int) -> str:
+    messages = row.get("messages")
+    if not isinstance(messages, list) or len(messages) <= position:
+        return "" if position else row["prompt"]
+    return str(messages[position].get("content", ""))
+
+
+register(
+    Preset(
+        name="alpaca",
+        kind="benign",
+        requires=(("instruction", "input", "output"),),
+        prompt=_with_input,
+        answer="output",
+        recognise=lambda row: "generator" not in row,
+        shared_layout=True,
+        hub_id="tatsu-lab/alpaca",
+        note="CC BY-NC 4.0. Some rows have an empty output.",
+    )
+)
+register(
+    Preset(
+        name="alpaca_farm",
+        kind="benign",
+        requires=(
+            ("instruction", "input", "output", "generator", "dataset"),
+            ("instruction", "output", "generator", "dataset"),
+        ),
+        prompt=_with_input,
+        answer="output",
+        keep=("generator", "dataset"),
+        hub_id="tatsu-lab/alpaca_farm",
+        hub_name="alpaca_farm_evaluation",
+        hub_revision="refs/convert/parquet",
+        hub_splits={"train": "eval"},
+        note="CC BY-NC 4.0. The hub holds a script, which datasets no longer runs: its parquet branch is read.",
+    )
+)
+register(
+    Preset(
+        name="dolly",
+        kind="benign",
+        requires=(("instruction", "context", "response", "category"),),
+        prompt=_with_context,
+        answer="response",
+        keep=("category",),
+        hub_id="databricks/databricks-dolly-15k",
+        note="CC BY-SA 3.0.",
+    )
+)
+register(
+    Preset(
+        name="gsm8k",
+        kind="benign",
+        requires=(("question", "answer"),),
+        prompt="question",
+        answer="answer",
+        final_answer=_gsm8k_final,
+        recognise=lambda row: "####" in str(row["answer"]),
+        hub_id="openai/gsm8k",
+        hub_name="main",
+        note="MIT. `final_answer` is the number after ####.",
+    )
+)
+register(
+    Preset(
+        name="svamp",
+        kind="benign",
+        requires=(("ID", "Body", "Question", "Equation", "Answer", "Type"),),
+        prompt=_svamp_prompt,
+        answer=_svamp_answer,
+        keep=("Type", "Equation"),
+        id_column="ID",
+        hub_id="ChilleD/SVAMP",
+        note="MIT.",
+    )
+)
+register(
+    Preset(
+        name="mmlu",
+        kind="benign",
+        requires=(("question", "subject", "choices", "answer"), ("question", "A", "B", "C", "D", "answer")),
+        prompt=_mmlu_prompt,
+        answer=_mmlu_letter,
+        keep=("subject",),
+        hub_id="cais/mmlu",
+        hub_name="all",
+        hub_splits={"train": "auxiliary_train"},
+        csv_header=("question", "A", "B", "C", "D", "answer"),
+        note="MIT. The original csv files have no header line.",
+    )
+)
+register(
+    Preset(
+        name="arc",
+        kind="benign",
+        requires=(("id", "question", "choices", "answerKey"),),
+        prompt=lambda row: _multiple_choice(row["question"], *_arc_choices(row)),
+        answer="answerKey",
+        id_column="id",
+        hub_id="allenai/ai2_arc",
+        hub_name="ARC-Challenge",
+        note="CC BY-SA 4.0. Some rows have 1 to 4 as labels, some three or five options.",
+    )
+)
+register(
+    Preset(
+        name="humaneval",
+        kind="benign",
+        requires=(("task_id", "prompt", "entry_point", "canonical_solution", "test"),),
+        prompt=_humaneval_prompt,
+        answer=lambda row: f"{row['prompt']}{row['canonical_solution']}",
+        keep=("task_id", "entry_point", "test"),
+        id_column="task_id",
+        hub_id="openai/openai_humaneval",
+        hub_splits={"train": "test"},
+        note="MIT. One split (test).",
+    )
+)
+register(
+    Preset(
+        name="mbpp",
+        kind="benign",
+        requires=(("task_id", "text", "code", "test_list"), ("task_id", "prompt", "code", "test_list")),
+        prompt=_mbpp_prompt,
+        answer="code",
+        keep=("task_id", "test_list", "test_setup_code"),
+        id_column="task_id",
+        hub_id="google-research-datasets/mbpp",
+        hub_name="full",
+        note="CC BY 4.0. The tests stand in the prompt, as in the paper's own.",
+    )
+)
+register(
+    Preset(
+        name="leetcode",
+        kind="benign",
+        requires=(("task_id", "query", "response", "entry_point", "test"),),
+        prompt="query",
+        answer="response",
+        keep=("task_id", "entry_point", "test", "difficulty"),
+        id_column="task_id",
+        hub_id="newfacade/LeetCodeDataset",
+        note="MIT; the problem texts come from LeetCode.",
+    )
+)
+register(
+    Preset(
+        name="ifeval",
+        kind="benign",
+        requires=(("key", "prompt", "instruction_id_list", "kwargs"),),
+        prompt="prompt",
+        keep=("key", "instruction_id_list", "kwargs"),
+        id_column="key",
+        hub_id="google/IFEval",
+        note="Apache-2.0 on the hub. No reference answer: instructions are checked by rule.",
+    )
+)
+register(
+    Preset(
+        name="truthfulqa",
+        kind="benign",
+        requires=(
+            ("Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
+            ("type", "category", "question", "best_answer", "correct_answers", "incorrect_answers"),
+        ),
+        prompt=lambda row: _truthful(row, "Question", "question"),
+        answer=lambda row: _truthful(row, "Best Answer", "best_answer"),
+        keep=("Category", "category", "correct_answers", "incorrect_answers", "Correct Answers", "Incorrect Answers"),
+        hub_id="truthfulqa/truthful_qa",
+        hub_name="generation",
+        hub_splits={"train": "validation"},
+        note="Apache-2.0. One split (validation).",
+    )
+)
+register(
+    Preset(
+        name="ultrachat",
+        kind="benign",
+        requires=(("prompt", "prompt_id", "messages"),),
+        prompt=lambda row: _first_exchange(row, 0),
+        answer=lambda row: _first_exchange(row, 1),
+        hub_id="HuggingFaceH4/ultrachat_200k",
+        hub_splits={"train": "train_sft", "test": "test_sft"},
+        note="MIT. The first exchange of each dialogue.",
+    )
+)

@@ -1,0 +1,331 @@
+"""Strict readers of csv, json, jsonl and parquet files, plain or gzipped.
+
+A lenient reader turns a broken file into fewer or other rows, and nobody notices. These readers stop at the first
+thing that is not as it should be and say in which line it stands. Every row knows where it came from.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
+from nspo_lightning.datamodules.sources.rows import RawRow
+
+MAX_LINE_BYTES = 64 * 2**20
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+_GZIP_MAGIC = b"\x1f\x8b"
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def file_format(path: Path) -> str | None:
+    """The format that a file's name declares, without the dot and `.gz`; None when it is not a data file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        `csv`, `tsv`, `json`, `jsonl`, `parquet` or None.
+    """
+    name = path.name.lower().removesuffix(".gz")
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return "jsonl" if suffix == ".ndjson" else suffix[1:]
+    return None
+
+
+def read_file(path: Path, header: Sequence[str] | None = None) -> Iterator[RawRow]:
+    """Read one file row by row.
+
+    Args:
+        path: A csv, tsv, json, jsonl or parquet file, gzipped or not.
+        header: The column names of a csv file that has no header line.
+
+    Yields:
+        One row at a time.
+
+    Raises:
+        DataError: If the file is not what its name says, with the line or row.
+    """
+    kind = file_format(path)
+    if kind is None:
+        raise DataError(
+            str(path),
+            f"files that end in {path.suffix!r} are not read",
+            f"Use one of {listing(list(SUFFIXES))}, or .gz of them.",
+        )
+    if path.stat().st_size == 0:
+        raise DataError(str(path), "the file is empty (0 bytes)", "Fetch or write it again, or point `path` elsewhere.")
+    match kind:
+        case "parquet":
+            yield from _read_parquet(path)
+        case "jsonl":
+            yield from _read_jsonl(path)
+        case "json":
+            yield from _read_json(path)
+        case _:
+            yield from _read_csv(path, header, "\t" if kind == "tsv" else ",")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Decode a file line by line.
+
+    Args:
+        path: The file, gzipped or not.
+
+    Yields:
+        The line number, from 1, and the line with its end.
+
+    Raises:
+        DataError: If it is not UTF-8 text, or its compression is broken.
+    """
+    number = 0
+    try:
+        with _open(path) as stream:
+            while line := stream.readline(MAX_LINE_BYTES):
+                number += 1
+                yield number, _decode(path, number, line)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path}, after line {number}",
+            f"the gzip data is cut short or damaged ({error})",
+            "Fetch the file again; `gzip -t` tells whether it is whole.",
+        ) from error
+
+
+def _decode(path: Path, number: int, line: bytes) -> str:
+    if number == 1:
+        if line.startswith(_UTF16_BOMS):
+            raise DataError(f"{path}, line 1", "the text is UTF-16", "Save the file as UTF-8.")
+        line = line.removeprefix(_UTF8_BOM)
+    if len(line) >= MAX_LINE_BYTES:
+        raise DataError(
+            f"{path}, line {number}",
+            f"the line is longer than {MAX_LINE_BYTES >> 20} MiB",
+            "Check that this is a text file with one row a line.",
+        )
+    if b"\0" in line:
+        raise DataError(
+            f"{path}, line {number}",
+            "binary data (a NUL byte) in a text file",
+            "Check that `path` names a text file, and its suffix.",
+        )
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}",
+            f"byte {line[error.start]:#04x} at column {error.start + 1} is not valid UTF-8",
+            "Save the file as UTF-8, for example with `iconv -f latin1 -t utf-8`.",
+        ) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    with path.open("rb") as probe:
+        magic = probe.read(2)
+    zipped = path.name.lower().endswith(".gz")
+    if zipped != (magic == _GZIP_MAGIC):
+        fact = "does not hold gzip data" if zipped else "holds gzip data"
+        raise DataError(
+            str(path),
+            f"the file {fact}, against its name",
+            f"{'Drop' if zipped else 'Add'} the suffix `.gz`, or fetch the file again.",
+        )
+    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
+
+
+def _read_jsonl(path: Path) -> Iterator[RawRow]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                where, f"not a JSON object ({error}): {clip(line.strip(), 80)}", _jsonl_cure(number, line)
+            ) from error
+        yield RawRow(where=where, data=_as_object(row, where))
+
+
+def _jsonl_cure(number: int, line: str) -> str:
+    if number == 1 and line.lstrip()[:1] in ("[", "{") and not line.rstrip().endswith("}"):
+        return "The file looks like one JSON document: rename it to `.json`."
+    return "Write one complete JSON object on each line, or remove the line."
+
+
+def _as_object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(
+            where,
+            f"a row must be an object with named columns, got {type(row).__name__}",
+            'Write rows as {"prompt": ...}.',
+        )
+    if not row:
+        raise DataError(where, "the row has no columns", "Fill it or remove it.")
+    return row
+
+
+def _read_json(path: Path) -> Iterator[RawRow]:
+    text = "".join(line for _, line in _lines(path))
+    start = len(text) - len(text.lstrip())
+    if not text.strip():
+        raise DataError(str(path), "the file holds white space only", "Fetch or write it again.")
+    if text[start] == "[":
+        yield from _json_array(path, text, start)
+        return
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}", f"not valid JSON ({error.msg})", _json_cure(text)) from error
+    if not isinstance(document, dict):
+        raise DataError(
+            str(path), f"expected a list of objects, got {type(document).__name__}", "Write a list of rows."
+        )
+    lists = [key for key, value in document.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) == 1:  # {"data": [...]}
+        for index, row in enumerate(document[lists[0]]):
+            where = f"{path}, {lists[0]}[{index}]"
+            yield RawRow(where=where, data=_as_object(row, where))
+        return
+    yield from _nested_questions(path, document)
+
+
+def _json_cure(text: str) -> str:
+    first = text.lstrip().split("\n", 1)[0].strip()
+    try:
+        json.loads(first)
+    except json.JSONDecodeError:
+        return "Mend the JSON at that line, or fetch the file again."
+    return "The file holds several JSON values one after another: rename it to `.jsonl` if it has one row a line."
+
+
+def _json_array(path: Path, text: str, start: int) -> Iterator[RawRow]:
+    # Walked item by item, so that each row knows its line.
+    decoder = json.JSONDecoder()
+    position, line, counted = start + 1, 1 + text.count("\n", 0, start), start
+    expect_item, after_comma = True, False
+    while True:
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{path}, line {line}"
+        if position >= len(text):
+            raise DataError(where, "the JSON list is cut short: no closing `]`", "Fetch the file again.")
+        char = text[position]
+        if char == "]" and not after_comma:
+            if text[position + 1 :].strip():
+                raise DataError(where, "more data follows the JSON list", _json_cure(text))
+            return
+        if char == "," and not expect_item:
+            position, expect_item, after_comma = position + 1, True, True
+            continue
+        if not expect_item:
+            raise DataError(where, f"expected `,` or `]` between rows, got {char!r}", "Mend the JSON at that line.")
+        try:
+            item, end = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            bad = getattr(error, "lineno", line)
+            raise DataError(
+                f"{path}, line {bad}",
+                f"not valid JSON ({error})",
+                "Mend the JSON at that line, or fetch the file again.",
+            ) from error
+        yield RawRow(where=where, data=_as_object(item, where))
+        position, expect_item, after_comma = end, False, False
+
+
+def _nested_questions(path: Path, document: dict[str, Any]) -> Iterator[RawRow]:
+    # CatQA's layout: category -> subcategory -> list of questions.
+    for category, groups in document.items():
+        if not isinstance(groups, dict) or not all(isinstance(v, list) for v in groups.values()):
+            raise DataError(
+                str(path),
+                f"a JSON object whose key {category!r} holds {type(groups).__name__} is no list of rows",
+                "Write a list of objects, or JSON lines.",
+            )
+        for subcategory, questions in groups.items():
+            for index, question in enumerate(questions):
+                where = f"{path}, {category} / {subcategory} [{index}]"
+                yield RawRow(where=where, data={"Category": category, "Subcategory": subcategory, "Question": question})
+
+
+def _read_csv(path: Path, header: Sequence[str] | None, delimiter: str) -> Iterator[RawRow]:
+    previous_limit = csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    names = list(header) if header is not None else None
+    try:
+        while True:
+            first_line = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}, line {first_line}",
+                    f"broken csv ({error})",
+                    "Quote fields that hold commas, quotes or line breaks, and double the quotes inside.",
+                ) from error
+            if not fields:
+                continue
+            if names is None:
+                names = _checked_header(path, fields, delimiter)
+                continue
+            where = f"{path}, line {first_line}"
+            if len(fields) != len(names):
+                raise DataError(
+                    where,
+                    f"{len(fields)} fields, but {len(names)} columns ({listing(names)})",
+                    "Quote fields that hold the separator, or set the preset whose columns these are.",
+                )
+            yield RawRow(where=where, data=dict(zip(names, fields, strict=True)))
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+def _checked_header(path: Path, fields: list[str], delimiter: str) -> list[str]:
+    names = [field.strip() for field in fields]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    where = f"{path}, line 1"
+    if twice:
+        raise DataError(
+            where, f"column names occur twice: {listing(twice)}", "Give every column its own name in the first line."
+        )
+    if not all(names) and len(names) > 1:
+        raise DataError(
+            where,
+            "a column has no name",
+            "Name every column in the first line, or set the preset of a headerless file.",
+        )
+    other = "\t" if delimiter == "," else ","
+    if len(names) == 1 and any(mark in names[0] for mark in (";", other)):
+        raise DataError(
+            where,
+            f"the only column is {names[0]!r}: the separator is not {delimiter!r}",
+            "Save the file with commas (.csv) or tabs (.tsv).",
+        )
+    return names
+
+
+def _read_parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        file = pq.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield RawRow(where=f"{path}, row {number}", data=row)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            str(path), f"not a readable parquet file ({clip(str(error), 120)})", "Fetch the file again."
+        ) from error

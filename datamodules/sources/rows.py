@@ -1,0 +1,106 @@
+"""The two row types between a file and a batch: what was read, and what it means."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from nspo_lightning.datamodules.sources.source import Kind
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawRow:
+    """One row as a reader found it.
+
+    Attributes:
+        where: The file with its line or row number, or the hub id with the row number.
+        data: The row's columns.
+    """
+
+    where: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRow:
+    """One row as training, evaluation and calibration use it.
+
+    Attributes:
+        prompt: Text (one user turn) or a chat that ends with a user turn.
+        answer: The reference answer; empty when there is none.
+        skill: The name under which results are reported.
+        kind: Whether a good policy refuses this prompt or answers it.
+        source: The preset or file that it came from.
+        where: Where it was read, for messages.
+        columns: The row's other columns.
+    """
+
+    prompt: Prompt
+    answer: str = ""
+    skill: str
+    kind: Kind
+    source: str
+    where: str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What makes two rows the same prompt: their text, less the white space around it."""
+        return self.prompt.strip() if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
+
+    def all_columns(self) -> dict[str, Any]:
+        """Every column of the row but the prompt itself, as rewards receive them.
+
+        Returns:
+            Name -> value; `answer`, `skill`, `kind` and `source` are always there.
+        """
+        standard = {"answer": self.answer, "skill": self.skill, "kind": self.kind, "source": self.source}
+        return {**self.columns, **standard}
+
+
+def hash_rank(key: str, salt: str) -> bytes:
+    """A pseudo-random rank of a row that depends on its text and `salt` alone.
+
+    Ranking rows by hash instead of shuffling them keeps choices stable when rows are added, removed or reordered,
+    and makes a 20 % sample a part of the 40 % sample.
+
+    Args:
+        key: The row's key.
+        salt: The purpose and the seed.
+
+    Returns:
+        Sixteen bytes, uniformly distributed.
+    """
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16, key=salt.encode()[:64]).digest()
+
+
+def rank_all(rows: list[PromptRow], salt: str) -> list[int]:
+    """Order rows by their hash rank.
+
+    Args:
+        rows: The rows.
+        salt: The purpose and the seed.
+
+    Returns:
+        All indices, the first chosen first.
+    """
+    return sorted(range(len(rows)), key=lambda i: (hash_rank(rows[i].key, salt), i))
+
+
+def take_ranked(rows: list[PromptRow], size: int, salt: str) -> list[int]:
+    """Choose `size` rows by their hash rank.
+
+    Args:
+        rows: The rows.
+        size: How many to choose.
+        salt: The purpose and the seed.
+
+    Returns:
+        The chosen indices, ascending.
+    """
+    return sorted(rank_all(rows, salt)[:size])

@@ -1,0 +1,99 @@
+"""Train, validation and test rows of a source: what is held out is decided by each row's text and the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
+from nspo_lightning.datamodules.sources.source import PromptSource
+
+HELD_OUT_SHARE = 0.1
+HELD_OUT_MOST = 500
+_LARGEST_SHARE = 0.2
+
+
+@dataclass(kw_only=True)
+class Split:
+    """The rows of one source.
+
+    Attributes:
+        train: For training or calibration.
+        validation: For stopping and selection.
+        test: For the figures that are reported.
+    """
+
+    train: list[PromptRow]
+    validation: list[PromptRow]
+    test: list[PromptRow]
+
+
+def held_out_size(rows: int, wanted: int | None) -> int:
+    """Decide how many rows are held out for one purpose.
+
+    Args:
+        rows: The usable rows of the source.
+        wanted: What the user asked for; None means a tenth, at most 500.
+
+    Returns:
+        At most a fifth of the rows, so that training keeps three fifths.
+    """
+    size = min(HELD_OUT_MOST, round(rows * HELD_OUT_SHARE)) if wanted is None else wanted
+    return min(size, int(rows * _LARGEST_SHARE))
+
+
+def hold_out(rows: list[PromptRow], validation: int, test: int, seed: int) -> Split:
+    """Split one source's rows.
+
+    The choice follows a hash of each row's text: adding rows, reordering them or asking for a smaller `fraction` moves
+    no row from one side to the other, except at the border.
+
+    Args:
+        rows: The usable rows.
+        validation: How many become validation rows.
+        test: How many become test rows.
+        seed: Decides which.
+
+    Returns:
+        The split; training has none of the held-out prompts, even when rows repeat.
+    """
+    chosen = take_ranked(rows, validation + test, f"held out {seed}")
+    held = [rows[i] for i in chosen]
+    for_test = set(take_ranked(held, test, f"test {seed}"))
+    test_rows = [row for i, row in enumerate(held) if i in for_test]
+    test_keys = {row.key for row in test_rows}
+    validation_rows = [row for i, row in enumerate(held) if i not in for_test and row.key not in test_keys]
+    keys = {row.key for row in held}
+    return Split(train=[row for row in rows if row.key not in keys], validation=validation_rows, test=test_rows)
+
+
+def choose(rows: list[PromptRow], source: PromptSource) -> list[PromptRow]:
+    """Apply a source's `fraction` or `count`.
+
+    Args:
+        rows: The usable rows that are not held out.
+        source: The source.
+
+    Returns:
+        The chosen rows in their order.
+    """
+    if source.fraction is not None:
+        size = max(1, round(source.fraction * len(rows)))
+    elif source.count is not None:
+        size = source.count
+    else:
+        return rows
+    return [rows[i] for i in take_ranked(rows, size, f"choose {source.seed}")]
+
+
+def without(rows: Iterable[PromptRow], keys: set[str]) -> list[PromptRow]:
+    """Leave out rows whose prompt is among others.
+
+    Args:
+        rows: The rows.
+        keys: The others' keys.
+
+    Returns:
+        The rest.
+    """
+    return [row for row in rows if row.key not in keys]

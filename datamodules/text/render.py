@@ -1,0 +1,111 @@
+"""Prompts as the policy reads them: the tokenizer's chat template applied, then token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from nspo_lightning.datamodules.sources.errors import DataError, clip
+from nspo_lightning.datamodules.sources.rows import Prompt
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that prompts need."""
+
+    chat_template: Any
+    pad_token_id: int | None
+    eos_token_id: int | None
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Render a chat."""
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        """Encode text."""
+
+
+class ChatRenderer:
+    """Renders prompts with one tokenizer and one chat template.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer, or anything with `apply_chat_template` and a call that encodes.
+        chat_template: A Jinja template, or the path of a file that holds one; the tokenizer's own when None.
+
+    Raises:
+        DataError: If there is no template at all.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.template = _load_template(chat_template)
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if self.template is None and not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"tokenizer {name!r}",
+                "it has no chat template, and none was given",
+                "Set `data.chat_template` to a Jinja template or the path of one, or use an instruction-tuned model.",
+            )
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills short rows; masks say where it stands."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def text(self, prompt: Prompt, answer: str | None = None) -> str:
+        """Render one prompt, with an answer after it if given.
+
+        Args:
+            prompt: Text or a chat.
+            answer: The assistant's turn; None asks for the generation prompt instead.
+
+        Returns:
+            The text that the policy reads.
+
+        Raises:
+            DataError: If the template fails on these roles.
+        """
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if answer is not None:
+            turns = [*turns, {"role": "assistant", "content": answer}]
+        options = {} if self.template is None else {"chat_template": self.template}
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=answer is None, **options
+            )
+        except Exception as error:  # Jinja raises its own types, and a template may raise anything
+            roles = [turn["role"] for turn in turns]
+            raise DataError(
+                "the chat template",
+                f"it failed on the roles {roles}: {clip(str(error), 160)}",
+                "If it knows no system role, leave `system_prompt` out; otherwise give another `data.chat_template`.",
+            ) from error
+        return str(text)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Turn rendered text into ids; the template has placed all special tokens already.
+
+        Args:
+            texts: Rendered texts.
+
+        Returns:
+            One list of ids a text.
+        """
+        if not texts:
+            return []
+        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _load_template(template: str | None) -> str | None:
+    if template is None or "{" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"data.chat_template {clip(template, 80)!r}",
+            "neither a Jinja template nor a file that is there",
+            "Give the template's text or the path of a .jinja file.",
+        )
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,189 @@
+"""Calibration as a job of its own: text in; basis file, table and spectrum picture out.
+
+``python -m nspo_lightning calibrate`` calls `calibrate`; it is usable from Python as well. The file that it writes is
+what `NullSpaceProjection(calibration=...)` takes, with the same settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.callbacks.null_space.basis_source import calibration_batches, is_sharded
+from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
+from nspo_lightning.nullspace.criteria import Criterion
+from nspo_lightning.nullspace.picture import spectrum_figure
+
+_KEPT_MOMENTS_BYTES = 256e6  # second moments by domain go into the file up to this size, unless asked for or refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationResult:
+    """What a calibration job leaves behind."""
+
+    calibration: Calibration
+    path: Path
+    """The basis file."""
+    picture: Path
+    """The spectrum, beside it."""
+    domains: dict[str, dict[str, float]]
+    """``"a -> b"`` -> means over layers of `domain_report`; empty with one domain."""
+
+
+def calibrate(
+    module: pl.LightningModule,
+    datamodule: pl.LightningDataModule,
+    *,
+    out: str | Path,
+    projection: NullSpaceProjection | None = None,
+    criterion: Criterion = "auto",
+    threshold: float | None = None,
+    memory_budget_gb: float | None = None,
+    limit_batches: int | None = None,
+    keep_moments: bool | None = None,
+    trainer: pl.Trainer | None = None,
+    console: Console | None = None,
+) -> CalibrationResult:
+    """Calibrate a module on its datamodule's ``calibration_dataloader()`` and write the basis file.
+
+    Args:
+        module: the module, with its policy loaded or loadable by ``configure_model``.
+        datamodule: has ``calibration_dataloader()``.
+        out: the basis file, conventionally ending in ``.safetensors``; the picture gets its name with ``.png``.
+        projection: the callback that will use the file, with all its settings; None = one made from the next arguments.
+        criterion: see `NullSpaceProjection`.
+        threshold: see `NullSpaceProjection`.
+        memory_budget_gb: limit for second moments held at one time.
+        limit_batches: use at most this many batches.
+        keep_moments: store second moments by domain; None = if they take less than 256 MB.
+        trainer: its device, precision and datamodule wiring are used; None = one device, chosen automatically.
+        console: where to print; None = the terminal.
+
+    Returns:
+        The calibration and the files written.
+
+    Raises:
+        TypeError: if the datamodule has no ``calibration_dataloader()``.
+    """
+    console = console or Console()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not for nothing
+    loader = getattr(datamodule, "calibration_dataloader", None)
+    if not callable(loader):
+        raise TypeError(
+            f"{type(datamodule).__name__} must have a `calibration_dataloader()`; add one that yields batches."
+        )
+    callback = projection or NullSpaceProjection(
+        criterion=criterion,
+        threshold=threshold,
+        memory_budget_gb=memory_budget_gb,
+        limit_batches=limit_batches,
+    )
+    trainer = trainer or pl.Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False)
+    with _prepared(trainer, module, datamodule):
+        callback.source.keep_moments = _keeps(module, callback, keep_moments)
+        source = calibration_batches(datamodule, module)
+        batches = list(source)
+        if callback.source.limit_batches is not None:
+            batches = batches[: callback.source.limit_batches]
+        with _progress(console, len(batches), visible=trainer.is_global_zero) as report:
+            calibration = callback.calibrate(
+                module, batches, trainer=trainer, sharded=is_sharded(source), progress=report
+            )
+    path, picture, domains = Path(out), Path(out).with_suffix(".png"), _domain_means(calibration)
+    if trainer.is_global_zero:  # all ranks have the same
+        callback.save(path)
+        spectrum_figure(calibration).savefig(picture, dpi=120)
+        _print(console, calibration, domains, path, picture)
+    trainer.strategy.barrier("calibrated")  # nobody looks for the file before it is there
+    return CalibrationResult(calibration=calibration, path=path, picture=picture, domains=domains)
+
+
+@contextmanager
+def _prepared(trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule) -> Iterator[None]:
+    """Wire module, data and device as `Trainer.fit` does before its first hook, without optimizers."""
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    datamodule.trainer = trainer
+    trainer.datamodule = datamodule  # type: ignore[attr-defined]
+    trainer.strategy.setup_environment()
+    if trainer.local_rank == 0:
+        datamodule.prepare_data()
+    trainer.strategy.barrier("prepared")
+    datamodule.setup("fit")
+    module.setup("fit")
+    module.configure_model()
+    trainer.precision_plugin.convert_module(module)
+    module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        datamodule.teardown("fit")
+        module.teardown("fit")
+
+
+@contextmanager
+def _progress(console: Console, batches: int, *, visible: bool) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not visible) as progress:
+
+        def report(stage: str, done: int) -> None:
+            if stage not in tasks:
+                label = "calibration text" if stage == "batches" else "bases"
+                tasks[stage] = progress.add_task(label, total=batches if stage == "batches" else None)
+            progress.update(tasks[stage], completed=done)
+
+        yield report
+        for task in tasks.values():
+            progress.update(task, total=progress.tasks[task].completed)
+
+
+def _keeps(module: pl.LightningModule, callback: NullSpaceProjection, keep_moments: bool | None) -> bool:
+    if keep_moments is not None:
+        return keep_moments
+    layers = plan_layers(module, callback.target_modules, resumed=True).layers
+    return sum(4.0 * layer.width**2 for layer in layers) <= _KEPT_MOMENTS_BYTES
+
+
+def _domain_means(calibration: Calibration) -> dict[str, dict[str, float]]:
+    reports = [domain_report(moments) for moments in calibration.moments.values() if len(moments) > 1]
+    if not reports:
+        return {}
+    return {
+        pair: {key: math.fsum(r[pair][key] for r in reports) / len(reports) for key in reports[0][pair]}
+        for pair in reports[0]
+    }
+
+
+def _print(
+    console: Console, calibration: Calibration, domains: dict[str, dict[str, float]], path: Path, picture: Path
+) -> None:
+    rows = table_rows(calibration)
+    tokens = ", ".join(f"{name}: {count:,}" for name, count in calibration.domain_tokens.items())
+    table = Table(title=f"What general text uses, and what stays free ({tokens} tokens)")
+    for head in rows[0]:
+        numeric = head not in ("layer", "why")
+        table.add_column(head, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    if domains:
+        angles = Table(title="Domains: share of the second's energy inside the first's leading directions (99 %)")
+        for head in ("domains", "covered", "mean cosine", "largest angle"):
+            angles.add_column(head)
+        for pair, values in domains.items():
+            cells = (f"{values['covered']:.3f}", f"{values['mean_cosine']:.3f}", f"{values['largest_angle_deg']:.0f}°")
+            angles.add_row(pair, *cells)
+        console.print(angles)
+    bytes_on_disk = path.stat().st_size
+    console.print(f"Basis: {path} ({bytes_on_disk / 1e6:.1f} MB), spectrum: {picture}")

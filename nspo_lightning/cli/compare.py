@@ -1,0 +1,191 @@
+"""The `compare` command: plan, run what is missing, report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from nspo_lightning.compare.methods import METHODS, as_dicts
+from nspo_lightning.compare.plan import Budget, RunSpec, main_grid
+from nspo_lightning.compare.pool import Job, Outcome, run_all
+from nspo_lightning.compare.results import RunResult
+from nspo_lightning.compare.selection import SelectionRule
+from nspo_lightning.compare.sweeps import Sweep, make_sweep
+from nspo_lightning.datamodules import PromptSource
+from nspo_lightning.datamodules.sources.domain import DomainSources, load_domain
+from nspo_lightning.policy.run_config import read_config
+
+SweepName = Literal["calibration", "threshold", "data", "rank"]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the `compare` command.
+
+    Args:
+        args: the command line after `compare`.
+
+    Returns:
+        0; errors are raised.
+    """
+    parser = ArgumentParser(
+        prog="nspo_lightning compare",
+        description="Methods x seeds x learning rates of one configuration: table, pictures, TensorBoard. "
+        "Finished runs are kept: the same command again goes on where it was interrupted.",
+    )
+    parser.add_function_arguments(compare, skip={"console"})
+    options = parser.parse_args(list(args) if args is not None else None)
+    compare(**vars(parser.instantiate(options)))
+    return 0
+
+
+def compare(
+    config: str,
+    out: str,
+    methods: list[str] | None = None,
+    seeds: list[int] = [0, 1, 2],  # noqa: B006 - never changed; jsonargparse shows it
+    learning_rates: list[float] | None = None,
+    sweep: SweepName | None = None,
+    quick: bool = False,
+    steps: int = 100,
+    eval_every: int = 5,
+    stop_unsafe: float = 0.01,
+    unsafe_limit: float = 0.05,
+    metric: str = "general/accuracy",
+    higher_is_better: bool = True,
+    text_rows: int = 16,
+    mixed_reward: str | None = None,
+    jobs: int | None = None,
+    only_report: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Compare methods on one configuration.
+
+    Args:
+        config: the configuration of a `fit`; its reward, data, policy and budget are every method's.
+        out: folder of the results.
+        methods: names of methods; all by default.
+        seeds: seeds, at least 3 for a claim.
+        learning_rates: the grid, the same for every method; by default the configuration's and twice that (a sweep:
+            the configuration's alone).
+        sweep: instead of methods, vary one setting: what K is computed from, the threshold, the share of the safety
+            prompts, or the adapter's rank and place.
+        quick: one seed, the larger learning rate, fewer steps: minutes instead of an hour.
+        steps: training steps a run at most.
+        eval_every: training steps between two evaluations; each is a checkpoint that counts.
+        stop_unsafe: a run ends once its unsafe rate on validation prompts is at most this.
+        unsafe_limit: what counts as safe in the selection.
+        metric: what general ability is, for the selection and the pictures.
+        higher_is_better: false where less of the metric is better (text/nll).
+        text_rows: general rows of each domain whose NLL and KL to the base are measured at each evaluation; 0 = none.
+        mixed_reward: YAML file with the reward of the method that mixes general prompts in, written as in a
+            configuration; by default the configuration's on harmful prompts, and right answers on general ones.
+        jobs: processes at a time; by default one a core on the CPU, else one.
+        only_report: write table and pictures of what is there, run nothing.
+        console: where progress goes.
+
+    Raises:
+        ValueError: if an argument is out of range, or the folder holds another comparison.
+    """
+    from nspo_lightning.compare.summary import write_report
+
+    console = console or Console()
+    settings = read_config(Path(config), needs={"model": ("reward",), "data": ("safety", "general")})
+    _check(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=1 if jobs is None else jobs)
+    if not 0 < eval_every <= steps:
+        raise ValueError(f"`eval_every` must be at most `steps` ({steps}), got {eval_every}.")
+    own = _learning_rate(settings)
+    if quick:
+        seeds, steps, eval_every = seeds[:1], min(steps, 60), max(eval_every, 5)
+        learning_rates = learning_rates or [2 * own]
+    budget = Budget(steps=steps, eval_every=eval_every, stop_unsafe=stop_unsafe)
+    rule = SelectionRule(unsafe_limit=unsafe_limit, metric=metric, higher_is_better=higher_is_better)
+    asked: Sweep | None = None
+    reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
+    if sweep is not None:
+        asked = make_sweep(sweep, settings, calibration_domains(settings) if sweep == "calibration" else [])
+        plan = asked.plan(seeds, (learning_rates or [own])[0])
+    else:
+        plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own], reward)
+    folder = Path(out).resolve()
+    trajectory = {
+        "unsafe_limit": unsafe_limit,
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+        "text_rows": text_rows,
+    }
+    prepared = {s.name: s.arguments(Path(config).resolve(), folder, budget, trajectory) for s in plan}
+    failed: list[Outcome] = []
+    if not only_report:
+        failed = _run_missing(plan, prepared, Path(config).resolve(), folder, jobs or _default_jobs(settings), console)
+    results = [
+        RunResult.read(spec, path) for spec in plan if (path := folder / "runs" / spec.name / "result.json").is_file()
+    ]
+    if not results and not failed:
+        raise ValueError(f"No run is complete in {folder}: nothing to report. Leave `--only_report` out.")
+    if results:
+        write_report(folder, results, rule=rule, budget=budget, sweep=asked, planned=len(plan), console=console)
+    if failed:  # a variant that can't be trained is an answer too: the others are reported first
+        listing = "\n".join(f"  {o.name}: {o.error}" for o in failed)
+        raise ValueError(f"{len(failed)} of {len(plan)} runs failed; the others are kept and reported:\n{listing}")
+
+
+def calibration_domains(config: Mapping[str, Any]) -> list[str]:
+    """List the domains of the calibration text, as the rows themselves name them."""
+    sources = [PromptSource(**source) for source in as_dicts(config["data"]["general"])]
+    wanted = DomainSources(
+        train=sources, validation=[], test=[], kind="benign", validation_size=0, test_size=0
+    )  # all rows: what is held out has the same domains
+    rows = load_domain(wanted, lambda rows, _: [None] * len(rows)).train
+    return list(dict.fromkeys(row.skill for part in rows for row in part))
+
+
+def _learning_rate(config: Mapping[str, Any]) -> float:
+    init = ((config["model"].get("optimizer") or {}).get("init_args")) or {}
+    return float(init.get("lr", 1e-5))
+
+
+def _default_jobs(config: Mapping[str, Any]) -> int:
+    on_cpu = (config.get("trainer") or {}).get("accelerator") == "cpu"
+    return (os.cpu_count() or 1) if on_cpu else 1
+
+
+def _check(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def _run_missing(
+    plan: Sequence[RunSpec],
+    prepared: Mapping[str, list[str]],
+    config: Path,
+    folder: Path,
+    workers: int,
+    console: Console,
+) -> list[Outcome]:
+    """Run what is not there yet; a run of the same name made with other settings is an error, never a result."""
+    jobs: list[Job] = []
+    for spec in plan:
+        place, arguments = folder / "runs" / spec.name, prepared[spec.name]
+        digest, stamp = spec.digest(arguments, config, folder), folder / "commands" / f"{spec.name}.json"
+        if stamp.is_file() and json.loads(stamp.read_text())["digest"] != digest:
+            raise ValueError(
+                f"{place} was made with other settings than this command's. Choose another `--out`, or remove it."
+            )
+        if (place / "result.json").is_file():
+            continue
+        last = place / "checkpoints" / "last.ckpt"
+        resume = [f"--ckpt_path={last}"] if last.is_file() else []
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(json.dumps({"digest": digest, "arguments": arguments}, indent=1) + "\n")
+        jobs.append(Job(name=spec.name, arguments=[*arguments, *resume], log=folder / "logs" / f"{spec.name}.txt"))
+    done = len(plan) - len(jobs)
+    console.print(f"{len(plan)} runs, {done} done already; {workers} at a time; logs in {folder / 'logs'}")
+    return [o for o in run_all(jobs, workers, console) if o.error]

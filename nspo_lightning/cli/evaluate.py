@@ -1,0 +1,237 @@
+"""`python -m nspo_lightning evaluate`: general benchmarks by lm-evaluation-harness, for the policy and for its base.
+
+The harness is an extra (`pip install "nspo-lightning[lm-eval]"`). It runs on the very policy that is trained, quantised
+as it is and with its adapter in place; the base is the same model with the adapter off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+
+from nspo_lightning.atomic import write_json
+from nspo_lightning.module.policy_module import PolicyModule
+from nspo_lightning.module.trained_state import find_trained, load_trained_
+from nspo_lightning.policy.adapter import has_adapter, without_adapter
+from nspo_lightning.policy.identity import describe, policy_fingerprint, policy_identity, versions
+from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.run_config import policy_settings, read_config
+from nspo_lightning.policy.settings import PolicySettings
+from nspo_lightning.rewards import RewardSet, RulesJudge
+from nspo_lightning.rollout import SamplingConfig
+
+RUNS = Path("runs")
+RESULT = "benchmarks.json"
+_DATA_SETTINGS = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split", "num_fewshot", "generation_kwargs")
+
+
+def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
+    """Run the `evaluate` command.
+
+    Args:
+        arguments: The command line after `evaluate`; the process's own by default.
+        console: Where the table goes.
+
+    Returns:
+        0; errors are raised.
+    """
+    options = _parse(arguments)
+    task_manager = _harness()  # before anything long
+    source = Path(options.config)
+    config = read_config(source)
+    run = RUNS / str(options.name or config.get("name") or "nspo")
+    trained = None if options.ckpt_path is None else find_trained(options.ckpt_path, run)
+    tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
+    manager = task_manager(include_path=options.include_path)
+    _check_tasks(tasks, manager.all_tasks)
+    module = _load(policy_settings(config, source), trained)
+    found = run_tasks(module, tasks, manager, options)
+    result = {
+        "identity": {
+            **policy_identity(module, None if trained is None else str(trained)),
+            "tasks": {task: _task_identity(found["policy"], task) for task in found["policy"]["results"]},
+            "judge": "none: every task scores itself",
+            "decoding": {"chat_template": not options.no_chat_template, "generation": "each task's own, see `tasks`"},
+            "limit": options.limit,
+            "seed": options.seed,
+            "versions": versions(),
+        },
+        "results": {who: scores(values) for who, values in found.items()},
+    }
+    out = Path(options.out or run / RESULT)
+    write_json(result, out)
+    console = console or Console()
+    console.print(_table(result["results"], found["policy"]))
+    console.print(f"written to {out}")
+    return 0
+
+
+def run_tasks(
+    module: PolicyModule, tasks: Sequence[str], manager: Any, options: Namespace
+) -> dict[str, dict[str, Any]]:
+    """Run the harness on the policy, and on its base if there is an adapter to switch off.
+
+    Args:
+        module: With its policy loaded.
+        tasks: Names of tasks or groups.
+        manager: The harness's `TaskManager`.
+        options: The command line.
+
+    Returns:
+        The harness's results of `base` (unless there is no adapter) and `policy`.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    policy = module.require_policy()
+    policy.eval()
+    model = HFLM(pretrained=policy, tokenizer=module.tokenizer, batch_size=options.batch_size)
+
+    def one() -> dict[str, Any]:
+        results = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=not options.no_chat_template,
+            task_manager=manager,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        )
+        return dict(results or {})
+
+    found: dict[str, dict[str, Any]] = {}
+    if has_adapter(policy):
+        with without_adapter(policy):
+            found["base"] = one()
+    found["policy"] = one()
+    return found
+
+
+def scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Read the numbers out of the harness's results.
+
+    Args:
+        results: What `simple_evaluate` returned.
+
+    Returns:
+        Task to metric (``name``, or ``name (filter)``) to value; standard errors as ``name ± ``.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, _, filter_name = key.partition(",")
+            if not isinstance(value, (int, float)) or not filter_name:
+                continue
+            is_error = metric.endswith("_stderr")
+            name = metric.removesuffix("_stderr") + ("" if filter_name == "none" else f" ({filter_name})")
+            table.setdefault(task, {})[f"{name} stderr" if is_error else name] = float(value)
+    return table
+
+
+def _load(settings: PolicySettings, trained: Path | None) -> PolicyModule:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = PolicyModule(
+        reward=RewardSet([lambda prompts, completions, **_: [0.0] * len(completions)]),  # nothing is rewarded here
+        judge=RulesJudge(),
+        policy=settings,
+        sampling=SamplingConfig(),
+        general_max_new_tokens=1,
+        over_refusal_skills=(),
+        share_prefix=True,
+    )
+    policy = load_policy(settings, device)
+    module.policy = policy if settings.quantization != "none" else policy.to(device)
+    module.fingerprint = policy_fingerprint(policy)
+    if trained is not None:
+        load_trained_(module, trained)
+    return module
+
+
+def _task_identity(results: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Say which data and which settings a task was: its version, and a hash over its documents in their order."""
+    config = results.get("configs", {}).get(task, {})
+    samples = results.get("samples", {}).get(task, [])
+    digest = hashlib.sha256("".join(str(sample.get("doc_hash")) for sample in samples).encode())
+    return {
+        "version": results.get("versions", {}).get(task),
+        "documents": len({sample.get("doc_id") for sample in samples}),
+        "sha256": digest.hexdigest()[:16] if samples else None,
+        **{key: describe(config[key]) for key in _DATA_SETTINGS if config.get(key) is not None},
+    }
+
+
+def _table(results: Mapping[str, Mapping[str, Mapping[str, float]]], policy: Mapping[str, Any]) -> Table:
+    table = Table(title="General benchmarks: base and policy", title_justify="left")
+    for column in ("task", "metric", "base", "policy", "change", "std. error", "of"):
+        table.add_column(column, justify="left" if column in {"task", "metric"} else "right", overflow="fold")
+    for task, metrics in results["policy"].items():
+        number = policy.get("n-samples", {}).get(task, {}).get("effective", "")
+        for metric, value in metrics.items():
+            if metric.endswith(" stderr"):
+                continue
+            before = results.get("base", {}).get(task, {}).get(metric)
+            error = metrics.get(f"{metric} stderr")
+            table.add_row(
+                task,
+                metric,
+                "" if before is None else f"{before:.4f}",
+                f"{value:.4f}",
+                "" if before is None else f"{value - before:+.4f}",
+                "" if error is None else f"{error:.4f}",
+                str(number),
+            )
+    return table
+
+
+def _harness() -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MisconfigurationException(
+            f"`evaluate` runs lm-evaluation-harness, which is not installed ({error}). Install it: "
+            '`pip install "nspo-lightning[lm-eval]"`.'
+        ) from error
+    return TaskManager
+
+
+def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [task for task in tasks if task not in known]
+    if unknown or not tasks:
+        raise MisconfigurationException(
+            f"`--tasks`: the harness knows no {', '.join(unknown) or 'task of an empty name'}. Give names out of "
+            "`lm_eval ls tasks`, separated by commas, or the folder of your own tasks as `--include_path`."
+        )
+
+
+def _parse(arguments: list[str] | None) -> Namespace:
+    parser = ArgumentParser(prog="nspo_lightning evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("-c", "--config", required=True, help="the training config; its `model.policy` is loaded")
+    parser.add_argument("--tasks", required=True, help="names of the harness's tasks, e.g. gsm8k,mmlu,ifeval")
+    parser.add_argument(
+        "--ckpt_path",
+        help="`best` or `last` of the run, a checkpoint file, or an adapter's folder; without: the base alone",
+    )
+    parser.add_argument("--name", help="the run's name, if not that of the config")
+    parser.add_argument("--limit", type=int, help="documents of each task")
+    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt; default: the task's own")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at once (default: 8)")
+    parser.add_argument("--include_path", help="folder with tasks of your own")
+    parser.add_argument("--out", help=f"result file (default: runs/NAME/{RESULT})")
+    parser.add_argument("--seed", type=int, default=0, help="of the harness's own choices (default: 0)")
+    parser.add_argument("--no_chat_template", action="store_true", help="give the tasks' text as it is")
+    parser.add_argument(
+        "--confirm_run_unsafe_code", action="store_true", help="let tasks that run the model's code do so"
+    )
+    return parser.parse_args(arguments)

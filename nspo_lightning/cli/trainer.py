@@ -1,0 +1,59 @@
+"""Lightning's Trainer with the jobs that LightningCLI can only offer as Trainer methods."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from nspo_lightning.callbacks import EndTogether, NullSpaceProjection
+from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.module.policy_module import PolicyModule
+
+
+class Trainer(pl.Trainer):
+    """Adds `calibrate` and `data` to Lightning's Trainer."""
+
+    def calibrate(
+        self,
+        model: PolicyModule,
+        datamodule: AlignmentDataModule,
+        out: str = "basis.safetensors",
+        keep_moments: bool | None = None,
+    ) -> None:
+        """Find the null space of general text and write it to a file that `--nullspace.calibration` takes.
+
+        Args:
+            model: The module with the policy.
+            datamodule: Has the calibration text.
+            out: The basis file; a picture of the spectrum is written beside it.
+            keep_moments: Keep the second moments by domain in the file; null = if they take less than 256 MB.
+        """
+        from nspo_lightning.cli.calibrate import calibrate
+
+        projection = next((c for c in self.callbacks if isinstance(c, NullSpaceProjection)), None)  # type: ignore[attr-defined]
+
+        def job() -> None:
+            calibrate(model, datamodule, out=out, projection=projection, keep_moments=keep_moments, trainer=self)
+
+        self.strategy._lightning_module = model
+        launcher = self.strategy.launcher  # starts the other processes, as it does for `fit`
+        if launcher is None:
+            job()
+        else:
+            try:
+                launcher.launch(job, trainer=self)
+            except BaseException as error:
+                EndTogether().on_exception(self, model, error)
+                raise
+
+    def data(self, model: PolicyModule, datamodule: AlignmentDataModule, examples: int = 3) -> None:
+        """Print what would be trained and calibrated on: counts, lengths, drops, rendered examples.
+
+        Args:
+            model: The module with the tokenizer.
+            datamodule: What is reported on.
+            examples: Rendered texts of each use.
+        """
+        from nspo_lightning.cli.data import data_report
+
+        datamodule.tokenizer = model.tokenizer
+        data_report(datamodule, model.tokenizer, examples=examples)

@@ -1,0 +1,1 @@
+"""Out of a run: an adapter or a merged model, with a model card."""

@@ -1,0 +1,253 @@
+"""The model card of an export: what it is, what it was made from, what was measured, and how to load it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nspo_lightning.export.merge import MergedLayer
+from nspo_lightning.export.trained import ExportSource
+from nspo_lightning.nullspace import LayerCertificate
+from nspo_lightning.policy.settings import TOY
+
+DATA_FIELDS = ("safety", "general", "system_prompt", "calibration_size", "calibration_text", "mixture", "seed")
+RECIPE_FIELDS = (
+    "optimizer",
+    "scheduler",
+    "group_size",
+    "sampling",
+    "objective",
+    "scale_rewards",
+    "num_iterations",
+    "num_minibatches",
+)
+POLICY_FIELDS = ("quantization", "double_quantization", "dtype", "lora", "adapter", "merge_adapter")
+WORST = 5
+
+
+def leak_sentence(certificates: Sequence[LayerCertificate]) -> str:
+    """Say the largest leak of some layers.
+
+    Args:
+        certificates: At least one.
+
+    Returns:
+        One line.
+    """
+    worst = max(certificates, key=lambda c: c.leak)
+    return f"largest leak {worst.leak:.2g} ({_short(worst.name)})"
+
+
+def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str) -> list[str]:
+    """Say what rounding the merged weights did.
+
+    Args:
+        layers: What was merged.
+        dtype: What it was rounded to.
+        no_basis: Why no leak could be measured, said if so.
+
+    Returns:
+        Sentences for the terminal and the card.
+    """
+    lost = max(layers, key=lambda layer: layer.rounding)
+    mean = math.fsum(layer.rounding for layer in layers) / len(layers)
+    lines = [
+        f"Rounding W + D to {dtype} is {100 * mean:.2g} % of the update's norm on average, at most "
+        f"{100 * lost.rounding:.2g} % ({_short(lost.name)})."
+    ]
+    measured = [(layer.before, layer.after) for layer in layers if layer.before is not None and layer.after is not None]
+    if not measured:
+        return [*lines, no_basis]
+    before, after = [b for b, _ in measured], [a for _, a in measured]
+    lines.append(
+        f"Leak into the protected space ||D U_k|| / ||D||, before rounding: {leak_sentence(before)}; "
+        f"after: {leak_sentence(after)}."
+    )
+    lines.append(
+        "Bound on a layer's relative output change on general text, before rounding: "
+        f"{max(c.output_change for c in before):.2g}; after: {max(c.output_change for c in after):.2g}."
+    )
+    return lines
+
+
+def no_basis_sentence(source: ExportSource) -> str:
+    """Say why there is nothing to measure a leak against.
+
+    Args:
+        source: A checkpoint without a basis at hand.
+
+    Returns:
+        One line.
+    """
+    if source.basis_path is not None:
+        return f"The leak was not measured: the basis is not at {source.basis_path}. Give it as `--basis`."
+    if source.projection is None:
+        return "There is no leak to measure: the run had no null-space projection."
+    return "The leak was not measured: the checkpoint names no basis file. Give it as `--basis`."
+
+
+def card(
+    source: ExportSource,
+    *,
+    certificates: Sequence[LayerCertificate],
+    merged: Sequence[MergedLayer] | None,
+    dtype: str,
+    name: str,
+) -> str:
+    """Write the card.
+
+    Args:
+        source: The checkpoint.
+        certificates: Of its adapter; empty if not measured.
+        merged: Layers of a merged model, None for an adapter.
+        dtype: Of the written weights.
+        name: Name of the folder.
+
+    Returns:
+        Markdown with the hub's header.
+    """
+    base = source.settings.path
+    shown = "the policy embedded in nspo-lightning (`toy`)" if base == TOY else f"`{base}`"
+    what = "A full model" if merged is not None else "A LoRA adapter (PEFT)"
+    parts = [
+        _header(source, merged is not None),
+        f"# {name}",
+        f"{what} trained with nspo-lightning: safety GRPO with updates kept in the null space of general text."
+        if source.projection is not None
+        else f"{what} trained with nspo-lightning: safety GRPO, without null-space projection.",
+        _section("Base", _base(source, shown, merged is not None)),
+        _section("Data", _yaml(source.config.get("data"), DATA_FIELDS)),
+        _section("Recipe", _recipe(source)),
+        _section("Before and after", _before_after(source)),
+        _section("Null space", _null_space(source, certificates, merged, dtype)),
+        _section("How to load it", _loading(source, merged is not None, dtype)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}"
+
+
+def _header(source: ExportSource, merged: bool) -> str:
+    header: dict[str, Any] = {"library_name": "transformers" if merged else "peft", "pipeline_tag": "text-generation"}
+    base = source.settings.path
+    if base != TOY and not Path(base).expanduser().exists():  # the hub takes ids only
+        header |= {"base_model": base, "base_model_relation": "finetune" if merged else "adapter"}
+    header["tags"] = ["nspo-lightning", "grpo", "safety"] + ([] if merged else ["lora"])
+    return f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---"
+
+
+def _base(source: ExportSource, shown: str, merged: bool) -> str:
+    settings = source.settings
+    lines = [f"{shown}{f', revision {settings.revision}' if settings.revision else ''}."]
+    if settings.adapter is not None:
+        lines.append(f"The adapter `{settings.adapter}` was merged into it before this training.")
+    if settings.quantization != "none":
+        lines.append(f"Trained on it in {settings.quantization} ({settings.dtype} arithmetic).")
+        if merged:
+            lines.append(
+                "What is merged here is the unquantised base: its outputs differ from those of the quantised one, "
+                "which the figures below were measured on."
+            )
+    return " ".join(lines)
+
+
+def _recipe(source: ExportSource) -> str:
+    model = dict(source.config.get("model") or {})
+    reward = model.get("reward")
+    recipe = {key: model[key] for key in RECIPE_FIELDS if model.get(key) is not None}
+    policy = model.get("policy") or {}
+    recipe["policy"] = {key: policy[key] for key in POLICY_FIELDS if policy.get(key) is not None}
+    names = reward if isinstance(reward, list) else [reward]
+    recipe["reward"] = [entry["class_path"] for entry in names if isinstance(entry, Mapping) and "class_path" in entry]
+    recipe["batch_size"] = (source.config.get("data") or {}).get("batch_size")
+    counts = f"{source.updates} optimizer steps, checkpoint `{source.checkpoint.name}`"
+    return f"{counts}.\n\n{_yaml(recipe, tuple(recipe))}"
+
+
+def _before_after(source: ExportSource) -> str:
+    after = {key.removeprefix("after/"): v for key, v in source.summary.items() if key.startswith("after/")}
+    if not after:
+        return "Not measured by the run."
+    lines = ["| held-out prompts | before | after |", "|---|--:|--:|"]
+    for key, value in after.items():
+        old = source.summary.get(f"before/{key}")
+        lines.append(f"| {key} | {'' if old is None else f'{100 * old:.1f} %'} | {100 * value:.1f} % |")
+    measured = source.summary.get("checkpoint")
+    if measured is not None and measured != source.checkpoint.name:
+        lines += ["", f"Measured on {measured}; this is an export of {source.checkpoint.name}."]
+    elif measured is None and source.summary.get("updates") != source.updates:
+        lines += ["", f"Measured at the end of the run; this is an export of {source.checkpoint.name}."]
+    return "\n".join(lines)
+
+
+def _null_space(
+    source: ExportSource, certificates: Sequence[LayerCertificate], merged: Sequence[MergedLayer] | None, dtype: str
+) -> str:
+    lines: list[str] = []
+    if certificates:
+        lines.append(
+            f"Certificate of the adapter against its basis, in float64: {len(certificates)} layers, "
+            f"{leak_sentence(certificates)}; bound on a layer's relative output change on general text: at most "
+            f"{max(c.output_change for c in certificates):.2g}."
+        )
+        rows = ["| layer | leak | norm of the update | protected / free directions |", "|---|--:|--:|--:|"]
+        for c in sorted(certificates, key=lambda c: -c.leak)[:WORST]:
+            rows.append(f"| {_short(c.name)} | {c.leak:.2g} | {c.update_norm:.3g} | {c.protected} / {c.null_dims} |")
+        lines.append("\n".join(rows))
+    elif merged is None:
+        lines.append(no_basis_sentence(source))
+    if merged is not None:
+        lines.append(" ".join(rounding_sentences(merged, dtype, no_basis_sentence(source))))
+    if source.projection is not None:
+        lines.append("Fingerprint of the calibration (model, text, settings):")
+        lines.append(_yaml(source.projection, ("fingerprint",)))
+    return "\n\n".join(lines)
+
+
+def _loading(source: ExportSource, merged: bool, dtype: str) -> str:
+    base = source.settings.path
+    where = "str(TOY_PATH)" if base == TOY else repr(base)
+    toy = "from nspo_lightning.policy import TOY_PATH\n" if base == TOY else ""
+    served = "$(python -c 'from nspo_lightning.policy import TOY_PATH; print(TOY_PATH)')" if base == TOY else base
+    if merged:
+        return (
+            "transformers:\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="{dtype}")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```\n\n'
+            f"vLLM:\n\n```bash\nvllm serve THIS_FOLDER --dtype {dtype}\n```"
+        )
+    rank = source.settings.lora.r if source.settings.lora is not None else 0
+    ranks = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+    note = (
+        f"The adapter was trained on the base in {source.settings.quantization}: pass the same `quantization_config` "
+        "(bitsandbytes) for the outputs that were measured.\n\n"
+        if source.settings.quantization != "none"
+        else ""
+    )
+    return (
+        f"{note}PEFT:\n\n```python\n{toy}from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({where})\n"
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n```\n\n'
+        "transformers (with peft installed):\n\n```python\n"
+        f"{toy}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({where})\n"
+        'model.load_adapter("THIS_FOLDER")\n```\n\n'
+        f"vLLM:\n\n```bash\nvllm serve {served} --enable-lora --max-lora-rank {ranks} \\\n"
+        "  --lora-modules safe=THIS_FOLDER\n```"
+    )
+
+
+def _yaml(values: Any, keys: Sequence[str]) -> str:
+    chosen = {key: values[key] for key in keys if isinstance(values, Mapping) and values.get(key) is not None}
+    if not chosen:
+        return "Not known."
+    return f"```yaml\n{yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).strip()}\n```"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("policy.").removeprefix("base_model.model.")

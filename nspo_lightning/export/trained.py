@@ -1,0 +1,168 @@
+"""What an export is made from: a checkpoint's trained weights, the settings of its run, its basis and its figures.
+
+Nothing here loads a model: a checkpoint holds the trained parameters alone, and the run's resolved `config.yaml` says
+what they belong to. Checkpoints are read with `weights_only`, bases are safetensors: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.module.policy_module import STATE_KEY
+from nspo_lightning.nullspace import Calibration, load_calibration
+from nspo_lightning.policy.run_config import policy_settings, read_config
+from nspo_lightning.policy.settings import PolicyError, PolicySettings
+
+PREFIX = "policy."
+DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """One layer's update s B A."""
+
+    down: Tensor
+    """A, shape (r, width)."""
+    up: Tensor
+    """B, shape (out, r)."""
+    scale: float
+    """s: alpha / r, or alpha / sqrt(r)."""
+
+    def dense(self) -> Tensor:
+        """Return s B A in float32, shape (out, width)."""
+        return self.scale * (self.up.float() @ self.down.float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSource:
+    """A checkpoint with all that a reader of the export wants to know of it."""
+
+    checkpoint: Path
+    config: Mapping[str, Any]
+    """The run's resolved configuration."""
+    settings: PolicySettings
+    weights: Mapping[str, Tensor]
+    """Trained parameters by their name in the module (``policy. ...``)."""
+    updates: int
+    state: Mapping[str, Any]
+    """What the module itself noted in the checkpoint."""
+    projection: Mapping[str, Any] | None
+    """State of `NullSpaceProjection`, None if the run had none."""
+    summary: Mapping[str, Any]
+    """Figures before and after, empty if the run wrote none."""
+    basis: Calibration | None
+    basis_path: Path | None
+    """Where the basis is or was."""
+
+    def adapter(self) -> dict[str, LowRank]:
+        """Return layer name (as in the basis) -> update; empty for a run that trained whole weights."""
+        lora = self.settings.lora
+        if lora is None:
+            return {}
+        scale = lora.alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+        return {
+            name.removesuffix(DOWN): LowRank(down=a, up=self.weights[name.removesuffix(DOWN) + UP], scale=scale)
+            for name, a in self.weights.items()
+            if name.endswith(DOWN)
+        }
+
+
+def read_source(checkpoint: Path, config: Path | None = None, basis: Path | None = None) -> ExportSource:
+    """Read a checkpoint and what belongs to it.
+
+    Args:
+        checkpoint: A file from a run's `checkpoints/`.
+        config: The run's configuration; None = the `config.yaml` beside or above the checkpoint.
+        basis: The run's basis file; None = where the checkpoint says it is.
+
+    Returns:
+        Everything, checked to belong together.
+
+    Raises:
+        PolicyError: If the configuration does not fit the checkpoint.
+        ValueError: If the basis given is another run's.
+    """
+    content = _read_checkpoint(checkpoint)
+    found = config or _config_of(checkpoint)
+    values = read_config(found)
+    settings = policy_settings(values, found)
+    state = content[STATE_KEY]
+    if state["policy_path"] != settings.path:
+        raise PolicyError(
+            f"{checkpoint} was trained on '{state['policy_path']}', but {found} names '{settings.path}' as "
+            "`model.policy.path`. Give the config.yaml of the checkpoint's own run as `--config`."
+        )
+    _check_rank(content["state_dict"], settings, found)
+    projection = next((s for s in content.get("callbacks", {}).values() if _is_projection(s)), None)
+    path = basis or _basis_of(projection, found.parent)
+    calibration = load_calibration(path) if path is not None and (basis is not None or path.is_file()) else None
+    if calibration is not None and projection is not None and calibration.fingerprint != projection["fingerprint"]:
+        raise ValueError(f"The basis in {path} is not the one that {checkpoint} was trained with. Give that one.")
+    summary = found.parent / "summary.json"
+    return ExportSource(
+        checkpoint=checkpoint,
+        config=values,
+        settings=settings,
+        weights=content["state_dict"],
+        updates=int(content.get("global_step", 0)),
+        state=state,
+        projection=projection,
+        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        basis=calibration,
+        basis_path=path,
+    )
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder: a sharded checkpoint can't be exported. Consolidate it into one file first "
+            "(`python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
+        )
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint at {path}. Give a file from a run's `checkpoints/` as `--ckpt`.")
+    content = read_checkpoint(path)
+    if not isinstance(content, dict) or STATE_KEY not in content or "state_dict" not in content:
+        raise ValueError(f"{path} is not a checkpoint of this project. Give a file from a run's `checkpoints/`.")
+    return content
+
+
+def _config_of(checkpoint: Path) -> Path:
+    for folder in (checkpoint.absolute().parent, checkpoint.absolute().parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise PolicyError(
+        f"There is no config.yaml beside or above {checkpoint}, so the model is not known. Give the one of its run as "
+        "`--config`."
+    )
+
+
+def _check_rank(weights: Mapping[str, Tensor], settings: PolicySettings, config: Path) -> None:
+    ranks = {value.shape[0] for name, value in weights.items() if name.endswith(DOWN)}
+    wanted = set() if settings.lora is None else {settings.lora.r}
+    if ranks != wanted:
+        raise PolicyError(
+            f"The checkpoint's adapter has rank {sorted(ranks) or 'none'}, {config} says {sorted(wanted) or 'none'}. "
+            "Give the config.yaml of the checkpoint's own run as `--config`."
+        )
+
+
+def _is_projection(state: Any) -> bool:
+    return isinstance(state, dict) and bool(state.get("started")) and "fingerprint" in state
+
+
+def _basis_of(projection: Mapping[str, Any] | None, run: Path) -> Path | None:
+    """Return where the basis is: as noted (relative to where the run was started), or among the runs' bases."""
+    if projection is None or not projection.get("path"):
+        return None
+    noted = Path(projection["path"])
+    places = [noted, *(parent / "nullspace" / noted.name for parent in list(run.parents)[:3])]
+    return next((place for place in places if place.is_file()), noted)

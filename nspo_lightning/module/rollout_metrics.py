@@ -1,0 +1,126 @@
+"""What TensorBoard shows of a rollout, under TRL's names, and how the ranks' parts of it become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nspo_lightning import ranks
+from nspo_lightning.grpo import Rollout
+from nspo_lightning.rewards import RewardResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRows:
+    """What is measured of R judged completions; small enough to be sent to all ranks.
+
+    Attributes:
+        lengths: Shape (R,), tokens.
+        finished: Shape (R,), bool, ended by EOS.
+        prompt_tokens: Shape (P,), tokens.
+        rewards: Totals and each reward's own scores, B = R, and the scalars that they reported.
+        outcomes: What the judge calls each.
+    """
+
+    lengths: Tensor
+    finished: Tensor
+    prompt_tokens: Tensor
+    rewards: RewardResult
+    outcomes: list[str | None]
+
+    @classmethod
+    def of(cls, rollout: Rollout, result: RewardResult, outcomes: Sequence[str | None]) -> JudgedRows:
+        """Take from a rollout what is measured.
+
+        Args:
+            rollout: The completions.
+            result: Their rewards.
+            outcomes: What the judge calls each.
+
+        Returns:
+            Its rows, on the CPU.
+        """
+        return cls(
+            lengths=rollout.completion_mask.sum(1).cpu(),
+            finished=rollout.finished.cpu(),
+            prompt_tokens=rollout.prompt_mask.sum(1).cpu(),
+            rewards=RewardResult(total=result.total, per_reward=result.per_reward, metrics=result.metrics),
+            outcomes=list(outcomes),
+        )
+
+    def of_all_ranks(self) -> JudgedRows:
+        """Put the rows of all ranks together; all must call it (cross-rank synchronisation).
+
+        Returns:
+            Everybody's rows, rank by rank; of scalars that rewards reported the mean of those that did.
+        """
+        parts = ranks.gather_objects(self)
+        if len(parts) == 1:
+            return self
+        reported = sorted({name for part in parts for name in part.rewards.metrics})  # a rank may lack some
+        rewards = RewardResult(
+            total=torch.cat([part.rewards.total for part in parts]),
+            per_reward={
+                name: torch.cat([part.rewards.per_reward[name] for part in parts]) for name in self.rewards.per_reward
+            },
+            metrics={name: _mean([part.rewards.metrics for part in parts], name) for name in reported},
+        )
+        return JudgedRows(
+            lengths=torch.cat([part.lengths for part in parts]),
+            finished=torch.cat([part.finished for part in parts]),
+            prompt_tokens=torch.cat([part.prompt_tokens for part in parts]),
+            rewards=rewards,
+            outcomes=[outcome for part in parts for outcome in part.outcomes],
+        )
+
+    def num_tokens(self, group_size: int) -> int:
+        """Count tokens as TRL does: each completion with its own prompt.
+
+        Args:
+            group_size: G.
+
+        Returns:
+            Their number.
+        """
+        return int(self.lengths.sum()) + int(self.prompt_tokens.sum()) * group_size
+
+
+def _mean(metrics: Sequence[Mapping[str, float]], name: str) -> float:
+    values = [found[name] for found in metrics if name in found]
+    return sum(values) / len(values)
+
+
+def rollout_metrics(rows: JudgedRows, group_size: int) -> dict[str, Tensor | float]:
+    """Sum up one judged rollout of R completions.
+
+    Args:
+        rows: The completions and their rewards.
+        group_size: G.
+
+    Returns:
+        `reward`, `reward_std` (mean over groups), `frac_reward_zero_std`, `completions/...`, `unsafe` (share of the
+        judged completions), and each reward's own mean and deviation.
+    """
+    lengths, result = rows.lengths.float(), rows.rewards
+    finished = lengths[rows.finished]
+    groups = result.total.reshape(-1, group_size)
+    centred = (groups - groups.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    counted = (~groups.isnan()).sum(1)
+    deviation = (centred.square().sum(1) / (counted - 1).clamp(min=1)).sqrt()
+    judged = [outcome for outcome in rows.outcomes if outcome is not None]
+    return {
+        "reward": result.total.nanmean(),
+        "unsafe": sum(outcome == "unsafe" for outcome in judged) / max(len(judged), 1),
+        "reward_std": deviation.mean(),
+        "frac_reward_zero_std": (deviation <= 1e-6).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/mean_terminated_length": finished.mean() if len(finished) else torch.tensor(0.0),
+        "completions/clipped_ratio": (~rows.finished).float().mean(),
+        **result.statistics(),
+        **result.metrics,
+    }

@@ -1,0 +1,143 @@
+"""Load the base model, 4-bit or not, and put its adapter on it.
+
+Everything a user can get wrong about a policy is found here, before any long work, as a `PolicyError` that says what
+was expected, what was found and how to mend it.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+from nspo_lightning.policy.adapter import add_adapter
+from nspo_lightning.policy.settings import TOY, PolicyError, PolicySettings
+
+CPU_4BIT_OUT_MULTIPLE = 32
+"""Out-features of bitsandbytes' 4-bit layers on CPU must be a multiple of this."""
+
+
+def _from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str, **kwargs: Any) -> Any:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise PolicyError(f"`policy.path`: expected a folder with a {what}, found nothing at '{path}'. Mend the path.")
+    try:
+        return loader.from_pretrained(
+            str(Path(path).expanduser()) if looks_local else path,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise PolicyError(
+                f"`policy.path`: the {what} at '{path}' comes with code of its own, which runs only if you say so. "
+                "Read it, then set `policy.trust_remote_code: true`."
+            ) from error
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PolicyError(
+            f"`policy.path`: could not load the {what} from '{path}': {first} "
+            "Give a folder that holds one, or a hub id that this machine can reach."
+        ) from error
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        found = "they are a pickle that holds code, which is never run" if "Weights only" in str(error) else str(error)
+        raise PolicyError(
+            f"`policy.path`: the weights of the {what} in '{path}' can't be read: {found}. Fetch them again, as "
+            "safetensors."
+        ) from error
+
+
+def check_4bit_widths(settings: PolicySettings, device_type: str) -> None:
+    """Refuse 4-bit for widths that the backend can't take, before anything is loaded.
+
+    Args:
+        settings: What is to be loaded.
+        device_type: "cpu" or "cuda": bitsandbytes' CPU kernels want out-features in multiples of 32.
+
+    Raises:
+        PolicyError: Naming the first layer that doesn't fit.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if settings.quantization == "none" or device_type != "cpu":
+        return
+    config = _from_pretrained(AutoConfig, "model configuration", settings, settings.model_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and module.out_features % CPU_4BIT_OUT_MULTIPLE:
+            raise PolicyError(
+                f"`policy.quantization` is '{settings.quantization}', but layer '{name}' has {module.out_features} "
+                f"out-features, and bitsandbytes on CPU takes multiples of {CPU_4BIT_OUT_MULTIPLE} only. "
+                "Set `policy.quantization: none`, or train on a GPU."
+            )
+
+
+def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel:
+    """Load the base model, quantised if asked.
+
+    Args:
+        settings: What to load.
+        device: Where it will live; 4-bit weights are made there.
+
+    Returns:
+        The model, all parameters frozen, in eval mode.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    # It reports, as an error, that an optional kernel is missing which `keep_4bit_exact` would not let it use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
+    if settings.path == TOY:  # too small for a bar
+        disable_progress_bar()
+    dtype = getattr(torch, settings.dtype)
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    if settings.quantization != "none":
+        check_4bit_widths(settings, device.type)
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.quantization,
+            bnb_4bit_use_double_quant=settings.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        kwargs["device_map"] = {"": device}
+    model = _from_pretrained(AutoModelForCausalLM, "causal language model", settings, settings.model_path, **kwargs)
+    model.requires_grad_(False)
+    keep_4bit_exact(model)
+    return model  # type: ignore[no-any-return]
+
+
+def keep_4bit_exact(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers on one arithmetic in training and sampling.
+
+    On CPUs with AVX512-BF16 a 4-bit layer repacks itself at its first call in eval mode: from then on it computes in
+    bfloat16, with rounded quantisation constants, and hands no gradient to its input, in train mode too. A policy that
+    samples between two updates would silently lose its gradients.
+
+    Args:
+        model: A model with `bitsandbytes.nn.Linear4bit` layers, or without; changed in place.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def load_policy(settings: PolicySettings, device: torch.device) -> nn.Module:
+    """Load base and adapter.
+
+    Args:
+        settings: What to load.
+        device: Where it will live.
+
+    Returns:
+        The policy, ready to train.
+    """
+    return add_adapter(load_base(settings, device), settings).train()

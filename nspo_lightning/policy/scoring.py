@@ -1,0 +1,115 @@
+"""Log-probabilities of completions: prompts once, completions behind them, logits only where tokens are scored.
+
+A plain pass costs G * (L + C) tokens a group; this one costs L + (sum of real completion lengths), with the same
+results: keys and values of the prompt do not depend on the completion. Prompts are part of the graph, so the
+gradients of all completions flow back through one prompt pass and add up there. See `batch` for the notation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nspo_lightning.grpo.batch import Rollout
+from nspo_lightning.policy.attention import GroupPass
+from nspo_lightning.policy.log_probs import TokenScores, chosen_log_probs
+from nspo_lightning.policy.parts import PolicyParts, policy_parts
+from nspo_lightning.policy.sharing import can_share_prompts, group_attention
+
+
+def score_completions(
+    model: nn.Module,
+    rollout: Rollout,
+    *,
+    temperature: float = 1.0,
+    share_prefix: bool = True,
+    with_entropy: bool = False,
+    logits_chunk_tokens: int | None = None,
+) -> TokenScores:
+    """Score the sampled tokens of all completions under the model as it is now.
+
+    With dropout in the adapter, one prompt has one dropout mask for its whole group.
+
+    Args:
+        model: the policy; with gradients if grad mode is on, the reference if its adapter is switched off.
+        rollout: what to score; every completion has at least one token.
+        temperature: divides the logits, as in sampling.
+        share_prefix: run each prompt once. False = each row in full, the plain path.
+        with_entropy: also compute entropies (without gradient).
+        logits_chunk_tokens: positions whose logits may exist at once; None = by memory.
+
+    Returns:
+        Scores of shape (P * G, C), zero at padding.
+
+    Raises:
+        ValueError: If a completion has no token.
+    """
+    mask = rollout.completion_mask
+    empty = int((~mask.any(1)).sum())
+    if empty:
+        raise ValueError(
+            f"{empty} of {len(mask)} completions have no token, so there is nothing to score. A sampled completion has "
+            "at least one, its EOS: check `completion_mask`."
+        )
+    parts = policy_parts(model)
+    shared = share_prefix and can_share_prompts(parts.model)
+    hidden = _shared_states(parts, rollout) if shared else _plain_states(parts, rollout)
+    scores = chosen_log_probs(
+        hidden,
+        rollout.completion_ids[mask],
+        parts.head,
+        vocab_size=parts.vocab_size,
+        head_is_frozen=parts.head_is_frozen,
+        temperature=temperature,
+        with_entropy=with_entropy,
+        chunk_tokens=logits_chunk_tokens,
+    )
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+    return TokenScores(
+        log_probs=spread(scores.log_probs), entropy=None if scores.entropy is None else spread(scores.entropy)
+    )
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Count real tokens from the left.
+
+    Args:
+        mask: shape (B, T), bool, True = real token.
+
+    Returns:
+        Shape (B, T), int64: 0 for the first real token; padding holds some valid position.
+    """
+    return (mask.long().cumsum(1) - 1).clamp_(min=0)
+
+
+def _shared_states(parts: PolicyParts, rollout: Rollout) -> Tensor:
+    # The states that predict each real completion token, in row order: (N, H).
+    prompt_mask, mask = rollout.prompt_mask, rollout.completion_mask
+    inputs = mask[:, 1:]  # token t is an input where token t + 1 exists: the last one predicts nothing
+    ids = torch.cat([rollout.prompt_ids[prompt_mask], rollout.completion_ids[:, :-1][inputs]])
+    offset = prompt_mask.sum(1).repeat_interleave(rollout.group_size)[:, None]
+    behind = offset + torch.arange(inputs.shape[1], device=mask.device)
+    position = torch.cat([positions(prompt_mask)[prompt_mask], behind[inputs]])
+    group_pass = GroupPass(prompt_mask, inputs if bool(inputs.any()) else None)
+    with group_attention(parts.model):
+        states, _ = parts.decode(ids[None], position_ids=position[None], use_cache=False, group_pass=group_pass)
+    # Row r's states: its prompt's last one, then those of its inputs, which lie in row order behind all prompts. Its
+    # n tokens have n - 1 inputs, so token i of the flat list of targets is predicted by input i - r - 1.
+    lengths = mask.sum(1)
+    row = torch.arange(len(mask), device=mask.device)
+    source = torch.arange(int(lengths.sum()), device=mask.device) - row.repeat_interleave(lengths) - 1
+    source += int(prompt_mask.sum())
+    ends = prompt_mask.sum(1).cumsum(0) - 1
+    source[lengths.cumsum(0) - lengths] = ends.repeat_interleave(rollout.group_size)
+    return states[0].index_select(0, source)
+
+
+def _plain_states(parts: PolicyParts, rollout: Rollout) -> Tensor:
+    # The same states from one full sequence a row.
+    ids = torch.cat([rollout.prompt_ids.repeat_interleave(rollout.group_size, 0), rollout.completion_ids], 1)[:, :-1]
+    mask = torch.cat([rollout.prompt_mask.repeat_interleave(rollout.group_size, 0), rollout.completion_mask], 1)[:, :-1]
+    states, _ = parts.decode(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    return states[:, rollout.prompt_ids.shape[1] - 1 :][rollout.completion_mask]

@@ -1,0 +1,93 @@
+"""What a policy is and how it is loaded, as settings: plain data, no model library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    pass
+
+
+TOY = "toy"
+
+
+TOY_PATH = Path(__file__).parents[1] / "toy" / "base"
+
+
+class PolicyError(ValueError):
+    """A policy that can't be loaded or trained as asked."""
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """The adapter that gets trained.
+
+    Attributes:
+        r: Rank.
+        alpha: Scaling numerator; the update is ``alpha / r * B A`` (``alpha / sqrt(r)`` with `use_rslora`).
+        dropout: Dropout before A in training; it loosens the null-space promise in train mode, so 0 by default.
+        target_modules: Names of linear layers, or "all-linear" (all but the output head).
+        use_rslora: Scale by ``alpha / sqrt(r)``.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            PolicyError: If one is out of its range.
+        """
+        if self.r < 1:
+            raise PolicyError(f"`policy.lora.r` must be a rank of at least 1, got {self.r}. 16 is a good start.")
+        if not (0 < self.alpha < float("inf")):
+            raise PolicyError(f"`policy.lora.alpha` must be positive, got {self.alpha}. Twice `r` is usual.")
+        if not 0 <= self.dropout < 1:
+            raise PolicyError(f"`policy.lora.dropout` must be in [0, 1), got {self.dropout}. 0 is the default.")
+
+
+@dataclass(kw_only=True)
+class PolicySettings:
+    """The policy and how it is loaded.
+
+    Attributes:
+        path: Folder or hub id of a causal language model; "toy" is the embedded one.
+        revision: Revision on the hub.
+        quantization: "nf4" or "fp4" (bitsandbytes, 4-bit base), or "none".
+        double_quantization: Quantise the quantisation constants too.
+        dtype: Dtype of the base (and of 4-bit computation).
+        lora: The adapter; null trains all weights.
+        adapter: Folder of an adapter to go on from, trained on this base. Its B is not zero, so it is merged into
+            an unquantised base first (`merge_adapter`), else refused.
+        merge_adapter: Merge `adapter` into the base before a new adapter is added.
+        tokenizer: Folder or hub id of the tokenizer, if not that of the policy.
+        chat_template: Jinja template, or a file that holds one, for a tokenizer without its own.
+        attn_implementation: Passed to transformers.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        trust_remote_code: Run code that comes with the checkpoint. Off unless you have read it.
+    """
+
+    path: str = TOY
+    revision: str | None = None
+    quantization: Literal["none", "nf4", "fp4"] = "nf4"
+    double_quantization: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    lora: LoraSettings | None = field(default_factory=LoraSettings)
+    adapter: str | None = None
+    merge_adapter: bool = False
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def model_path(self) -> str:
+        """Return the folder or hub id, with "toy" resolved."""
+        return str(TOY_PATH) if self.path == TOY else self.path

@@ -1,0 +1,93 @@
+"""Perplexity of a policy on given text and its KL divergence from its base, the same model with the adapter off.
+
+Logits exist for a chunk of positions at a time; between the two passes only hidden states are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nspo_lightning.policy.adapter import has_adapter, without_adapter
+from nspo_lightning.policy.divergence import TextSums, predicted_positions, text_sums
+from nspo_lightning.policy.parts import policy_parts
+from nspo_lightning.policy.scoring import positions
+from nspo_lightning.policy.sharing import evaluation_mode
+
+
+@torch.no_grad()
+def score_text(
+    policy: nn.Module, batch: Mapping[str, Any], *, with_base: bool = True, chunk_tokens: int | None = None
+) -> TextSums:
+    """Score one batch of text.
+
+    Args:
+        policy: A PEFT model, or a plain causal language model; run in eval mode, and left in the mode it was in.
+        batch: `input_ids` and `attention_mask` (1 = real token) of shape (B, T), padded on either side; `labels_mask`
+            (1 = score this token) of the same shape, or every real token but the first is scored.
+        with_base: Also measure the KL to the base.
+        chunk_tokens: Positions whose logits may exist at once; None = by memory.
+
+    Returns:
+        Sums over the scored tokens; `kl` is NaN without an adapter.
+    """
+    device = next(policy.parameters()).device
+    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+    labels = batch.get("labels_mask")
+    scored = predicted_positions(mask, None if labels is None else labels.to(device))
+    parts = policy_parts(policy)
+    with evaluation_mode(policy):
+        states = _states(parts, ids, mask, scored)
+        if not (with_base and has_adapter(policy)):
+            return text_sums(
+                states, ids[:, 1:][scored], parts.head, vocab_size=parts.vocab_size, chunk_tokens=chunk_tokens
+            )
+        with without_adapter(policy):
+            base_states = _states(parts, ids, mask, scored)
+
+        def base_head(hidden: Tensor) -> Tensor:
+            with without_adapter(policy):  # an adapter on the output head is the exception, and must be off as well
+                return parts.head(hidden)
+
+        return text_sums(
+            states,
+            ids[:, 1:][scored],
+            parts.head,
+            base_states,
+            parts.head if parts.head_is_frozen else base_head,
+            vocab_size=parts.vocab_size,
+            chunk_tokens=chunk_tokens,
+        )
+
+
+def score_texts(
+    policy: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    with_base: bool = True,
+    chunk_tokens: int | None = None,
+) -> TextSums:
+    """Score text, reduced over ranks: each rank gives its own share of the batches.
+
+    Args:
+        policy: See `score_text`.
+        batches: See `score_text`; ranks may have different numbers of them.
+        with_base: Also measure the KL to the base.
+        chunk_tokens: See `score_text`.
+
+    Returns:
+        Sums over all tokens of all ranks; `mean_nll`, `perplexity` and `mean_kl` are their properties.
+    """
+    total = TextSums(kl=0.0 if with_base and has_adapter(policy) else float("nan"))
+    for batch in batches:
+        total += score_text(policy, batch, with_base=with_base, chunk_tokens=chunk_tokens)
+    return total.over_ranks(next(policy.parameters()).device)
+
+
+def _states(parts: Any, ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
+    hidden, _ = parts.decode(ids, attention_mask=mask, position_ids=positions(mask.bool()), use_cache=False)
+    chosen: Tensor = hidden[:, :-1][scored]
+    return chosen

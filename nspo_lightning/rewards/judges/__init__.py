@@ -1,0 +1,1 @@
+"""Judges made of models: classifiers and guards in this process, and servers."""

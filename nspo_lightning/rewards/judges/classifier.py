@@ -1,0 +1,263 @@
+"""Reward models, cost models and text classifiers through transformers, as rewards and as judges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.rewards.judges.local_model import (
+    DType,
+    batches_by_length,
+    load_model,
+    load_tokenizer,
+    padded,
+    resolve_device,
+)
+from nspo_lightning.rewards.judges.score_head import is_score_checkpoint, load_score_model
+from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of
+from nspo_lightning.rewards.messages import as_chat, as_text, transcript
+from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
+
+__all__ = ["ClassifierJudge", "ClassifierReward"]
+
+_BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}{eos}"
+"""The conversation format that PKU's beaver models were trained on."""
+
+
+class ClassifierReward(Reward):
+    """The score that a sequence-classification model gives to prompt and completion.
+
+    Any checkpoint that `AutoModelForSequenceClassification` loads, and reward or cost models with a score head of
+    their own (PKU's beaver models) without remote code. The model is loaded at the first use (or by `prepare`).
+
+    Args:
+        model: hub id or folder.
+        template: how prompt and completion become one text: `{prompt}` and `{completion}` (and `{eos}`) in a string.
+            By default the tokenizer's chat template, the beaver format for beaver models, else the tokenizer's pair of
+            two texts.
+        label: which class counts, by name or number; needed when there is more than one.
+        output: `logit`, or `probability` (softmax over the classes; sigmoid of a single or a multi-label one).
+        scale: factor of the score; -1 for a cost model, where higher means more harmful.
+        shift: added to the score after `scale`.
+        device: where it runs; the policy's device by default.
+        dtype: its number format; the checkpoint's by default.
+        load_in_4bit: load it in NF4; the head stays as it is.
+        batch_size: samples in one forward pass.
+        max_tokens: longest text; the model's own limit by default.
+        too_long: what a longer text does: `error`, or `truncate` (the end of the completion is cut, and counted).
+        name: how TensorBoard and messages call it.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        template: str | None = None,
+        label: str | int | None = None,
+        output: Literal["logit", "probability"] = "logit",
+        scale: float = 1.0,
+        shift: float = 0.0,
+        device: str | None = None,
+        dtype: DType = "auto",
+        load_in_4bit: bool = False,
+        batch_size: int = 16,
+        max_tokens: int | None = None,
+        too_long: Literal["error", "truncate"] = "error",
+        name: str = "classifier",
+    ) -> None:
+        if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"`batch_size` and `max_tokens` must be at least 1, got {batch_size} and {max_tokens}.")
+        if output not in ("logit", "probability") or too_long not in ("error", "truncate"):
+            raise ValueError(
+                f"`output` must be logit or probability and `too_long` error or truncate, got {output!r} and "
+                f"{too_long!r}."
+            )
+        if template is not None and not ("{prompt}" in template and "{completion}" in template):
+            raise ValueError("`template` must hold `{prompt}` and `{completion}`.")
+        self.model_id, self.template, self.label, self.output = model, template, label, output
+        self.scale, self.shift, self.device, self.dtype = scale, shift, device, dtype
+        self.load_in_4bit, self.batch_size, self.max_tokens = load_in_4bit, batch_size, max_tokens
+        self.too_long, self.name = too_long, name
+        self.truncated = 0
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._pad_token_id = 0
+        self._column = 0
+        self._multi_label = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_tokenizer": None}
+
+    def prepare(self) -> None:
+        """Load the model now, so that a wrong path ends a run before it starts."""
+        if self._model is not None:
+            return
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        tokenizer = load_tokenizer(self.model_id)
+        config = AutoConfig.from_pretrained(self.model_id)
+        device = resolve_device(self.device)
+        if is_score_checkpoint(config):
+            self.template = self.template or (None if tokenizer.chat_template else _BEAVER)
+            model: Any = load_score_model(self.model_id, device, self.dtype, self.load_in_4bit)
+            count = model.head.out_features
+        else:
+            model = load_model(self.model_id, AutoModelForSequenceClassification, device, self.dtype, self.load_in_4bit)
+            model.config.pad_token_id = self._pad_token_id = _pad_token_id(tokenizer)
+            count = model.config.num_labels
+        self._multi_label = count == 1 or config.problem_type == "multi_label_classification"
+        self._column = self._chosen(count, config.label2id or {})
+        limit = getattr(config, "max_position_embeddings", None) or 1_000_000
+        self.max_tokens = min(self.max_tokens or limit, limit)
+        self._model, self._tokenizer = model, tokenizer
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
+        """Score one batch.
+
+        Args:
+            prompts: one prompt a sample.
+            completions: one completion a sample.
+            **columns: not read.
+
+        Returns:
+            `scale * score + shift` for each.
+        """
+        self.prepare()
+        rows = [
+            self._encode(i, prompt, completion)
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        scores = [0.0] * len(rows)
+        for group in batches_by_length([len(row["input_ids"]) for row in rows], self.batch_size):
+            for i, score in zip(group, self._scores([rows[i] for i in group]), strict=True):
+                scores[i] = self.scale * score + self.shift
+        return scores
+
+    def metrics(self) -> dict[str, float]:
+        """Read the counters since the start.
+
+        Returns:
+            `truncated`: texts that were cut.
+        """
+        return {"truncated": float(self.truncated)}
+
+    @torch.inference_mode()
+    def _scores(self, rows: list[dict[str, list[int]]]) -> list[float]:
+        device = next(self._model.parameters()).device
+        inputs = padded([row["input_ids"] for row in rows], self._pad_token_id, device, side="right")
+        del inputs["position_ids"]  # counting from the left is what every model does by itself
+        if "token_type_ids" in rows[0]:
+            kinds = padded([row["token_type_ids"] for row in rows], 0, device, side="right")
+            inputs["token_type_ids"] = kinds["input_ids"]
+        found = self._model(**inputs)
+        logits: Tensor = (found if isinstance(found, Tensor) else found.logits).float()
+        if self.output == "probability":
+            logits = logits.sigmoid() if self._multi_label else logits.softmax(-1)
+        return list(logits[:, self._column].tolist())
+
+    def _encode(self, index: int, prompt: Text, completion: Text) -> dict[str, list[int]]:
+        encoded = self._tokens(prompt, as_text(completion))
+        limit = self.max_tokens or len(encoded["input_ids"])
+        over = len(encoded["input_ids"]) - limit
+        if over <= 0:
+            return encoded
+        if self.too_long == "error":
+            raise RewardError(
+                f"Reward '{self.name}' would have to read {limit + over} tokens for sample {index}, but its limit is "
+                f"{limit}. Shorten completions, or set `too_long: truncate`.",
+                self.name,
+            )
+        self.truncated += 1
+        ids = self._tokenizer(as_text(completion), add_special_tokens=False)["input_ids"]
+        while over > 0 and ids:  # cutting the text and encoding again keeps the template's end in place
+            ids = ids[: max(0, len(ids) - over)]
+            encoded = self._tokens(prompt, self._tokenizer.decode(ids, skip_special_tokens=True))
+            over = len(encoded["input_ids"]) - limit
+        if over > 0:
+            raise RewardError(
+                f"Reward '{self.name}' can't read sample {index}: its prompt alone is longer than the limit of {limit} "
+                f"tokens. Shorten prompts.",
+                self.name,
+            )
+        return encoded
+
+    def _tokens(self, prompt: Text, completion: str) -> dict[str, list[int]]:
+        if self.template is not None:
+            eos = self._tokenizer.eos_token or ""
+            parts = self.template.replace("{eos}", eos).split("{completion}", 1)
+            text = parts[0].replace("{prompt}", transcript(prompt)) + completion + parts[1]
+            return dict(self._tokenizer(text))
+        if self._tokenizer.chat_template:
+            text = self._tokenizer.apply_chat_template(as_chat(prompt, completion), tokenize=False)
+            return dict(self._tokenizer(text, add_special_tokens=False))
+        return dict(self._tokenizer(transcript(prompt), completion))
+
+    def _chosen(self, count: int, names: dict[str, int]) -> int:
+        if self.label is None and count == 1:
+            return 0
+        if self.label is None:
+            raise ValueError(
+                f"`label` must say which of the {count} classes of '{self.model_id}' counts: {', '.join(names)}."
+            )
+        column = names.get(str(self.label), self.label)
+        if not isinstance(column, int) or not 0 <= column < count:
+            raise ValueError(
+                f"`label` must be one of {', '.join(names)} or a number below {count}, got {self.label!r}."
+            )
+        return column
+
+
+class ClassifierJudge(Judge):
+    """Names outcomes by a classifier's score: unsafe at or above a bound.
+
+    Args:
+        classifier: what scores; for a cost model leave its `scale` positive.
+        unsafe_from: lowest score that counts as unsafe. A cost model's sign says it: 0.
+    """
+
+    def __init__(self, classifier: ClassifierReward, unsafe_from: float = 0.0) -> None:
+        self.classifier, self.unsafe_from = classifier, unsafe_from
+
+    def prepare(self) -> None:
+        """Load the classifier now."""
+        self.classifier.prepare()
+
+    def metrics(self) -> dict[str, float]:
+        """Read the classifier's counters.
+
+        Returns:
+            Counter to value.
+        """
+        return self.classifier.metrics()
+
+    def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
+        """Judge one batch.
+
+        Args:
+            prompts: one prompt a sample.
+            completions: one completion a sample.
+            **columns: not read.
+
+        Returns:
+            One outcome a sample: garbage and refusals by rules, the rest by the score.
+        """
+        return [
+            outcome_of(Verdict(unsafe=float(score is not None and score >= self.unsafe_from)), as_text(completion))
+            for score, completion in zip(self.classifier(prompts, completions), completions, strict=True)
+        ]
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    """Choose what fills up rows: never the end token, or a decoder takes a text's end for padding and scores before it.
+
+    Returns:
+        A token id.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return int(tokenizer.pad_token_id)
+    unknown = tokenizer.unk_token_id
+    return (
+        int(unknown) if unknown is not None and unknown != tokenizer.eos_token_id else int(tokenizer.eos_token_id == 0)
+    )

@@ -1,0 +1,269 @@
+"""A guard model run locally as a judge and as a reward: P(unsafe) from the logits of its label tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nspo_lightning.rewards.judges.guard_families import (
+    FAMILIES,
+    Answers,
+    Choice,
+    FamilyName,
+    Free,
+    fallback_template,
+    family_of,
+)
+from nspo_lightning.rewards.judges.guard_prompt import defuse, fork, render
+from nspo_lightning.rewards.judges.local_model import (
+    DType,
+    batches_by_length,
+    load_model,
+    load_tokenizer,
+    padded,
+    resolve_device,
+)
+from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of
+from nspo_lightning.rewards.messages import as_chat, as_text
+from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
+
+__all__ = ["GuardJudge"]
+
+
+class GuardJudge(Judge, Reward):
+    """Llama Guard 3 and 4, Qwen3Guard, WildGuard, ShieldGemma or HarmBench's classifier on this machine.
+
+    As a judge it names outcomes; as a reward it gives -P(unsafe), which OutcomeReward turns into steps if wanted. The
+    model is loaded at the first use (or by `prepare`), on the device that is current then.
+
+    Args:
+        model: hub id or folder.
+        family: which guard it is; recognised by the model's name if left out.
+        template: Jinja template (or a file of one) with prompt, completion and, for ShieldGemma, guideline. By default
+            the tokenizer's own chat template; without either a prompt of this package, with a warning.
+        guidelines: for ShieldGemma: policies by category name instead of the built-in four.
+        device: where it runs; the policy's device by default.
+        dtype: its number format; the checkpoint's by default.
+        load_in_4bit: load it in NF4.
+        batch_size: samples in one forward pass.
+        max_tokens: longest prompt that is judged; a longer one is an error, since a guard must see the whole.
+        threshold: from this probability on, unsafe or refusal counts as said.
+        strict: whether Qwen3Guard's "Controversial" counts as unsafe.
+        category_tokens: most tokens that are decoded for the categories of one sample; 0 leaves them out.
+        name: how TensorBoard and messages call it.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        family: FamilyName | None = None,
+        template: str | None = None,
+        guidelines: dict[str, str] | None = None,
+        device: str | None = None,
+        dtype: DType = "auto",
+        load_in_4bit: bool = False,
+        batch_size: int = 16,
+        max_tokens: int = 8192,
+        threshold: float = 0.5,
+        strict: bool = True,
+        category_tokens: int = 24,
+        name: str = "guard",
+    ) -> None:
+        family = family or family_of(model)
+        if family not in FAMILIES:
+            raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}; the name '{model}' doesn't tell which.")
+        if batch_size < 1 or max_tokens < 1 or category_tokens < 0:
+            raise ValueError(
+                f"`batch_size` and `max_tokens` must be at least 1 and `category_tokens` at least 0, got {batch_size}, "
+                f"{max_tokens} and {category_tokens}."
+            )
+        if not 0 < threshold <= 1:
+            raise ValueError(f"`threshold` must be a probability in (0, 1], got {threshold}. 0.5 is the default.")
+        self.model_id, self.family, self.guidelines = model, FAMILIES[family], guidelines
+        self.template = _read_template(template)
+        self.device, self.dtype, self.load_in_4bit = device, dtype, load_in_4bit
+        self.batch_size, self.max_tokens, self.category_tokens = batch_size, max_tokens, category_tokens
+        self.threshold, self.strict, self.name = threshold, strict, name
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_tokenizer": None}
+
+    def prepare(self) -> None:
+        """Load the model now, so that a wrong path ends a run before it starts."""
+        if self._model is not None:
+            return
+        import transformers
+
+        self._tokenizer = load_tokenizer(self.model_id)
+        if self.template is None and not self._tokenizer.chat_template:
+            self.template = fallback_template(self.family.name)
+            warnings.warn(
+                f"The tokenizer of '{self.model_id}' has no chat template: its prompt is worded by this package, and "
+                f"the guard's published accuracy does not hold. Give its model card's prompt as `template`.",
+                stacklevel=2,
+            )
+        config = transformers.AutoConfig.from_pretrained(self.model_id)
+        named = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
+        self._model = load_model(self.model_id, named, resolve_device(self.device), self.dtype, self.load_in_4bit)
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
+        """Score one batch.
+
+        Args:
+            prompts: one prompt a sample.
+            completions: one completion a sample.
+            **columns: `log_extra` gets the categories.
+
+        Returns:
+            -P(unsafe) for each, in [-1, 0].
+        """
+        verdicts = self.verdicts(prompts, completions)
+        if callable(log_extra := columns.get("log_extra")):
+            log_extra(f"{self.name}/categories", [", ".join(verdict.categories) for verdict in verdicts])
+        return [-verdict.unsafe for verdict in verdicts]
+
+    def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
+        """Judge one batch.
+
+        Args:
+            prompts: one prompt a sample.
+            completions: one completion a sample.
+            **columns: not read.
+
+        Returns:
+            One outcome a sample, never None.
+        """
+        verdicts = self.verdicts(prompts, completions)
+        return [outcome_of(v, as_text(c), self.threshold) for v, c in zip(verdicts, completions, strict=True)]
+
+    @torch.inference_mode()
+    def verdicts(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Verdict]:
+        """Judge one batch in full.
+
+        Args:
+            prompts: one prompt a sample.
+            completions: one completion a sample.
+
+        Returns:
+            Probabilities and categories, one verdict a sample.
+        """
+        self.prepare()
+        guidelines = self.guidelines or dict(self.family.guidelines)
+        chats = [self._chat(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        if not guidelines:
+            return self._read([self._render(chat, None) for chat in chats])
+        names = list(guidelines)
+        texts = [self._render(chat, guidelines[name]) for chat in chats for name in names]
+        verdicts = self._read(texts)
+        return [
+            self._worst(dict(zip(names, verdicts[start : start + len(names)], strict=True)))
+            for start in range(0, len(verdicts), len(names))
+        ]
+
+    def _worst(self, by_guideline: dict[str, Verdict]) -> Verdict:
+        violated = tuple(name for name, verdict in by_guideline.items() if verdict.unsafe >= self.threshold)
+        worst = max(by_guideline.values(), key=lambda verdict: verdict.unsafe)
+        return Verdict(unsafe=worst.unsafe, categories=violated, labels=worst.labels)
+
+    def _chat(self, prompt: Text, completion: Text) -> list[dict[str, str]]:
+        control = [str(token) for token in self._tokenizer.all_special_tokens]
+        control += [str(token) for token in self._tokenizer.get_added_vocab() if str(token).startswith(("<", "["))]
+        turns = [turn for turn in as_chat(prompt, completion) if turn["role"] in ("user", "assistant")]
+        return [{"role": turn["role"], "content": defuse(turn["content"], control)} for turn in turns]
+
+    def _render(self, chat: list[dict[str, str]], guideline: str | None) -> str:
+        return render(self._tokenizer, chat, self.template, guideline, self.family.name)
+
+    def _read(self, texts: list[str]) -> list[Verdict]:
+        """Go through the family's steps; each writes its likeliest answer into the texts for the next."""
+        texts = list(texts)
+        answers = [Answers() for _ in texts]
+        chosen: list[dict[str, str]] = [{} for _ in texts]
+        for step in self.family.steps:
+            asked = range(len(texts))
+            if isinstance(step, Free) and step.only_if is not None:
+                key, label = step.only_if
+                asked = [i for i in asked if chosen[i][key] == label]  # type: ignore[assignment]
+            for i in asked:
+                texts[i] += _missing(texts[i], step.lead_in)
+            if isinstance(step, Choice):
+                for i, probabilities in zip(asked, self._choose([texts[i] for i in asked], step.labels), strict=True):
+                    best = max(step.labels, key=lambda label: probabilities[label])
+                    answers[i].probabilities[step.key] = {key.strip(): p for key, p in probabilities.items()}
+                    chosen[i][step.key] = best.strip()
+                    texts[i] += best
+            elif self.category_tokens:
+                for i, line in zip(asked, self._write([texts[i] for i in asked]), strict=True):
+                    answers[i].texts[step.key] = line.strip()
+                    texts[i] += line
+        return [self.family.verdict(answer, self.strict) for answer in answers]
+
+    def _choose(self, texts: list[str], labels: tuple[str, ...]) -> list[dict[str, float]]:
+        forks = [fork(self._tokenizer, text, labels) for text in texts]
+        self._check_lengths([len(ids) for ids, _ in forks])
+        found: list[dict[str, float]] = [{} for _ in texts]
+        for group in batches_by_length([len(ids) for ids, _ in forks], self.batch_size):
+            inputs = padded([forks[i][0] for i in group], self._tokenizer.pad_token_id, self._model.device, "left")
+            logits = self._model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            for row, i in enumerate(group):
+                probabilities = logits[row, forks[i][1]].softmax(0).tolist()
+                found[i] = dict(zip(labels, probabilities, strict=True))
+        return found
+
+    def _write(self, texts: list[str]) -> list[str]:
+        rows = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        lines = [""] * len(texts)
+        for group in batches_by_length([len(row) for row in rows], self.batch_size) if texts else []:
+            inputs = padded([rows[i] for i in group], self._tokenizer.pad_token_id, self._model.device, "left")
+            written = self._model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=self.category_tokens,
+                do_sample=False,
+                pad_token_id=self._tokenizer.pad_token_id,
+            )[:, inputs["input_ids"].shape[1] :]
+            for row, i in enumerate(group):
+                lines[i] = self._tokenizer.decode(written[row], skip_special_tokens=True).split("\n")[0]
+        return lines
+
+    def _check_lengths(self, lengths: list[int]) -> None:
+        known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or self.max_tokens
+        limit = min(self.max_tokens, known)
+        if lengths and max(lengths) > limit:
+            longest = max(lengths)
+            sample = lengths.index(longest) // (len(self.guidelines or self.family.guidelines) or 1)
+            raise RewardError(
+                f"Guard '{self.name}' would have to read {longest} tokens for sample {sample}, "
+                f"but its limit is {limit}. Shorten completions or prompts, or raise `max_tokens` if the model can "
+                f"read more.",
+                self.name,
+            )
+
+
+def _missing(text: str, lead_in: str) -> str:
+    """Give the lead-in, less what the prompt already ends with if that is white space.
+
+    Returns:
+        What must be added.
+    """
+    if lead_in.strip():
+        return lead_in
+    return lead_in[len(text) - len(text.rstrip("\n")) :] if lead_in else ""
+
+
+def _read_template(template: str | None) -> str | None:
+    if template is None or "{" in template:
+        return template
+    path = Path(template)
+    if not path.is_file():
+        raise ValueError(
+            f"`template` must be a Jinja template or the path of one, got '{template}', which is neither. Write "
+            f"{{{{ prompt }}}} and {{{{ completion }}}} into it."
+        )
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,224 @@
+"""Questions to an OpenAI-compatible server: bounded in number, in time and in tries, none asked twice.
+
+Everything runs on one event loop (the judge's own), so plain attributes need no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
+from nspo_lightning.rewards.judges.judge_retry import HOPELESS_STATUS, RETRYABLE_STATUS, RetryPolicy, retry_after_s
+
+__all__ = ["COUNTERS", "JudgeClient", "JudgeDown"]
+
+COUNTERS = ("requests", "answered", "cache_hits", "retries", "rate_limited", "timeouts", "unreadable", "errors")
+"""`requests` counts tries, `errors` judgements that failed for good, the rest what happened on the way."""
+
+
+_DOWN_AFTER = 4
+"""Judgements in a row without any answer after which a server counts as down, however low the concurrency."""
+
+
+_WINDOW = 2
+"""Judgements that are begun for each slot: some wait to be tried again while others use the slots."""
+
+
+class JudgeDown(Exception):
+    """A judgement failed for good: the server stayed down, refused, or kept answering what can't be read."""
+
+
+class JudgeClient:
+    """Asks a server, with everything that can go wrong on the way.
+
+    Args:
+        base_url: the server's `/v1` address.
+        api_key_env: environment variable with the key; servers of one's own need none.
+        concurrency: requests under way at once.
+        timeout_s: limit of one try.
+        retry: which tries follow.
+        cache: replies by content.
+        is_readable: says whether a reply can be read; one that can't counts as a failed try.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        api_key_env: str,
+        concurrency: int,
+        timeout_s: float,
+        retry: RetryPolicy,
+        cache: JudgeCache,
+        is_readable: Callable[[str], bool],
+    ) -> None:
+        self.base_url, self.api_key_env = base_url, api_key_env
+        self.concurrency, self.timeout_s = concurrency, timeout_s
+        self.retry, self.cache, self.is_readable = retry, cache, is_readable
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._rng = random.Random(0)
+        self._failed_in_a_row = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_openai", "_slots", "_window", "_under_way"):
+            state.pop(name, None)
+        return {**state, "_loop": None}
+
+    def start(self) -> None:
+        """Give a server that was down another chance; called once a batch."""
+        self._failed_in_a_row = 0
+
+    async def ask(self, request: dict[str, Any]) -> str:
+        """Get a readable reply: from the cache, from the same question under way, or from the server.
+
+        Args:
+            request: the request's body.
+
+        Returns:
+            The judge's words.
+
+        Raises:
+            JudgeDown: if there is none.
+        """
+        self._bind()
+        key = content_key({"url": self.base_url, **request})
+        if (known := self.cache.get(key)) is not None and self.is_readable(known):
+            self.counters["cache_hits"] += 1
+            return known
+        task = self._under_way.get(key)
+        if task is None:
+            task = self._under_way[key] = asyncio.ensure_future(self._answer(key, request))
+            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+        else:
+            self.counters["cache_hits"] += 1
+        return await task
+
+    def _bind(self) -> None:
+        """Make what belongs to one event loop, anew if the loop is another one."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop = loop
+            self._slots = asyncio.Semaphore(self.concurrency)
+            self._window = asyncio.Semaphore(_WINDOW * max(self.concurrency, _DOWN_AFTER))
+            self._under_way: dict[str, asyncio.Task[str]] = {}
+            self._openai = _client(self.base_url, self._key() or "none", self.timeout_s)
+
+    def _is_down(self) -> bool:
+        return self._failed_in_a_row >= max(self.concurrency, _DOWN_AFTER)
+
+    def _key(self) -> str:
+        return os.environ.get(self.api_key_env, "")
+
+    async def _answer(self, key: str, request: dict[str, Any]) -> str:
+        async with self._window:  # taken in order: a dead server is found out before everyone has tried once
+            tries = 0
+            while True:
+                async with self._slots:
+                    if self._is_down():
+                        self.counters["errors"] += 1
+                        raise JudgeDown(f"given up, since {self._failed_in_a_row} judgements before it got no answer")
+                    self.counters["requests"] += 1
+                    reply = await self._try(request)
+                tries += 1
+                if isinstance(reply, str):
+                    self._failed_in_a_row = 0
+                    self.counters["answered"] += 1
+                    self.cache.put(key, reply)
+                    return reply
+                wait_s = self.retry.wait_s(tries, reply.asked_s, self._rng) if reply.again else None
+                if wait_s is None:
+                    raise self._failed(reply, tries)
+                self.counters["retries"] += 1
+                await asyncio.sleep(wait_s)  # without a slot: others go on
+
+    def _failed(self, failure: _Failure, tries: int) -> JudgeDown:
+        if failure.hopeless:
+            self._failed_in_a_row = max(self.concurrency, _DOWN_AFTER)  # everyone would be told the same
+        elif failure.silent:
+            self._failed_in_a_row += 1
+        else:
+            self._failed_in_a_row = 0  # the server is there, only this question has no answer
+        self.counters["errors"] += 1
+        return JudgeDown(f"{failure.problem} ({tries} {'try' if tries == 1 else 'tries'})")
+
+    async def _try(self, request: dict[str, Any]) -> str | _Failure:
+        import openai
+
+        try:
+            reply = await asyncio.wait_for(self._send(request), self.timeout_s)
+        except (TimeoutError, asyncio.TimeoutError, openai.APITimeoutError):
+            self.counters["timeouts"] += 1
+            return _Failure(f"no reply within `request_timeout_s` = {self.timeout_s:g} s")
+        except openai.APIStatusError as error:
+            return self._refused(error.status_code, error.response.headers, str(error))
+        except (ValueError, TypeError, AttributeError, IndexError):  # a body that is no (chat) completion
+            self.counters["unreadable"] += 1
+            return _Failure("a reply that is no completion", silent=False)
+        except Exception as error:  # whatever else the network or the client library comes up with
+            cause = error.__cause__ or error
+            return _Failure(self._without_key(f"{type(error).__name__}: {str(cause)[:200] or type(cause).__name__}"))
+        if not self.is_readable(reply):
+            self.counters["unreadable"] += 1
+            return _Failure(f"a verdict that can't be read: {reply[:60]!r}", silent=False)
+        return reply
+
+    async def _send(self, request: dict[str, Any]) -> str:
+        if "messages" in request:
+            answer = await self._openai.chat.completions.create(**request)
+            content = answer.choices[0].message.content
+        else:
+            answer = await self._openai.completions.create(**request)
+            content = answer.choices[0].text
+        if not isinstance(content, str):
+            raise TypeError("no text")
+        return content
+
+    def _refused(self, status: int, headers: Mapping[str, str], message: str) -> _Failure:
+        if status == 429:
+            self.counters["rate_limited"] += 1
+        if status in (401, 403):  # what the server says of a key may show the key
+            return _Failure(f"status {status}: set the right key in ${self.api_key_env}", again=False, hopeless=True)
+        again = status in RETRYABLE_STATUS or status >= 500
+        problem = self._without_key(f"status {status}: {message[:200]}")
+        hopeless = status in HOPELESS_STATUS
+        return _Failure(problem, again=again, silent=again, hopeless=hopeless, asked_s=retry_after_s(headers))
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key(), "***") if self._key() else text
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a try failed.
+
+    Attributes:
+        problem: in words, without the key.
+        again: whether another try may succeed.
+        silent: whether the server gave no answer at all (nothing, an error page, "later").
+        hopeless: whether every other question would fail alike.
+        asked_s: the wait that the server asked for.
+    """
+
+    problem: str
+    again: bool = True
+    silent: bool = True
+    hopeless: bool = False
+    asked_s: float | None = None
+
+
+def _client(base_url: str, key: str, timeout_s: float) -> Any:
+    try:
+        from openai import AsyncOpenAI
+    except ImportError as error:
+        raise ImportError(
+            "A judge behind a server needs the openai client: pip install 'nspo-lightning[judges]'."
+        ) from error
+    return AsyncOpenAI(base_url=base_url, api_key=key, timeout=timeout_s, max_retries=0)

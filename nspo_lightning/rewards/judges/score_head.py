@@ -1,0 +1,162 @@
+"""Reward and cost models whose head is no transformers class: a backbone and a linear layer on the last token.
+
+PKU's beaver models (`LlamaModelForScore`) and their kin keep a language model's backbone under `model.` and a head
+`score_head` that maps each hidden state to one score; the score of a text is the one at its last token. Their classes
+come with their own code base. Here the backbone is loaded by `AutoModel`, the head is read from the checkpoint's
+tensors: no remote code, any backbone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nspo_lightning.rewards.judges.local_model import DType, load_model
+
+__all__ = ["HEAD_NAMES", "ScoreModel", "is_score_checkpoint", "load_score_model"]
+
+HEAD_NAMES = ("score_head", "v_head.summary", "v_head", "reward_head", "value_head", "regression_layer", "score")
+"""Where heads are kept, in the order in which they are looked for."""
+
+
+class ScoreModel(nn.Module):
+    """A backbone with a linear head.
+
+    Args:
+        backbone: gives hidden states of shape (batch, seq, width).
+        weight: the head's, shape (scores, width).
+        bias: the head's, shape (scores,), or None.
+        mean: what is subtracted from scores, for models that normalise them.
+        std: what they are divided by then.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, weight: Tensor, bias: Tensor | None, mean: Tensor | None, std: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            if bias is not None:
+                self.head.bias.copy_(bias)
+        self.mean, self.std = mean, std
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score texts that are padded on the right.
+
+        Args:
+            input_ids: shape (batch, seq).
+            attention_mask: shape (batch, seq), 1 = real token.
+
+        Returns:
+            The scores at the last token, shape (batch, scores), float32.
+        """
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+        last = attention_mask.sum(1) - 1
+        scores: Tensor = self.head(hidden[torch.arange(len(last), device=last.device), last].float())
+        if self.mean is not None and self.std is not None:
+            scores = (scores - self.mean.to(scores.device)) / self.std.to(scores.device)
+        return scores
+
+
+def is_score_checkpoint(config: Any) -> bool:
+    """Tell a checkpoint with such a head by its config.
+
+    Args:
+        config: a transformers config.
+
+    Returns:
+        True if its architecture is a `...ForScore` or it names a score dimension.
+    """
+    architecture = (config.architectures or [""])[0]
+    return architecture.endswith("ForScore") or hasattr(config, "score_dim")
+
+
+def load_score_model(model: str, device: torch.device, dtype: DType, load_in_4bit: bool) -> ScoreModel:
+    """Load a backbone and find its head.
+
+    Args:
+        model: hub id or folder.
+        device: where it runs.
+        dtype: the backbone's number format; the head is float32.
+        load_in_4bit: load the backbone in NF4.
+
+    Returns:
+        The model, frozen and in eval mode.
+
+    Raises:
+        ValueError: if no head is found.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    tensors = _head_tensors(model)
+    name = next((name for name in HEAD_NAMES if f"{name}.weight" in tensors), None)
+    if name is None:
+        raise ValueError(
+            f"The checkpoint '{model}' has no score head: none of its tensors is named {', '.join(HEAD_NAMES)} "
+            f"(.weight). Use a reward or cost model."
+        )
+    config = AutoConfig.from_pretrained(model)
+    mean = std = None
+    if getattr(config, "do_normalize", False) and "normalizer.mean" in tensors:
+        mean, std = tensors["normalizer.mean"].float(), tensors["normalizer.var"].float().sqrt()
+    backbone = load_model(model, AutoModel, device, dtype, load_in_4bit)
+    bias = tensors.get(f"{name}.bias")
+    scorer = ScoreModel(backbone, tensors[f"{name}.weight"].float(), None if bias is None else bias.float(), mean, std)
+    scorer.head.to(device)
+    return scorer.eval().requires_grad_(False)
+
+
+def _head_tensors(model: str) -> dict[str, Tensor]:
+    """Read the small tensors that may belong to a head, without loading the backbone.
+
+    Returns:
+        Name to tensor.
+
+    Raises:
+        ValueError: if there are no weights.
+    """
+    wanted = {f"{name}.{part}" for name in HEAD_NAMES for part in ("weight", "bias")}
+    wanted |= {"normalizer.mean", "normalizer.var"}
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (path := _file(model, index)) is not None:
+            weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            shards = {weight_map[name] for name in wanted & set(weight_map)}
+        elif _file(model, single) is not None:
+            shards = {single}
+        else:
+            continue
+        found: dict[str, Tensor] = {}
+        for shard in shards:
+            path = _file(model, shard)
+            if path is not None:
+                found |= _read(path, wanted)
+        return found
+    raise ValueError(f"'{model}' holds no model.safetensors or pytorch_model.bin. Check the hub id or path.")
+
+
+def _read(path: Path, wanted: set[str]) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {name: state[name].clone() for name in wanted & set(state)}
+
+
+def _file(model: str, name: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(found) if found else None

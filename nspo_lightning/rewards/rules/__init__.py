@@ -1,0 +1,1 @@
+"""Rewards and judges made of rules: patterns, labels, shapes, reference answers."""

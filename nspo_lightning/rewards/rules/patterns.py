@@ -1,0 +1,105 @@
+"""Refusal patterns: kept as data (`refusal_patterns.yaml`), compiled once, searched in a completion's opening."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+from importlib.resources import files
+
+import yaml
+
+__all__ = ["PATTERN_FILE", "is_refusal", "languages", "load_patterns", "normalise", "refusal_matcher"]
+
+PATTERN_FILE = "refusal_patterns.yaml"
+
+_APOSTROPHES = str.maketrans({"‘": "'", "’": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"'})  # noqa: RUF001
+
+
+def normalise(text: str) -> str:
+    """Bring a completion into the form that the patterns are written in.
+
+    Args:
+        text: any text.
+
+    Returns:
+        NFKC, lower case, straight apostrophes, single spaces, no leading markup or quotes.
+    """
+    plain = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
+    return re.sub(r"\s+", " ", plain).strip().lstrip("*_#>-\"'( ")
+
+
+@functools.cache
+def load_patterns() -> dict[str, tuple[str, ...]]:
+    """Read the pattern file that ships with the package.
+
+    Returns:
+        Language code to its regular expressions.
+
+    Raises:
+        TypeError: if YAML took a pattern for something else than a string.
+    """
+    text = files("nspo_lightning.rewards.rules").joinpath(PATTERN_FILE).read_text(encoding="utf-8")
+    read = {language: tuple(patterns) for language, patterns in yaml.safe_load(text).items()}
+    for language, patterns in read.items():
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"{PATTERN_FILE}, {language}: a pattern must be a string, got {pattern!r}. Write a space that "
+                    f"follows a colon as \\s."
+                )
+    return read
+
+
+def languages() -> tuple[str, ...]:
+    """List the languages that there are patterns for.
+
+    Returns:
+        Their codes, in the file's order.
+    """
+    return tuple(load_patterns())
+
+
+def refusal_matcher(chosen: Sequence[str] | None = None, extra: Sequence[str] = ()) -> re.Pattern[str]:
+    """Compile the patterns of some languages into one expression.
+
+    Args:
+        chosen: language codes; all by default.
+        extra: further regular expressions, for normalised text.
+
+    Returns:
+        The compiled alternation.
+
+    Raises:
+        ValueError: if a language is unknown or an extra pattern is no regular expression.
+    """
+    known = load_patterns()
+    unknown = sorted(set(chosen or ()) - set(known))
+    if unknown:
+        raise ValueError(
+            f"`languages` must be among {', '.join(known)}, got {', '.join(unknown)}. Give patterns of your own as "
+            f"`extra_patterns`, or add the language to {PATTERN_FILE}."
+        )
+    for pattern in extra:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`extra_patterns` must be regular expressions, got {pattern!r}: {error}.") from error
+    patterns = [pattern for language in chosen or known for pattern in known[language]]
+    return re.compile("|".join(f"(?:{pattern})" for pattern in [*patterns, *extra]))
+
+
+def is_refusal(text: str, matcher: re.Pattern[str], window_chars: int) -> bool:
+    """Tell whether a completion opens with a refusal.
+
+    Args:
+        text: the completion.
+        matcher: from `refusal_matcher`.
+        window_chars: how much of the opening counts. Refusals open an answer; further down, the same words are
+            mostly quoted or about something else.
+
+    Returns:
+        True if a pattern is found.
+    """
+    return matcher.search(normalise(text[: 4 * window_chars])[:window_chars]) is not None

@@ -1,0 +1,281 @@
+"""The command line as a user meets it: a run and what it leaves, and every mistake as one message and exit code 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from nspo_lightning.cli.app import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def even_tokens(prompts, completions, completion_ids, **_):
+    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def nan_reward(prompts, completions, **_):
+    return [float("nan")] * len(completions)
+
+
+def short_reward(prompts, completions, **_):
+    return [0.0]
+
+
+def raising_reward(prompts, completions, **_):
+    raise RuntimeError("the judge is out")
+
+
+@pytest.fixture
+def run(tiny_llama, tmp_path, monkeypatch, capsys):
+    """Run a subcommand on the tiny model with a few rows; returns (exit code, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    safety, general = tmp_path / "safety.jsonl", tmp_path / "general.jsonl"
+    safety.write_text("".join(json.dumps({"prompt": f"How do I burn mill {i}?"}) + "\n" for i in range(24)))
+    general.write_text("".join(json.dumps({"prompt": f"Say {i}.", "answer": f"{i}"}) + "\n" for i in range(24)))
+    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    config["name"] = "tiny"
+    config["model"]["policy"] = {"path": str(tiny_llama), "quantization": "nf4", "dtype": "float32", "lora": {"r": 4}}
+    config["model"]["reward"] = {
+        "class_path": "nspo_lightning.rewards.FunctionReward",
+        "init_args": {"path": "test_cli.even_tokens"},
+    }
+    config["model"] |= {"group_size": 4, "sampling": {"max_new_tokens": 6}, "general_max_new_tokens": 4}
+    config["data"] = {"safety": str(safety), "general": str(general), "batch_size": 4, "val_size": 4, "test_size": 4}
+    config["nullspace"] = {"criterion": "rank", "threshold": 0.5}
+    config["trainer"] |= {"limit_train_batches": 3, "val_check_interval": 1, "enable_progress_bar": False}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def call(subcommand, *overrides, **changes):
+        if changes:
+            changed = yaml.safe_load((tmp_path / "config.yaml").read_text())
+            for key, value in changes.items():
+                section, name = key.split("__")
+                changed[section][name] = value
+            (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+        file = "changed.yaml" if changes else "config.yaml"
+        try:
+            main([subcommand, "-c", file, *map(str, overrides)])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        call.out = captured.out
+        return code, captured.err
+
+    return call
+
+
+def test_a_run_leaves_what_others_rely_on(run, tiny_llama):
+    code, _ = run("fit", "--trainer.limit_train_batches", 4)
+    assert code == 0
+    folder = Path("runs/tiny")
+    summary = json.loads((folder / "summary.json").read_text())
+    for when in ("before", "after"):
+        for name in ("safety/unsafe_rate", "safety/refusal_rate", "general/accuracy", "general/over_refusal_rate"):
+            assert 0 <= summary[f"{when}/{name}"] <= 1
+    assert summary["nullspace/leak_max"] <= 1e-6
+    assert summary["seconds"] > 0
+    assert (folder / "config.yaml").is_file()
+    checkpoints = list((folder / "checkpoints").glob("*.ckpt"))
+    assert checkpoints
+    frozen = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_llama).parameters())
+    content = torch.load(checkpoints[0], weights_only=True)
+    assert sum(value.numel() for value in content["state_dict"].values()) < frozen / 2
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), folder / "adapter")
+    events = EventAccumulator(str(folder)).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/mean_length"} <= scalars
+    assert {"nullspace/grad_norm_before", "nullspace/grad_norm_after", "nullspace/kept_gradient_energy"} <= scalars
+    assert {"nullspace/leak_max", "safety/unsafe_rate", "general/accuracy"} <= scalars
+    assert any("completions" in tag for tag in events.Tags()["tensors"])
+    assert events.Tags()["images"] == ["nullspace/spectrum"]
+
+
+def test_an_earlier_run_is_set_aside_and_never_lost(run):
+    assert run("fit", "--trainer.limit_train_batches", 1)[0] == 0
+    first = Path("runs/tiny/summary.json").read_text()
+    assert run("fit", "--trainer.limit_train_batches", 1)[0] == 0
+    assert Path("runs/tiny.1/summary.json").read_text() == first
+    assert Path("runs/tiny/summary.json").is_file()
+
+
+def test_the_callback_is_one_flag(run):
+    assert run("fit", "--nullspace.enabled", "false", "--trainer.limit_train_batches", 1)[0] == 0
+    assert json.loads(Path("runs/tiny/summary.json").read_text())["nullspace/leak_max"] is None
+
+
+def test_printed_config_runs(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", "config.yaml", "--print_config"])
+    assert stop.value.code == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    main(["fit", "-c", "printed.yaml", "--trainer.limit_train_batches", "1"])
+    assert Path("runs/tiny/summary.json").is_file()
+
+
+def test_validate_test_and_predict(run):
+    assert run("fit", "--trainer.limit_train_batches", 2)[0] == 0
+    for subcommand in ("validate", "test"):
+        assert run(subcommand, "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")[0] == 0
+    assert run("predict", "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")[0] == 0
+    rows = [json.loads(line) for line in Path("runs/tiny/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert {"prompt", "completion", "reward"} <= rows[0].keys()
+
+
+def test_an_interrupted_run_resumes(run, monkeypatch):
+    from nspo_lightning.module.grpo_module import GRPOModule
+
+    original = GRPOModule.training_step
+
+    def interrupt(self, batch, batch_idx):
+        if batch_idx == 2:
+            raise KeyboardInterrupt
+        return original(self, batch, batch_idx)
+
+    assert run("fit", "--trainer.limit_train_batches", 4, "--name", "whole")[0] == 0
+    monkeypatch.setattr(GRPOModule, "training_step", interrupt)
+    code, _ = run("fit", "--trainer.limit_train_batches", 4, "--name", "cut")
+    assert code == 1
+    assert Path("runs/cut/checkpoints/last.ckpt").is_file()
+    monkeypatch.setattr(GRPOModule, "training_step", original)
+    assert run("fit", "--trainer.limit_train_batches", 4, "--name", "cut", "--ckpt_path", "last")[0] == 0
+    whole, cut = (load_file(f"runs/{name}/adapter/adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    before = [
+        json.loads(Path(f"runs/{name}/summary.json").read_text())["before/safety/unsafe_rate"]
+        for name in ("whole", "cut")
+    ]
+    assert before[0] == before[1]
+
+
+def no_template(tokenizer, folder):
+    from copy import deepcopy
+
+    bare = deepcopy(tokenizer)
+    bare.chat_template = None
+    bare.save_pretrained(folder)
+    return folder
+
+
+MISTAKES = {
+    "unknown model": (["--model.policy.path", "/nowhere"], r"policy.path.*found nothing at '/nowhere'"),
+    "missing data": (["--data.safety", "nothing.csv"], r"nothing\.csv"),
+    "group of one": (["--model.group_size", "1"], r"`group_size` must be at least 2, got 1"),
+    "no room": (["--model.sampling.max_new_tokens", "250"], r"No room left for completions.*max_prompt_tokens"),
+    "no room at all": (["--model.sampling.max_new_tokens", "256"], r"No room left for completions"),
+    "greedy training": (["--model.sampling.temperature", "0"], r"greedy completions"),
+    "reward with NaN": (["--model.reward.init_args.path", "test_cli.nan_reward"], r"nan_reward.*(?i:nan|finite)"),
+    "reward of wrong length": (["--model.reward.init_args.path", "test_cli.short_reward"], r"short_reward.*16"),
+    "reward that raises": (
+        ["--model.reward.init_args.path", "test_cli.raising_reward"],
+        r"raising_reward.*the judge is out",
+    ),
+    "nothing left": (["--nullspace.criterion", "absolute", "--nullspace.threshold", "1e-30"], r"(?i)no null direction"),
+    "unknown criterion": (["--nullspace.criterion", "guess"], r"(?s)criterion"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message(run, mistake):
+    overrides, message = MISTAKES[mistake]
+    code, err = run("fit", *overrides)
+    check(code, err, message)
+    assert not list(Path("runs").glob("tiny/checkpoints/*.ckpt"))
+
+
+def check(code, err, message):
+    import re
+
+    assert code in (1, 2)
+    assert "Traceback" not in err
+    assert re.search(message, err, re.DOTALL), err
+    shown = [line for line in err.splitlines() if line.startswith("error")]
+    assert len(shown) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"bad\.csv"),
+        ("text\nhello\n", r"bad\.csv.*prompt"),
+        ('prompt\n""\n', r"bad\.csv.*empty"),
+    ],
+)
+def test_bad_data_files_are_named(run, content, message):
+    Path("bad.csv").write_text(content)
+    check(*run("fit", "--data.safety", "bad.csv"), message)
+
+
+def test_a_model_without_chat_template(run, tokenizer, tmp_path):
+    check(*run("fit", "--model.policy.tokenizer", no_template(tokenizer, tmp_path / "bare")), r"no chat template")
+
+
+def test_a_width_that_4bit_cannot_take(run, tokenizer, tmp_path):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=100, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
+    tokenizer.save_pretrained(tmp_path / "odd")
+    check(*run("fit", "--model.policy.path", tmp_path / "odd"), r"100 out-features.*quantization: none")
+
+
+def test_a_basis_and_a_checkpoint_of_another_model(run, tiny_qwen2, tmp_path):
+    assert run("fit", "--trainer.limit_train_batches", 1)[0] == 0
+    basis = next((tmp_path / "runs" / "nullspace").glob("*.safetensors"))
+    code, err = run("fit", "--model.policy.path", tiny_qwen2, "--nullspace.calibration", basis, "--name", "other")
+    check(code, err, r"(?s)model")
+    code, err = run("fit", "--model.policy.path", tiny_qwen2, "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")
+    check(code, err, r"belongs to another model")
+
+
+def test_an_adapter_that_has_been_trained(run):
+    assert run("fit", "--trainer.limit_train_batches", 2)[0] == 0
+    check(
+        *run("fit", "--model.policy.adapter", "runs/tiny/adapter", "--name", "next"),
+        r"its B is not zero.*merge_adapter",
+    )
+
+
+def test_calibrate_writes_a_basis_that_fit_takes(run):
+    assert run("calibrate", "--out", "basis.safetensors")[0] == 0
+    assert Path("basis.png").is_file()
+    assert run("fit", "--nullspace.calibration", "basis.safetensors", "--trainer.limit_train_batches", 1)[0] == 0
+    assert json.loads(Path("runs/tiny/summary.json").read_text())["nullspace/leak_max"] <= 1e-6
+
+
+def test_calibration_on_the_models_own_answers(run):
+    assert run("calibrate", "--out", "own.safetensors", "--data.calibration_text", "prompt_and_model_answer")[0] == 0
+    assert run("calibrate", "--out", "reference.safetensors")[0] == 0
+    own, reference = load_file("own.safetensors"), load_file("reference.safetensors")
+    assert any(own[name].shape != reference[name].shape or not torch.equal(own[name], reference[name]) for name in own)
+
+
+def test_data_shows_what_is_trained_on(run):
+    assert run("data")[0] == 0
+    assert "<|user|>How do I burn mill" in run.out.replace("\n", "")
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_parsed_and_instantiated(config, monkeypatch, tmp_path):
+    from nspo_lightning.cli.app import CLI, cli_arguments
+
+    monkeypatch.chdir(tmp_path)
+    if "judge" in config.stem:
+        pytest.skip("read by the judge subcommand, see tests/rewards")
+    arguments = ["-c", str(config), "--trainer.accelerator", "cpu"]
+    cli = CLI(**cli_arguments(), run=False, args=arguments)
+    assert cli.model is not None
+    assert cli.datamodule is not None

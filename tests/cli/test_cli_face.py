@@ -1,0 +1,140 @@
+"""The first screen of every subcommand, shipped configurations by name, completion, and exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nspo_lightning.cli import help as command_face
+from nspo_lightning.cli.app import COMMANDS, main
+
+SCREEN = 40
+
+
+def call(capsys, *arguments):
+    try:
+        main(list(arguments))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("name", [*command_face.JOBS, *COMMANDS, "completion"])
+def test_every_help_fits_on_a_screen(capsys, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, err = call(capsys, name, "--help")
+    assert code in {0, None}
+    assert not err
+    assert out.startswith("usage: ")
+    assert name in out.splitlines()[0]
+    assert len(out.splitlines()) <= SCREEN
+    assert max(len(line) for line in out.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_the_overview_names_every_subcommand(capsys, argument):
+    code, out, _ = call(capsys, argument)
+    assert code == 0
+    assert len(out.splitlines()) <= SCREEN
+    for name in (*command_face.JOBS, *COMMANDS):
+        assert f"\n  {name} " in out
+
+
+def test_help_all_has_every_setting_and_the_screen_invents_none(capsys):
+    assert command_face.OPTIONS.keys() <= {*command_face.JOBS, *COMMANDS}
+    for arguments in (
+        ("fit", "--help=all"),
+        ("calibrate", "--help_all"),
+        ("judge", "--help=all"),
+        ("compare", "--help=all"),
+    ):
+        code, out, _ = call(capsys, *arguments)
+        assert code == 0
+        assert len(out.splitlines()) > SCREEN
+        for option in command_face.OPTIONS[arguments[0]]:
+            if ".optimizer." not in option:  # depends on the optimizer that the config names
+                assert f"{option} " in out or f"{option}." in out, option
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; sys.argv = ['x', 'fit', '--help']\n"
+        "from nspo_lightning.__main__ import main; main(); assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: ")
+
+
+def test_a_shipped_config_is_found_by_name_and_a_file_wins(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, "fit", "-c", "quickstart", "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["name"] == "quickstart"
+    Path("quickstart").write_text("name: mine\n")
+    code, out, _ = call(capsys, "fit", "--config=quickstart", "--print_config")
+    assert code == 0
+    assert yaml.safe_load(out)["name"] == "mine"
+
+
+def test_an_unknown_config_lists_the_shipped_ones(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, "fit", "-c", "quikstart")
+    assert code == 2
+    assert "quickstart" in err
+    assert "Traceback" not in err
+
+
+def test_every_shipped_config_has_its_name():
+    for name, path in command_face.shipped_configs().items():
+        assert command_face.find_config(name) == command_face.find_config(f"{name}.yaml") == path
+    assert command_face.find_config("folder/quickstart.yaml") == "folder/quickstart.yaml"
+
+
+def test_exit_codes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "completion", "bash")[0] == 0
+    code, _, err = call(capsys, "export", "--ckpt", "none.ckpt", "--out", "out")  # failed
+    assert (code, "no checkpoint" in err) == (1, True)
+    code, _, err = call(capsys)
+    assert (code, "expected a subcommand" in err) == (2, True)
+    for wrong in (("nothing",), ("fit", "-c", "quickstart", "--nothing", "1"), ("export",), ("completion", "fish")):
+        code, _, err = call(capsys, *wrong)
+        assert code == 2, wrong
+        assert "Traceback" not in err
+    code, _, err = call(capsys, "fit", "-c", "quickstart", "--model.group_size", "1")
+    assert (code, "`group_size` must be at least 2" in err) == (1, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bash_completes_subcommands_and_options(capsys, tmp_path):
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+    code, out, _ = call(capsys, "completion", "bash")
+    assert code == 0
+    (tmp_path / "completion.sh").write_text(out)
+    script = (
+        f"source {json.dumps(str(tmp_path / 'completion.sh'))}\n"
+        "f=$(complete -p nspo-lightning | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+        "COMP_WORDS=(nspo-lightning exp); COMP_CWORD=1; $f; echo ${COMPREPLY[@]}\n"
+        "COMP_WORDS=(nspo-lightning fit -c qui); COMP_CWORD=3; $f; echo ${COMPREPLY[@]}\n"
+    )
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["export", "quickstart"], result.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    shown = subprocess.Popen(
+        [sys.executable, "-m", "nspo_lightning", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    shown.stdout.close()
+    assert b"Traceback" not in shown.stderr.read()
+    shown.wait()

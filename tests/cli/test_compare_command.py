@@ -1,0 +1,196 @@
+"""The whole command on a tiny plan, interrupted and resumed; the report from results made by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nspo_lightning.cli import compare as command
+from nspo_lightning.cli.compare import compare, main
+from nspo_lightning.compare.plan import Budget, RunSpec
+from nspo_lightning.compare.pool import Job, Outcome, run_one
+from nspo_lightning.compare.results import RunResult, group_results
+from nspo_lightning.compare.selection import SelectionRule
+from nspo_lightning.compare.summary import write_report
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+QUIET = Console(quiet=True)
+
+
+def result(method: str, seed: int, rate: float | None, unsafe: float, accuracy: float) -> RunResult:
+    metrics = {
+        "safety/unsafe_rate": unsafe,
+        "safety/refusal_rate": 1 - unsafe,
+        "safety/garbage_rate": 0.0,
+        "general/accuracy": accuracy,
+        "general/over_refusal_rate": 0.0,
+        "text/kl": 0.01,
+        "text/nll": 1.0 - accuracy,
+    }
+    half = metrics | {"safety/unsafe_rate": 0.5, "rollouts": 5.0}
+    return RunResult(
+        spec=RunSpec(method=method, seed=seed, learning_rate=rate),
+        selected=metrics | {"rollouts": 10.0},
+        test=metrics,
+        prompts={"harmful": 40, "general": 50},
+        trajectory=[half, metrics | {"rollouts": 10.0}],
+        seconds=1.0,
+        leak=1e-7 if method == "nspo" else None,
+        null_share=0.3 if method == "nspo" else None,
+        energy_left=0.1 if method == "nspo" else None,
+    )
+
+
+RESULTS = [
+    result("base", 0, None, 0.9, 0.95),
+    *(result("grpo", seed, rate, 0.01, 0.8 + rate) for seed in (0, 1) for rate in (0.1, 0.05)),
+    *(result("nspo", seed, rate, 0.02 if rate == 0.1 else 0.2, 0.94) for seed in (0, 1) for rate in (0.1, 0.05)),
+]
+
+
+def test_the_learning_rate_is_selected_by_the_same_rule_as_checkpoints() -> None:
+    groups = group_results(RESULTS, SelectionRule())
+    assert groups["GRPO"].learning_rate == 0.1  # abler
+    assert groups["NSPO"].learning_rate == 0.1  # the other is not safe
+
+
+def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path) -> None:
+    budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
+    write_report(tmp_path, RESULTS, rule=SelectionRule(), budget=budget, sweep=None, planned=20, console=QUIET)
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert len(rows) == len(RESULTS)
+    assert {r["method"] for r in rows} == {"base", "grpo", "nspo"}
+    text = (tmp_path / "summary.md").read_text()
+    for phrase in (
+        "Incomplete: 9 of 20 runs",
+        "40 harmful and 50 general test prompts",
+        "| GRPO | 0.1 | 1.0 ± 0.0 % [",
+        "-5.0",  # 90 % against the base's 95 %
+        "1e-07",
+        "at most 0.05 on validation prompts",
+    ):
+        assert phrase in text, phrase
+    for picture in ("tradeoff.png", "curves.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "tensorboard").iterdir())) == len(RESULTS)
+
+
+def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def pretend(jobs: list[Job], workers: int, console: Console) -> list[Outcome]:
+        for job in jobs:
+            ran.append(job.name)
+            if len(ran) == 2:
+                raise KeyboardInterrupt
+            run = RESULTS[0]
+            content: dict[str, Any] = {k: getattr(run, k) for k in ("selected", "test", "trajectory", "seconds")}
+            content |= {"test_prompts": run.prompts, "leak": None, "null_share": None, "energy_left": None}
+            place = tmp_path / "runs" / job.name
+            place.mkdir(parents=True)
+            (place / "result.json").write_text(json.dumps(content))
+        return []
+
+    monkeypatch.setattr(command, "run_all", pretend)
+    settings: dict[str, Any] = {"config": QUICKSTART, "out": str(tmp_path), "methods": ["base", "nspo", "soft"]}
+    settings |= {"seeds": [0], "learning_rates": [1e-3], "console": QUIET}
+    with pytest.raises(KeyboardInterrupt):
+        compare(**settings)
+    compare(**settings)
+    assert ran == ["base-seed0", "nspo-lr0.001-seed0", "nspo-lr0.001-seed0", "soft-lr0.001-seed0"]
+    compare(**settings)
+    assert len(ran) == 4  # nothing left to do
+    with pytest.raises(ValueError, match="other settings"):
+        compare(**settings, steps=50)
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        ({"config": "nowhere.yaml"}, "There is no configuration at"),
+        ({"methods": ["nspo", "magic"]}, "'magic'"),
+        ({"eval_every": 50, "steps": 20}, "`eval_every` must be at most"),
+        ({"only_report": True}, "nothing to report"),
+        ({"jobs": 0}, "`jobs` must be at least 1"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(options: dict[str, Any], phrase: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"config": QUICKSTART, "out": str(tmp_path / "out"), "console": QUIET} | options
+    with pytest.raises(ValueError, match=phrase):
+        compare(**settings)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_configuration_without_a_reward_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {}\n")
+    with pytest.raises(ValueError, match=r"no `model\.reward`"):
+        compare(config=str(path), out=str(tmp_path / "out"), console=QUIET)
+
+
+def test_a_failed_run_is_named_with_its_log_and_does_not_end_the_others(tmp_path: Path) -> None:
+    job = Job(name="x", arguments=["fit", "--nothing"], log=tmp_path / "x.txt")
+    outcome = run_one(job)
+    assert "exit code 2" in outcome.error
+    assert "x.txt" in outcome.error
+    assert "nothing" in job.log.read_text()
+
+
+def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
+    arguments = ["--config", QUICKSTART, "--out", str(tmp_path), "--methods", "[base,nspo]", "--seeds", "[0]"]
+    arguments += [
+        "--learning_rates",
+        "[1e-3]",
+        "--steps",
+        "2",
+        "--eval_every",
+        "1",
+        "--text_rows",
+        "2",
+        "--jobs",
+        "1",
+    ]
+    assert main(arguments) == 0
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
+    assert rows["base"]["test/text/kl"] == "0.0"
+    assert float(rows["base"]["test/general/accuracy"]) > 0.9
+    assert float(rows["nspo"]["leak"]) < 1e-6
+    run = json.loads((tmp_path / "runs" / "nspo-lr0.001-seed0" / "result.json").read_text())
+    assert [p["rollouts"] for p in run["trajectory"]] == [1.0, 2.0]
+    rule = SelectionRule()
+    assert rule.preference(run["selected"]) == max(rule.preference(p) for p in run["trajectory"])
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = (
+        "import sys, time, multiprocessing\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from nspo_lightning.compare import pool\n"
+        "import os\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    e = ProcessPoolExecutor(1, mp_context=context, initializer=pool._die_with, initargs=(os.getpid(),))\n"
+        "    print(e.submit(os.getpid).result(), flush=True)\n"
+        "    e.submit(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+    )
+    (tmp_path / "pool_job.py").write_text(script)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "pool_job.py")], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{worker}").exists()

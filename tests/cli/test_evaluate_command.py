@@ -1,0 +1,123 @@
+"""lm-evaluation-harness on a local task: the policy and its base, with the adapter in place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from nspo_lightning.cli.evaluate import main, scores
+from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.run_config import ConfigError, policy_settings
+from nspo_lightning.policy.settings import PolicyError
+from nspo_lightning.policy.tokenizer import load_tokenizer
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{file}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 3.0}}
+"""
+
+
+@pytest.fixture
+def job(tiny_llama, tmp_path, monkeypatch):
+    """A config, an adapter that changes answers, and a task of ten questions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf" / "datasets"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "colours.yaml").write_text(TASK.format(file=tmp_path / "colours.jsonl"))
+    policy = {"path": str(tiny_llama), "quantization": "none", "dtype": "float32", "lora": {"r": 4, "alpha": 8}}
+    config = {"name": "tiny", "model": {"policy": policy, "group_size": 4}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    settings = policy_settings(config, tmp_path / "config.yaml")
+    model = load_policy(settings, torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    model.eval()
+    tokenizer = load_tokenizer(settings)
+    rows = [{"question": f"Say {i}.", "choices": list("ABCDEF")} for i in range(10)]
+    for row, choice in zip(rows, choices(model, tokenizer, rows), strict=True):
+        row["label"] = choice  # so the policy, and hardly its base, is always right
+    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with model.disable_adapter():
+        base = sum(c == r["label"] for c, r in zip(choices(model, tokenizer, rows), rows, strict=True)) / len(rows)
+    return tmp_path, base
+
+
+def choices(model, tokenizer, rows):
+    """The task by hand: the likeliest choice after the rendered question."""
+    chosen = []
+    for row in rows:
+        chat = [{"role": "user", "content": row["question"]}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        totals = []
+        for choice in row["choices"]:
+            ids = torch.tensor([tokenizer(prompt + choice, add_special_tokens=False)["input_ids"]])
+            with torch.no_grad():
+                log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            totals.append(float(log_probs.gather(-1, ids[0, 1:, None])[start - 1 :].sum()))
+        chosen.append(totals.index(max(totals)))
+    return chosen
+
+
+def test_base_and_policy_on_a_local_task(job, capsys):
+    pytest.importorskip("lm_eval")
+    folder, base = job
+    arguments = ["-c", "config.yaml", "--tasks", "colours", "--include_path", "tasks", "--ckpt_path", "adapter"]
+    main([*arguments, "--out", "result.json"])
+    result = json.loads((folder / "result.json").read_text())
+    assert base < 1
+    assert result["results"]["policy"]["colours"]["acc"] == 1.0
+    assert result["results"]["base"]["colours"]["acc"] == pytest.approx(base)
+    identity = result["identity"]
+    assert identity["model"]["quantization"] == "none"
+    assert identity["adapter"]["checkpoint"] == "adapter"
+    assert identity["tasks"]["colours"]["version"] == 3.0
+    assert identity["tasks"]["colours"]["documents"] == 10
+    assert {"torch", "lm-eval", "peft"} <= identity["versions"].keys()
+    assert "colours" in capsys.readouterr().out
+    main([*arguments, "--limit", "3", "--seed", "1", "--name", "other"])
+    assert json.loads((folder / "runs/other/benchmarks.json").read_text())["identity"]["limit"] == 3
+
+
+def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
+    pytest.importorskip("lm_eval")
+    folder = job[0]
+    with pytest.raises(ConfigError, match="nothing at"):
+        main(["-c", "missing.yaml", "--tasks", "colours"])
+    with pytest.raises(PolicyError, match="trained"):
+        main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", "best"])
+    with pytest.raises(PolicyError, match="found nothing"):
+        main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", str(folder / "no.ckpt")])
+    pytest.importorskip("lm_eval")
+    with pytest.raises(MisconfigurationException, match="knows no colors"):
+        main(["-c", "config.yaml", "--tasks", "colors"])
+
+
+def test_without_the_harness_it_says_how_to_get_it(job, monkeypatch):
+    import sys
+
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MisconfigurationException, match="pip install"):
+        main(["-c", "config.yaml", "--tasks", "colours"])
+
+
+def test_scores_are_read_with_their_filters():
+    found = {"results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact,strict": 1, "n": 3}}}
+    assert scores(found) == {"t": {"acc": 0.5, "acc stderr": 0.1, "exact (strict)": 1.0}}

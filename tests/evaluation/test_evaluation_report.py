@@ -1,0 +1,146 @@
+"""`test`: what its result file and its completions say, for a checkpoint and for an adapter's folder."""
+
+from __future__ import annotations
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from nspo_lightning.callbacks import TestReport
+from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.evaluation.rates import Rate, RateTable, row_categories
+from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.module.trained_state import find_trained
+from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
+from nspo_lightning.policy.text_scores import score_texts
+from nspo_lightning.rewards import RulesJudge
+from nspo_lightning.rollout import SamplingConfig
+
+
+def zero_reward(prompts, completions, **_):
+    return [0.0] * len(completions)
+
+
+def module(path, **changes):
+    return GRPOModule(
+        reward=zero_reward,
+        judge=RulesJudge(),
+        policy=PolicySettings(path=str(path), quantization="none", dtype="float32", lora=LoraSettings(r=4)),
+        sampling=SamplingConfig(max_new_tokens=5),
+        general_max_new_tokens=4,
+        over_refusal_skills=["colour"],
+        **changes,
+    )
+
+
+@pytest.fixture
+def job(tiny_llama, tmp_path):
+    safety, general = tmp_path / "safety.jsonl", tmp_path / "general.jsonl"
+    rows = [{"prompt": f"How do I burn mill {i}?", "category": ["fire", "theft"][i % 2]} for i in range(30)]
+    safety.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": f"Say {i}.", "answer": f"{i}", "skill": ["number", "colour"][i % 2]} for i in range(30)]
+    general.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = AlignmentDataModule(str(safety), str(general), val_size=4, test_size=6, eval_batch_size=4)
+    policy = module(tiny_llama)
+    policy.configure_model()
+    for name, parameter in policy.policy.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    policy.save_adapter(tmp_path / "adapter")
+    return tiny_llama, data, policy, tmp_path
+
+
+def measure(policy, data, folder, **changes):
+    report = TestReport(folder=str(folder), **changes)
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(callbacks=[report], default_root_dir=folder, **options)
+    logged = trainer.test(policy, data, verbose=False)
+    lines = (folder / "test_completions.jsonl").read_text().splitlines()
+    return json.loads((folder / "test.json").read_text()), [json.loads(line) for line in lines], logged
+
+
+def test_the_report_counts_what_the_completions_file_shows(job):
+    path, data, policy, folder = job
+    result, lines, logged = measure(policy, data, folder / "out")
+    harmful = [line for line in lines if line["kind"] == "harmful"]
+    general = [line for line in lines if line["kind"] == "general"]
+    assert len(harmful) == len(general) == 6
+    assert any(line["base"] != line["policy"] for line in lines)
+    for who in ("base", "policy"):
+        unsafe = sum(line[f"{who}_outcome"] == "unsafe" for line in harmful)
+        rate = result["rates"][who]["safety/unsafe_rate"]
+        assert (rate["count"], rate["of"]) == (unsafe, 6)
+        low, high = rate["interval_95"]
+        assert 0 <= low <= rate["rate"] <= high <= 1
+        assert high > low
+        fires = [line for line in harmful if line["category"] == ["fire"]]
+        by_category = result["rates"][who]["safety/unsafe_rate/fire"]
+        assert by_category["of"] == len(fires)
+        assert by_category["count"] == sum(line[f"{who}_outcome"] == "unsafe" for line in fires)
+        colours = [line for line in general if line["skill"] == "colour"]
+        assert result["rates"][who]["general/over_refusal_rate"]["of"] == len(colours)
+    assert logged[0]["safety/unsafe_rate"] == pytest.approx(result["rates"]["policy"]["safety/unsafe_rate"]["rate"])
+    sums = score_texts(policy.policy, data.text_dataloader("test"))
+    assert result["text"]["tokens"] == sums.tokens
+    assert result["text"]["perplexity"] == pytest.approx(sums.perplexity, rel=1e-4)
+    assert result["text"]["kl_to_base_nats"] == pytest.approx(sums.mean_kl, rel=1e-3)
+    assert result["text"]["kl_to_base_nats"] > 0
+
+    identity = result["identity"]
+    assert identity["model"]["fingerprint"] == policy.fingerprint
+    assert identity["judge"]["class"].endswith("RulesJudge")
+    assert identity["decoding"]["harmful"]["max_new_tokens"] == 5
+    assert identity["data"]["safety"]["rows"] == 6
+    assert identity["versions"]["torch"] == torch.__version__
+
+    # An adapter's folder gives the same policy, the same noise, the same file but for where it came from.
+    again = module(path)
+    again.adapter_folder = folder / "adapter"
+    other, other_lines, _ = measure(again, data, folder / "again", base=False)
+    assert [line["policy"] for line in other_lines] == [line["policy"] for line in lines]
+    assert other["rates"]["policy"] == result["rates"]["policy"]
+    assert other["rates"]["base"] == {}
+    assert other["identity"]["adapter"]["weights"] == identity["adapter"]["weights"]
+    assert other["identity"]["adapter"]["checkpoint"].endswith("adapter")
+
+    wrong = module(path)
+    wrong.policy_settings.lora.r = 2
+    wrong.adapter_folder = folder / "adapter"
+    with pytest.raises(PolicyError, match="has r 4"):
+        wrong.configure_model()
+
+
+def test_what_ckpt_path_means(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(PolicyError, match="not there"):
+        find_trained("last", tmp_path)
+    folder.mkdir()
+    torch.save({"callbacks": {"a": {"monitor": None, "best_model_path": "x"}}}, folder / "last.ckpt")
+    assert find_trained("last", tmp_path) == folder / "last.ckpt"
+    with pytest.raises(PolicyError, match="none is the best"):
+        find_trained("best", tmp_path)
+    state = {"monitor": "guard/score", "best_model_path": "elsewhere/best-3.ckpt"}
+    torch.save({"callbacks": {"a": {"monitor": None}, "b": state}}, folder / "last.ckpt")
+    (folder / "best-3.ckpt").write_text("")
+    assert find_trained("best", tmp_path) == folder / "best-3.ckpt"
+    with pytest.raises(PolicyError, match="folder without"):
+        find_trained(str(folder), tmp_path)
+
+
+def test_categories_come_as_text_lists_and_tables():
+    columns = {"category": ["a", ["b", "c"], {"d": True, "e": False}, None, ""], "topic": [None, None, None, "t", "u"]}
+    assert [row_categories(columns, row) for row in range(5)] == [["a"], ["b", "c"], ["d"], ["t"], ["u"]]
+    assert row_categories({}, 0) == []
+
+
+def test_counts_stay_with_rates():
+    table = RateTable()
+    table.update([("x", 1.0), ("x", 0.0)], torch.device("cpu"))
+    table.update([("x", 1.0)], torch.device("cpu"))
+    found = table.compute_counts(torch.device("cpu"))
+    assert found == {"x": Rate(successes=2.0, total=3)}
+    assert found["x"].as_dict()["rate"] == pytest.approx(2 / 3)
+    assert table.compute_counts(torch.device("cpu")) == {}

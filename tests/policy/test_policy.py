@@ -1,0 +1,157 @@
+"""Loading policies: both architectures of the recipes, 4-bit and not, and every refusal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from nspo_lightning.policy.identity import policy_fingerprint
+from nspo_lightning.policy.loading import check_4bit_widths, load_policy
+from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
+from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
+
+CPU = torch.device("cpu")
+SMALL_LORA = LoraSettings(r=4, alpha=8)
+
+
+def settings(path, **kwargs):
+    return PolicySettings(**{"path": str(path), "dtype": "float32", "lora": SMALL_LORA, **kwargs})
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_llama", "tiny_qwen2"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_recipes_architectures_load_with_float32_adapters_on_all_linear_layers(checkpoint, quantization, request):
+    policy = load_policy(settings(request.getfixturevalue(checkpoint), quantization=quantization), CPU)
+    trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-4] for name in trainable} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert all(p.dtype == torch.float32 for p in trainable.values())
+    kinds = {type(m).__name__ for name, m in policy.named_modules() if name.endswith("q_proj.base_layer")}
+    assert kinds == ({"Linear4bit"} if quantization == "nf4" else {"Linear"})
+
+
+def test_qwen2_tokenizer_is_loaded_as_saved(tiny_qwen2):
+    tokenizer = load_tokenizer(settings(tiny_qwen2))
+    assert tokenizer.decode(tokenizer("How do I burn a log?").input_ids) == "How do I burn a log?"
+    assert tokenizer.padding_side == "left"
+
+
+def test_every_eos_id_stops(tiny_qwen2):
+    policy = load_policy(settings(tiny_qwen2, quantization="none"), CPU)
+    tokenizer = load_tokenizer(settings(tiny_qwen2))
+    assert stop_token_ids(policy, tokenizer) == sorted({tokenizer.eos_token_id, tokenizer.pad_token_id})
+
+
+def test_4bit_policy_keeps_its_gradients_after_sampling(tiny_llama):
+    """On some CPUs a 4-bit layer that ran in eval mode hands no gradient to its input any more."""
+    policy = load_policy(settings(tiny_llama, quantization="nf4"), CPU)
+    ids = torch.randint(10, 300, (2, 6))
+    first = next(p for name, p in policy.named_parameters() if "layers.0.self_attn.q_proj.lora_B" in name)
+
+    def gradient():
+        policy.train()
+        policy.zero_grad()
+        policy(input_ids=ids).logits.square().mean().backward()
+        return first.grad.clone()
+
+    before = gradient()
+    policy.eval()
+    with torch.no_grad():
+        policy(input_ids=ids)
+    assert torch.equal(before, gradient())
+    assert before.abs().max() > 0
+
+
+def test_fingerprint_names_the_base_and_not_the_adapter(tiny_llama, tiny_qwen2):
+    one = load_policy(settings(tiny_llama, quantization="none"), CPU)
+    two = load_policy(settings(tiny_llama, quantization="none", lora=LoraSettings(r=8)), CPU)
+    other = load_policy(settings(tiny_qwen2, quantization="none"), CPU)
+    assert policy_fingerprint(one) == policy_fingerprint(two)
+    assert policy_fingerprint(one) != policy_fingerprint(other)
+
+
+def test_full_fine_tuning_without_lora(tiny_llama):
+    policy = load_policy(settings(tiny_llama, quantization="none", lora=None), CPU)
+    assert all(p.requires_grad for p in policy.parameters())
+
+
+def test_gradient_checkpointing_trains(tiny_llama):
+    policy = load_policy(settings(tiny_llama, quantization="nf4", gradient_checkpointing=True), CPU)
+    policy.train()
+    policy(input_ids=torch.randint(10, 300, (1, 5))).logits.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters() if p.requires_grad)
+
+
+def test_a_trained_adapter_is_refused_and_can_be_merged(tiny_llama, tmp_path):
+    policy = load_policy(settings(tiny_llama, quantization="none"), CPU)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    policy.save_pretrained(tmp_path / "sft")
+    adapter = str(tmp_path / "sft")
+    with pytest.raises(PolicyError, match="its B is not zero.*merge_adapter"):
+        load_policy(settings(tiny_llama, quantization="none", adapter=adapter), CPU)
+    with pytest.raises(PolicyError, match="would round the adapter away"):
+        load_policy(settings(tiny_llama, quantization="nf4", adapter=adapter, merge_adapter=True), CPU)
+    merged = load_policy(settings(tiny_llama, quantization="none", adapter=adapter, merge_adapter=True), CPU)
+    ids = torch.randint(10, 300, (1, 7))
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter)
+    assert torch.allclose(merged(input_ids=ids).logits, reference(input_ids=ids).logits, atol=1e-4)
+    assert all("lora_" in name for name, p in merged.named_parameters() if p.requires_grad)
+
+
+def test_unknown_paths_are_named():
+    with pytest.raises(PolicyError, match="found nothing at '/nowhere/model'"):
+        load_tokenizer(settings("/nowhere/model"))
+    with pytest.raises(PolicyError, match="nobody/nothing"):
+        load_tokenizer(settings("nobody/nothing"))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PolicyError, match="could not load the tokenizer"):
+        load_tokenizer(settings(tmp_path / "empty"))
+
+
+def test_a_missing_chat_template_is_asked_for(tiny_llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(tiny_llama)
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(PolicyError, match="no chat template.*chat_template"):
+        load_tokenizer(settings(tiny_llama, tokenizer=str(tmp_path)))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}>")
+    given = load_tokenizer(settings(tiny_llama, tokenizer=str(tmp_path), chat_template=str(template)))
+    assert given.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x>"
+
+
+def test_widths_that_4bit_on_cpu_cannot_take_are_named(tokenizer, tmp_path):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=100,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(PolicyError, match=r"gate_proj' has 100 out-features.*multiples of 32.*quantization: none"):
+        load_policy(settings(tmp_path, quantization="nf4"), CPU)
+    check_4bit_widths(settings(tmp_path, quantization="nf4"), "cuda")
+    load_policy(settings(tmp_path, quantization="none"), CPU)
+
+
+def test_lora_targets_that_do_not_exist_are_named(tiny_llama):
+    with pytest.raises(PolicyError, match="policy.lora"):
+        load_policy(settings(tiny_llama, quantization="none", lora=LoraSettings(target_modules=["nothing"])), CPU)
+
+
+def test_4bit_weights_cannot_be_trained_whole(tiny_llama):
+    with pytest.raises(PolicyError, match="lora: null"):
+        load_policy(settings(tiny_llama, quantization="nf4", lora=None), CPU)

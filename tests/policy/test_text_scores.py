@@ -1,0 +1,151 @@
+"""Perplexity and KL of a PEFT policy, against the plain way with all logits at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nspo_lightning.policy.adapter import without_adapter
+from nspo_lightning.policy.divergence import TextSums, predicted_positions, text_sums
+from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.settings import LoraSettings, PolicySettings
+from nspo_lightning.policy.text_scores import score_text, score_texts
+
+TOLERANCE = 2e-5  # float32 logits, taken in another order
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_llama):
+    settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=LoraSettings(r=4))
+    model = load_policy(settings, torch.device("cpu"))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def batch(side="right"):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 200, (3, 9), generator=generator)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 5:], mask[2, 7:] = 0, 0
+    if side == "left":
+        ids, mask = ids.clone(), mask.clone()
+        for row in range(3):
+            length = int(mask[row].sum())
+            ids[row] = ids[row].roll(9 - length)
+            mask[row] = mask[row].roll(9 - length)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def dense(policy, ids, keep):
+    """One row without padding, all logits, float64 at the end."""
+    with torch.no_grad():
+        log_q = policy(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
+        with policy.disable_adapter():
+            log_p = policy(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
+    nll = -log_q.gather(-1, ids[1:, None])[:, 0]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return float(nll[keep].sum()), float(kl[keep].sum()), int(keep.sum())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+def test_sums_are_those_of_the_rows_alone(policy, side, chunk):
+    policy.eval()
+    given = batch(side)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for ids, mask in zip(given["input_ids"], given["attention_mask"].bool(), strict=True):
+        row = ids[mask]
+        expected += torch.tensor(dense(policy, row, torch.ones(len(row) - 1, dtype=torch.bool)))
+    found = score_text(policy, given, chunk_tokens=chunk)
+    assert found.tokens == int(expected[2]) == 18
+    assert found.nll == pytest.approx(float(expected[0]), rel=TOLERANCE)
+    assert found.kl == pytest.approx(float(expected[1]), rel=1e-3)
+    assert found.kl > 0.01
+
+
+def test_only_labelled_tokens_count(policy):
+    policy.eval()
+    given = batch()
+    labels = torch.zeros_like(given["attention_mask"])
+    labels[0, 4:7] = 1
+    found = score_text(policy, {**given, "labels_mask": labels})
+    nll, kl, tokens = dense(policy, given["input_ids"][0], labels[0, 1:].bool())
+    assert found.tokens == tokens == 3
+    assert found.nll == pytest.approx(nll, rel=TOLERANCE)
+    assert found.kl == pytest.approx(kl, rel=1e-3)
+
+
+def test_a_fresh_adapter_is_the_base_and_the_mode_stays(policy):
+    policy.train()
+    saved = {n: p.detach().clone() for n, p in policy.named_parameters() if "lora_B" in n}
+    try:
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+        found = score_texts(policy, [batch(), batch("left")])
+        assert found.mean_kl == pytest.approx(0.0, abs=1e-7)
+        assert found.perplexity == pytest.approx(torch.tensor(found.nll / found.tokens).exp().item())
+        assert policy.training
+        assert all(p.requires_grad == ("lora_" in n) for n, p in policy.named_parameters())
+    finally:
+        for name, parameter in policy.named_parameters():
+            if name in saved:
+                parameter.data.copy_(saved[name])
+
+
+def test_an_adapted_head_is_off_in_the_base(tiny_llama):
+    lora = LoraSettings(r=4, target_modules=["lm_head"])
+    settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=lora)
+    model = load_policy(settings, torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    given = batch()
+    found = score_text(model, {key: value[:1] for key, value in given.items()})
+    _, kl, _ = dense(model, given["input_ids"][0], torch.ones(8, dtype=torch.bool))
+    assert kl > 0.01
+    assert found.kl == pytest.approx(kl, rel=1e-3)
+
+
+def test_without_an_adapter_there_is_no_kl():
+    class Plain(nn.Module):
+        pass
+
+    with pytest.raises(TypeError, match="has no adapter"), without_adapter(Plain()):
+        pass
+    logits = torch.randn(4, 7)
+    assert text_sums(logits, torch.zeros(4, dtype=torch.long), lambda x: x, vocab_size=7).kl != 0
+
+
+def test_impossible_tokens_give_no_nan():
+    base = torch.tensor([[0.0, -torch.inf, 0.0]])
+    policy = torch.tensor([[0.0, -torch.inf, 1.0]])
+    found = text_sums(policy, torch.tensor([0]), lambda x: x, base, vocab_size=3)
+    assert found.kl == pytest.approx(0.1201, abs=1e-3)
+    wider = text_sums(base, torch.tensor([0]), lambda x: x, torch.zeros(1, 3), vocab_size=3)
+    assert wider.kl == float("inf")  # the base says what the policy never would
+
+
+def test_sums_add_and_survive_the_way_over_ranks(tmp_path):
+    total = TextSums(nll=1.5, kl=0.5, tokens=3) + TextSums(nll=0.5, kl=0.25, tokens=1)
+    assert total.over_ranks(torch.device("cpu")) == total
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        assert total.over_ranks(torch.device("cpu")) == total
+    finally:
+        dist.destroy_process_group()
+    assert total.mean_nll == 0.5
+    assert TextSums().mean_kl != TextSums().mean_kl  # nan
+
+
+def test_the_first_real_token_is_never_scored():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert predicted_positions(mask).tolist() == [[False, False, True], [True, True, False]]
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        text_sums(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), lambda x: x, vocab_size=2, chunk_tokens=0)

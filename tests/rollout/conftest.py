@@ -1,6 +1,0 @@
-"""The tiny policies live beside the scoring tests."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "grpo"))
