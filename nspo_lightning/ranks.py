@@ -1,8 +1,8 @@
-"""The few collective operations that calibration needs; each is a no-op in a single process."""
+"""Collective operations over the processes of a run; each is a no-op in a single process. Torch only."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ def gather_objects(value: T) -> list[T]:
         return [value]
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
-    return [v for v in values if v is not None]
+    return cast("list[T]", values)
 
 
 def broadcast_object(value: T, source: int) -> T:
@@ -55,6 +55,23 @@ def broadcast_tensor(tensor: Tensor, source: int) -> Tensor:
     work = _on_backend_device(tensor).contiguous()
     dist.broadcast(work, src=source)
     return work.to(tensor.device)
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag is set on any rank (cross-rank synchronisation): all ranks then decide alike."""
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor (a DTensor, under FSDP2), any other tensor as it is."""
+    if dist.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(tensor, DTensor):
+            return tensor.to_local()
+    return tensor
 
 
 def _on_backend_device(tensor: Tensor) -> Tensor:

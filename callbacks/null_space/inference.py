@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nspo_lightning.callbacks.null_space.batches import first_floating, move_call
 from nspo_lightning.nullspace import ForwardCall
-from nspo_lightning.nullspace.layers import adapters_off
+from nspo_lightning.nullspace.modes import adapters_off, evaluation_mode
 
 _OUTPUT_SAMPLES = 1_000_000  # entries of the reference output that are kept (4 MB)
 
@@ -28,20 +28,16 @@ def inference(trainer: pl.Trainer | None, pl_module: pl.LightningModule, *, adap
     Yields:
         Nothing.
     """
-    modes = [(module, module.training) for module in pl_module.modules()]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if trainer is not None:
             stack.enter_context(trainer.precision_plugin.forward_context())
         if not adapters:
-            for switch in adapters_off(pl_module):
-                stack.enter_context(switch)
-        pl_module.eval()
+            stack.enter_context(adapters_off(pl_module))
+        stack.enter_context(evaluation_mode(pl_module))
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             reshard(pl_module)
 
 

@@ -28,9 +28,10 @@ from nspo_lightning.grpo import (
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
 from nspo_lightning.module.policy_module import PolicyModule, completion_token_ids
 from nspo_lightning.module.rollout_metrics import JudgedRows, rollout_metrics
+from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.policy.settings import PolicyError
-from nspo_lightning.policy.sharing import can_share_prompts, evaluation_mode
+from nspo_lightning.policy.sharing import can_share_prompts
 from nspo_lightning.policy.tokenizer import stop_token_ids
 from nspo_lightning.rewards import Judge, RewardSet, RulesJudge
 from nspo_lightning.rollout import SamplingConfig

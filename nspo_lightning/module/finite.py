@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.ranks import local_part
+
 LARGEST_GRADIENT = 1e19
 """Adam keeps the square of a gradient in float32, which is infinite from 1.8e19 on."""
 
@@ -43,7 +45,7 @@ def nonfinite_gradient(parameters: Iterable[nn.Parameter]) -> str:
     Returns:
         What was found, "" if nothing.
     """
-    gradients = [_local(p.grad.detach()) for p in parameters if p.grad is not None]
+    gradients = [local_part(p.grad.detach()) for p in parameters if p.grad is not None]
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return ""
@@ -52,11 +54,6 @@ def nonfinite_gradient(parameters: Iterable[nn.Parameter]) -> str:
     if not bool(bad.any()):
         return ""
     return f"gradient: of {int(bad.sum())} of {len(gradients)} parameters, the first {float(largest[bad][0]):.3g}"
-
-
-def _local(gradient: Tensor) -> Tensor:
-    to_local = getattr(gradient, "to_local", None)  # a DTensor, under FSDP2
-    return to_local() if callable(to_local) else gradient
 
 
 def explain(seen: str, in_a_row: int, update: int) -> str:

@@ -120,18 +120,6 @@ def matches(name: str, target_modules: str | Sequence[str] | None) -> bool:
     )
 
 
-def adapters_off(model: nn.Module) -> list[Any]:
-    """Return context managers that switch adapters off (peft's ``disable_adapter``), outermost models only."""
-    contexts: list[Any] = []
-    prefixes: list[str] = []
-    for name, module in model.named_modules():
-        switch = getattr(module, "disable_adapter", None)
-        if callable(switch) and not any(name.startswith(p) for p in prefixes) and hasattr(module, "peft_config"):
-            contexts.append(switch())
-            prefixes.append(name + "." if name else "")
-    return contexts
-
-
 def _is_adapter(module: nn.Module) -> bool:
     return isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "lora_B")
 

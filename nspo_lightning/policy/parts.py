@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nspo_lightning.policy.sharing import evaluation_mode
+from nspo_lightning.nullspace.modes import evaluation_mode
 
 _PROBE_TOLERANCE = 1e-3  # relative; the two ways run the same kernels on the same numbers
 

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.attention import GroupPass
 
 _NAME = "nspo_group"
@@ -102,26 +103,6 @@ def group_attention(model: nn.Module) -> Iterator[None]:
     finally:
         for module, original in zip(checkpointed, originals, strict=True):
             module._gradient_checkpointing_func = original
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back to exactly the mix of modes that was found.
-
-    Args:
-        model: the policy.
-
-    Yields:
-        Nothing.
-    """
-    modules = [module for module in model.modules() if module.training]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
 
 
 def can_share_prompts(model: nn.Module) -> bool:

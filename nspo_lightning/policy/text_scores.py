@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.adapter import has_adapter, without_adapter
 from nspo_lightning.policy.divergence import TextSums, predicted_positions, text_sums
 from nspo_lightning.policy.parts import policy_parts
 from nspo_lightning.policy.scoring import positions
-from nspo_lightning.policy.sharing import evaluation_mode
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning.grpo.batch import Rollout
+from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.parts import policy_parts
-from nspo_lightning.policy.sharing import can_share_prompts, evaluation_mode
+from nspo_lightning.policy.sharing import can_share_prompts
 from nspo_lightning.rollout.choosing import build_processors, draw, noise, without_padding
 from nspo_lightning.rollout.config import SamplingConfig
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory

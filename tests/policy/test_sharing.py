@@ -6,8 +6,9 @@ import transformers
 from tiny_policies import COMMON, tiny_base, tiny_policy
 from torch import nn
 
+from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.parts import policy_parts
-from nspo_lightning.policy.sharing import can_share_prompts, evaluation_mode, group_attention
+from nspo_lightning.policy.sharing import can_share_prompts, group_attention
 
 
 def test_models_that_share_say_nothing():
