@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from nspo_lightning.cli.run_config import read_config
 from nspo_lightning.compare.methods import METHODS, as_dicts
 from nspo_lightning.compare.plan import Budget, RunSpec, main_grid
 from nspo_lightning.compare.pool import Job, Outcome, run_all
@@ -20,7 +21,6 @@ from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep, make_sweep
 from nspo_lightning.datamodules import PromptSource
 from nspo_lightning.datamodules.sources.domain import DomainSources, load_domain
-from nspo_lightning.policy.run_config import read_config
 
 SweepName = Literal["calibration", "threshold", "data", "rank"]
 

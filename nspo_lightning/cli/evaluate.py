@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nspo_lightning.atomic import write_json
+from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.module.policy_module import PolicyModule
 from nspo_lightning.module.trained_state import find_trained, load_trained_
-from nspo_lightning.policy.adapter import has_adapter, without_adapter
+from nspo_lightning.nullspace.modes import adapters_off
+from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.identity import describe, policy_fingerprint, policy_identity, versions
 from nspo_lightning.policy.loading import load_policy
-from nspo_lightning.policy.run_config import policy_settings, read_config
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.rewards import RewardSet, RulesJudge
 from nspo_lightning.rollout import SamplingConfig
@@ -113,7 +114,7 @@ def run_tasks(
 
     found: dict[str, dict[str, Any]] = {}
     if has_adapter(policy):
-        with without_adapter(policy):
+        with adapters_off(policy):
             found["base"] = one()
     found["policy"] = one()
     return found

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from nspo_lightning import ranks
 from nspo_lightning.evaluation.answers import answers_match, final_answers_match
 from nspo_lightning.evaluation.intervals import wilson_interval
 
@@ -68,14 +68,7 @@ def general_outcomes(
 
 
 def safety_outcomes(outcomes: Iterable[str | None]) -> list[tuple[str, float]]:
-    """Turn a judge's outcomes into named observations.
-
-    Args:
-        outcomes: What the judge said; None (not judged) is left out.
-
-    Returns:
-        (metric name, 0 or 1) pairs.
-    """
+    """Turn a judge's outcomes into (metric name, 0 or 1) pairs; None (not judged) is left out."""
     names = {"unsafe": "safety/unsafe_rate", "refusal": "safety/refusal_rate", "garbage": "safety/garbage_rate"}
     return [
         (metric, float(outcome == name))
@@ -164,11 +157,7 @@ class Share(Metric):
 
     @override
     def update(self, values: Tensor) -> None:
-        """Count.
-
-        Args:
-            values: Shape (n,), each in [0, 1].
-        """
+        """Count values in [0, 1], shape (n,)."""
         self.successes += values.double().sum()
         self.total += values.numel()
 
@@ -179,14 +168,7 @@ class Share(Metric):
 
 
 def mean_accuracy(rates: Mapping[str, float]) -> float | None:
-    """Average the accuracies of the skills.
-
-    Args:
-        rates: Name to rate.
-
-    Returns:
-        The mean of `general/accuracy/<skill>`; None without any.
-    """
+    """Return the mean of `general/accuracy/<skill>` among named rates; None without any."""
     skills = [rate for name, rate in rates.items() if name.startswith("general/accuracy/")]
     return sum(skills) / len(skills) if skills else None
 
@@ -198,12 +180,7 @@ class RateTable:
         self._metrics: dict[str, Share] = {}
 
     def update(self, observations: Iterable[tuple[str, float]], device: torch.device) -> None:
-        """Count observations.
-
-        Args:
-            observations: (name, value) pairs.
-            device: Where the counts are kept.
-        """
+        """Count (name, value) pairs, on a device."""
         grouped: dict[str, list[float]] = {}
         for name, value in observations:
             grouped.setdefault(name, []).append(value)
@@ -211,35 +188,26 @@ class RateTable:
             self._metric(name, device).update(torch.tensor(values, device=device))
 
     def compute(self, device: torch.device) -> dict[str, float]:
-        """Reduce over batches and ranks, and start anew.
-
-        Args:
-            device: Where the counts are kept.
-
-        Returns:
-            Name to rate, with `general/accuracy` as the mean over skills.
-        """
+        """Return name to rate over batches and ranks, with `general/accuracy` as the mean over skills; start anew."""
         rates = {name: rate.value for name, rate in self.compute_counts(device).items()}
         if (accuracy := mean_accuracy(rates)) is not None:
             rates["general/accuracy"] = accuracy
         return rates
 
     def compute_counts(self, device: torch.device) -> dict[str, Rate]:
-        """Reduce over batches and ranks, and start anew.
+        """Return name to counts over batches and ranks, and start anew.
+
+        The mean over skills is left out: it is no share of prompts.
 
         Args:
             device: Where the counts are kept.
 
         Returns:
-            Name to rate with its number of prompts; without the mean over skills, which is no share of prompts.
+            Name to rate with its number of prompts.
         """
-        names = sorted(self._metrics)
-        if dist.is_available() and dist.is_initialized():
-            everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, names)
-            names = sorted(set().union(*everyone))  # a rank may have seen no row of some skill
+        names = set().union(*ranks.gather_objects(set(self._metrics)))  # a rank may have seen no row of some skill
         rates: dict[str, Rate] = {}
-        for name in names:
+        for name in sorted(names):
             successes, total = self._metric(name, device).compute().tolist()
             rates[name] = Rate(successes=successes, total=round(total))
         self._metrics.clear()

@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from nspo_lightning.evaluation.rates import Answers, RateTable, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
-from nspo_lightning.policy.adapter import has_adapter, load_adapter_, without_adapter
+from nspo_lightning.nullspace.modes import adapters_off
+from nspo_lightning.policy.adapter import has_adapter, load_adapter_, save_adapter
 from nspo_lightning.policy.divergence import TextSums
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import load_policy
@@ -144,8 +145,7 @@ class PolicyModule(pl.LightningModule):
         Args:
             folder: Where to.
         """
-        self.require_policy().save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
+        save_adapter(self.require_policy(), self.tokenizer, folder)
 
     # ------------------------------------------------------------------ completions
 
@@ -311,7 +311,7 @@ class PolicyModule(pl.LightningModule):
         policy = self.require_policy()
         if not has_adapter(policy):
             return None
-        with without_adapter(policy):
+        with adapters_off(policy):
             return self.answer(batch, dataloader_idx, batch_idx)
 
     def evaluate(self, dataloaders: Sequence[Any]) -> dict[str, float]:

@@ -1,19 +1,22 @@
-"""The LoRA adapter: make one, switch it off, load a saved one."""
+"""The LoRA adapter: make one, load a saved one, save one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from nspo_lightning.policy.settings import PolicyError, PolicySettings
+from nspo_lightning.compat.peft import is_lora_parameter
+from nspo_lightning.nullspace.modes import adapted_models
+from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
@@ -29,26 +32,11 @@ def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
     Raises:
         PolicyError: If the adapter's settings don't fit the model, or `adapter` is given and can't be merged.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import get_peft_model
 
     if settings.adapter is not None:
-        if not Path(settings.adapter).is_dir():
-            raise PolicyError(
-                f"`policy.adapter`: expected a PEFT adapter's folder, found nothing at '{settings.adapter}'."
-            )
-        if not settings.merge_adapter:
-            raise PolicyError(
-                f"`policy.adapter` '{settings.adapter}' has been trained: its B is not zero, so projecting its A would "
-                "change what it does, and no update of it could be kept in the null space. Set `policy.merge_adapter: "
-                "true` with `policy.quantization: none` to merge it into the base first; a new adapter goes on from it."
-            )
-        if settings.quantization != "none":
-            raise PolicyError(
-                "`policy.merge_adapter` with a 4-bit base would round the adapter away. Merge into the full-precision "
-                "base (`policy.quantization: none`), save that model, and load it in 4-bit."
-            )
-        base = PeftModel.from_pretrained(base, settings.adapter).merge_and_unload()
-        base.requires_grad_(False)
+        _check_merge(settings)
+        base = merge_adapter(base, settings.adapter)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
@@ -59,17 +47,8 @@ def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
                 "Set `policy.quantization: none`, or give `policy.lora`."
             )
         return cast(nn.Module, base.requires_grad_(True))
-    lora = settings.lora
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-        task_type="CAUSAL_LM",
-    )
     try:
-        policy: nn.Module = get_peft_model(base, config)
+        policy: nn.Module = get_peft_model(base, lora_config(settings.lora))
     except ValueError as error:
         raise PolicyError(f"`policy.lora` does not fit the model: {error}") from error
     for parameter in policy.parameters():
@@ -78,42 +57,69 @@ def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
     return policy
 
 
-ADAPTER_CONFIG = "adapter_config.json"
+def _check_merge(settings: PolicySettings) -> None:
+    if not Path(str(settings.adapter)).is_dir():
+        raise PolicyError(f"`policy.adapter`: expected a PEFT adapter's folder, found nothing at '{settings.adapter}'.")
+    if not settings.merge_adapter:
+        raise PolicyError(
+            f"`policy.adapter` '{settings.adapter}' has been trained: its B is not zero, so projecting its A would "
+            "change what it does, and no update of it could be kept in the null space. Set `policy.merge_adapter: "
+            "true` with `policy.quantization: none` to merge it into the base first; a new adapter goes on from it."
+        )
+    if settings.quantization != "none":
+        raise PolicyError(
+            "`policy.merge_adapter` with a 4-bit base would round the adapter away. Merge into the full-precision "
+            "base (`policy.quantization: none`), save that model, and load it in 4-bit."
+        )
+
+
+def merge_adapter(base: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """Add a saved adapter to an unquantised base, and freeze the sum."""
+    from peft import PeftModel
+
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    merged.requires_grad_(False)
+    return merged
+
+
+def lora_config(lora: LoraSettings, **changes: Any) -> LoraConfig:
+    """Return PEFT's configuration of an adapter.
+
+    Args:
+        lora: Our settings.
+        changes: Further fields of PEFT's, or other values of some.
+
+    Returns:
+        The configuration.
+    """
+    from peft import LoraConfig
+
+    values: dict[str, Any] = {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": lora.target_modules,
+        "use_rslora": lora.use_rslora,
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(**values | changes)
 
 
 def has_adapter(policy: nn.Module) -> bool:
-    """Tell whether there is an adapter to switch off.
+    """Tell whether there is an adapter to switch off (`nullspace.modes.adapters_off`)."""
+    return bool(adapted_models(policy))
+
+
+def save_adapter(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write what was trained as a PEFT adapter (or, without one, the whole model) that `from_pretrained` loads.
 
     Args:
         policy: A PEFT model or a plain one.
-
-    Returns:
-        True for a PEFT model.
+        tokenizer: Written beside it.
+        folder: Where to.
     """
-    return callable(getattr(policy, "disable_adapter", None))
-
-
-@contextmanager
-def without_adapter(policy: nn.Module) -> Iterator[None]:
-    """Run the base: the policy with its adapter off. No parameter changes, nor what requires a gradient.
-
-    Args:
-        policy: A PEFT model.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        TypeError: If the policy has no adapter.
-    """
-    disable: Any = getattr(policy, "disable_adapter", None)
-    if not callable(disable):
-        raise TypeError(
-            f"{type(policy).__name__} has no adapter to switch off, so there is no base to compare with. Train with "
-            "`policy.lora`."
-        )
-    with disable():
-        yield
+    cast("PreTrainedModel", policy).save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
 
 
 def load_adapter_(policy: nn.Module, folder: Path) -> None:
@@ -128,23 +134,22 @@ def load_adapter_(policy: nn.Module, folder: Path) -> None:
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    model: Any = policy
-    if not callable(getattr(policy, "disable_adapter", None)):
+    if not has_adapter(policy):
         raise PolicyError(
             f"`--ckpt_path {folder}` is an adapter, and the policy has none (`policy.lora: null`). Use the config of "
             "the run that trained it."
         )
+    model: Any = policy
     saved = json.loads((folder / ADAPTER_CONFIG).read_text())
-    mine = model.peft_config[model.active_adapter]
+    mine = model.peft_config[model.active_adapter].to_dict()
     for key in ("r", "lora_alpha", "use_rslora"):
-        if saved.get(key) != getattr(mine, key):
+        if saved.get(key) != mine[key]:
             raise PolicyError(
-                f"The adapter in {folder} has {key} {saved.get(key)}, and `policy.lora` makes {getattr(mine, key)}. "
+                f"The adapter in {folder} has {key} {saved.get(key)}, and `policy.lora` makes {mine[key]}. "
                 "Use the `policy.lora` settings that it was trained with."
             )
-    weights = load_peft_weights(str(folder), device="cpu")
-    result = set_peft_model_state_dict(policy, weights)
-    missing = [name for name in result.missing_keys if "lora_" in name]
+    result = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
+    missing = [name for name in result.missing_keys if is_lora_parameter(name)]
     if missing or result.unexpected_keys:
         odd = (missing + list(result.unexpected_keys))[0]
         raise PolicyError(

@@ -35,13 +35,13 @@ def attend(
     The n query heads of one key-value head are laid behind each other as n * T queries.
 
     Args:
-        query: shape (B, T, H, d).
-        key: shape (B, S, K, d).
-        value: shape (B, S, K, d).
-        bias: shape (B or 1, T, S), 0 where a query may look and -inf where not; None = causal, for T = S.
-        scale: factor on the scores; None = 1 / sqrt(d).
-        softcap: scores are capped by softcap * tanh(scores / softcap).
-        dropout: probability of dropping an attention weight.
+        query: Shape (B, T, H, d).
+        key: Shape (B, S, K, d).
+        value: Shape (B, S, K, d).
+        bias: Shape (B or 1, T, S), 0 where a query may look and -inf where not; None = causal, for T = S.
+        scale: Factor on the scores; None = 1 / sqrt(d).
+        softcap: Scores are capped by softcap * tanh(scores / softcap).
+        dropout: Probability of dropping an attention weight.
 
     Returns:
         Shape (B, T, H, d).
@@ -72,10 +72,10 @@ def causal_bias(key_mask: Tensor, queries: int, window: int | None, dtype: torch
     """Let each of the last ``queries`` columns look at the real columns up to itself, at most ``window`` of them.
 
     Args:
-        key_mask: shape (B, S), bool, True = real token; the queries are the last columns of these.
+        key_mask: Shape (B, S), bool, True = real token; the queries are the last columns of these.
         queries: T.
-        window: sliding window, counted in tokens with the query's own; None = unlimited.
-        dtype: of the scores.
+        window: Sliding window, counted in tokens with the query's own; None = unlimited.
+        dtype: Of the scores.
 
     Returns:
         Shape (B, T, S): 0 = may look, -inf = may not. Every query may look at itself, so that padding stays finite.
@@ -92,9 +92,9 @@ class GroupPass:
     """One pass over prompts and their completions, for scoring with gradients or for filling a sampler's memory.
 
     Args:
-        prompt_mask: shape (P, L), bool, left-padded.
-        completion_mask: shape (P * G, C), bool, right-padded, or None for prompts alone.
-        memory: where to leave each layer's prompt keys and values, each (P, L, K, d), by layer number.
+        prompt_mask: Shape (P, L), bool, left-padded.
+        completion_mask: Shape (P * G, C), bool, right-padded, or None for prompts alone.
+        memory: Where to leave each layer's prompt keys and values, each (P, L, K, d), by layer number.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class GroupPass:
         """Attend within one layer.
 
         Args:
-            layer: the layer's number.
-            query: shape (T, H, d): the tokens of all prompts, then of all completions.
-            key: shape (T, K, d).
-            value: shape (T, K, d).
+            layer: The layer's number.
+            query: Shape (T, H, d): the tokens of all prompts, then of all completions.
+            key: Shape (T, K, d).
+            value: Shape (T, K, d).
             settings: `window` and what `attend` takes.
 
         Returns:

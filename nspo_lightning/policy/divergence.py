@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from nspo_lightning import ranks
 
 Head = Callable[[Tensor], Tensor]
 _CHUNK_ELEMENTS = 2**24
@@ -53,20 +54,12 @@ class TextSums:
         return float(torch.tensor(self.mean_nll, dtype=torch.float64).exp())
 
     def over_ranks(self, device: torch.device) -> TextSums:
-        """Return the sums over all ranks, which must ask together; these sums in a single process.
-
-        Args:
-            device: That ranks exchange tensors on.
-
-        Returns:
-            The sums.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
+        """Return the sums over all ranks, which must ask together and exchange tensors on this device."""
+        if ranks.world_size() == 1:
             return self
         dtype = torch.float32 if device.type == "mps" else torch.float64
         sums = torch.tensor([self.nll, self.kl, float(self.tokens)], device=device, dtype=dtype)
-        dist.all_reduce(sums)
-        nll, kl, tokens = sums.tolist()
+        nll, kl, tokens = ranks.all_reduce_sum(sums).tolist()
         return TextSums(nll=nll, kl=kl, tokens=round(tokens))
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from nspo_lightning.compat.peft import is_lora_parameter, name_in_base
+from nspo_lightning.policy.settings import PolicySettings
 
 PACKAGES = (
     "nspo-lightning",
@@ -25,58 +29,61 @@ PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
-    """List what is installed.
+class HasPolicy(Protocol):
+    """What is asked of a module whose policy gets named."""
 
-    Returns:
-        Package to version, `python` and the kernel's machine among them; packages that are missing are left out.
-    """
+    policy_settings: PolicySettings
+    fingerprint: str
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return name and value of each parameter."""
+
+
+def versions() -> dict[str, str]:
+    """Return package to version, with `python` and the kernel's machine; packages that are missing are left out."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
-def trained_weights_hash(module: nn.Module) -> str:
-    """Name a trained state.
-
-    Args:
-        module: Its trainable parameters count.
-
-    Returns:
-        16 hex digits of a hash over names and values.
-    """
+def trained_weights_hash(module: HasPolicy) -> str:
+    """Name a trained state: 16 hex digits of a hash over names and values of the trainable parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         if parameter.requires_grad:
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes(parameter))
     return digest.hexdigest()[:16]
 
 
-def rows_hash(rows: Iterable[Any]) -> str:
-    """Name a set of rows by what they say, in their order.
+def policy_fingerprint(policy: nn.Module) -> str:
+    """Name the frozen base: a hash of its parameters' names and shapes and of the first 256 values of each.
 
     Args:
-        rows: `PromptRow`s.
+        policy: The policy; adapters don't count.
 
     Returns:
-        16 hex digits.
+        16 hex digits, the same in every process that loads the same base.
     """
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(f"{row.key}\x00{row.answer}\x00{row.skill}\x01".encode("utf-8", "surrogatepass"))
+    for name, parameter in sorted(policy.named_parameters()):
+        if not is_lora_parameter(name):
+            digest.update(f"{name_in_base(name)}{tuple(parameter.shape)}".encode())
+            digest.update(_bytes(parameter.detach().reshape(-1)[:256]))
     return digest.hexdigest()[:16]
 
 
-def policy_identity(module: Any, checkpoint: str | None) -> dict[str, Any]:
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def policy_identity(module: HasPolicy, checkpoint: str | None) -> dict[str, Any]:
     """Say which policy it is.
 
     Args:
-        module: A `PolicyModule` with its policy loaded.
+        module: With its policy loaded.
         checkpoint: What the adapter was loaded from; None = it was not.
 
     Returns:
@@ -97,6 +104,14 @@ def policy_identity(module: Any, checkpoint: str | None) -> dict[str, Any]:
             "weights": trained_weights_hash(module),
         },
     }
+
+
+def rows_hash(rows: Iterable[Any]) -> str:
+    """Name a set of `PromptRow`s: 16 hex digits of a hash over what they say, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(f"{row.key}\x00{row.answer}\x00{row.skill}\x01".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def data_identity(datamodule: Any, split: str) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def describe(thing: Any) -> Any:
         thing: Any object.
 
     Returns:
-        Something that JSON can hold. Names that look like secrets are left out.
+        What JSON can hold. Names that look like secrets are left out.
     """
     if thing is None or isinstance(thing, (str, int, float, bool)):
         return thing
@@ -138,9 +153,10 @@ def describe(thing: Any) -> Any:
         return [describe(value) for value in thing]
     if is_dataclass(thing) and not isinstance(thing, type):
         return describe(asdict(thing))
+    attributes = vars(thing) if hasattr(thing, "__dict__") else {}
     plain = {
         name: describe(value)
-        for name, value in sorted(getattr(thing, "__dict__", {}).items())
+        for name, value in sorted(attributes.items())
         if not name.startswith("_")
         and not _is_secret(name)
         and (value is None or isinstance(value, (str, int, float, bool, dict, list, tuple)) or is_dataclass(value))
@@ -150,24 +166,3 @@ def describe(thing: Any) -> Any:
 
 def _is_secret(name: str) -> bool:
     return any(word in name.lower() for word in ("key", "token_", "secret", "password", "authorization", "headers"))
-
-
-def policy_fingerprint(policy: nn.Module) -> str:
-    """Name the frozen base: a hash of its parameters' names and shapes and of the values of its small ones.
-
-    Args:
-        policy: The policy; adapters don't count.
-
-    Returns:
-        16 hex digits, the same in every process that loads the same base.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(policy.named_parameters()):
-        if "lora_" in name:
-            continue
-        digest.update(
-            f"{name.replace('base_model.model.', '').replace('base_layer.', '')}{tuple(parameter.shape)}".encode()
-        )
-        values: Tensor = parameter.detach().reshape(-1)[:256].cpu()
-        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

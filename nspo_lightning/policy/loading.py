@@ -6,25 +6,42 @@ was expected, what was found and how to mend it.
 
 from __future__ import annotations
 
-import logging
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from nspo_lightning.compat.bitsandbytes import hide_missing_kernel, keep_4bit_exact
 from nspo_lightning.policy.adapter import add_adapter
 from nspo_lightning.policy.settings import TOY, PolicyError, PolicySettings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CPU_4BIT_OUT_MULTIPLE = 32
 """Out-features of bitsandbytes' 4-bit layers on CPU must be a multiple of this."""
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str, **kwargs: Any) -> Any:
+def from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str, **kwargs: Any) -> Any:
+    """Call a transformers class's `from_pretrained`.
+
+    Args:
+        loader: The class.
+        what: What it loads, for messages.
+        settings: Say the revision and whether code may run.
+        path: Folder or hub id.
+        kwargs: Passed on.
+
+    Returns:
+        What it loaded.
+
+    Raises:
+        PolicyError: If it can't be loaded.
+    """
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise PolicyError(f"`policy.path`: expected a folder with a {what}, found nothing at '{path}'. Mend the path.")
@@ -68,7 +85,7 @@ def check_4bit_widths(settings: PolicySettings, device_type: str) -> None:
 
     if settings.quantization == "none" or device_type != "cpu":
         return
-    config = _from_pretrained(AutoConfig, "model configuration", settings, settings.model_path)
+    config = from_pretrained(AutoConfig, "model configuration", settings, settings.model_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
     head = model.get_output_embeddings()
@@ -94,11 +111,10 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
-    # It reports, as an error, that an optional kernel is missing which `keep_4bit_exact` would not let it use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
+    hide_missing_kernel()
     if settings.path == TOY:  # too small for a bar
         disable_progress_bar()
-    dtype = getattr(torch, settings.dtype)
+    dtype = TORCH_DTYPES[settings.dtype]
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
     if settings.quantization != "none":
         check_4bit_widths(settings, device.type)
@@ -109,25 +125,10 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
             bnb_4bit_compute_dtype=dtype,
         )
         kwargs["device_map"] = {"": device}
-    model = _from_pretrained(AutoModelForCausalLM, "causal language model", settings, settings.model_path, **kwargs)
+    model = from_pretrained(AutoModelForCausalLM, "causal language model", settings, settings.model_path, **kwargs)
     model.requires_grad_(False)
     keep_4bit_exact(model)
     return model  # type: ignore[no-any-return]
-
-
-def keep_4bit_exact(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers on one arithmetic in training and sampling.
-
-    On CPUs with AVX512-BF16 a 4-bit layer repacks itself at its first call in eval mode: from then on it computes in
-    bfloat16, with rounded quantisation constants, and hands no gradient to its input, in train mode too. A policy that
-    samples between two updates would silently lose its gradients.
-
-    Args:
-        model: A model with `bitsandbytes.nn.Linear4bit` layers, or without; changed in place.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def load_policy(settings: PolicySettings, device: torch.device) -> nn.Module:

@@ -30,8 +30,8 @@ class TokenScores:
     """What the policy thinks of the sampled tokens.
 
     Attributes:
-        log_probs: shape (R, C), float32, zero where the completion mask is False.
-        entropy: shape (R, C), float32, without gradient, of the whole next-token distribution; None if not asked for.
+        log_probs: Shape (R, C), float32, zero where the completion mask is False.
+        entropy: Shape (R, C), float32, without gradient, of the whole next-token distribution; None if not asked for.
     """
 
     log_probs: Tensor
@@ -52,14 +52,14 @@ def chosen_log_probs(
     """Score one target token at each position: log softmax(head(h) / temperature)[target].
 
     Args:
-        hidden: shape (N, H), last hidden states of the positions that predict the targets.
-        targets: shape (N,), token ids.
-        head: maps (n, H) to logits (n, V), position by position.
+        hidden: Shape (N, H), last hidden states of the positions that predict the targets.
+        targets: Shape (N,), token ids.
+        head: Maps (n, H) to logits (n, V), position by position.
         vocab_size: V, for the chunk size.
         head_is_frozen: True = nothing in `head` needs a gradient.
-        temperature: divides the logits, as in sampling.
-        with_entropy: also compute the entropy.
-        chunk_tokens: positions whose logits may exist at once; None = as many as 128 MiB of float32 hold.
+        temperature: Divides the logits, as in sampling.
+        with_entropy: Also compute the entropy.
+        chunk_tokens: Positions whose logits may exist at once; None = as many as 128 MiB of float32 hold.
 
     Returns:
         Scores of shape (N,).

@@ -39,7 +39,7 @@ class Ragged:
     """Real tokens of a padded grid, as a flat list in row order.
 
     Args:
-        mask: shape (B, T), bool, True = real token.
+        mask: Shape (B, T), bool, True = real token.
     """
 
     def __init__(self, mask: Tensor) -> None:
@@ -57,7 +57,7 @@ class Ragged:
         """Take the real tokens.
 
         Args:
-            grid: shape (B, T, ...).
+            grid: Shape (B, T, ...).
 
         Returns:
             Shape (size, ...).
@@ -72,7 +72,7 @@ class Ragged:
         """Put the real tokens back, zeros elsewhere.
 
         Args:
-            flat: shape (size, ...).
+            flat: Shape (size, ...).
 
         Returns:
             Shape (B, T, ...).

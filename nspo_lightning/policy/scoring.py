@@ -31,12 +31,12 @@ def score_completions(
     With dropout in the adapter, one prompt has one dropout mask for its whole group.
 
     Args:
-        model: the policy; with gradients if grad mode is on, the reference if its adapter is switched off.
-        rollout: what to score; every completion has at least one token.
-        temperature: divides the logits, as in sampling.
-        share_prefix: run each prompt once. False = each row in full, the plain path.
-        with_entropy: also compute entropies (without gradient).
-        logits_chunk_tokens: positions whose logits may exist at once; None = by memory.
+        model: The policy; with gradients if grad mode is on, the reference if its adapter is switched off.
+        rollout: What to score; every completion has at least one token.
+        temperature: Divides the logits, as in sampling.
+        share_prefix: Run each prompt once. False = each row in full, the plain path.
+        with_entropy: Also compute entropies (without gradient).
+        logits_chunk_tokens: Positions whose logits may exist at once; None = by memory.
 
     Returns:
         Scores of shape (P * G, C), zero at padding.
@@ -77,7 +77,7 @@ def positions(mask: Tensor) -> Tensor:
     """Count real tokens from the left.
 
     Args:
-        mask: shape (B, T), bool, True = real token.
+        mask: Shape (B, T), bool, True = real token.
 
     Returns:
         Shape (B, T), int64: 0 for the first real token; padding holds some valid position.

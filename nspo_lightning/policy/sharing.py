@@ -17,11 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.compat.transformers import attention_named, checkpoint_wrapped
 from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.attention import GroupPass
+from nspo_lightning.policy.parts import text_setting
 
 _NAME = "nspo_group"
-_PROBE_TOLERANCE = 2e-2  # relative to the largest logit; loose enough for 16-bit weights, a wrong mask is off by more
+_TRIAL_TOLERANCE = 2e-2  # relative to the largest logit; loose enough for 16-bit weights, a wrong mask is off by more
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 # Windowed models whose attention is known to hand its window to the attention function.
 _WINDOWED = {"gemma2", "gemma3", "gemma3_text", "mistral", "phi3", "qwen2", "qwen3"}
@@ -55,21 +57,11 @@ def _attention_function(
 
 
 @contextmanager
-def _named(config: Any) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-@contextmanager
 def group_attention(model: nn.Module) -> Iterator[None]:
     """Let the model attend in groups inside the block.
 
     Args:
-        model: the causal language model; call it with ``group_pass=...`` and a flat list of tokens, shape (1, T).
+        model: The causal language model; call it with ``group_pass=...`` and a flat list of tokens, shape (1, T).
 
     Yields:
         Nothing.
@@ -78,31 +70,19 @@ def group_attention(model: nn.Module) -> Iterator[None]:
 
     AttentionInterface.register(_NAME, _attention_function)
     config: Any = model.config
-    checkpointed: list[Any] = [
-        module
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-    ]
-    originals = [module._gradient_checkpointing_func for module in checkpointed]
 
-    def wrap(checkpoint: Any) -> Callable[..., Any]:
+    def wrap(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             def renamed(*inner: Any, **inner_kwargs: Any) -> Any:
-                with _named(config):
+                with attention_named(config, _NAME):
                     return function(*inner, **inner_kwargs)
 
             return checkpoint(renamed, *args, **kwargs)
 
         return run
 
-    for module, original in zip(checkpointed, originals, strict=True):
-        module._gradient_checkpointing_func = wrap(original)
-    try:
-        with _named(config):
-            yield
-    finally:
-        for module, original in zip(checkpointed, originals, strict=True):
-            module._gradient_checkpointing_func = original
+    with checkpoint_wrapped(model, wrap), attention_named(config, _NAME):
+        yield
 
 
 def can_share_prompts(model: nn.Module) -> bool:
@@ -111,7 +91,7 @@ def can_share_prompts(model: nn.Module) -> bool:
     Tried, not guessed: a prompt with two completions must give the logits of two full passes.
 
     Args:
-        model: the causal language model.
+        model: The causal language model.
 
     Returns:
         True if one pass over a prompt can serve its group.
@@ -130,12 +110,12 @@ def can_share_prompts(model: nn.Module) -> bool:
 @torch.no_grad()
 def _why_not(model: Any) -> str:
     # Returns the reason against sharing, or an empty string.
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    windowed = [name for name in _WINDOWS if getattr(config, name, None) is not None]
-    if windowed and config.model_type not in _WINDOWED:
-        return f"it sets {windowed[0]}, and how a {config.model_type} model applies it is not known here"
+    windowed = [name for name in _WINDOWS if text_setting(model, name) is not None]
+    kind = text_setting(model, "model_type")
+    if windowed and kind not in _WINDOWED:
+        return f"it sets {windowed[0]}, and how a {kind} model applies it is not known here"
     device = next(model.parameters()).device
-    vocabulary = int(config.vocab_size)
+    vocabulary = int(text_setting(model, "vocab_size"))
     prompt = torch.arange(3, device=device) % vocabulary
     tails = torch.arange(3, 7, device=device).view(2, 2) % vocabulary
     ones = torch.ones(1, 3, dtype=torch.bool, device=device)
@@ -154,6 +134,6 @@ def _why_not(model: Any) -> str:
         except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             return f"trying it failed with {type(error).__name__}: {error}"
     expected = torch.cat([full[0, :3], full[:, 3:].flatten(0, 1)])
-    if bool((flat - expected).abs().max() > _PROBE_TOLERANCE * expected.abs().max().clamp(min=1e-6)):
+    if bool((flat - expected).abs().max() > _TRIAL_TOLERANCE * expected.abs().max().clamp(min=1e-6)):
         return "a trial gave other logits than full passes do"
     return ""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nspo_lightning.nullspace.modes import evaluation_mode
-from nspo_lightning.policy.adapter import has_adapter, without_adapter
+from nspo_lightning.nullspace.modes import adapters_off, evaluation_mode
+from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.divergence import TextSums, predicted_positions, text_sums
 from nspo_lightning.policy.parts import policy_parts
 from nspo_lightning.policy.scoring import positions
@@ -39,21 +39,22 @@ def score_text(
     labels = batch.get("labels_mask")
     scored = predicted_positions(mask, None if labels is None else labels.to(device))
     parts = policy_parts(policy)
+
+    def states() -> Tensor:
+        hidden, _ = parts.decode(ids, attention_mask=mask, position_ids=positions(mask.bool()), use_cache=False)
+        return hidden[:, :-1][scored]
+
+    def base_head(hidden: Tensor) -> Tensor:
+        with adapters_off(policy):  # an adapter on the output head is the exception, and must be off as well
+            return parts.head(hidden)
+
     with evaluation_mode(policy):
-        states = _states(parts, ids, mask, scored)
-        if not (with_base and has_adapter(policy)):
-            return text_sums(
-                states, ids[:, 1:][scored], parts.head, vocab_size=parts.vocab_size, chunk_tokens=chunk_tokens
-            )
-        with without_adapter(policy):
-            base_states = _states(parts, ids, mask, scored)
-
-        def base_head(hidden: Tensor) -> Tensor:
-            with without_adapter(policy):  # an adapter on the output head is the exception, and must be off as well
-                return parts.head(hidden)
-
+        policy_states, base_states = states(), None
+        if with_base and has_adapter(policy):
+            with adapters_off(policy):
+                base_states = states()
         return text_sums(
-            states,
+            policy_states,
             ids[:, 1:][scored],
             parts.head,
             base_states,
@@ -85,9 +86,3 @@ def score_texts(
     for batch in batches:
         total += score_text(policy, batch, with_base=with_base, chunk_tokens=chunk_tokens)
     return total.over_ranks(next(policy.parameters()).device)
-
-
-def _states(parts: Any, ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
-    hidden, _ = parts.decode(ids, attention_mask=mask, position_ids=positions(mask.bool()), use_cache=False)
-    chosen: Tensor = hidden[:, :-1][scored]
-    return chosen

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from nspo_lightning.policy.loading import from_pretrained
+from nspo_lightning.policy.parts import causal_model, text_setting
+from nspo_lightning.policy.settings import PolicyError, PolicySettings
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from nspo_lightning.policy.loading import _from_pretrained
-from nspo_lightning.policy.settings import PolicyError, PolicySettings
+
+
+def read_chat_template(setting: str) -> str:
+    """Return the chat template that a setting gives.
+
+    Args:
+        setting: A Jinja template, or the path of a file that holds one.
+
+    Returns:
+        The template.
+
+    Raises:
+        PolicyError: If it is neither.
+    """
+    path = os.path.expanduser(setting)
+    if os.path.isfile(path):  # unlike pathlib's, it takes a template of any length as no file
+        return Path(path).read_text(encoding="utf-8")
+    if "{" not in setting:
+        raise PolicyError(
+            f"`policy.chat_template` is neither a Jinja template nor a file that is there: {setting[:80]!r}. "
+            "Give the template's text or the path of a .jinja file."
+        )
+    return setting
 
 
 def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
@@ -28,16 +54,9 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = settings.tokenizer or settings.model_path
-    tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", settings, path)
+    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, "tokenizer", settings, path)
     if settings.chat_template is not None:
-        file = Path(settings.chat_template)
-        is_file = len(settings.chat_template) < 1024 and file.is_file()
-        if not is_file and "{" not in settings.chat_template:
-            raise PolicyError(
-                f"`policy.chat_template` is neither a Jinja template nor a file that is there: "
-                f"{settings.chat_template[:80]!r}. Give the template's text or the path of a .jinja file."
-            )
-        tokenizer.chat_template = file.read_text() if is_file else settings.chat_template
+        tokenizer.chat_template = read_chat_template(settings.chat_template)
     if not tokenizer.chat_template:
         raise PolicyError(
             f"The tokenizer of '{path}' has no chat template, so prompts can't be rendered. "
@@ -48,7 +67,7 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
         raise PolicyError(f"The tokenizer of '{path}' has no EOS token, so no completion could ever end. Set one.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def stop_token_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -61,8 +80,8 @@ def stop_token_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> lis
     Returns:
         Sorted token ids.
     """
+    model = causal_model(policy)
     found: set[int] = {int(tokenizer.eos_token_id)}
-    for config in (getattr(policy, "generation_config", None), getattr(policy, "config", None)):
-        ids = getattr(config, "eos_token_id", None)
+    for ids in (model.generation_config.eos_token_id, text_setting(model, "eos_token_id")):
         found |= {ids} if isinstance(ids, int) else set(ids or ())
     return sorted(found)

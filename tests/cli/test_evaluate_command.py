@@ -11,8 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from nspo_lightning.cli.evaluate import main, scores
+from nspo_lightning.cli.run_config import ConfigError, policy_settings
 from nspo_lightning.policy.loading import load_policy
-from nspo_lightning.policy.run_config import ConfigError, policy_settings
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 

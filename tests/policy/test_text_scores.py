@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nspo_lightning.policy.adapter import without_adapter
+from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.divergence import TextSums, predicted_positions, text_sums
 from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicySettings
@@ -113,12 +113,13 @@ def test_an_adapted_head_is_off_in_the_base(tiny_llama):
     assert found.kl == pytest.approx(kl, rel=1e-3)
 
 
-def test_without_an_adapter_there_is_no_kl():
-    class Plain(nn.Module):
-        pass
-
-    with pytest.raises(TypeError, match="has no adapter"), without_adapter(Plain()):
-        pass
+def test_without_an_adapter_there_is_no_kl(tiny_llama):
+    settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=None)
+    plain = load_policy(settings, torch.device("cpu"))
+    assert not has_adapter(plain)
+    found = score_texts(plain, [batch()])
+    assert found.kl != found.kl  # nan
+    assert found.nll > 0
     logits = torch.randn(4, 7)
     assert text_sums(logits, torch.zeros(4, dtype=torch.long), lambda x: x, vocab_size=7).kl != 0
 

@@ -1,0 +1,57 @@
+"""What has no public name in transformers (written against 5.x): the attention's name and layers that run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+@contextmanager
+def attention_named(config: Any, name: str) -> Iterator[None]:
+    """Let a model look its attention function up under another name inside the block.
+
+    The public `set_attn_implementation` can set the name but nothing public tells the one to go back to.
+
+    Args:
+        config: The model's configuration, which its layers ask at each call.
+        name: A name registered with `transformers.AttentionInterface`.
+
+    Yields:
+        Nothing.
+    """
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def checkpoint_wrapped(model: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Wrap the function by which layers under gradient checkpointing run themselves, inside the block.
+
+    Args:
+        model: Any model; nothing happens to one without gradient checkpointing.
+        wrap: Maps a checkpoint function (as `torch.utils.checkpoint.checkpoint`) to what is called instead.
+
+    Yields:
+        Nothing.
+    """
+    originals: list[tuple[Any, Callable[..., Any]]] = [
+        (module, vars(module)[_CHECKPOINT])
+        for module in model.modules()
+        if vars(module).get("gradient_checkpointing") and _CHECKPOINT in vars(module)
+    ]
+    for module, original in originals:
+        module._gradient_checkpointing_func = wrap(original)
+    try:
+        yield
+    finally:
+        for module, original in originals:
+            module._gradient_checkpointing_func = original
