@@ -7,15 +7,19 @@ format is a rename of its keys (`base_model.model.<layer>.lora_A.weight`).
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from nspo_lightning.cli.run_config import policy_settings, read_config
+from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
+from nspo_lightning.compat.peft import DOWN, UP, name_in_file
 from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences
 from nspo_lightning.export.merge import DTYPES, MergedLayer, certificates, merge_, unquantised_base
-from nspo_lightning.export.trained import DOWN, PREFIX, UP, ExportSource, read_source
+from nspo_lightning.export.trained import PREFIX, ExportSource, export_source, find_config, read_trained
+from nspo_lightning.policy.adapter import lora_config
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 
@@ -38,7 +42,11 @@ def main(arguments: list[str]) -> None:
         _parser().error("--dtype is of the merged model: add --merge (an adapter keeps the float32 it was trained in)")
     checkpoint, out = Path(parsed.ckpt), Path(parsed.out)
     check_out(out, checkpoint, overwrite=parsed.overwrite)
-    source = read_source(checkpoint, _path(parsed.config), _path(parsed.basis))
+    content = read_trained(checkpoint)
+    config_file = _path(parsed.config) or find_config(checkpoint)
+    config = read_config(config_file)
+    settings = policy_settings(config, config_file)
+    source = export_source(checkpoint, content, config_file, config, settings, _path(parsed.basis))
     lines = export_merged(source, out, parsed.dtype or "bfloat16") if parsed.merge else export_adapter(source, out)
     print("\n".join(lines))
 
@@ -128,34 +136,25 @@ def export_adapter(source: ExportSource, out: Path) -> list[str]:
 
 
 def _write_adapter(source: ExportSource, folder: Path) -> None:
-    # peft imports bitsandbytes, which reports, as an error, that an optional kernel is missing.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
-    from peft import LoraConfig
+    hide_missing_kernel()  # peft imports bitsandbytes
     from safetensors.torch import save_file
 
     lora = source.settings.lora
     assert lora is not None
     layers = source.adapter()
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        # A pattern or names stay as given; "all-linear" becomes the names that it stood for, as PEFT itself does.
-        target_modules=sorted({name.rpartition(".")[2] for name in layers})
-        if lora.target_modules == "all-linear"
-        else lora.target_modules,
-        use_rslora=lora.use_rslora,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=source.settings.model_path,
-        revision=source.settings.revision,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
+    changes: dict[str, Any] = {
+        "base_model_name_or_path": source.settings.model_path,
+        "revision": source.settings.revision,
+        "inference_mode": True,
+    }
+    if lora.target_modules == "all-linear":  # it becomes the names that it stood for, as PEFT itself does
+        changes["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
+    lora_config(lora, **changes).save_pretrained(str(folder))
     tensors = {}
     for name, layer in layers.items():
         inner = name.removeprefix(PREFIX)
-        tensors[inner + DOWN.replace(".default", "")] = layer.down.contiguous()
-        tensors[inner + UP.replace(".default", "")] = layer.up.contiguous()
+        tensors[inner + name_in_file(DOWN)] = layer.down.contiguous()
+        tensors[inner + name_in_file(UP)] = layer.up.contiguous()
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
@@ -175,7 +174,7 @@ def export_merged(source: ExportSource, out: Path, dtype: str) -> list[str]:
     layers: list[MergedLayer] = merge_(base, source, dtype)  # type: ignore[arg-type]
 
     def write(folder: Path) -> None:
-        base.save_pretrained(str(folder))  # type: ignore[operator]
+        base.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         text = card(source, certificates=certificates(source), merged=layers, dtype=dtype, name=out.absolute().name)
         (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,28 +1,31 @@
 """Merge a trained update into the unquantised base, and measure what rounding the sum does to the null space.
 
-W' = round(W + D) differs from W + D by up to half a unit in the last place of every entry of W'. That error knows
-nothing of the null space: relative to a small update it is large in bfloat16 (8 bits of mantissa), and its share along
-the protected directions is a leak that the training never had.
+W' = round(W + D) differs from W + D by up to half a unit in the last place of every entry of W'. The error has parts
+along the protected directions too: a leak that the training never had. In bfloat16 (8 bits of mantissa) it is large
+beside a small update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.compat.peft import MODEL_PREFIX
 from nspo_lightning.export.trained import PREFIX, ExportSource, LowRank
 from nspo_lightning.nullspace import Calibration, LayerCertificate, certify
+from nspo_lightning.policy.adapter import merge_adapter
 from nspo_lightning.policy.identity import policy_fingerprint
-from nspo_lightning.policy.loading import load_base
+from nspo_lightning.policy.loading import TORCH_DTYPES, from_pretrained, load_base
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class MergedLayer:
     """||written - (W + D)||_F / ||D||_F; 0 for D = 0."""
 
 
-def unquantised_base(source: ExportSource) -> nn.Module:
+def unquantised_base(source: ExportSource) -> PreTrainedModel:
     """Load the base in the precision that it is stored in, with an earlier adapter merged if the run did that.
 
     Args:
@@ -52,12 +55,9 @@ def unquantised_base(source: ExportSource) -> nn.Module:
     """
     settings = replace(source.settings, quantization="none", gradient_checkpointing=False)
     dtype = _stored_dtype(settings)
-    base: nn.Module = load_base(replace(settings, dtype=dtype), torch.device("cpu"))
+    base = load_base(replace(settings, dtype=dtype), torch.device("cpu"))
     if settings.adapter is not None:
-        from peft import PeftModel
-
-        base = PeftModel.from_pretrained(base, settings.adapter).merge_and_unload()
-        base.requires_grad_(False)
+        base = merge_adapter(base, settings.adapter)
     same_arithmetic = source.settings.quantization == "none" and source.settings.dtype == dtype
     if same_arithmetic and policy_fingerprint(base) != source.state["policy"]:
         raise PolicyError(
@@ -71,17 +71,14 @@ def _stored_dtype(settings: PolicySettings) -> Literal["float32", "bfloat16", "f
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            settings.model_path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError):
+        config = from_pretrained(AutoConfig, "model configuration", settings, settings.model_path)
+    except PolicyError:
         return "float32"  # `load_base` says what is wrong
-    name = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    return cast(Literal["float32", "bfloat16", "float16"], name if name in {"bfloat16", "float16"} else "float32")
+    return "bfloat16" if config.dtype == torch.bfloat16 else "float16" if config.dtype == torch.float16 else "float32"
 
 
 @torch.no_grad()
-def merge_(base: nn.Module, source: ExportSource, dtype: Dtype) -> list[MergedLayer]:
+def merge_(base: PreTrainedModel, source: ExportSource, dtype: Dtype) -> list[MergedLayer]:
     """Add the trained update to the base, in place, and round everything to one dtype.
 
     Args:
@@ -95,73 +92,70 @@ def merge_(base: nn.Module, source: ExportSource, dtype: Dtype) -> list[MergedLa
     Raises:
         PolicyError: If the base lacks a layer that was trained, or has it in another shape.
     """
-    target = getattr(torch, dtype)
-    layers = [
-        _merge_adapter_layer_(base, source.basis, name, update, target) for name, update in source.adapter().items()
-    ]
+    target = TORCH_DTYPES[dtype]
     if source.settings.lora is None:
-        layers = _merge_weights_(base, source.weights, source.basis, target)
+        layers = [_merge_weight_(base, source.basis, key, new, target) for key, new in source.weights.items()]
+    else:
+        layers = [_merge_low_rank_(base, source.basis, key, new, target) for key, new in source.adapter().items()]
     base.to(target)
-    config = getattr(base, "config", None)
-    if config is not None:
-        config.dtype = target
+    base.config.dtype = target
     return layers
 
 
-def _merge_adapter_layer_(
+def _merge_low_rank_(
     base: nn.Module, calibration: Calibration | None, name: str, update: LowRank, target: torch.dtype
 ) -> MergedLayer:
-    module = _module(base, name.removeprefix(PREFIX).removeprefix(PEFT_PREFIX))
+    try:
+        module = base.get_submodule(name.removeprefix(PREFIX).removeprefix(MODEL_PREFIX))
+    except AttributeError as error:
+        raise PolicyError(f"The base has no layer '{name}', which was trained: is it the right one?") from error
     weight = cast(nn.Parameter, module.weight)
-    transposed = type(module).__name__ == "Conv1D"  # GPT-2 stores (in, out)
-    old = (weight.T if transposed else weight).float()
-    dense = update.dense()
+    old, dense = _rows(module, weight).float(), update.dense()
     if dense.shape != old.shape:
         raise PolicyError(f"'{name}' is {tuple(old.shape)} in the base, the adapter's is {tuple(dense.shape)}.")
     written = (old + dense).to(target)
     change = written.double() - old.double()
+    weight.data = _rows(module, written).contiguous()
+    return MergedLayer(
+        name=name,
+        before=_certificate(calibration, name, update),
+        after=_certificate(calibration, name, change),
+        rounding=_relative(change - dense, dense),
+    )
+
+
+def _merge_weight_(
+    base: nn.Module, calibration: Calibration | None, key: str, trained: Tensor, target: torch.dtype
+) -> MergedLayer:
+    name = key.removeprefix(PREFIX)
+    parameter = dict(base.named_parameters()).get(name)
+    if parameter is None or parameter.shape != trained.shape:
+        raise PolicyError(f"The base has no parameter '{name}' of shape {tuple(trained.shape)}: is it the right one?")
+    old, written = parameter.data.double(), trained.to(target)
+    exact, change = trained.double() - old, written.double() - old
+    parameter.data = written
     before = after = None
-    if calibration is not None and name in calibration.layer_names():
-        basis, energy = calibration.basis_of(name), calibration.output_energy.get(name)
-        before = certify(name, basis, update.down, up=update.up, scale=update.scale, output_energy=energy)
-        after = certify(name, basis, change, output_energy=energy)
-    weight.data = written.T.contiguous() if transposed else written
-    return MergedLayer(name=name, before=before, after=after, rounding=_relative(change - dense, dense))
+    if name.endswith(".weight"):
+        layer, module = key.removesuffix(".weight"), base.get_submodule(name.removesuffix(".weight"))
+        before = _certificate(calibration, layer, _rows(module, exact))
+        after = _certificate(calibration, layer, _rows(module, change))
+    return MergedLayer(name=name, before=before, after=after, rounding=_relative(change - exact, exact))
 
 
-def _merge_weights_(
-    base: nn.Module, weights: Mapping[str, Tensor], basis: Calibration | None, target: torch.dtype
-) -> list[MergedLayer]:
-    layers = []
-    held = basis.layer_names() if basis is not None else set()
-    parameters = dict(base.named_parameters())
-    for key, trained in weights.items():
-        name = key.removeprefix(PREFIX)
-        if name not in parameters or parameters[name].shape != trained.shape:
-            raise PolicyError(
-                f"The base has no parameter '{name}' of shape {tuple(trained.shape)}: is it the right one?"
-            )
-        old, written = parameters[name].data.double(), trained.to(target)
-        layer = key.rpartition(".")[0]
-        exact, change = trained.double() - old, written.double() - old
-        before = after = None
-        if basis is not None and layer in held and name.endswith(".weight"):
-            own = basis.basis_of(layer)
-            if own.width != exact.shape[1]:
-                exact, change = exact.T, change.T
-            energy = basis.output_energy.get(layer)
-            before = certify(layer, own, exact, output_energy=energy)
-            after = certify(layer, own, change, output_energy=energy)
-        parameters[name].data = written
-        layers.append(MergedLayer(name=name, before=before, after=after, rounding=_relative(change - exact, exact)))
-    return layers
+def _rows(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight of shape (out, in) in the form that its module stores, or back: GPT-2's Conv1D has (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _module(base: nn.Module, name: str) -> nn.Module:
-    try:
-        return base.get_submodule(name)
-    except AttributeError as error:
-        raise PolicyError(f"The base has no layer '{name}', which was trained: is it the right one?") from error
+def _certificate(calibration: Calibration | None, layer: str, update: LowRank | Tensor) -> LayerCertificate | None:
+    if calibration is None or layer not in calibration.layer_names():
+        return None
+    basis, energy = calibration.basis_of(layer), calibration.output_energy.get(layer)
+    if isinstance(update, Tensor):
+        return certify(layer, basis, update, output_energy=energy)
+    return certify(layer, basis, update.down, up=update.up, scale=update.scale, output_energy=energy)
 
 
 def _relative(error: Tensor, update: Tensor) -> float:
@@ -170,25 +164,6 @@ def _relative(error: Tensor, update: Tensor) -> float:
 
 
 def certificates(source: ExportSource) -> list[LayerCertificate]:
-    """Certify a checkpoint's adapter against its run's basis.
-
-    Args:
-        source: The checkpoint.
-
-    Returns:
-        One certificate a layer; empty without an adapter or without the basis.
-    """
-    if source.basis is None:
-        return []
-    return [
-        certify(
-            name,
-            source.basis.basis_of(name),
-            update.down,
-            up=update.up,
-            scale=update.scale,
-            output_energy=source.basis.output_energy.get(name),
-        )
-        for name, update in source.adapter().items()
-        if name in source.basis.layer_names()
-    ]
+    """Certify a checkpoint's adapter against its run's basis; empty without an adapter or without the basis."""
+    found = (_certificate(source.basis, name, update) for name, update in source.adapter().items())
+    return [certificate for certificate in found if certificate is not None]

@@ -16,13 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.compat.peft import DOWN, UP
 from nspo_lightning.module.policy_module import STATE_KEY
 from nspo_lightning.nullspace import Calibration, load_calibration
-from nspo_lightning.policy.run_config import policy_settings, read_config
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
 PREFIX = "policy."
-DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,53 +74,18 @@ class ExportSource:
         }
 
 
-def read_source(checkpoint: Path, config: Path | None = None, basis: Path | None = None) -> ExportSource:
-    """Read a checkpoint and what belongs to it.
+def read_trained(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this project.
 
     Args:
-        checkpoint: A file from a run's `checkpoints/`.
-        config: The run's configuration; None = the `config.yaml` beside or above the checkpoint.
-        basis: The run's basis file; None = where the checkpoint says it is.
+        path: A file from a run's `checkpoints/`.
 
     Returns:
-        Everything, checked to belong together.
+        Its content.
 
     Raises:
-        PolicyError: If the configuration does not fit the checkpoint.
-        ValueError: If the basis given is another run's.
+        ValueError: If it is not there, or something else.
     """
-    content = _read_checkpoint(checkpoint)
-    found = config or _config_of(checkpoint)
-    values = read_config(found)
-    settings = policy_settings(values, found)
-    state = content[STATE_KEY]
-    if state["policy_path"] != settings.path:
-        raise PolicyError(
-            f"{checkpoint} was trained on '{state['policy_path']}', but {found} names '{settings.path}' as "
-            "`model.policy.path`. Give the config.yaml of the checkpoint's own run as `--config`."
-        )
-    _check_rank(content["state_dict"], settings, found)
-    projection = next((s for s in content.get("callbacks", {}).values() if _is_projection(s)), None)
-    path = basis or _basis_of(projection, found.parent)
-    calibration = load_calibration(path) if path is not None and (basis is not None or path.is_file()) else None
-    if calibration is not None and projection is not None and calibration.fingerprint != projection["fingerprint"]:
-        raise ValueError(f"The basis in {path} is not the one that {checkpoint} was trained with. Give that one.")
-    summary = found.parent / "summary.json"
-    return ExportSource(
-        checkpoint=checkpoint,
-        config=values,
-        settings=settings,
-        weights=content["state_dict"],
-        updates=int(content.get("global_step", 0)),
-        state=state,
-        projection=projection,
-        summary=json.loads(summary.read_text()) if summary.is_file() else {},
-        basis=calibration,
-        basis_path=path,
-    )
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder: a sharded checkpoint can't be exported. Consolidate it into one file first "
@@ -135,13 +99,76 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _config_of(checkpoint: Path) -> Path:
+def find_config(checkpoint: Path) -> Path:
+    """Find the configuration of a checkpoint's run.
+
+    Args:
+        checkpoint: Its file.
+
+    Returns:
+        The `config.yaml` beside or above it.
+
+    Raises:
+        PolicyError: If there is none.
+    """
     for folder in (checkpoint.absolute().parent, checkpoint.absolute().parent.parent):
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     raise PolicyError(
         f"There is no config.yaml beside or above {checkpoint}, so the model is not known. Give the one of its run as "
         "`--config`."
+    )
+
+
+def export_source(
+    checkpoint: Path,
+    content: Mapping[str, Any],
+    config_file: Path,
+    config: Mapping[str, Any],
+    settings: PolicySettings,
+    basis: Path | None = None,
+) -> ExportSource:
+    """Bring together a checkpoint and what belongs to it.
+
+    Args:
+        checkpoint: A file from a run's `checkpoints/`.
+        content: What `read_trained` found in it.
+        config_file: The run's configuration; its `summary.json` stands beside.
+        config: Content of that file.
+        settings: The policy that it describes.
+        basis: The run's basis file; None = where the checkpoint says it is.
+
+    Returns:
+        Everything, checked to belong together.
+
+    Raises:
+        PolicyError: If the configuration does not fit the checkpoint.
+        ValueError: If the basis given is another run's.
+    """
+    state = content[STATE_KEY]
+    if state["policy_path"] != settings.path:
+        raise PolicyError(
+            f"{checkpoint} was trained on '{state['policy_path']}', but {config_file} names '{settings.path}' as "
+            "`model.policy.path`. Give the config.yaml of the checkpoint's own run as `--config`."
+        )
+    _check_rank(content["state_dict"], settings, config_file)
+    projection = next((s for s in content.get("callbacks", {}).values() if _is_projection(s)), None)
+    path = basis or _basis_of(projection, config_file.parent)
+    calibration = load_calibration(path) if path is not None and (basis is not None or path.is_file()) else None
+    if calibration is not None and projection is not None and calibration.fingerprint != projection["fingerprint"]:
+        raise ValueError(f"The basis in {path} is not the one that {checkpoint} was trained with. Give that one.")
+    summary = config_file.parent / "summary.json"
+    return ExportSource(
+        checkpoint=checkpoint,
+        config=config,
+        settings=settings,
+        weights=content["state_dict"],
+        updates=int(content.get("global_step", 0)),
+        state=state,
+        projection=projection,
+        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        basis=calibration,
+        basis_path=path,
     )
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nspo_lightning.cli.app import main
+from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.export.merge import merge_
-from nspo_lightning.export.trained import ExportSource, read_source
+from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.nullspace import load_calibration
 from nspo_lightning.policy.loading import load_base, load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicySettings
@@ -79,7 +80,7 @@ def export(run, tmp_path, capsys):
 
 
 def settings_of(run):
-    return read_source(run / "checkpoints" / "last.ckpt").settings
+    return policy_settings(read_config(run / "config.yaml"), run / "config.yaml")
 
 
 @torch.no_grad()
