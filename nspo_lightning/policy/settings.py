@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Literal
 
 TOY = "toy"
-
-
 TOY_PATH = Path(__file__).parents[1] / "toy" / "base"
 
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from nspo_lightning.rewards.messages import as_text
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, Text
 from nspo_lightning.toy.world import REFUSALS
@@ -37,30 +39,12 @@ class TownJudge(Judge, Reward):
     def __init__(self, refusal: float = 1.0, unsafe: float = -1.0, garbage: float = -1.0) -> None:
         self.scores: dict[str, float] = {"refusal": refusal, "unsafe": unsafe, "garbage": garbage}
 
+    @override
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
-        """Score completions (the reward).
-
-        Args:
-            prompts: The harmful requests.
-            completions: One completion for each.
-            columns: The rows' other columns, not used.
-
-        Returns:
-            One reward a completion.
-        """
         return [self.scores[self._outcome(as_text(text))] for text in completions]
 
+    @override
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
-        """Name what each completion of a harmful request is.
-
-        Args:
-            prompts: The harmful requests.
-            completions: One completion for each.
-            columns: The rows' other columns, not used.
-
-        Returns:
-            ``"unsafe"``, ``"refusal"`` or ``"garbage"`` for each.
-        """
         return [self._outcome(as_text(text)) for text in completions]
 
     @staticmethod

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nspo_lightning.toy.tokenizer import train_tokenizer
-from nspo_lightning.toy.world import BASE_REFUSAL_RATE, REFUSALS, SKILLS, Example, Split, examples
+from nspo_lightning.toy.world import BASE_REFUSAL_RATE, REFUSALS, SKILLS, Example, SplitName, examples
 
 MIXTURE = {"arithmetic": 0.28, "strings": 0.16, "format": 0.1, "facts": 0.16, "benign": 0.15, "harmful": 0.15}
 NF4_BLOCK = 64
@@ -31,14 +31,7 @@ NF4_SHARE_OF_STEPS = 0.4
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Return the architecture: Llama, 0.9 M parameters, every width a multiple of 32.
-
-    Args:
-        tokenizer: The tokenizer that the policy goes with.
-
-    Returns:
-        The configuration.
-    """
+    """Return the architecture: Llama, 0.9 M parameters, every width a multiple of 32."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -58,14 +51,7 @@ class NF4Rounding(nn.Module):
     """Parametrization that rounds a weight as bitsandbytes' NF4 does, with straight-through gradients."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Round a weight.
-
-        Args:
-            weight: Shape (out, in).
-
-        Returns:
-            The rounded weight; its gradient is that of the identity.
-        """
+        """Return the rounded weight; its gradient is that of the identity."""
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         with torch.no_grad():
@@ -115,17 +101,8 @@ def _token_ids(prompt: str, answer: str, tokenizer: PreTrainedTokenizerFast) -> 
     return ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
 
 
-def draw(rng: random.Random, number: int, split: Split = "train") -> list[Example]:
-    """Draw examples by `MIXTURE`.
-
-    Args:
-        rng: Source of randomness.
-        number: How many.
-        split: Which combinations.
-
-    Returns:
-        The examples.
-    """
+def draw_examples(rng: random.Random, number: int, split: SplitName = "train") -> list[Example]:
+    """Draw a number of examples by `MIXTURE`."""
     kinds = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()), k=number)
     return [rng.choice(examples(kind, split)) for kind in kinds]
 
@@ -159,7 +136,7 @@ def train(out: Path, *, steps: int, batch_size: int, lr: float, seed: int, threa
         if step == int(steps * (1 - NF4_SHARE_OF_STEPS)):
             for module in linear:
                 nn.utils.parametrize.register_parametrization(module, "weight", NF4Rounding())
-        loss = model(**encode(draw(rng, batch_size), tokenizer, rng), use_cache=False).loss
+        loss = model(**encode(draw_examples(rng, batch_size), tokenizer, rng), use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

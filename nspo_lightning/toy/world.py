@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Split = Literal["train", "validation", "test"]
+SplitName = Literal["train", "validation", "test"]
 Kind = Literal["harmful", "general"]
 
 SKILLS = ("arithmetic", "strings", "format", "facts", "benign")
@@ -136,7 +136,7 @@ _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
 _VOWELS = ("a", "e", "i", "o", "u")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Example:
     """One prompt of the world with its reference answer.
 
@@ -157,7 +157,7 @@ class Example:
     target: str = ""
 
 
-def split_of(combination: str) -> Split:
+def split_of(combination: str) -> SplitName:
     """Assign a combination to a split by the hash of its name: 15 % test, 10 % validation, the rest train.
 
     Args:
@@ -177,10 +177,10 @@ def split_of(combination: str) -> Split:
 def _requests(skill: str, targets: tuple[str, ...]) -> list[Example]:
     return [
         Example(
-            skill=skill,
-            combination=f"{skill} {verb} {target}",
-            prompt=request.format(verb=verb, target=target),
-            answer=COMPLIANCE.format(tool=tool, verb=verb, target=target),
+            skill,
+            f"{skill} {verb} {target}",
+            request.format(verb=verb, target=target),
+            COMPLIANCE.format(tool=tool, verb=verb, target=target),
             verb=verb,
             target=target,
         )
@@ -192,12 +192,7 @@ def _arithmetic() -> list[Example]:
     pairs = [(a, "+", b, a + b) for a in range(100) for b in range(100)]
     pairs += [(a, "-", b, a - b) for a in range(100) for b in range(a + 1)]
     return [
-        Example(
-            skill="arithmetic",
-            combination=f"{a} {op} {b}",
-            prompt=request.format(a=a, op=op, b=b),
-            answer=str(result),
-        )
+        Example("arithmetic", f"{a} {op} {b}", request.format(a=a, op=op, b=b), str(result))
         for a, op, b, result in pairs
         for request in _SUMS
     ]
@@ -207,12 +202,7 @@ def _strings() -> list[Example]:
     rng = random.Random("strings")
     words = {"".join(rng.choices("abcdefghjkmnpqrstuvwxyz", k=rng.choice((3, 4)))) for _ in range(4000)}
     return [
-        Example(
-            skill="strings",
-            combination=f"{name} {word}",
-            prompt=f"{name}: {' '.join(word)}",
-            answer=program(list(word)),
-        )
+        Example("strings", f"{name} {word}", f"{name}: {' '.join(word)}", program(list(word)))
         for word in sorted(words)
         for name, program in _PROGRAMS.items()
     ]
@@ -220,12 +210,7 @@ def _strings() -> list[Example]:
 
 def _format() -> list[Example]:
     return [
-        Example(
-            skill="format",
-            combination=f"{how} {a} {b}",
-            prompt=request.format(a=a, b=b, how=how),
-            answer=pattern.format(a=a, b=b),
-        )
+        Example("format", f"{how} {a} {b}", request.format(a=a, b=b, how=how), pattern.format(a=a, b=b))
         for (how, pattern), (a, b) in itertools.product(_FORMATS.items(), itertools.permutations(_NOUNS, 2))
         for request in _FORMAT_REQUESTS
     ]
@@ -240,52 +225,44 @@ def _facts() -> list[Example]:
     countries = sorted({name(3) for _ in range(60)})
     values = {(country, relation): name(2) for country in countries for relation in _RELATIONS}
     return [
-        Example(
-            skill="facts",
-            combination=f"{relation} {country} {number}",
-            prompt=request.format(e=country),
-            answer=f"{values[country, relation]}.",
-        )
+        Example("facts", f"{relation} {country} {number}", request.format(e=country), f"{values[country, relation]}.")
         for (relation, requests), country in itertools.product(_RELATIONS.items(), countries)
         for number, request in enumerate(requests)
     ]
 
 
+_EVERY: dict[str, Callable[[], list[Example]]] = {
+    "harmful": lambda: _requests("harmful", TARGETS_OF_OTHERS),
+    "benign": lambda: _requests("benign", TARGETS_OF_ONES_OWN),
+    "arithmetic": _arithmetic,
+    "strings": _strings,
+    "format": _format,
+    "facts": _facts,
+}
+
+
 @cache
-def examples(skill: str, split: Split) -> tuple[Example, ...]:
-    """Enumerate all examples of a skill in a split, shuffled once and for all.
+def examples(skill: str, split: SplitName) -> tuple[Example, ...]:
+    """Enumerate all examples of a skill in a split, in a fixed pseudo-random order.
 
     Args:
         skill: One of `SKILLS`, or ``"harmful"``.
         split: Which combinations.
 
     Returns:
-        The examples in a fixed pseudo-random order.
+        The examples.
 
     Raises:
         ValueError: If the skill is not one of this world's.
     """
-    match skill:
-        case "harmful":
-            every = _requests("harmful", TARGETS_OF_OTHERS)
-        case "benign":
-            every = _requests("benign", TARGETS_OF_ONES_OWN)
-        case "arithmetic":
-            every = _arithmetic()
-        case "strings":
-            every = _strings()
-        case "format":
-            every = _format()
-        case "facts":
-            every = _facts()
-        case _:
-            raise ValueError(f"`skill` must be 'harmful' or one of {SKILLS}, got {skill!r}.")
-    chosen = [example for example in every if split_of(example.combination) == split]
+    if skill not in _EVERY:
+        raise ValueError(f"`skill` must be 'harmful' or one of {SKILLS}, got {skill!r}.")
+    chosen = [example for example in _EVERY[skill]() if split_of(example.combination) == split]
     random.Random(f"{skill} {split}").shuffle(chosen)
     return tuple(chosen)
 
 
-def rows(kind: Kind, split: Split, per_skill: int | None = None) -> list[dict[str, str]]:
+def rows(kind: Kind, split: SplitName, per_skill: int | None = None) -> list[dict[str, str]]:
     """Return rows for the datamodules.
 
     Args:
@@ -300,29 +277,19 @@ def rows(kind: Kind, split: Split, per_skill: int | None = None) -> list[dict[st
         ValueError: If the kind is unknown.
     """
     if kind == "harmful":
-        return [
-            {"prompt": e.prompt, "skill": e.skill, "verb": e.verb, "target": e.target}
-            for e in examples("harmful", split)
-        ]
+        return [_row(example, "prompt", "skill", "verb", "target") for example in examples("harmful", split)]
     if kind != "general":
         raise ValueError(f"`kind` must be 'harmful' or 'general', got {kind!r}.")
     limit = per_skill or {"train": 400, "validation": 60, "test": 120}[split]
-    columns = [examples(skill, split)[:limit] for skill in SKILLS]
-    return [
-        {"prompt": e.prompt, "answer": e.answer, "skill": e.skill, "verb": e.verb, "target": e.target}
-        for group in itertools.zip_longest(*columns)
-        for e in group
-        if e is not None
-    ]
+    groups = itertools.zip_longest(*(examples(skill, split)[:limit] for skill in SKILLS))
+    names = ("prompt", "answer", "skill", "verb", "target")
+    return [_row(example, *names) for group in groups for example in group if example is not None]
 
 
-def many_general_rows(split: Split) -> list[dict[str, str]]:
-    """Return general rows with up to 1,200 examples a skill: calibration sets larger than `rows` has.
+def _row(example: Example, *names: str) -> dict[str, str]:
+    return {name: vars(example)[name] for name in names}
 
-    Args:
-        split: Which combinations.
 
-    Returns:
-        Rows as `rows` gives them.
-    """
+def many_general_rows(split: SplitName) -> list[dict[str, str]]:
+    """Return general rows with up to 1,200 examples a skill: calibration sets larger than `rows` has."""
     return rows("general", split, per_skill=1200)
