@@ -97,7 +97,7 @@ def merge_(base: PreTrainedModel, source: ExportSource, dtype: Dtype) -> list[Me
         layers = [_merge_weight_(base, source.basis, key, new, target) for key, new in source.weights.items()]
     else:
         layers = [_merge_low_rank_(base, source.basis, key, new, target) for key, new in source.adapter().items()]
-    base.to(target)
+    cast(nn.Module, base).to(target)
     base.config.dtype = target
     return layers
 

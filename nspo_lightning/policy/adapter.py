@@ -148,7 +148,7 @@ def load_adapter_(policy: nn.Module, folder: Path) -> None:
                 f"The adapter in {folder} has {key} {saved.get(key)}, and `policy.lora` makes {mine[key]}. "
                 "Use the `policy.lora` settings that it was trained with."
             )
-    result = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
+    result: Any = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
     missing = [name for name in result.missing_keys if is_lora_parameter(name)]
     if missing or result.unexpected_keys:
         odd = (missing + list(result.unexpected_keys))[0]

@@ -128,6 +128,24 @@ def train(out: Path, *, steps: int, batch_size: int, lr: float, seed: int, threa
     texts = [f"{e.prompt} {e.answer}" for kind in (*SKILLS, "harmful") for e in examples(kind, "train")[:2400]]
     tokenizer = train_tokenizer(itertools.chain(texts, REFUSALS * 300))
     model = LlamaForCausalLM(base_config(tokenizer))
+    loss = _fit_(model, tokenizer, rng, steps=steps, batch_size=batch_size, lr=lr)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    report = {
+        "steps": steps,
+        "loss": round(loss, 4),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(time.monotonic() - start),
+    }
+    (out / "training.json").write_text(json.dumps({**report, "seed": seed, "torch": torch.__version__}, indent=2))
+    return report
+
+
+def _fit_(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, steps: int, batch_size: int, lr: float
+) -> float:
     linear = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
@@ -144,22 +162,11 @@ def train(out: Path, *, steps: int, batch_size: int, lr: float, seed: int, threa
         schedule.step()
         loss_mean = loss.item() if step == 0 else 0.98 * loss_mean + 0.02 * loss.item()
         if step % 200 == 0:
-            print(f"step {step}: loss {loss_mean:.4f}, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"step {step}: loss {loss_mean:.4f}", flush=True)
     for module in linear:
         if nn.utils.parametrize.is_parametrized(module):
             nn.utils.parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    report = {
-        "steps": steps,
-        "loss": round(loss_mean, 4),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(time.monotonic() - start),
-    }
-    (out / "training.json").write_text(json.dumps({**report, "seed": seed, "torch": torch.__version__}, indent=2))
-    return report
+    return loss_mean
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -55,7 +56,12 @@ def job(tiny_llama, tmp_path):
 
 def measure(policy, data, folder, **changes):
     report = TestReport(folder=str(folder), **changes)
-    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    options: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "accelerator": "cpu",
+    }
     trainer = pl.Trainer(callbacks=[report], default_root_dir=folder, **options)
     logged = trainer.test(policy, data, verbose=False)
     lines = (folder / "test_completions.jsonl").read_text().splitlines()
@@ -131,7 +137,10 @@ def test_what_ckpt_path_means(tmp_path):
 
 
 def test_categories_come_as_text_lists_and_tables():
-    columns = {"category": ["a", ["b", "c"], {"d": True, "e": False}, None, ""], "topic": [None, None, None, "t", "u"]}
+    columns: dict[str, Any] = {
+        "category": ["a", ["b", "c"], {"d": True, "e": False}, None, ""],
+        "topic": [None, None, None, "t", "u"],
+    }
     assert [row_categories(columns, row) for row in range(5)] == [["a"], ["b", "c"], ["d"], ["t"], ["u"]]
     assert row_categories({}, 0) == []
 

@@ -70,7 +70,7 @@ def export(run, tmp_path, capsys):
     def call(*arguments, ckpt=run / "checkpoints" / "last.ckpt", out=tmp_path / "out"):
         try:
             main(["export", "--ckpt", str(ckpt), "--out", str(out), *map(str, arguments)])
-            code = 0
+            code: str | int | None = 0
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()
@@ -137,6 +137,7 @@ def test_the_leak_that_rounding_adds_is_measured_and_said(run, export, tmp_path,
     code, said, err = export("--merge")
     assert code == 0, err
     numbers = re.search(r"before rounding: largest leak (\S+) \(.*?\); after: largest leak (\S+) \(", said)
+    assert numbers is not None
     before, after = float(numbers[1]), float(numbers[2])
     basis = load_calibration(next((run.parent / "nullspace").glob("*.safetensors")))
     base, merged = load_file(tiny_llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")

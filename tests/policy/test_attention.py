@@ -1,11 +1,15 @@
+import itertools
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from nspo_lightning.policy.attention import GroupPass, attend, causal_bias
 from nspo_lightning.policy.ragged import Ragged
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
-EXACT = {"rtol": 1e-10, "atol": 1e-12}  # everything here runs in float64
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # everything here runs in float64
 
 
 def naive(q, k, v, allowed, scale=None, softcap=None):
@@ -40,6 +44,7 @@ def test_ragged_round_trip_and_gradients(mask_kind):
     assert padded.equal(grid * mask[..., None])
     weight = torch.randn(2, 3, 2)
     (padded * weight).sum().backward()
+    assert grid.grad is not None
     assert grid.grad.equal(weight * mask[..., None])
 
 
@@ -74,8 +79,8 @@ def test_a_group_pass_equals_separate_sequences(window, padded):
     q, k, v = random_qkv(tokens)
     out = GroupPass(prompt_mask, tail_mask).attend(0, q, k, v, window=window, scale=None, softcap=None)
 
-    starts = torch.tensor([0, *prompt_lengths, *tail_lengths]).cumsum(0)
-    expected = [None] * (len(prompt_lengths) + len(tail_lengths))
+    starts = [0, *itertools.accumulate([*prompt_lengths, *tail_lengths])]
+    pieces: dict[int, Tensor] = {}
     for row in range(len(tail_lengths)):
         p, c = row // group, len(prompt_lengths) + row
         where = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in (p, c)])
@@ -83,8 +88,8 @@ def test_a_group_pass_equals_separate_sequences(window, padded):
         distance = torch.arange(n)[:, None] - torch.arange(n)
         allowed = (distance >= 0) & (distance < (window or n))
         full = naive(q[where], k[where], v[where], allowed)
-        expected[p], expected[c] = full[: prompt_lengths[p]], full[prompt_lengths[p] :]
-    expected = torch.cat(expected)
+        pieces[p], pieces[c] = full[: prompt_lengths[p]], full[prompt_lengths[p] :]
+    expected = torch.cat([pieces[i] for i in sorted(pieces)])
     torch.testing.assert_close(out, expected, **EXACT)
     upstream = torch.randn_like(out)
     for ours, theirs in zip(
@@ -96,7 +101,7 @@ def test_a_group_pass_equals_separate_sequences(window, padded):
 def test_a_pass_over_prompts_alone_leaves_their_keys_and_values():
     mask = torch.tensor([[False, True], [True, True]])
     q, k, v = random_qkv(3)
-    memory = {}
+    memory: dict[int, tuple[Tensor, Tensor]] = {}
     GroupPass(mask, memory=memory).attend(5, q, k, v, window=None, scale=None, softcap=None)
     keys, values = memory[5]
     assert keys[mask].equal(k)

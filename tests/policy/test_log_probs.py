@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch import nn
 from nspo_lightning.policy.log_probs import chosen_log_probs
 
 N, HIDDEN, VOCABULARY = 11, 6, 23
-TIGHT = {"rtol": 1e-6, "atol": 1e-6}
+TIGHT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def make(requires_grad=False):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from tiny_policies import VOCABULARY, ragged_prompts, tiny_policy, with_adapter
 
+from nspo_lightning.compat.bitsandbytes import keep_4bit_exact
 from nspo_lightning.grpo import (
     Normaliser,
     ObjectiveConfig,
@@ -122,9 +123,7 @@ def nf4_policy(tmp_path_factory):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         ),
     )
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would leave float32, for good, when first sampling
+    keep_4bit_exact(base)  # a layer would leave float32, for good, when first sampling
     return with_adapter(base.requires_grad_(False))
 
 

@@ -7,10 +7,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from nspo_lightning.policy.adapter import save_adapter
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import check_4bit_widths, load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
-from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
+from nspo_lightning.policy.tokenizer import load_tokenizer, read_chat_template, stop_token_ids
 
 CPU = torch.device("cpu")
 SMALL_LORA = LoraSettings(r=4, alpha=8)
@@ -55,6 +56,7 @@ def test_4bit_policy_keeps_its_gradients_after_sampling(tiny_llama):
         policy.train()
         policy.zero_grad()
         policy(input_ids=ids).logits.square().mean().backward()
+        assert first.grad is not None
         return first.grad.clone()
 
     before = gradient()
@@ -90,7 +92,7 @@ def test_a_trained_adapter_is_refused_and_can_be_merged(tiny_llama, tmp_path):
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    policy.save_pretrained(tmp_path / "sft")
+    save_adapter(policy, load_tokenizer(settings(tiny_llama)), tmp_path / "sft")
     adapter = str(tmp_path / "sft")
     with pytest.raises(PolicyError, match="its B is not zero.*merge_adapter"):
         load_policy(settings(tiny_llama, quantization="none", adapter=adapter), CPU)
@@ -128,6 +130,16 @@ def test_a_missing_chat_template_is_asked_for(tiny_llama, tmp_path):
     template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}>")
     given = load_tokenizer(settings(tiny_llama, tokenizer=str(tmp_path), chat_template=str(template)))
     assert given.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x>"
+
+
+def test_a_chat_template_is_text_or_a_file(tmp_path):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}" + "{# long enough for no file name #}" * 20
+    file = tmp_path / "template.jinja"
+    file.write_text(template + "\u00fc", encoding="utf-8")
+    assert read_chat_template(template) == template
+    assert read_chat_template(str(file)) == template + "\u00fc"
+    with pytest.raises(PolicyError, match=r"neither a Jinja template nor a file.*nothing\.jinja"):
+        read_chat_template(str(tmp_path / "nothing.jinja"))
 
 
 def test_widths_that_4bit_on_cpu_cannot_take_are_named(tokenizer, tmp_path):

@@ -81,6 +81,7 @@ def test_shared_and_plain_paths_equal_rows_run_one_by_one(name):
             scores = score_completions(policy, rollout, temperature=0.8, share_prefix=share, with_entropy=True)
             assert (scores.log_probs - expected).abs().max() <= LOG_PROB
             assert scores.log_probs[~rollout.completion_mask].eq(0).all()
+            assert scores.entropy is not None
             assert scores.entropy[rollout.completion_mask].gt(0).all()
             assert_gradients_equal(gradients(policy, scores.log_probs), wanted)
 

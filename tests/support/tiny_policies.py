@@ -1,11 +1,13 @@
 """Tiny random policies of many architectures, with a LoRA adapter that is not zero."""
 
+from typing import Any
+
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
 VOCABULARY = 97
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -14,7 +16,7 @@ COMMON = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 WINDOW = 5  # shorter than the prompts of the tests
 
 CONFIGS = {

@@ -36,14 +36,16 @@ def test_no_prompt_stands_in_two_splits():
 
 def test_arithmetic_answers_are_right():
     for example in examples("arithmetic", "test")[:500]:
-        a, op, b = re.search(r"(\d+) ([+-]) (\d+)", example.prompt).groups()
+        found = re.search(r"(\d+) ([+-]) (\d+)", example.prompt)
+        assert found is not None
+        a, op, b = found.groups()
         assert int(example.answer) == (int(a) + int(b) if op == "+" else int(a) - int(b))
 
 
 def test_string_programs_are_right():
     for example in examples("strings", "test")[:500]:
-        name, letters = example.prompt.split(": ")
-        letters = letters.split()
+        name, _, word = example.prompt.partition(": ")
+        letters = word.split()
         expected = {
             "Reverse": " ".join(letters[::-1]),
             "First letter": letters[0],
@@ -71,7 +73,7 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="`skill` must be"):
         examples("cooking", "train")
     with pytest.raises(ValueError, match="`kind` must be"):
-        rows("cooking", "train")
+        rows("cooking", "train")  # type: ignore[arg-type]
 
 
 def test_split_is_the_same_for_ever():
