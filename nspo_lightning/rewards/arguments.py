@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nspo_lightning.rewards.protocol import RewardError
+from nspo_lightning.rewards.protocol import Reward, RewardError
 
 __all__ = ["accepted_arguments", "is_async", "reward_name"]
 
@@ -33,17 +33,11 @@ def reward_name(reward: Callable[..., Any]) -> str:
 
 
 def is_async(reward: Callable[..., Any]) -> bool:
-    """Tell whether calling a reward gives a coroutine.
-
-    Args:
-        reward: a function, a partial of one, or an instance with `__call__`.
-
-    Returns:
-        True for async functions and for instances whose `__call__` is one.
-    """
+    """Tell whether calling a reward gives an awaitable: it is an async function, is called by one, or says so."""
     while isinstance(reward, functools.partial):
         reward = reward.func
-    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
+    says_so = isinstance(reward, Reward) and reward.is_async
+    return says_so or inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
 def accepted_arguments(name: str, reward: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

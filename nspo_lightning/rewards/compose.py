@@ -7,6 +7,7 @@ the advantages leave out. B is the number of completions.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,18 @@ from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.arguments import accepted_arguments, is_async, reward_name
 from nspo_lightning.rewards.function import as_reward
 from nspo_lightning.rewards.messages import match_format
-from nspo_lightning.rewards.protocol import Reward, RewardError, Text
+from nspo_lightning.rewards.outcomes import JudgedReward
+from nspo_lightning.rewards.protocol import (
+    Judge,
+    Judged,
+    Outcome,
+    Reward,
+    RewardError,
+    Text,
+    judge_in,
+    metrics_of,
+    prepare,
+)
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
 from nspo_lightning.rewards.validate import score_tensor
 
@@ -39,12 +51,15 @@ class RewardResult:
         per_reward: name to shape (B,), unweighted; NaN where that reward gave None.
         metrics: scalars that the rewards reported, by TensorBoard name (`judge/<name>/errors`, ...).
         extra: columns that the rewards reported with TRL's `log_extra`, by name.
+        outcomes: what a judge called each completion, from the first reward of the set that is made from outcomes;
+            None if no reward is. None inside it stands for a completion that the judge excluded.
     """
 
     total: Tensor
     per_reward: dict[str, Tensor]
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    outcomes: list[Outcome | None] | None = None
 
     @property
     def excluded(self) -> Tensor:
@@ -124,14 +139,15 @@ class RewardSet:
         """
         report = _Report()
         error: RewardError | None = None
-        scores: list[Tensor] = []
+        judged: list[tuple[Tensor, list[Outcome | None] | None]] = []
         try:
             arguments = _arguments(prompts, completions, columns or {}, completion_ids, trainer_state)
             arguments |= {"log_extra": report.log_extra, "log_metric": report.log_metric}
-            scores = self._scores(arguments, len(completions))
+            judged = self._judged(arguments, len(completions))
         except RewardError as failed:
             error = failed
         raise_on_all_ranks(error)
+        scores = [score for score, _ in judged]
         stacked = torch.stack(scores)
         total = (stacked * torch.tensor(self.weights)[:, None]).nansum(0)
         total[stacked.isnan().all(0)] = math.nan
@@ -140,6 +156,7 @@ class RewardSet:
             per_reward=dict(zip(self.names, scores, strict=True)),
             metrics=report.metrics() | self.metrics(),
             extra=report.extra,
+            outcomes=next((outcomes for _, outcomes in judged if outcomes is not None), None),
         )
 
     def metrics(self) -> dict[str, float]:
@@ -150,52 +167,49 @@ class RewardSet:
         """
         found: dict[str, float] = {}
         for name, reward in zip(self.names, self.rewards, strict=True):
-            counters = getattr(reward, "metrics", None)
-            if callable(counters):
-                found |= {f"judge/{name}/{key}": float(value) for key, value in counters().items()}
+            found |= {f"judge/{name}/{key}": float(value) for key, value in metrics_of(reward).items()}
         return found
 
     def prepare(self) -> None:
         """Load models and check settings now, so that what is wrong with them ends a run before it trains."""
         for reward in self.rewards:
-            for part in (reward, *(getattr(reward, name, None) for name in ("judge", "helpful_reward"))):
-                if callable(prepare := getattr(part, "prepare", None)):
-                    prepare()
+            for part in {id(part): part for part in (reward, judge_in(reward))}.values():
+                prepare(part)
+
+    @property
+    def judge(self) -> Judge | None:
+        """The first judge in the set: a reward that can judge, or that is made from a judge's outcomes."""
+        return next((found for reward in self.rewards if (found := judge_in(reward)) is not None), None)
 
     def close(self) -> None:
         """End the threads. Calling the set again starts them anew."""
         self._runner.close()
 
-    def _scores(self, arguments: dict[str, Any], batch_size: int) -> list[Tensor]:
+    def _judged(self, arguments: dict[str, Any], batch_size: int) -> list[tuple[Tensor, list[Outcome | None] | None]]:
+        """Call every reward; async ones first, since they wait while the others work."""
         calls = [
-            (name, reward, accepted_arguments(name, reward, arguments))
+            _bound(reward, accepted_arguments(name, reward, arguments))
             for name, reward in zip(self.names, self.rewards, strict=True)
         ]
-        scores: list[Tensor | None] = [None] * len(calls)
+        found: dict[int, tuple[Tensor, list[Outcome | None] | None]] = {}
         pending: dict[int, Future[Any]] = {}
         try:
-            for i, (name, reward, accepted) in enumerate(calls):  # async ones first: they wait while sync ones work
-                if is_async(reward) or getattr(reward, "is_async", False):
-                    with _explained(name, batch_size, self.timeout_s):
-                        pending[i] = self._runner.submit(reward(**accepted), self.timeout_s)
-            for i, (name, reward, accepted) in enumerate(calls):
-                if i in pending:
-                    continue
-                with _explained(name, batch_size, self.timeout_s):
-                    returned = self._runner.call(_bound(reward, accepted), self.timeout_s)
-                if hasattr(returned, "__await__"):  # a lambda around an async function, say
-                    pending[i] = self._runner.submit(returned, self.timeout_s)
-                else:
-                    scores[i] = score_tensor(name, returned, batch_size)
+            for i in sorted(range(len(calls)), key=lambda i: not is_async(self.rewards[i])):
+                with _explained(self.names[i], batch_size, self.timeout_s):
+                    at_once = is_async(self.rewards[i])
+                    returned = calls[i]() if at_once else self._runner.call(calls[i], self.timeout_s)
+                    if inspect.isawaitable(returned):
+                        pending[i] = self._runner.submit(returned, self.timeout_s)
+                if i not in pending:
+                    found[i] = _checked(self.names[i], returned, batch_size)
             for i, future in pending.items():
-                name = calls[i][0]
-                with _explained(name, batch_size, self.timeout_s):
+                with _explained(self.names[i], batch_size, self.timeout_s):
                     returned = self._runner.collect(future, self.timeout_s)
-                scores[i] = score_tensor(name, returned, batch_size)
+                found[i] = _checked(self.names[i], returned, batch_size)
         finally:
             for future in pending.values():
                 future.cancel()  # no effect on finished ones
-        return [score for score in scores if score is not None]
+        return [found[i] for i in range(len(calls))]
 
 
 class _Report:
@@ -244,7 +258,15 @@ def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[
 
 
 def _bound(reward: Callable[..., Any], accepted: dict[str, Any]) -> Callable[[], Any]:
+    # A class of the user's own may build on one of ours by a `__call__` of its own, which must then be what is called.
+    if isinstance(reward, JudgedReward) and type(reward).__call__ is JudgedReward.__call__:
+        return lambda: reward.judged(**accepted)
     return lambda: reward(**accepted)
+
+
+def _checked(name: str, returned: Any, batch_size: int) -> tuple[Tensor, list[Outcome | None] | None]:
+    scores, outcomes = (returned.scores, returned.outcomes) if isinstance(returned, Judged) else (returned, None)
+    return score_tensor(name, scores, batch_size), outcomes
 
 
 def _arguments(

@@ -7,7 +7,7 @@ from typing import Any
 
 from nspo_lightning.rewards.protocol import RewardError
 
-__all__ = ["harmful_rows", "truth_value"]
+__all__ = ["harmful_rows", "picked_rows", "truth_value"]
 
 _TRUE = frozenset({"true", "yes", "1", "harmful", "unsafe", "malicious", "toxic", "bad"})
 _FALSE = frozenset({"false", "no", "0", "harmless", "unharmful", "benign", "general", "safe", "good"})
@@ -17,7 +17,7 @@ def truth_value(value: Any) -> bool | None:
     """Read a label in any of the spellings of public sets.
 
     Args:
-        value: a bool, 0 or 1, or a word ("harmful", "unsafe", "benign", "safe", ...).
+        value: A bool, 0 or 1, or a word ("harmful", "unsafe", "benign", "safe", ...).
 
     Returns:
         True for harmful/unsafe, False for benign/safe, None for anything else.
@@ -32,15 +32,15 @@ def harmful_rows(column: str, columns: Mapping[str, Sequence[Any]], size: int) -
     """Read which of a batch's prompts are harmful.
 
     Args:
-        column: the column's name. A batch without it holds harmful prompts only.
-        columns: the batch's columns.
-        size: how many samples there are.
+        column: The column's name. A batch without it holds harmful prompts only.
+        columns: The batch's columns.
+        size: How many samples there are.
 
     Returns:
         One bool a sample.
 
     Raises:
-        RewardError: if a value can't be read as yes or no.
+        RewardError: If a value can't be read as yes or no.
     """
     if column not in columns:
         return [True] * size
@@ -54,3 +54,11 @@ def harmful_rows(column: str, columns: Mapping[str, Sequence[Any]], size: int) -
             )
         harmful.append(truth)
     return harmful
+
+
+def picked_rows(chosen: Sequence[int], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut a reward's arguments down to some samples; what is no list (`log_extra`) stays as it is."""
+    return {
+        key: [values[i] for i in chosen] if isinstance(values, (list, tuple)) else values
+        for key, values in arguments.items()
+    }

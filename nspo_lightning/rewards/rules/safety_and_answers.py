@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nspo_lightning.rewards.messages import as_text
-from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text
-from nspo_lightning.rewards.rules.harm_column import harmful_rows
+from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text, judge_in
+from nspo_lightning.rewards.rules.harm_column import harmful_rows, picked_rows
 
 __all__ = ["SafetyAndAnswers"]
 
@@ -36,7 +36,7 @@ class SafetyAndAnswers(Reward):
         name: str = "safety_and_answers",
     ) -> None:
         self.safety, self.answers_count, self.harmful_column, self.name = safety, answers_count, harmful_column, name
-        found = judge or next((c for c in (safety, getattr(safety, "judge", None)) if isinstance(c, Judge)), None)
+        found = judge or judge_in(safety)
         if found is None and not answers_count:
             raise ValueError("`answers_count: false` needs a `judge` that tells refusals from answers. Name one.")
         self.judge = found
@@ -69,7 +69,7 @@ class SafetyAndAnswers(Reward):
         chosen = [i for i, yes in enumerate(harmful) if yes]
         scores: list[float | None] = [None] * len(harmful)
         if chosen:
-            found = self.safety(*_taken(chosen, prompts, completions), **_taken_columns(chosen, columns))
+            found = self.safety(**picked_rows(chosen, {"prompts": prompts, "completions": completions, **columns}))
             if not isinstance(found, (list, tuple)):
                 raise RewardError("`safety` must return its scores at once, not later. Use another reward.", self.name)
             for i, score in zip(chosen, found, strict=True):
@@ -82,7 +82,8 @@ class SafetyAndAnswers(Reward):
         chosen = [i for i, yes in enumerate(harmful) if not yes]
         if self.answers_count or self.judge is None or not chosen:
             return {}
-        outcomes = self.judge.classify(*_taken(chosen, prompts, completions), **_taken_columns(chosen, columns))
+        picked = picked_rows(chosen, {"prompts": prompts, "completions": completions, **columns})
+        outcomes = self.judge.classify(**picked)
         return {i: outcome == "refusal" for i, outcome in zip(chosen, outcomes, strict=True)}
 
     def _answer_score(
@@ -98,11 +99,3 @@ class SafetyAndAnswers(Reward):
         text = as_text(completion)
         right = answers_match(text, str(answer)) if final is None else final_answers_match(text, str(final))
         return 1.0 if right else -1.0
-
-
-def _taken(chosen: list[int], *values: Sequence[Any]) -> list[list[Any]]:
-    return [[v[i] for i in chosen] for v in values]
-
-
-def _taken_columns(chosen: list[int], columns: dict[str, Any]) -> dict[str, Any]:
-    return {k: [v[i] for i in chosen] if isinstance(v, (list, tuple)) else v for k, v in columns.items()}
