@@ -29,8 +29,7 @@ from nspo_lightning.datamodules.sources.errors import DataError, listing
 from nspo_lightning.datamodules.sources.readers import read_file
 from nspo_lightning.datamodules.sources.rows import RawRow
 from nspo_lightning.rewards import Reward, RewardFunction, RewardResult, RewardSet
-from nspo_lightning.rewards.rules.harm_column import truth_value
-from nspo_lightning.rewards.rules.label_agreement import LabelAgreement, label_agreement
+from nspo_lightning.rewards.rules.labels import LabelAgreement, label_agreement, truth_value
 
 __all__ = ["judge_file", "main"]
 

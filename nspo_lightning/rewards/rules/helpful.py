@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
-from nspo_lightning.rewards.arguments import is_async
+from nspo_lightning.rewards.function import is_async
 from nspo_lightning.rewards.outcomes import JudgedReward
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text, prepare
-from nspo_lightning.rewards.rules.harm_column import harmful_rows, picked_rows
+from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
 
 __all__ = ["SafeAndHelpful"]
 
@@ -28,7 +28,7 @@ class SafeAndHelpful(JudgedReward):
         helpfulness: What answering a benign prompt is worth, beside the 1 that lies between unsafe and safe.
         helpful_reward: Scores *how* helpful an answer is, best in [0, 1] (a reward model's sigmoid); by default any
             safe answer is as good as another. Called on the answered benign prompts only.
-        harmful_column: Column that says which prompts are harmful (see `harm_column.py`); without it all are.
+        harmful_column: Column that says which prompts are harmful (see `labels.py`); without it all are.
         name: What TensorBoard and messages call it.
     """
 
