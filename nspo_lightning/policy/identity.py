@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.keys import looks_secret
+
 PACKAGES = (
     "nspo-lightning",
     "torch",
@@ -133,7 +135,7 @@ def describe(thing: Any) -> Any:
     if thing is None or isinstance(thing, (str, int, float, bool)):
         return thing
     if isinstance(thing, dict):
-        return {str(key): describe(value) for key, value in thing.items() if not _is_secret(str(key))}
+        return {str(key): describe(value) for key, value in thing.items() if not looks_secret(str(key))}
     if isinstance(thing, (list, tuple)):
         return [describe(value) for value in thing]
     if is_dataclass(thing) and not isinstance(thing, type):
@@ -142,14 +144,10 @@ def describe(thing: Any) -> Any:
         name: describe(value)
         for name, value in sorted(getattr(thing, "__dict__", {}).items())
         if not name.startswith("_")
-        and not _is_secret(name)
+        and not looks_secret(name)
         and (value is None or isinstance(value, (str, int, float, bool, dict, list, tuple)) or is_dataclass(value))
     }
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **plain}
-
-
-def _is_secret(name: str) -> bool:
-    return any(word in name.lower() for word in ("key", "token_", "secret", "password", "authorization", "headers"))
 
 
 def policy_fingerprint(policy: nn.Module) -> str:
