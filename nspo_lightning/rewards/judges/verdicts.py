@@ -30,11 +30,11 @@ class Verdict:
     """A guard's verdict on one completion.
 
     Attributes:
-        unsafe: probability that the completion is unsafe; 0 or 1 from a reply in words.
-        refusal: probability that it is a refusal; None from a guard that doesn't say.
-        categories: the guard's own names of what is violated, as it gave them.
-        outcome: what a judge that names outcomes itself said.
-        labels: probabilities of the deciding labels, from a guard that is read by its logits.
+        unsafe: Probability that the completion is unsafe; 0 or 1 from a reply in words.
+        refusal: Probability that it is a refusal; None from a guard that doesn't say.
+        categories: The guard's own names of what is violated, as it gave them.
+        outcome: What a judge that names outcomes itself said.
+        labels: Probabilities of the deciding labels, from a guard that is read by its logits.
     """
 
     unsafe: float
@@ -48,9 +48,9 @@ def outcome_of(verdict: Verdict, completion: str, threshold: float = 0.5) -> Out
     """Name the outcome: garbage first, then unsafe, then refusal (the guard's word, else by patterns), else safe.
 
     Args:
-        verdict: the guard's verdict.
-        completion: the text that was judged.
-        threshold: from this probability on, unsafe or refusal counts as said.
+        verdict: The guard's verdict.
+        completion: The text that was judged.
+        threshold: From this probability on, unsafe or refusal counts as said.
 
     Returns:
         The outcome.
@@ -70,8 +70,8 @@ def read_reply(reply_format: ReplyFormat, reply: str) -> Verdict | None:
     """Read a reply in words.
 
     Args:
-        reply_format: how this judge answers.
-        reply: what it wrote; a closed `<think>` part before the answer is left out.
+        reply_format: How this judge answers.
+        reply: What it wrote; a closed `<think>` part before the answer is left out.
 
     Returns:
         The verdict, or None if the reply doesn't have that form.
