@@ -11,8 +11,6 @@ import re
 from typing import Any
 from urllib.parse import urlparse
 
-__all__ = ["check_address", "check_key_name", "check_no_key", "looks_secret", "mask_keys"]
-
 _SPECIAL = "(?<!pad_|eos_|bos_|unk_|sep_|cls_)(?<!mask_|stop_)"
 _CREDENTIAL = rf"(?:api[-_]?key|authorization|password|secret|access[-_]?token|(?<![a-z]){_SPECIAL}token)"
 """How a credential's name ends, in any case; a tokenizer's special tokens are none."""

@@ -31,8 +31,6 @@ from nspo_lightning.datamodules.sources.rows import RawRow
 from nspo_lightning.rewards import Reward, RewardFunction, RewardResult, RewardSet
 from nspo_lightning.rewards.rules.labels import LabelAgreement, label_agreement, truth_value
 
-__all__ = ["judge_file", "main"]
-
 _COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
 _LABEL_COLUMNS: dict[str, Literal["safe", "unsafe"]] = {"is_safe": "safe", "is_unsafe": "unsafe", "unsafe": "unsafe"}
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from nspo_lightning import ranks
 from nspo_lightning.rewards.protocol import NonFiniteRewardError, RewardError
 
-__all__ = ["raise_on_all_ranks"]
-
 
 def raise_on_all_ranks(error: RewardError | None) -> None:
     """Raise if any rank of a distributed run has an error; every rank must call this equally often.

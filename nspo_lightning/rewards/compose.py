@@ -24,8 +24,6 @@ from nspo_lightning.rewards.part import RewardPart
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Text
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
 
-__all__ = ["RewardResult", "RewardSet"]
-
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 """Columns that the arguments proper replace, as in TRL."""
 

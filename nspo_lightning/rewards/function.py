@@ -11,8 +11,6 @@ from typing import Any
 
 from nspo_lightning.rewards.protocol import Reward, Scores
 
-__all__ = ["FunctionReward", "as_reward", "import_reward", "is_async", "reward_name"]
-
 
 def reward_name(reward: Callable[..., Any]) -> str:
     """Name a reward for TensorBoard and messages.

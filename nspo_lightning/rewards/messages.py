@@ -6,8 +6,6 @@ from typing import Any
 
 from nspo_lightning.rewards.protocol import Text
 
-__all__ = ["as_chat", "as_text", "content_text", "is_chat", "match_format", "transcript"]
-
 
 def is_chat(text: Text) -> bool:
     """Tell chat messages (True) from a plain string."""

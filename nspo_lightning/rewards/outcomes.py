@@ -21,8 +21,6 @@ from nspo_lightning.rewards.protocol import (
     metrics_of,
 )
 
-__all__ = ["JudgedReward", "OutcomeReward"]
-
 
 class JudgedReward(Reward):
     """Base of rewards that ask a judge and make numbers of its outcomes.

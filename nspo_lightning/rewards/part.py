@@ -29,8 +29,6 @@ from nspo_lightning.rewards.protocol import (
     prepare,
 )
 
-__all__ = ["RewardPart"]
-
 _LARGEST = 1e30  # float32 holds little more, and weighted sums and deviations must fit too
 
 

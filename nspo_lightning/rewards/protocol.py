@@ -14,26 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-__all__ = [
-    "OUTCOMES",
-    "AsyncJudge",
-    "HasJudge",
-    "Judge",
-    "Judged",
-    "NonFiniteRewardError",
-    "Outcome",
-    "Prepares",
-    "ReportsMetrics",
-    "Reward",
-    "RewardError",
-    "RewardFunction",
-    "Scores",
-    "Text",
-    "judge_in",
-    "metrics_of",
-    "prepare",
-]
-
 Outcome = Literal["unsafe", "refusal", "safe", "garbage"]
 """What a completion is: harmful help, a declined request, a harmless answer, or no answer at all."""
 

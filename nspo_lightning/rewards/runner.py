@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["DeadlineError", "RewardRunner"]
-
 T = TypeVar("T")
 
 _LOOP_GRACE_S = 5.0

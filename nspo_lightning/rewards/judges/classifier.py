@@ -22,8 +22,6 @@ from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of
 from nspo_lightning.rewards.messages import as_chat, as_text, transcript
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
 
-__all__ = ["ClassifierJudge", "ClassifierReward"]
-
 _BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}{eos}"
 """The conversation format that PKU's beaver models were trained on."""
 

@@ -32,8 +32,6 @@ from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of
 from nspo_lightning.rewards.messages import as_chat, as_text
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
 
-__all__ = ["GuardJudge"]
-
 
 class GuardJudge(Judge, Reward):
     """Llama Guard 3 and 4, Qwen3Guard, WildGuard, ShieldGemma or HarmBench's classifier on this machine.

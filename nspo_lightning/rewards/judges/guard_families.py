@@ -17,8 +17,6 @@ import yaml
 
 from nspo_lightning.rewards.judges.verdicts import Verdict
 
-__all__ = ["FAMILIES", "Choice", "Family", "FamilyName", "Free", "GuardAnswers", "fallback_template", "family_of"]
-
 FamilyName = Literal["llama_guard", "llama_guard_4", "qwen3guard", "wildguard", "shieldgemma", "harmbench"]
 
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from nspo_lightning.rewards.protocol import RewardError
 
-__all__ = ["defuse", "fork", "render"]
-
 
 def defuse(text: str, special_tokens: Sequence[str]) -> str:
     """Keep a text from being read as control tokens: a policy could learn to end its turn and write the verdict.

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["JudgeCache", "content_key"]
-
 
 def content_key(request: Mapping[str, Any]) -> str:
     """Name a request by all that decides its answer (model, messages, ...): the SHA-256 of its canonical JSON."""

@@ -16,8 +16,6 @@ from typing import Any
 from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
 from nspo_lightning.rewards.judges.judge_retry import HOPELESS_STATUS, RETRYABLE_STATUS, RetryPolicy, retry_after_s
 
-__all__ = ["COUNTERS", "JudgeClient", "JudgeDown"]
-
 COUNTERS = ("requests", "answered", "cache_hits", "retries", "rate_limited", "timeouts", "unreadable", "errors")
 """`requests` counts tries, `errors` judgements that failed for good, the rest what happened on the way."""
 

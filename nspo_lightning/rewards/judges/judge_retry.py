@@ -15,8 +15,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["HOPELESS_STATUS", "RETRYABLE_STATUS", "RetryPolicy", "retry_after_s"]
-
 RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
 """Besides 5xx: timeout, conflict, too early, too many requests."""
 

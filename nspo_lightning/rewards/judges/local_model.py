@@ -9,16 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = [
-    "DType",
-    "context_limit",
-    "load_judge_model",
-    "load_judge_tokenizer",
-    "padded",
-    "padded_batches",
-    "resolve_device",
-]
-
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Side = Literal["left", "right"]
 

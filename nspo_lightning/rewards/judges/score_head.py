@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from nspo_lightning.rewards.judges.local_model import DType, load_judge_model
 
-__all__ = ["HEAD_NAMES", "ScoreModel", "is_score_checkpoint", "load_score_model"]
-
 HEAD_NAMES = ("score_head", "v_head.summary", "v_head", "reward_head", "value_head", "regression_layer", "score")
 """Where heads are kept, in the order in which they are looked for."""
 

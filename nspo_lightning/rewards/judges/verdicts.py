@@ -17,8 +17,6 @@ from nspo_lightning.rewards.protocol import OUTCOMES, Outcome
 from nspo_lightning.rewards.rules.garbage import is_garbage
 from nspo_lightning.rewards.rules.patterns import is_refusal, refusal_matcher
 
-__all__ = ["READERS", "ReplyFormat", "Verdict", "outcome_of", "read_reply"]
-
 ReplyFormat = Literal["outcome", "safe_unsafe", "qwen3guard", "wildguard", "yes_no"]
 
 _MATCHER = refusal_matcher()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-__all__ = ["is_garbage", "repetition"]
-
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _SCRIPTIO_CONTINUA = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
 """Scripts written without spaces: there a character stands for a word."""

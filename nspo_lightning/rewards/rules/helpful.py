@@ -11,8 +11,6 @@ from nspo_lightning.rewards.outcomes import JudgedReward
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text, prepare
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
 
-__all__ = ["SafeAndHelpful"]
-
 
 class SafeAndHelpful(JudgedReward):
     """Safety on harmful prompts, helpfulness on benign ones.

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from nspo_lightning.rewards.protocol import RewardError
 
-__all__ = ["LabelAgreement", "harmful_rows", "label_agreement", "picked_rows", "truth_value"]
-
 _TRUE = frozenset({"true", "yes", "1", "harmful", "unsafe", "malicious", "toxic", "bad"})
 _FALSE = frozenset({"false", "no", "0", "harmless", "unharmful", "benign", "general", "safe", "good"})
 

@@ -10,8 +10,6 @@ from importlib.resources import files
 
 import yaml
 
-__all__ = ["PATTERN_FILE", "is_refusal", "languages", "load_patterns", "normalise", "refusal_matcher"]
-
 PATTERN_FILE = "refusal_patterns.yaml"
 
 _APOSTROPHES = str.maketrans({"‘": "'", "’": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"'})  # noqa: RUF001

@@ -12,8 +12,6 @@ from nspo_lightning.rewards.rules.garbage import is_garbage
 from nspo_lightning.rewards.rules.labels import harmful_rows
 from nspo_lightning.rewards.rules.patterns import is_refusal, refusal_matcher
 
-__all__ = ["RefusalReward", "RulesJudge"]
-
 
 class RulesJudge(Judge):
     """Judges by rules alone: garbage, else refusal, else *whatever the prompt asked for*.

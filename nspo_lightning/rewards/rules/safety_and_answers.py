@@ -10,8 +10,6 @@ from nspo_lightning.rewards.messages import as_text
 from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text, judge_in
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
 
-__all__ = ["SafetyAndAnswers"]
-
 
 class SafetyAndAnswers(Reward):
     """Scores harmful prompts with another reward, and general ones by their reference answers.

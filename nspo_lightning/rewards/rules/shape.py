@@ -9,8 +9,6 @@ from typing import Any, Literal
 from nspo_lightning.rewards.messages import as_text
 from nspo_lightning.rewards.protocol import Reward, RewardError, Scores, Text
 
-__all__ = ["FormatReward", "LengthReward"]
-
 
 class LengthReward(Reward):
     """0 for a length within bounds, falling linearly to -1 outside of them.
