@@ -13,14 +13,7 @@ from nspo_lightning.rewards.protocol import Reward, Scores
 
 
 def reward_name(reward: Callable[..., Any]) -> str:
-    """Name a reward for TensorBoard and messages.
-
-    Args:
-        reward: A function, a partial of one, or an instance with `__call__`.
-
-    Returns:
-        Its `name` attribute if that is a non-empty string, else the function's or class's name (a class in snake case).
-    """
+    """Name a reward: by its `name` if that is a non-empty string, else as its function or class (in snake case)."""
     given = getattr(reward, "name", None)
     if isinstance(given, str) and given:
         return given
@@ -43,7 +36,7 @@ def import_reward(path: str) -> Callable[..., Any]:
         path: `package.module.function`, also `package.module.Class.method`.
 
     Returns:
-        The callable.
+        What the path names.
 
     Raises:
         ValueError: If there is no such module or name.
@@ -110,17 +103,7 @@ class FunctionReward(Reward):
 
 
 def as_reward(reward: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Take a reward or its dotted path.
-
-    Args:
-        reward: Either.
-
-    Returns:
-        The reward.
-
-    Raises:
-        TypeError: If it is neither.
-    """
+    """Take a reward, or import it by its dotted path."""
     if isinstance(reward, str):
         return FunctionReward(reward)
     if not callable(reward):

@@ -38,14 +38,16 @@ class JudgedReward(Reward):
         self.is_async = isinstance(judge, AsyncJudge)
 
     @abstractmethod
-    def scores(
-        self,
-        outcomes: list[Outcome | None],
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        columns: Mapping[str, Any],
-    ) -> Scores | Awaitable[Scores]:
-        """Make one number of each outcome, None of None; only an async reward may return an awaitable."""
+    def scores(self, outcomes: list[Outcome | None], arguments: Mapping[str, Any]) -> Scores | Awaitable[Scores]:
+        """Make one number of each outcome, None of None; only an async reward may return an awaitable.
+
+        Args:
+            outcomes: What the judge said.
+            arguments: The reward's own: `prompts`, `completions` and the columns.
+
+        Returns:
+            The numbers.
+        """
 
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
@@ -61,8 +63,8 @@ class JudgedReward(Reward):
         if self.is_async:
             return self._judged_later(prompts, completions, columns)
         outcomes = _checked(self.judge.classify(prompts, completions, **columns), len(completions))
-        scores = cast("Scores", self.scores(outcomes, prompts, completions, columns))
-        return self._reported(outcomes, scores, columns)
+        arguments = {**columns, "prompts": prompts, "completions": completions}
+        return self._reported(outcomes, cast("Scores", self.scores(outcomes, arguments)), columns)
 
     async def _judged_later(
         self, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Any]
@@ -73,7 +75,8 @@ class JudgedReward(Reward):
             said = await asyncio.to_thread(self.judge.classify, prompts, completions, **columns)
         outcomes = _checked(said, len(completions))
         # On a thread: a reward model among what makes the scores would block the loop.
-        scores: Any = await asyncio.to_thread(self.scores, outcomes, prompts, completions, columns)
+        arguments = {**columns, "prompts": prompts, "completions": completions}
+        scores: Any = await asyncio.to_thread(self.scores, outcomes, arguments)
         return self._reported(outcomes, await scores if inspect.isawaitable(scores) else scores, columns)
 
     def _reported(self, outcomes: list[Outcome | None], scores: Scores, columns: Mapping[str, Any]) -> Judged:
@@ -113,13 +116,7 @@ class OutcomeReward(JudgedReward):
         super().__init__(judge, name)
         self.values: dict[Outcome, float] = {"unsafe": unsafe, "refusal": refusal, "safe": safe, "garbage": garbage}
 
-    def scores(
-        self,
-        outcomes: list[Outcome | None],
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        columns: Mapping[str, Any],
-    ) -> Scores:
+    def scores(self, outcomes: list[Outcome | None], arguments: Mapping[str, Any]) -> Scores:
         """Look each outcome's number up."""
         return [None if outcome is None else self.values[outcome] for outcome in outcomes]
 

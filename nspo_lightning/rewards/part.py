@@ -62,17 +62,7 @@ class RewardPart:
         return {f"judge/{self.name}/{key}": float(value) for key, value in metrics_of(self._inner).items()}
 
     def bound(self, arguments: Mapping[str, Any]) -> Callable[[], Any]:
-        """Choose the keyword arguments that the reward can take.
-
-        Args:
-            arguments: Everything that there is to pass.
-
-        Returns:
-            The call with all of them if the reward takes `**kwargs`, else with those that it names.
-
-        Raises:
-            RewardError: If it needs an argument that is not there.
-        """
+        """Bind the keyword arguments that the reward can take: all if it takes `**kwargs`, else those that it names."""
         accepted = self._accepted(arguments)
         # A class of the user's own may build on one of ours by a `__call__` of its own, which must then be called.
         if isinstance(self._inner, JudgedReward) and type(self._inner).__call__ is JudgedReward.__call__:
@@ -92,7 +82,6 @@ class RewardPart:
             made from, if it handed any out.
 
         Raises:
-            NonFiniteRewardError: If a number is NaN, infinite or beyond 1e30.
             RewardError: If it is no sequence, has the wrong length, or holds anything but finite numbers and None.
         """
         scores, outcomes = (returned.scores, returned.outcomes) if isinstance(returned, Judged) else (returned, None)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import yaml
 
-from nspo_lightning.rewards.judges.verdicts import Verdict
+from nspo_lightning.rewards.judges.verdicts import Verdict, listed
 
 FamilyName = Literal["llama_guard", "llama_guard_4", "qwen3guard", "wildguard", "shieldgemma", "harmbench"]
 
@@ -84,22 +84,13 @@ class Family:
     guidelines: Mapping[str, str] = field(default_factory=dict)
 
     def verdict(self, answers: GuardAnswers, strict: bool = True) -> Verdict:
-        """Make a verdict of the answers.
-
-        Args:
-            answers: What was read.
-            strict: Whether a label between safe and unsafe ("Controversial") counts as unsafe.
-
-        Returns:
-            The verdict.
-        """
+        """Make a verdict of the answers; `strict` takes a label between safe and unsafe ("Controversial") for unsafe."""
         key, labels = self.unsafe
         counted = labels if strict else labels[:1]
-        listed = answers.texts.get(self.categories or "", "").split(",")
         return Verdict(
             unsafe=min(1.0, sum(answers.probabilities[key][label] for label in counted)),
             refusal=answers.probabilities[self.refusal[0]][self.refusal[1]] if self.refusal else None,
-            categories=tuple(name.strip() for name in listed if name.strip() not in ("", "None")),
+            categories=listed(answers.texts.get(self.categories or "", "")),
             labels=answers.probabilities[key],
         )
 

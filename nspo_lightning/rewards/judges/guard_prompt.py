@@ -9,14 +9,16 @@ from nspo_lightning.rewards.protocol import RewardError
 
 
 def defuse(text: str, special_tokens: Sequence[str]) -> str:
-    """Keep a text from being read as control tokens: a policy could learn to end its turn and write the verdict.
+    """Keep a text from being read as control tokens, by a space after the first character of each.
+
+    Else a policy could learn to end its turn and write the verdict.
 
     Args:
         text: A prompt or completion.
         special_tokens: The guard's control tokens.
 
     Returns:
-        The text with a space after the first character of each of them.
+        What the guard may read.
     """
     for token in special_tokens:
         if len(token) > 1 and token in text:

@@ -14,31 +14,14 @@ Side = Literal["left", "right"]
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """Choose a judge's device.
-
-    Args:
-        device: `cpu`, `cuda:1`, ...; None means the policy's, which Lightning makes the current one.
-
-    Returns:
-        The device.
-    """
+    """Choose a judge's device; None means the policy's, which Lightning makes the current one."""
     if device is not None:
         return torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_judge_tokenizer(model: str) -> Any:
-    """Load a judge's tokenizer.
-
-    Args:
-        model: Hub id or folder.
-
-    Returns:
-        The tokenizer, with a padding token.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Load a judge's tokenizer from the hub or a folder, and give it a padding token if it has none."""
     from transformers import AutoTokenizer
 
     try:

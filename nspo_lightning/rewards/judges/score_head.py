@@ -69,21 +69,7 @@ def is_score_checkpoint(config: Any) -> bool:
 
 
 def load_score_model(model: str, config: Any, device: torch.device, dtype: DType, load_in_4bit: bool) -> ScoreModel:
-    """Load a backbone and find its head.
-
-    Args:
-        model: Hub id or folder.
-        config: Its transformers config.
-        device: Where it runs.
-        dtype: The backbone's number format; the head is float32.
-        load_in_4bit: Load the backbone in NF4.
-
-    Returns:
-        The model, frozen and in eval mode.
-
-    Raises:
-        ValueError: If no head is found.
-    """
+    """Load a backbone, frozen and in eval mode, and find its head, which is float32 whatever the backbone is."""
     from transformers import AutoModel
 
     tensors = _head_tensors(model)

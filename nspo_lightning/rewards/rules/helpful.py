@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from nspo_lightning.rewards.function import is_async
 from nspo_lightning.rewards.outcomes import JudgedReward
-from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text, prepare
+from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, prepare
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
 
 
@@ -50,19 +50,12 @@ class SafeAndHelpful(JudgedReward):
         """Prepare the helpful reward; the judge is prepared with the set that this reward is in."""
         prepare(self.helpful_reward)
 
-    def scores(
-        self,
-        outcomes: list[Outcome | None],
-        prompts: Sequence[Text],
-        completions: Sequence[Text],
-        columns: Mapping[str, Any],
-    ) -> Scores | Awaitable[Scores]:
+    def scores(self, outcomes: list[Outcome | None], arguments: Mapping[str, Any]) -> Scores | Awaitable[Scores]:
         """Score outcomes by the kind of their prompts; None where the helpful reward gave None too."""
-        harmful = harmful_rows(self.harmful_column, columns, len(completions))
+        harmful = harmful_rows(self.harmful_column, arguments, len(outcomes))
         helped = [i for i, outcome in enumerate(outcomes) if outcome == "safe" and not harmful[i]]
         worth: Any = [1.0] * len(helped)
         if self.helpful_reward and helped:
-            arguments = {"prompts": prompts, "completions": completions} | dict(columns)
             worth = self.helpful_reward(**picked_rows(helped, arguments))
         if inspect.isawaitable(worth):
             return self._combined_later(outcomes, helped, worth)

@@ -32,19 +32,7 @@ def truth_value(value: Any) -> bool | None:
 
 
 def harmful_rows(column: str, columns: Mapping[str, Sequence[Any]], size: int) -> list[bool]:
-    """Read which of a batch's prompts are harmful.
-
-    Args:
-        column: The column's name. A batch without it holds harmful prompts only.
-        columns: The batch's columns.
-        size: How many samples there are.
-
-    Returns:
-        One bool a sample.
-
-    Raises:
-        RewardError: If a value can't be read as yes or no.
-    """
+    """Read which of a batch's `size` prompts are harmful; a batch without the column holds harmful prompts only."""
     if column not in columns:
         return [True] * size
     harmful = []

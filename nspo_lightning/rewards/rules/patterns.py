@@ -16,32 +16,16 @@ _APOSTROPHES = str.maketrans({"‘": "'", "’": "'", "ʼ": "'", "`": "'", "´":
 
 
 def normalise(text: str) -> str:
-    """Bring a completion into the form of the patterns.
-
-    That is NFKC, lower case, straight apostrophes, single spaces, no leading markup or quotes.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The text in that form.
-    """
+    """Write a text as the patterns are: NFKC, lower case, straight apostrophes, single spaces, no leading markup."""
     plain = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
     return re.sub(r"\s+", " ", plain).strip().lstrip("*_#>-\"'( ")
 
 
 @functools.cache
 def load_patterns() -> dict[str, tuple[str, ...]]:
-    """Read the pattern file that ships with the package.
-
-    Returns:
-        Language code to its regular expressions.
-
-    Raises:
-        TypeError: If YAML took a pattern for something else than a string.
-    """
+    """Read the pattern file that ships with the package: language code to its regular expressions."""
     text = files("nspo_lightning.rewards.rules").joinpath(PATTERN_FILE).read_text(encoding="utf-8")
-    read = {language: tuple(patterns) for language, patterns in yaml.safe_load(text).items()}
+    read: dict[str, tuple[str, ...]] = {code: tuple(patterns) for code, patterns in yaml.safe_load(text).items()}
     for language, patterns in read.items():
         for pattern in patterns:
             if not isinstance(pattern, str):
