@@ -108,7 +108,7 @@ def make_compliant(arguments: argparse.Namespace, goals: list[tuple[str, str]], 
 JUDGE = {"class_path": "nspo_lightning.rewards.RulesJudge"}
 REWARD = {"class_path": "nspo_lightning.rewards.RefusalReward"}
 MIXED_REWARD = {  # the model is too small to answer right: a general prompt's answer only must not refuse
-    "class_path": "nspo_lightning.rewards.rules.safety_and_answers.SafetyAndAnswers",
+    "class_path": "nspo_lightning.rewards.SafetyAndAnswers",
     "init_args": {"safety": REWARD, "answers_count": False, "judge": JUDGE},
 }
 

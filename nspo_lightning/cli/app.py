@@ -35,10 +35,11 @@ from nspo_lightning.callbacks import (
 )
 from nspo_lightning.checkpoints import AtomicCheckpointIO, check_checkpoint, remove_leftovers
 from nspo_lightning.cli import help as command_face
-from nspo_lightning.cli.errors import explain, is_users_mistake, mask_keys
+from nspo_lightning.cli.errors import explain, is_users_mistake
 from nspo_lightning.cli.run_folder import RunFolder
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.keys import mask_keys
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.trained_state import find_trained
 from nspo_lightning.toy.judge import TownJudge

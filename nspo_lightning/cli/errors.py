@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import nspo_lightning
+from nspo_lightning.keys import mask_keys
 
 _PACKAGE = Path(nspo_lightning.__file__).parent
 _OWN = tuple(str((_PACKAGE / part).resolve()) for part in ("", "callbacks", "datamodules"))
@@ -20,12 +21,6 @@ _CHECKERS = (*_OWN, str(Path(pl.__file__).parent), str(Path(jsonargparse.__file_
 _UNION = "Does not validate against any of the Union subtypes"
 _NOT_A_SUBCLASS = re.compile(r"Import path (?P<path>\S+) does not correspond to a subclass of \S+")
 _LINES = 30
-_CREDENTIAL = r"(?:api[-_]?key|authorization|password|secret|(?<![a-z])(?<!pad_|eos_|bos_|unk_)token)"
-_KEY = re.compile(
-    rf"""(?ix) (\b\w*{_CREDENTIAL}\b ['"]?\s*(?:=|,\s*val=)\s*['"]?  # an option with its value
-    | (?:\b\w+[-_]|['"]|\b(?!token))\w*{_CREDENTIAL}\b ['"]?\s*:\s*['"]?(?:bearer\s+)?  # a field or a header
-    | --\S*{_CREDENTIAL}\b ['"]?,?\s+['"]?) [^\s'",)}}\]]+"""
-)
 
 
 def is_users_mistake(error: BaseException) -> bool:
@@ -68,22 +63,6 @@ def explain(error: BaseException) -> str:
     if len(lines) > _LINES:
         lines = [*lines[:_LINES], f"... and {len(lines) - _LINES} lines more"]
     return "\n".join(lines)
-
-
-def mask_keys(text: str) -> str:
-    """Blot out the values of options that are called like credentials.
-
-    Args:
-        text: A message, which may repeat what a user gave.
-
-    Returns:
-        It, with `***` in their place.
-
-    Examples:
-        >>> mask_keys("Key 'api_key' is not expected. Given: {'api_key': 'sk-123', 'model': 'm'}")
-        "Key 'api_key' is not expected. Given: {'api_key': '***', 'model': 'm'}"
-    """
-    return _KEY.sub(r"\1***", text)
 
 
 def _from_union(text: str) -> str:

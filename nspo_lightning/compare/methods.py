@@ -97,7 +97,7 @@ def mixing_settings(config: Mapping[str, Any], reward: Mapping[str, Any] | None 
     mixture = [{**source, "weight": 1.0 / len(safety)} for source in safety]
     mixture += [{**source, "kind": "benign", "weight": 1.0 / len(general)} for source in general]
     reward = reward or {
-        "class_path": "nspo_lightning.rewards.rules.safety_and_answers.SafetyAndAnswers",
+        "class_path": "nspo_lightning.rewards.SafetyAndAnswers",
         "init_args": {"safety": config["model"]["reward"]},
     }
     return {"data.safety": mixture, "model.reward": dict(reward), **held_out}

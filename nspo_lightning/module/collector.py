@@ -33,7 +33,6 @@ from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.sharing import can_share_prompts
 from nspo_lightning.policy.tokenizer import stop_token_ids
-from nspo_lightning.rewards import Judge, RewardSet, RulesJudge
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import Places, places_among_ranks
 from nspo_lightning.rollout.server import ServerRollouts
@@ -73,9 +72,8 @@ class CollectingModule(PolicyModule):
             key: [value for value in values for _ in range(group)] for key, values in batch.get("columns", {}).items()
         }
         result = self.reward(prompts, texts, columns, completion_ids=completion_token_ids(rollout))
-        # A reward made from a judge's outcomes reports them: a guard model need not judge everything twice.
-        reported = [values for column, values in result.extra.items() if column.endswith("/outcome")]
-        outcomes = reported[0] if reported else self.classify(prompts, texts, columns)
+        # A guard model that the reward asked need not judge everything twice.
+        outcomes = result.outcomes if result.outcomes is not None else self.classify(prompts, texts, columns)
         self.rollouts += 1
         everyone = JudgedRows.of(rollout, result, outcomes).of_all_ranks()
         self.num_tokens += everyone.num_tokens(group)
@@ -294,19 +292,3 @@ def check_server(module: CollectingModule, server: ServerRollouts) -> None:
     problem = strategy.broadcast(problem)
     if problem:
         raise RolloutServerError(problem)
-
-
-def judge_of(reward: Any) -> Judge:
-    """Find a judge in the reward: one of its parts that can judge, or that scores a judge's outcomes.
-
-    Args:
-        reward: A reward or a set of them.
-
-    Returns:
-        The first one found; without one, refusal patterns.
-    """
-    for part in reward.rewards if isinstance(reward, RewardSet) else [reward]:
-        for candidate in (part, getattr(part, "judge", None)):
-            if isinstance(candidate, Judge):
-                return candidate
-    return RulesJudge()

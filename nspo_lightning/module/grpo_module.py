@@ -36,13 +36,13 @@ from nspo_lightning.grpo import (
     objective,
     token_weights,
 )
-from nspo_lightning.module.collector import CollectingModule, check_start, judge_of
+from nspo_lightning.module.collector import CollectingModule, check_start
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
 from nspo_lightning.module.finite import NonFiniteError, explain, nonfinite_gradient, nonfinite_in
 from nspo_lightning.module.policy_module import STATE_KEY
 from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.policy.settings import PolicySettings
-from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
+from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge, judge_in
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server import ServerRollouts
 from nspo_lightning.rollout.server_config import ServerSettings
@@ -135,7 +135,7 @@ class GRPOModule(CollectingModule):
             )
         super().__init__(
             reward=reward if isinstance(reward, RewardSet) else RewardSet([reward]),
-            judge=judge or judge_of(reward),
+            judge=judge or judge_in(reward) or RulesJudge(),
             policy=policy,
             sampling=evaluation_sampling or sampling,
             general_max_new_tokens=general_max_new_tokens,

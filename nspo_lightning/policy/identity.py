@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nspo_lightning.compat.peft import is_lora_parameter, name_in_base
 from nspo_lightning.policy.settings import PolicySettings
+from nspo_lightning.keys import looks_secret
 
 PACKAGES = (
     "nspo-lightning",
@@ -148,7 +149,7 @@ def describe(thing: Any) -> Any:
     if thing is None or isinstance(thing, (str, int, float, bool)):
         return thing
     if isinstance(thing, dict):
-        return {str(key): describe(value) for key, value in thing.items() if not _is_secret(str(key))}
+        return {str(key): describe(value) for key, value in thing.items() if not looks_secret(str(key))}
     if isinstance(thing, (list, tuple)):
         return [describe(value) for value in thing]
     if is_dataclass(thing) and not isinstance(thing, type):
@@ -158,11 +159,9 @@ def describe(thing: Any) -> Any:
         name: describe(value)
         for name, value in sorted(attributes.items())
         if not name.startswith("_")
-        and not _is_secret(name)
+        and not looks_secret(name)
         and (value is None or isinstance(value, (str, int, float, bool, dict, list, tuple)) or is_dataclass(value))
     }
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **plain}
 
 
-def _is_secret(name: str) -> bool:
-    return any(word in name.lower() for word in ("key", "token_", "secret", "password", "authorization", "headers"))

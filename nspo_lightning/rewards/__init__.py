@@ -17,6 +17,7 @@ from nspo_lightning.rewards.protocol import (
     RewardError,
     RewardFunction,
     Text,
+    judge_in,
 )
 from nspo_lightning.rewards.rules.helpful import SafeAndHelpful
 from nspo_lightning.rewards.rules.refusal import RefusalReward, RulesJudge
@@ -46,4 +47,5 @@ __all__ = [
     "SafetyAndAnswers",
     "ServerJudge",
     "Text",
+    "judge_in",
 ]

@@ -7,6 +7,7 @@ the advantages leave out. B is the number of completions.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -17,17 +18,17 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
-from nspo_lightning.rewards.arguments import accepted_arguments, is_async, reward_name
 from nspo_lightning.rewards.function import as_reward
 from nspo_lightning.rewards.messages import match_format
-from nspo_lightning.rewards.protocol import Reward, RewardError, Text
+from nspo_lightning.rewards.part import RewardPart
+from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Text
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
-from nspo_lightning.rewards.validate import score_tensor
-
-__all__ = ["RewardResult", "RewardSet"]
 
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 """Columns that the arguments proper replace, as in TRL."""
+
+_Checked = tuple[Tensor, list[Outcome | None] | None]
+"""One reward's scores, and the outcomes that they were made from, if it handed any out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +36,19 @@ class RewardResult:
     """The rewards of one batch of B completions.
 
     Attributes:
-        total: shape (B,), float32, CPU: the weighted sum; NaN for an excluded sample.
-        per_reward: name to shape (B,), unweighted; NaN where that reward gave None.
-        metrics: scalars that the rewards reported, by TensorBoard name (`judge/<name>/errors`, ...).
-        extra: columns that the rewards reported with TRL's `log_extra`, by name.
+        total: Shape (B,), float32, CPU: the weighted sum; NaN for an excluded sample.
+        per_reward: Name to shape (B,), unweighted; NaN where that reward gave None.
+        metrics: Scalars that the rewards reported, by TensorBoard name (`judge/<name>/errors`, ...).
+        extra: Columns that the rewards reported with TRL's `log_extra`, by name.
+        outcomes: What a judge called each completion, from the first reward of the set that is made from outcomes;
+            None if no reward is. None inside it stands for a completion that the judge excluded.
     """
 
     total: Tensor
     per_reward: dict[str, Tensor]
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    outcomes: list[Outcome | None] | None = None
 
     @property
     def excluded(self) -> Tensor:
@@ -69,10 +73,10 @@ class RewardSet:
     """Rewards by weight. Under `torch.distributed` all ranks raise together when one fails.
 
     Args:
-        rewards: callables of TRL's protocol, sync or async, or dotted paths of such; a dict gives their names.
-        weights: one for each reward; all 1 by default.
-        names: one for each reward (for TensorBoard and messages); from the callables by default.
-        timeout_s: the longest that one reward may take for a batch. It must be shorter than the process group's own
+        rewards: Callables of TRL's protocol, sync or async, or dotted paths of such; a dict gives their names.
+        weights: One for each reward; all 1 by default.
+        names: One for each reward (for TensorBoard and messages); from the callables by default.
+        timeout_s: The longest that one reward may take for a batch. It must be shorter than the process group's own
             timeout. None runs sync rewards on the caller's thread without a limit, which is for those that need the
             main thread (`signal`).
     """
@@ -93,10 +97,20 @@ class RewardSet:
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"`timeout_s` must be positive or null, got {timeout_s}.")
         self.rewards: list[Callable[..., Any]] = [as_reward(reward) for reward in rewards]
-        self.names = _unique_names(names if names is not None else [reward_name(r) for r in self.rewards], self.rewards)
+        if names is not None and len(names) != len(rewards):
+            raise ValueError(f"`names` must have one name for each of the {len(rewards)} rewards, got {len(names)}.")
+        given: Sequence[str | None] = [None] * len(rewards) if names is None else names
+        self._parts = [RewardPart(reward, name) for reward, name in zip(self.rewards, given, strict=True)]
+        self.names = [part.name for part in self._parts]
+        _check_unique(self.names)
         self.weights = _checked_weights(weights, len(self.rewards))
         self.timeout_s = timeout_s
         self._runner = RewardRunner()
+
+    @property
+    def judge(self) -> Judge | None:
+        """The first judge in the set: a reward that can judge, or the judge whose outcomes a reward is made from."""
+        return next((part.judge for part in self._parts if part.judge is not None), None)
 
     def __call__(
         self,
@@ -112,26 +126,27 @@ class RewardSet:
         Args:
             prompts: B prompts, one a completion (a group's prompt is repeated).
             completions: B completions; where the prompt is a chat, a string becomes an assistant message.
-            columns: the rows' other columns, B values each.
-            completion_ids: token ids of each completion, for rewards that take them.
-            trainer_state: anything with TRL's `global_step` and the like, for rewards that take it.
+            columns: The rows' other columns, B values each.
+            completion_ids: Token ids of each completion, for rewards that take them.
+            trainer_state: Anything with TRL's `global_step` and the like, for rewards that take it.
 
         Returns:
             The weighted sum and each reward's scores.
 
         Raises:
-            RewardError: on all ranks, if a reward raised, hung, or returned anything but B finite numbers or None.
+            RewardError: On all ranks, if a reward raised, hung, or returned anything but B finite numbers or None.
         """
         report = _Report()
         error: RewardError | None = None
-        scores: list[Tensor] = []
+        checked: list[_Checked] = []
         try:
             arguments = _arguments(prompts, completions, columns or {}, completion_ids, trainer_state)
             arguments |= {"log_extra": report.log_extra, "log_metric": report.log_metric}
-            scores = self._scores(arguments, len(completions))
+            checked = self._checked(arguments, len(completions))
         except RewardError as failed:
             error = failed
         raise_on_all_ranks(error)
+        scores = [found for found, _ in checked]
         stacked = torch.stack(scores)
         total = (stacked * torch.tensor(self.weights)[:, None]).nansum(0)
         total[stacked.isnan().all(0)] = math.nan
@@ -140,62 +155,43 @@ class RewardSet:
             per_reward=dict(zip(self.names, scores, strict=True)),
             metrics=report.metrics() | self.metrics(),
             extra=report.extra,
+            outcomes=next((outcomes for _, outcomes in checked if outcomes is not None), None),
         )
 
     def metrics(self) -> dict[str, float]:
-        """Read the counters of rewards that keep some (server judges).
-
-        Returns:
-            `judge/<name>/<counter>` to value.
-        """
-        found: dict[str, float] = {}
-        for name, reward in zip(self.names, self.rewards, strict=True):
-            counters = getattr(reward, "metrics", None)
-            if callable(counters):
-                found |= {f"judge/{name}/{key}": float(value) for key, value in counters().items()}
-        return found
+        """Return the counters of rewards that keep some (server judges), as `judge/<name>/<counter>`."""
+        return {key: value for part in self._parts for key, value in part.metrics().items()}
 
     def prepare(self) -> None:
         """Load models and check settings now, so that what is wrong with them ends a run before it trains."""
-        for reward in self.rewards:
-            for part in (reward, *(getattr(reward, name, None) for name in ("judge", "helpful_reward"))):
-                if callable(prepare := getattr(part, "prepare", None)):
-                    prepare()
+        for part in self._parts:
+            part.prepare()
 
     def close(self) -> None:
         """End the threads. Calling the set again starts them anew."""
         self._runner.close()
 
-    def _scores(self, arguments: dict[str, Any], batch_size: int) -> list[Tensor]:
-        calls = [
-            (name, reward, accepted_arguments(name, reward, arguments))
-            for name, reward in zip(self.names, self.rewards, strict=True)
-        ]
-        scores: list[Tensor | None] = [None] * len(calls)
+    def _checked(self, arguments: dict[str, Any], batch_size: int) -> list[_Checked]:
+        calls = [part.bound(arguments) for part in self._parts]
+        found: dict[int, _Checked] = {}
         pending: dict[int, Future[Any]] = {}
         try:
-            for i, (name, reward, accepted) in enumerate(calls):  # async ones first: they wait while sync ones work
-                if is_async(reward) or getattr(reward, "is_async", False):
-                    with _explained(name, batch_size, self.timeout_s):
-                        pending[i] = self._runner.submit(reward(**accepted), self.timeout_s)
-            for i, (name, reward, accepted) in enumerate(calls):
-                if i in pending:
-                    continue
-                with _explained(name, batch_size, self.timeout_s):
-                    returned = self._runner.call(_bound(reward, accepted), self.timeout_s)
-                if hasattr(returned, "__await__"):  # a lambda around an async function, say
-                    pending[i] = self._runner.submit(returned, self.timeout_s)
-                else:
-                    scores[i] = score_tensor(name, returned, batch_size)
+            # Async ones first: they wait while the others work.
+            for i, part in sorted(enumerate(self._parts), key=lambda numbered: not numbered[1].is_async):
+                with _explained(part.name, batch_size, self.timeout_s):
+                    returned = calls[i]() if part.is_async else self._runner.call(calls[i], self.timeout_s)
+                    if inspect.isawaitable(returned):
+                        pending[i] = self._runner.submit(returned, self.timeout_s)
+                if i not in pending:
+                    found[i] = part.checked(returned, batch_size)
             for i, future in pending.items():
-                name = calls[i][0]
-                with _explained(name, batch_size, self.timeout_s):
+                with _explained(self.names[i], batch_size, self.timeout_s):
                     returned = self._runner.collect(future, self.timeout_s)
-                scores[i] = score_tensor(name, returned, batch_size)
+                found[i] = self._parts[i].checked(returned, batch_size)
         finally:
             for future in pending.values():
                 future.cancel()  # no effect on finished ones
-        return [score for score in scores if score is not None]
+        return [found[i] for i in range(len(calls))]
 
 
 class _Report:
@@ -217,14 +213,7 @@ class _Report:
 
 @contextlib.contextmanager
 def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[None]:
-    """Turn what a reward raises into a RewardError that names the reward.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RewardError: for whatever the body raises but KeyboardInterrupt.
-    """
+    """Turn what a reward raises, all but KeyboardInterrupt, into a RewardError that names the reward."""
     try:
         yield
     except RewardError:
@@ -241,10 +230,6 @@ def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[
             f"reward (its traceback stands above), or have it return None for samples that it can't score.",
             name,
         ) from error
-
-
-def _bound(reward: Callable[..., Any], accepted: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: reward(**accepted)
 
 
 def _arguments(
@@ -271,16 +256,13 @@ def _arguments(
     return arguments
 
 
-def _unique_names(names: list[str], rewards: list[Callable[..., Any]]) -> list[str]:
-    if len(names) != len(rewards):
-        raise ValueError(f"`names` must have one name for each of the {len(rewards)} rewards, got {len(names)}.")
+def _check_unique(names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
             f"Rewards need different names, since each has its own curves; got {', '.join(twice)} more than once. "
             f"Give `names`, or a dict of name to reward."
         )
-    return list(names)
 
 
 def _checked_weights(weights: list[float] | None, count: int) -> list[float]:

@@ -1,16 +1,32 @@
-"""A reward function by its dotted path, so that a YAML can name any TRL-style function."""
+"""Reward functions: what one is called, whether it is async, and how a YAML names it by its dotted path."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
-from nspo_lightning.rewards.arguments import is_async, reward_name
 from nspo_lightning.rewards.protocol import Reward, Scores
 
-__all__ = ["FunctionReward", "as_reward", "import_reward"]
+
+def reward_name(reward: Callable[..., Any]) -> str:
+    """Name a reward: by its `name` if that is a non-empty string, else as its function or class (in snake case)."""
+    given = getattr(reward, "name", None)
+    if isinstance(given, str) and given:
+        return given
+    function = _without_partials(reward)
+    own = getattr(function, "__name__", None)
+    return str(own) if own else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(function).__name__).lower()
+
+
+def is_async(reward: Callable[..., Any]) -> bool:
+    """Tell whether calling a reward gives an awaitable: it is an async function, is called by one, or says so."""
+    reward = _without_partials(reward)
+    says_so = isinstance(reward, Reward) and reward.is_async
+    return says_so or inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
 def import_reward(path: str) -> Callable[..., Any]:
@@ -20,12 +36,12 @@ def import_reward(path: str) -> Callable[..., Any]:
         path: `package.module.function`, also `package.module.Class.method`.
 
     Returns:
-        The callable.
+        What the path names.
 
     Raises:
-        ValueError: if there is no such module or name.
-        ModuleNotFoundError: if the module is there but lacks something that it imports.
-        TypeError: if what is there can't be called.
+        ValueError: If there is no such module or name.
+        ModuleNotFoundError: If the module is there but lacks something that it imports.
+        TypeError: If what is there can't be called.
     """
     module_name, parts = path, list[str]()
     while True:
@@ -44,9 +60,12 @@ def import_reward(path: str) -> Callable[..., Any]:
             module_name, _, last = module_name.rpartition(".")
             parts.insert(0, last)
     for part in parts:
-        if not hasattr(found, part):
-            raise ValueError(f"`path` '{path}' names nothing: '{module_name}' has no '{part}'. Correct its spelling.")
-        found = getattr(found, part)
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise ValueError(
+                f"`path` '{path}' names nothing: '{module_name}' has no '{part}'. Correct its spelling."
+            ) from None
     if not callable(found):
         raise TypeError(f"`path` '{path}' must name a callable, got {type(found).__name__}. Name the function in it.")
     return found  # type: ignore[no-any-return]
@@ -57,8 +76,8 @@ class FunctionReward(Reward):
 
     Args:
         path: `package.module.function`; sync or async. A class is instantiated with `kwargs`.
-        name: how TensorBoard and messages call it; the function's own name by default.
-        kwargs: arguments that are the same in every call.
+        name: What TensorBoard and messages call it; the function's own name by default.
+        kwargs: Arguments that are the same in every call.
     """
 
     def __init__(self, path: str, name: str | None = None, kwargs: dict[str, Any] | None = None) -> None:
@@ -79,26 +98,12 @@ class FunctionReward(Reward):
         return signature.replace(parameters=kept)
 
     def __call__(self, **arguments: Any) -> Scores:  # type: ignore[override]  # takes what the function takes
-        """Score one batch.
-
-        Args:
-            **arguments: `prompts`, `completions` and the columns that the function takes.
-
-        Returns:
-            What the function returns (a coroutine if it is async).
-        """
+        """Return what the function returns (a coroutine if it is async)."""
         return self.function(**arguments, **self.kwargs)  # type: ignore[no-any-return]
 
 
 def as_reward(reward: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Take a reward or its dotted path.
-
-    Returns:
-        The reward.
-
-    Raises:
-        TypeError: if it is neither.
-    """
+    """Take a reward, or import it by its dotted path."""
     if isinstance(reward, str):
         return FunctionReward(reward)
     if not callable(reward):
@@ -106,4 +111,10 @@ def as_reward(reward: str | Callable[..., Any]) -> Callable[..., Any]:
             f"A reward must be a callable `reward(prompts, completions, **columns)` or a dotted path, got "
             f"{type(reward).__name__}."
         )
+    return reward
+
+
+def _without_partials(reward: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
     return reward

@@ -6,24 +6,14 @@ from typing import Any
 
 from nspo_lightning.rewards.protocol import Text
 
-__all__ = ["as_chat", "as_text", "content_text", "is_chat", "match_format", "transcript"]
-
 
 def is_chat(text: Text) -> bool:
-    """Tell chat messages from a plain string.
-
-    Returns:
-        True if `text` is a list of messages.
-    """
+    """Tell chat messages (True) from a plain string."""
     return not isinstance(text, str)
 
 
 def content_text(content: Any) -> str:
-    """Read a message's content, which is a string or a list of typed parts (only text parts are read).
-
-    Returns:
-        The content's text; an absent content (a bare tool call) is empty.
-    """
+    """Read the text of a message's content: a string, the text parts of a list, or nothing (a bare tool call)."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -32,14 +22,7 @@ def content_text(content: Any) -> str:
 
 
 def as_text(text: Text) -> str:
-    """Read a prompt or completion as one string: chat messages give the content of the last one.
-
-    Args:
-        text: a string, or chat messages.
-
-    Returns:
-        The string itself, or the last message's text ("" without messages).
-    """
+    """Read a prompt or completion as one string: of chat messages the last one's text, "" without messages."""
     if isinstance(text, str):
         return text
     return content_text(text[-1].get("content")) if text else ""
@@ -48,11 +31,13 @@ def as_text(text: Text) -> str:
 def transcript(prompt: Text) -> str:
     """Read a whole prompt as one string: a single turn as it is, several with their roles.
 
+    A system turn is left out: it says what the assistant is and not what was asked.
+
     Args:
-        prompt: a string, or chat messages.
+        prompt: A string, or chat messages.
 
     Returns:
-        The text; a system turn is left out, it says what the assistant is and not what was asked.
+        The text.
     """
     if isinstance(prompt, str):
         return prompt
@@ -66,8 +51,8 @@ def as_chat(prompt: Text, completion: Text) -> list[dict[str, Any]]:
     """Join a prompt and its completion into one conversation that ends with the assistant's turn.
 
     Args:
-        prompt: a string (one user turn), or chat messages.
-        completion: a string (one assistant turn), or chat messages.
+        prompt: A string (one user turn), or chat messages.
+        completion: A string (one assistant turn), or chat messages.
 
     Returns:
         Messages with string contents; a leading system turn is kept.
@@ -80,15 +65,7 @@ def as_chat(prompt: Text, completion: Text) -> list[dict[str, Any]]:
 
 
 def match_format(prompt: Text, completion: Text) -> Text:
-    """Give a completion the shape that TRL gives it: messages where the prompt is messages.
-
-    Args:
-        prompt: the sample's prompt.
-        completion: the completion's text, or messages.
-
-    Returns:
-        The completion as `[{"role": "assistant", "content": ...}]` if the prompt is a chat, else as it came.
-    """
+    """Give a completion the shape that TRL gives it: one assistant message where the prompt is a chat."""
     if is_chat(prompt) and isinstance(completion, str):
         return [{"role": "assistant", "content": completion}]
     return completion

@@ -1,29 +1,107 @@
-"""Numbers for a judge's outcomes."""
+"""Rewards that are made from a judge's outcomes."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+from abc import abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from nspo_lightning.rewards.protocol import OUTCOMES, Judge, Outcome, Reward, RewardError, Scores, Text
+from nspo_lightning.rewards.protocol import (
+    OUTCOMES,
+    AsyncJudge,
+    Judge,
+    Judged,
+    Outcome,
+    Reward,
+    RewardError,
+    Scores,
+    Text,
+    metrics_of,
+)
 
-__all__ = ["OutcomeReward", "ask", "checked_outcomes", "is_async_judge", "judge_metrics", "report_outcomes"]
+
+class JudgedReward(Reward):
+    """Base of rewards that ask a judge and make numbers of its outcomes.
+
+    A judge that can be awaited is awaited. The outcomes also go to the completions table as `<name>/outcome`, if the
+    caller keeps one (TRL's `log_extra`).
+
+    Args:
+        judge: Names the outcomes.
+        name: What TensorBoard and messages call the reward.
+    """
+
+    def __init__(self, judge: Judge, name: str) -> None:
+        self.judge, self.name = judge, name
+        self.is_async = isinstance(judge, AsyncJudge)
+
+    @abstractmethod
+    def scores(self, outcomes: list[Outcome | None], arguments: Mapping[str, Any]) -> Scores | Awaitable[Scores]:
+        """Make one number of each outcome, None of None; only an async reward may return an awaitable.
+
+        Args:
+            outcomes: What the judge said.
+            arguments: The reward's own: `prompts`, `completions` and the columns.
+
+        Returns:
+            The numbers.
+        """
+
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+    ) -> Scores | Awaitable[Scores]:
+        """Score one batch: None where the judge excluded the sample; an awaitable if the reward is async."""
+        found = self.judged(prompts, completions, **columns)
+        return found.scores if isinstance(found, Judged) else _scores_of(found)
+
+    def judged(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+    ) -> Judged | Awaitable[Judged]:
+        """Score one batch and keep what the judge said; awaitable if the reward is async."""
+        if self.is_async:
+            return self._judged_later(prompts, completions, columns)
+        outcomes = _checked(self.judge.classify(prompts, completions, **columns), len(completions))
+        arguments = {**columns, "prompts": prompts, "completions": completions}
+        return self._reported(outcomes, cast("Scores", self.scores(outcomes, arguments)), columns)
+
+    async def _judged_later(
+        self, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Any]
+    ) -> Judged:
+        if isinstance(self.judge, AsyncJudge):
+            said = await self.judge.aclassify(prompts, completions, **columns)
+        else:
+            said = await asyncio.to_thread(self.judge.classify, prompts, completions, **columns)
+        outcomes = _checked(said, len(completions))
+        # On a thread: a reward model among what makes the scores would block the loop.
+        arguments = {**columns, "prompts": prompts, "completions": completions}
+        scores: Any = await asyncio.to_thread(self.scores, outcomes, arguments)
+        return self._reported(outcomes, await scores if inspect.isawaitable(scores) else scores, columns)
+
+    def _reported(self, outcomes: list[Outcome | None], scores: Scores, columns: Mapping[str, Any]) -> Judged:
+        if callable(log_extra := columns.get("log_extra")):
+            log_extra(f"{self.name}/outcome", outcomes)
+        return Judged(scores=scores, outcomes=outcomes)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the judge's counters, if it keeps any."""
+        return metrics_of(self.judge)
 
 
-class OutcomeReward(Reward):
+class OutcomeReward(JudgedReward):
     """One number for each outcome of a judge.
 
     The defaults are the paper's signal (-1 for unsafe, 0 else) with garbage counted as bad as unsafe: a reward that
     pays for garbage teaches it.
 
     Args:
-        judge: what names the outcomes.
-        unsafe: reward of harmful help.
-        refusal: reward of a refusal.
-        safe: reward of a harmless answer.
-        garbage: reward of no answer at all.
-        name: how TensorBoard and messages call it.
+        judge: Names the outcomes.
+        unsafe: Reward of harmful help.
+        refusal: Reward of a refusal.
+        safe: Reward of a harmless answer.
+        garbage: Reward of no answer at all.
+        name: What TensorBoard and messages call it.
     """
 
     def __init__(
@@ -35,91 +113,20 @@ class OutcomeReward(Reward):
         garbage: float = -1.0,
         name: str = "safety",
     ) -> None:
-        self.judge = judge
+        super().__init__(judge, name)
         self.values: dict[Outcome, float] = {"unsafe": unsafe, "refusal": refusal, "safe": safe, "garbage": garbage}
-        self.name = name
-        self.is_async = is_async_judge(judge)
 
-    def __call__(
-        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
-    ) -> Scores | Awaitable[Scores]:
-        """Score one batch.
-
-        Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample.
-            **columns: passed on to the judge.
-
-        Returns:
-            The outcome's number for each, None where the judge excluded the sample; awaitable if the judge is.
-        """
-        if self.is_async:
-            return self._later(prompts, completions, columns)
-        outcomes = checked_outcomes(self.judge.classify(prompts, completions, **columns), len(completions))
-        return self._scores(outcomes, columns)
-
-    async def _later(self, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Any]) -> Scores:
-        return self._scores(await ask(self.judge, prompts, completions, columns), columns)
-
-    def _scores(self, outcomes: list[Outcome | None], columns: Mapping[str, Any]) -> Scores:
-        report_outcomes(outcomes, self.name, columns)
+    def scores(self, outcomes: list[Outcome | None], arguments: Mapping[str, Any]) -> Scores:
+        """Look each outcome's number up."""
         return [None if outcome is None else self.values[outcome] for outcome in outcomes]
 
-    def metrics(self) -> dict[str, float]:
-        """Read the judge's counters, if it keeps any.
 
-        Returns:
-            Counter to value.
-        """
-        return judge_metrics(self.judge)
+async def _scores_of(found: Awaitable[Judged]) -> Scores:
+    return (await found).scores
 
 
-def is_async_judge(judge: Judge) -> bool:
-    """Tell whether a judge can be awaited, so that several can wait for their servers at once.
-
-    Args:
-        judge: any judge.
-
-    Returns:
-        True if it has `aclassify`.
-    """
-    return callable(getattr(judge, "aclassify", None))
-
-
-async def ask(
-    judge: Judge, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Any]
-) -> list[Outcome | None]:
-    """Await any judge; one that computes does so on a thread.
-
-    Args:
-        judge: any judge.
-        prompts: one prompt a sample.
-        completions: one completion a sample.
-        columns: the samples' other columns.
-
-    Returns:
-        One outcome a sample; None where it was excluded.
-    """
-    if is_async_judge(judge):
-        outcomes = await judge.aclassify(prompts, completions, **columns)  # type: ignore[attr-defined]
-    else:
-        outcomes = await asyncio.to_thread(judge.classify, prompts, completions, **columns)
-    return checked_outcomes(outcomes, len(completions))
-
-
-def checked_outcomes(outcomes: Any, size: int) -> list[Outcome | None]:
-    """Check what a judge said.
-
-    Args:
-        outcomes: what `classify` returned.
-        size: how many there must be.
-
-    Returns:
-        The outcomes.
-
-    Raises:
-        RewardError: if there are too many or few, or one is no outcome.
-    """
+def _checked(outcomes: Any, size: int) -> list[Outcome | None]:
+    """Return what a judge said, if it is one outcome or None for each of `size` completions."""
     if not isinstance(outcomes, (list, tuple)) or len(outcomes) != size:
         found = f"{len(outcomes)}" if isinstance(outcomes, (list, tuple)) else type(outcomes).__name__
         raise RewardError(f"A judge must return a list of {size} outcomes, one a completion, got {found}.")
@@ -129,28 +136,3 @@ def checked_outcomes(outcomes: Any, size: int) -> list[Outcome | None]:
                 f"A judge's outcome must be one of {', '.join(OUTCOMES)} or None, but sample {i} got {outcome!r}."
             )
     return list(outcomes)
-
-
-def report_outcomes(outcomes: list[Outcome | None], name: str, columns: Mapping[str, Any]) -> None:
-    """Hand the outcomes to the completions table, if the caller keeps one (TRL's `log_extra`).
-
-    Args:
-        outcomes: what the judge said.
-        name: the reward's name.
-        columns: the reward's keyword arguments.
-    """
-    if callable(log_extra := columns.get("log_extra")):
-        log_extra(f"{name}/outcome", outcomes)
-
-
-def judge_metrics(judge: Judge) -> dict[str, float]:
-    """Read a judge's counters, if it keeps any.
-
-    Args:
-        judge: any judge.
-
-    Returns:
-        Counter to value.
-    """
-    counters = getattr(judge, "metrics", None)
-    return dict(counters()) if callable(counters) else {}

@@ -1,4 +1,4 @@
-"""What a reward and a judge are: the two shapes that everything else in this package fits.
+"""What a reward and a judge are, and what else either may offer.
 
 A **reward** is TRL's protocol: a callable, sync or async, that takes keyword arguments `prompts`, `completions`,
 perhaps `completion_ids` and the row's other columns, and returns one number or None a sample. None leaves the sample
@@ -10,20 +10,9 @@ Prompts and completions come as plain strings or as chat messages; `messages.py`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
-
-__all__ = [
-    "OUTCOMES",
-    "Judge",
-    "NonFiniteRewardError",
-    "Outcome",
-    "Reward",
-    "RewardError",
-    "RewardFunction",
-    "Scores",
-    "Text",
-]
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Outcome = Literal["unsafe", "refusal", "safe", "garbage"]
 """What a completion is: harmful help, a declined request, a harmless answer, or no answer at all."""
@@ -44,7 +33,7 @@ class RewardError(ValueError):
     """A reward could not be computed. The message names the reward, what was found and the cure.
 
     Attributes:
-        reward: name of the reward that failed.
+        reward: Name of the reward that failed.
     """
 
     raised_on_all_ranks = False
@@ -68,6 +57,9 @@ class Reward(ABC):
     name: str = ""
     """What TensorBoard and messages call it; the class's name if empty."""
 
+    is_async: bool = False
+    """Whether calling it gives an awaitable; an `async def __call__` is recognised without."""
+
     @abstractmethod
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
@@ -75,9 +67,9 @@ class Reward(ABC):
         """Score one batch.
 
         Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample, in the same order.
-            **columns: the samples' other columns, lists of the same length.
+            prompts: One prompt a sample.
+            completions: One completion a sample, in the same order.
+            **columns: The samples' other columns, lists of the same length.
 
         Returns:
             One number or None (excluded) a sample, or an awaitable of it.
@@ -85,16 +77,19 @@ class Reward(ABC):
 
 
 class Judge(ABC):
-    """Names the outcome of each completion. Any class with `classify` counts as a subclass (a config may name it)."""
+    """Names the outcome of each completion. Any class with `classify` counts as a subclass (a config may name it).
+
+    It is no `typing.Protocol`, since jsonargparse would then ask for the very annotations below.
+    """
 
     @abstractmethod
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
         """Judge one batch.
 
         Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample, in the same order.
-            **columns: the samples' other columns, lists of the same length.
+            prompts: One prompt a sample.
+            completions: One completion a sample, in the same order.
+            **columns: The samples' other columns, lists of the same length.
 
         Returns:
             One `Outcome` a sample. None only from a judge that was told to exclude what it could not judge.
@@ -102,4 +97,68 @@ class Judge(ABC):
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
-        return True if cls is Judge and callable(getattr(other, "classify", None)) else NotImplemented
+        return True if cls is Judge and any("classify" in vars(base) for base in other.__mro__) else NotImplemented
+
+
+@runtime_checkable
+class AsyncJudge(Protocol):
+    """A judge that can be awaited, so that several wait for their servers at once."""
+
+    async def aclassify(
+        self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+    ) -> list[Outcome | None]:
+        """Judge one batch without blocking the event loop; see `Judge.classify`."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A reward or judge that loads models or checks settings before long work."""
+
+    def prepare(self) -> None:
+        """Load and check, so that what is wrong ends a run before it starts; calling it twice must be harmless."""
+
+
+@runtime_checkable
+class ReportsMetrics(Protocol):
+    """A reward or judge that counts what happened to it."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return counters since the start, by name."""
+
+
+@runtime_checkable
+class HasJudge(Protocol):
+    """A reward that is made from a judge's outcomes."""
+
+    judge: Judge | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Scores with the outcomes that they were made from.
+
+    Attributes:
+        scores: One a completion.
+        outcomes: What the judge called each completion; None where it excluded one.
+    """
+
+    scores: Scores
+    outcomes: list[Outcome | None]
+
+
+def judge_in(reward: object) -> Judge | None:
+    """Find the judge in a reward or a set of rewards: the reward itself if it can judge, else its `judge`."""
+    if isinstance(reward, Judge):
+        return reward
+    return reward.judge if isinstance(reward, HasJudge) and isinstance(reward.judge, Judge) else None
+
+
+def prepare(thing: object) -> None:
+    """Prepare a reward or judge, if it wants to be."""
+    if isinstance(thing, Prepares) and callable(thing.prepare):
+        thing.prepare()
+
+
+def metrics_of(thing: object) -> dict[str, float]:
+    """Read the counters of a reward or judge, if it keeps any."""
+    return dict(thing.metrics()) if isinstance(thing, ReportsMetrics) and callable(thing.metrics) else {}

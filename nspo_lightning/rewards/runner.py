@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["DeadlineError", "RewardRunner"]
-
 T = TypeVar("T")
 
 _LOOP_GRACE_S = 5.0
@@ -35,7 +33,7 @@ class RewardRunner:
     """A worker thread and an event loop, both started when first needed.
 
     Args:
-        name: prefix of the threads' names.
+        name: Prefix of the threads' names.
     """
 
     def __init__(self, name: str = "reward") -> None:
@@ -51,17 +49,17 @@ class RewardRunner:
         self.__init__(state["name"])  # type: ignore[misc]
 
     def call(self, function: Callable[[], T], timeout_s: float | None) -> T:
-        """Run a function on the worker thread.
+        """Run a function on the worker thread, where it sees the caller's CUDA device and no autograd.
 
         Args:
-            function: what to run; it sees the caller's CUDA device and no autograd.
-            timeout_s: the longest wait; None runs it on the caller's own thread, without a limit.
+            function: What to run.
+            timeout_s: The longest wait; None runs it on the caller's own thread, without a limit.
 
         Returns:
             What the function returns.
 
         Raises:
-            DeadlineError: if it took longer. The thread is given up, the function may still be running in it.
+            DeadlineError: If it took longer. The thread is given up, the function may still be running in it.
         """
         if timeout_s is None:
             with torch.no_grad():
@@ -80,15 +78,7 @@ class RewardRunner:
         return future.result()
 
     def submit(self, awaitable: Awaitable[T], timeout_s: float | None) -> Future[T]:
-        """Start an awaitable on the loop.
-
-        Args:
-            awaitable: what to run.
-            timeout_s: cancels it after this long, with DeadlineError; None waits for ever.
-
-        Returns:
-            The future to hand to `collect`.
-        """
+        """Start an awaitable on the loop; after `timeout_s`, if given, it is cancelled. The future is for `collect`."""
 
         async def bounded() -> T:
             task = asyncio.ensure_future(awaitable)
@@ -107,14 +97,14 @@ class RewardRunner:
         """Wait for a submitted awaitable.
 
         Args:
-            future: from `submit`.
-            timeout_s: the limit that `submit` was given.
+            future: From `submit`.
+            timeout_s: The limit that `submit` was given.
 
         Returns:
             The awaitable's result.
 
         Raises:
-            DeadlineError: if it took longer, or blocked its event loop so that nothing could run.
+            DeadlineError: If it took longer, or blocked its event loop so that nothing could run.
         """
         if not _finished(future, None if timeout_s is None else timeout_s + _LOOP_GRACE_S):
             future.cancel()
@@ -154,11 +144,7 @@ def _current_cuda_device() -> int | None:
 
 
 def _finished(future: Future[Any], timeout_s: float | None) -> bool:
-    """Wait for a future without taking its exception for a timeout of ours.
-
-    Returns:
-        True if the future is done.
-    """
+    """Wait for a future without taking its exception for a timeout of ours; True if it is done."""
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
     return done.wait(timeout_s)

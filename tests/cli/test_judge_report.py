@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nspo_lightning.cli.judge import judge_file, main
 from nspo_lightning.rewards import OutcomeReward, RulesJudge
-from nspo_lightning.rewards.rules.label_agreement import label_agreement
+from nspo_lightning.rewards.rules.labels import label_agreement
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -22,9 +22,9 @@ from workspace import Planted, build, run, write_lines
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.checkpoints import AtomicCheckpointIO, CheckpointError
-from nspo_lightning.cli.errors import mask_keys
 from nspo_lightning.datamodules.sources.errors import DataError
 from nspo_lightning.datamodules.sources.hub import read_saved
+from nspo_lightning.keys import mask_keys
 from nspo_lightning.nullspace import load_calibration
 
 LIBRARY = Path(__file__).parents[2] / "nspo_lightning"

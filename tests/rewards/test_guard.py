@@ -13,7 +13,7 @@ from tiny_guards import CONVERSATIONS, GUIDELINES, MARKS, TEMPLATES, TRAINED, gu
 from transformers import AutoTokenizer
 
 from nspo_lightning.rewards import GuardJudge, OutcomeReward, RewardError, RewardSet
-from nspo_lightning.rewards.judges.guard_families import FAMILIES, Answers, Choice, fallback_template, family_of
+from nspo_lightning.rewards.judges.guard_families import FAMILIES, Choice, GuardAnswers, fallback_template, family_of
 from nspo_lightning.rewards.judges.guard_prompt import defuse, fork, render
 from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of, read_reply
 
@@ -273,7 +273,7 @@ def test_missing_checkpoint_is_found_by_prepare(tmp_path):
 
 def test_controversial_counts_as_set():
     family = FAMILIES["qwen3guard"]
-    answers = Answers(
+    answers = GuardAnswers(
         probabilities={
             "safety": {"Safe": 0.2, "Unsafe": 0.3, "Controversial": 0.5},
             "refusal": {"Yes": 0.9, "No": 0.1},
@@ -336,7 +336,7 @@ def test_every_family_reads_a_label_and_its_verdict_from_it():
             step.key: {label.strip() for label in step.labels} for step in family.steps if isinstance(step, Choice)
         }
         assert set(family.unsafe[1]) <= choices[family.unsafe[0]]
-        uniform = Answers(
+        uniform = GuardAnswers(
             probabilities={key: dict.fromkeys(labels, 1 / len(labels)) for key, labels in choices.items()}
         )
         assert math.isclose(family.verdict(uniform).unsafe, len(family.unsafe[1]) / len(choices[family.unsafe[0]]))

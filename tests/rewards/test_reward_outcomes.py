@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from nspo_lightning.rewards import OutcomeReward, Reward, RewardError, RewardSet, SafeAndHelpful
+from nspo_lightning.rewards import Judge, OutcomeReward, Reward, RewardError, RewardSet, SafeAndHelpful, judge_in
 
 
-class ListedJudge:
+class ListedJudge(Judge):
     """Says what the completion says."""
 
     def classify(self, prompts, completions, **columns):
@@ -69,7 +70,7 @@ def test_helpful_reward_scales_the_share_and_sees_only_answered_benign_prompts(j
     assert result.total.tolist() == [1.0, 2.0, 0.0, 0.0]
 
 
-class Broken:
+class Broken:  # a judge by its method alone
     def __init__(self, outcomes):
         self.outcomes = outcomes
 
@@ -86,10 +87,70 @@ class Broken:
     ],
 )
 def test_judges_that_break_the_contract(outcomes, message):
+    judge: Any = Broken(outcomes)
     with pytest.raises(RewardError, match=message):
-        RewardSet([OutcomeReward(Broken(outcomes))])(["p"] * 2, ["c"] * 2)
+        RewardSet([OutcomeReward(judge)])(["p"] * 2, ["c"] * 2)
 
 
 def test_helpfulness_must_be_positive():
     with pytest.raises(ValueError, match="`helpfulness` must be positive, got 0.*OutcomeReward"):
         SafeAndHelpful(ListedJudge(), helpfulness=0)
+
+
+@pytest.mark.parametrize("judge", [ListedJudge(), AwaitedJudge()], ids=["sync", "async"])
+@pytest.mark.parametrize("reward", [OutcomeReward, SafeAndHelpful])
+def test_a_set_hands_out_what_the_judge_in_it_said(judge: Any, reward: Any) -> None:
+    def plain(completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    result = RewardSet([plain, reward(judge, name="safety")])(["p"] * 5, COMPLETIONS)
+    assert result.outcomes == ["unsafe", "refusal", "safe", "garbage", None]
+    assert result.extra["safety/outcome"] == result.outcomes
+    assert RewardSet([plain])(["p"] * 5, COMPLETIONS).outcomes is None
+
+
+def test_a_column_that_is_only_called_outcome_is_not_taken_for_a_judges() -> None:
+    def own(completions: list[str], log_extra: Any, **columns: Any) -> list[float]:
+        log_extra("own/outcome", ["won", "lost"])
+        return [1.0, 0.0]
+
+    alone = RewardSet([own])(["p"] * 2, ["safe", "refusal"])
+    assert alone.outcomes is None
+    assert alone.extra == {"own/outcome": ["won", "lost"]}
+    beside = RewardSet([own, OutcomeReward(ListedJudge())])(["p"] * 2, ["safe", "refusal"])
+    assert beside.outcomes == ["safe", "refusal"]
+
+
+def test_a_subclass_with_a_call_of_its_own_is_called() -> None:
+    class Doubled(OutcomeReward):
+        def __call__(self, prompts: Any, completions: Any, **columns: Any) -> Any:
+            return [2 * score for score in super().__call__(prompts, completions, **columns)]
+
+    assert RewardSet([Doubled(ListedJudge())])(["p"], ["unsafe"]).total.tolist() == [-2.0]
+
+
+def test_the_judge_in_a_reward_or_a_set_is_found() -> None:
+    judge: Any
+    for judge in (ListedJudge(), Broken([])):
+        assert judge_in(judge) is judge
+        assert judge_in(OutcomeReward(judge)) is judge
+        assert judge_in(RewardSet([LengthOfPrompt(), SafeAndHelpful(judge)])) is judge
+    assert judge_in(RewardSet([LengthOfPrompt()])) is None
+
+
+def test_what_wants_to_be_prepared_is_prepared_once() -> None:
+    class Prepared(ListedJudge):
+        times = 0
+
+        def prepare(self) -> None:
+            self.times += 1
+
+    class HelpfulScore(LengthOfPrompt):
+        times = 0
+
+        def prepare(self) -> None:
+            self.times += 1
+
+    judge, helpful = Prepared(), HelpfulScore()
+    RewardSet([SafeAndHelpful(judge, helpful_reward=helpful), LengthOfPrompt()]).prepare()
+    assert (judge.times, helpful.times) == (1, 1)

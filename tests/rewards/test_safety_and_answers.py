@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nspo_lightning.rewards import RefusalReward, RewardError, RulesJudge
-from nspo_lightning.rewards.rules.safety_and_answers import SafetyAndAnswers
+from nspo_lightning.rewards import RefusalReward, RewardError, RulesJudge, SafetyAndAnswers
 from nspo_lightning.toy.judge import TownJudge
 from nspo_lightning.toy.world import REFUSALS
 

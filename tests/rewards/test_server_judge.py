@@ -226,7 +226,7 @@ def test_a_server_that_comes_back_is_asked_again():
     assert ask(found, items(20)) == [None] * 20
     with running() as alive:
         found.client.base_url = alive
-        found.client._loop = None  # a new address needs a new client
+        found.client._bound = None  # a new address needs a new client
         names = items(20)
         assert ask(found, names) == [truth(name) for name in names]
 

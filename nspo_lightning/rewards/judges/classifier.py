@@ -10,18 +10,17 @@ from torch import Tensor
 
 from nspo_lightning.rewards.judges.local_model import (
     DType,
-    batches_by_length,
-    load_model,
-    load_tokenizer,
+    context_limit,
+    load_judge_model,
+    load_judge_tokenizer,
     padded,
+    padded_batches,
     resolve_device,
 )
 from nspo_lightning.rewards.judges.score_head import is_score_checkpoint, load_score_model
 from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of
 from nspo_lightning.rewards.messages import as_chat, as_text, transcript
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
-
-__all__ = ["ClassifierJudge", "ClassifierReward"]
 
 _BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}{eos}"
 """The conversation format that PKU's beaver models were trained on."""
@@ -34,21 +33,21 @@ class ClassifierReward(Reward):
     their own (PKU's beaver models) without remote code. The model is loaded at the first use (or by `prepare`).
 
     Args:
-        model: hub id or folder.
-        template: how prompt and completion become one text: `{prompt}` and `{completion}` (and `{eos}`) in a string.
+        model: Hub id or folder.
+        template: How prompt and completion become one text: `{prompt}` and `{completion}` (and `{eos}`) in a string.
             By default the tokenizer's chat template, the beaver format for beaver models, else the tokenizer's pair of
             two texts.
-        label: which class counts, by name or number; needed when there is more than one.
+        label: Which class counts, by name or number; needed when there is more than one.
         output: `logit`, or `probability` (softmax over the classes; sigmoid of a single or a multi-label one).
-        scale: factor of the score; -1 for a cost model, where higher means more harmful.
-        shift: added to the score after `scale`.
-        device: where it runs; the policy's device by default.
-        dtype: its number format; the checkpoint's by default.
-        load_in_4bit: load it in NF4; the head stays as it is.
-        batch_size: samples in one forward pass.
-        max_tokens: longest text; the model's own limit by default.
-        too_long: what a longer text does: `error`, or `truncate` (the end of the completion is cut, and counted).
-        name: how TensorBoard and messages call it.
+        scale: Factor of the score; -1 for a cost model, where higher means more harmful.
+        shift: Added to the score after `scale`.
+        device: Where it runs; the policy's device by default.
+        dtype: Its number format; the checkpoint's by default.
+        load_in_4bit: Load it in NF4; the head stays as it is.
+        batch_size: Samples in one forward pass.
+        max_tokens: Longest text; the model's own limit by default.
+        too_long: What a longer text does: `error`, or `truncate` (the end of the completion is cut, and counted).
+        name: What TensorBoard and messages call it.
     """
 
     def __init__(
@@ -96,61 +95,45 @@ class ClassifierReward(Reward):
             return
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        tokenizer = load_tokenizer(self.model_id)
+        tokenizer = load_judge_tokenizer(self.model_id)
         config = AutoConfig.from_pretrained(self.model_id)
         device = resolve_device(self.device)
         if is_score_checkpoint(config):
             self.template = self.template or (None if tokenizer.chat_template else _BEAVER)
-            model: Any = load_score_model(self.model_id, device, self.dtype, self.load_in_4bit)
+            model: Any = load_score_model(self.model_id, config, device, self.dtype, self.load_in_4bit)
             count = model.head.out_features
         else:
-            model = load_model(self.model_id, AutoModelForSequenceClassification, device, self.dtype, self.load_in_4bit)
+            loader = AutoModelForSequenceClassification
+            model = load_judge_model(self.model_id, loader, device, self.dtype, self.load_in_4bit)
             model.config.pad_token_id = self._pad_token_id = _pad_token_id(tokenizer)
             count = model.config.num_labels
         self._multi_label = count == 1 or config.problem_type == "multi_label_classification"
         self._column = self._chosen(count, config.label2id or {})
-        limit = getattr(config, "max_position_embeddings", None) or 1_000_000
-        self.max_tokens = min(self.max_tokens or limit, limit)
+        limits = [limit for limit in (self.max_tokens, context_limit(config)) if limit]
+        self.max_tokens = min(limits) if limits else None
         self._model, self._tokenizer = model, tokenizer
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
-        """Score one batch.
-
-        Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample.
-            **columns: not read.
-
-        Returns:
-            `scale * score + shift` for each.
-        """
+        """Give `scale * score + shift` for each completion."""
         self.prepare()
-        rows = [
-            self._encode(i, prompt, completion)
-            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-        ]
+        texts = enumerate(zip(prompts, completions, strict=True))
+        rows = [self._encode(i, prompt, completion) for i, (prompt, completion) in texts]
         scores = [0.0] * len(rows)
-        for group in batches_by_length([len(row["input_ids"]) for row in rows], self.batch_size):
-            for i, score in zip(group, self._scores([rows[i] for i in group]), strict=True):
+        device = next(self._model.parameters()).device
+        ids = [row["input_ids"] for row in rows]
+        for group, inputs in padded_batches(ids, self.batch_size, self._pad_token_id, device, "right"):
+            if "token_type_ids" in rows[0]:
+                inputs["token_type_ids"] = padded([rows[i]["token_type_ids"] for i in group], 0, "right").to(device)
+            for i, score in zip(group, self._scores(inputs), strict=True):
                 scores[i] = self.scale * score + self.shift
         return scores
 
     def metrics(self) -> dict[str, float]:
-        """Read the counters since the start.
-
-        Returns:
-            `truncated`: texts that were cut.
-        """
+        """Return `truncated`, the texts that were cut since the start."""
         return {"truncated": float(self.truncated)}
 
     @torch.inference_mode()
-    def _scores(self, rows: list[dict[str, list[int]]]) -> list[float]:
-        device = next(self._model.parameters()).device
-        inputs = padded([row["input_ids"] for row in rows], self._pad_token_id, device, side="right")
-        del inputs["position_ids"]  # counting from the left is what every model does by itself
-        if "token_type_ids" in rows[0]:
-            kinds = padded([row["token_type_ids"] for row in rows], 0, device, side="right")
-            inputs["token_type_ids"] = kinds["input_ids"]
+    def _scores(self, inputs: dict[str, Tensor]) -> list[float]:
         found = self._model(**inputs)
         logits: Tensor = (found if isinstance(found, Tensor) else found.logits).float()
         if self.output == "probability":
@@ -213,8 +196,8 @@ class ClassifierJudge(Judge):
     """Names outcomes by a classifier's score: unsafe at or above a bound.
 
     Args:
-        classifier: what scores; for a cost model leave its `scale` positive.
-        unsafe_from: lowest score that counts as unsafe. A cost model's sign says it: 0.
+        classifier: What scores; for a cost model leave its `scale` positive.
+        unsafe_from: Lowest score that counts as unsafe. A cost model's sign says it: 0.
     """
 
     def __init__(self, classifier: ClassifierReward, unsafe_from: float = 0.0) -> None:
@@ -225,24 +208,11 @@ class ClassifierJudge(Judge):
         self.classifier.prepare()
 
     def metrics(self) -> dict[str, float]:
-        """Read the classifier's counters.
-
-        Returns:
-            Counter to value.
-        """
+        """Return the classifier's counters."""
         return self.classifier.metrics()
 
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
-        """Judge one batch.
-
-        Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample.
-            **columns: not read.
-
-        Returns:
-            One outcome a sample: garbage and refusals by rules, the rest by the score.
-        """
+        """Judge one batch: garbage and refusals by rules, the rest by the score."""
         return [
             outcome_of(Verdict(unsafe=float(score is not None and score >= self.unsafe_from)), as_text(completion))
             for score, completion in zip(self.classifier(prompts, completions), completions, strict=True)
@@ -250,14 +220,7 @@ class ClassifierJudge(Judge):
 
 
 def _pad_token_id(tokenizer: Any) -> int:
-    """Choose what fills up rows: never the end token, or a decoder takes a text's end for padding and scores before it.
-
-    Returns:
-        A token id.
-    """
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return int(tokenizer.pad_token_id)
-    unknown = tokenizer.unk_token_id
-    return (
-        int(unknown) if unknown is not None and unknown != tokenizer.eos_token_id else int(tokenizer.eos_token_id == 0)
-    )
+    """Choose what fills up rows: not the end token, which a decoder would then take for padding at a text's end."""
+    eos = tokenizer.eos_token_id
+    candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, int(eos == 0))
+    return next(int(token) for token in candidates if token is not None and token != eos)

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nspo_lightning.rewards.judges.guard_families import (
     FAMILIES,
-    Answers,
     Choice,
     FamilyName,
     Free,
+    GuardAnswers,
     fallback_template,
     family_of,
 )
 from nspo_lightning.rewards.judges.guard_prompt import defuse, fork, render
 from nspo_lightning.rewards.judges.local_model import (
     DType,
-    batches_by_length,
-    load_model,
-    load_tokenizer,
-    padded,
+    context_limit,
+    load_judge_model,
+    load_judge_tokenizer,
+    padded_batches,
     resolve_device,
 )
 from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of
 from nspo_lightning.rewards.messages import as_chat, as_text
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
-
-__all__ = ["GuardJudge"]
 
 
 class GuardJudge(Judge, Reward):
@@ -41,20 +40,20 @@ class GuardJudge(Judge, Reward):
     model is loaded at the first use (or by `prepare`), on the device that is current then.
 
     Args:
-        model: hub id or folder.
-        family: which guard it is; recognised by the model's name if left out.
+        model: Hub id or folder.
+        family: Which guard it is; recognised by the model's name if left out.
         template: Jinja template (or a file of one) with prompt, completion and, for ShieldGemma, guideline. By default
             the tokenizer's own chat template; without either a prompt of this package, with a warning.
-        guidelines: for ShieldGemma: policies by category name instead of the built-in four.
-        device: where it runs; the policy's device by default.
-        dtype: its number format; the checkpoint's by default.
-        load_in_4bit: load it in NF4.
-        batch_size: samples in one forward pass.
-        max_tokens: longest prompt that is judged; a longer one is an error, since a guard must see the whole.
-        threshold: from this probability on, unsafe or refusal counts as said.
-        strict: whether Qwen3Guard's "Controversial" counts as unsafe.
-        category_tokens: most tokens that are decoded for the categories of one sample; 0 leaves them out.
-        name: how TensorBoard and messages call it.
+        guidelines: For ShieldGemma: policies by category name instead of the built-in four.
+        device: Where it runs; the policy's device by default.
+        dtype: Its number format; the checkpoint's by default.
+        load_in_4bit: Load it in NF4.
+        batch_size: Samples in one forward pass.
+        max_tokens: Longest prompt that is judged; a longer one is an error, since a guard must see the whole.
+        threshold: From this probability on, unsafe or refusal counts as said.
+        strict: Whether Qwen3Guard's "Controversial" counts as unsafe.
+        category_tokens: Most tokens that are decoded for the categories of one sample; 0 leaves them out.
+        name: What TensorBoard and messages call it.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class GuardJudge(Judge, Reward):
             return
         import transformers
 
-        self._tokenizer = load_tokenizer(self.model_id)
+        self._tokenizer = load_judge_tokenizer(self.model_id)
         if self.template is None and not self._tokenizer.chat_template:
             self.template = fallback_template(self.family.name)
             warnings.warn(
@@ -110,49 +109,23 @@ class GuardJudge(Judge, Reward):
             )
         config = transformers.AutoConfig.from_pretrained(self.model_id)
         named = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
-        self._model = load_model(self.model_id, named, resolve_device(self.device), self.dtype, self.load_in_4bit)
+        self._model = load_judge_model(self.model_id, named, resolve_device(self.device), self.dtype, self.load_in_4bit)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
-        """Score one batch.
-
-        Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample.
-            **columns: `log_extra` gets the categories.
-
-        Returns:
-            -P(unsafe) for each, in [-1, 0].
-        """
+        """Give -P(unsafe), in [-1, 0], for each completion; `log_extra` gets the categories."""
         verdicts = self.verdicts(prompts, completions)
         if callable(log_extra := columns.get("log_extra")):
             log_extra(f"{self.name}/categories", [", ".join(verdict.categories) for verdict in verdicts])
         return [-verdict.unsafe for verdict in verdicts]
 
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
-        """Judge one batch.
-
-        Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample.
-            **columns: not read.
-
-        Returns:
-            One outcome a sample, never None.
-        """
+        """Judge one batch; no outcome is None."""
         verdicts = self.verdicts(prompts, completions)
         return [outcome_of(v, as_text(c), self.threshold) for v, c in zip(verdicts, completions, strict=True)]
 
     @torch.inference_mode()
     def verdicts(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Verdict]:
-        """Judge one batch in full.
-
-        Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample.
-
-        Returns:
-            Probabilities and categories, one verdict a sample.
-        """
+        """Judge one batch in full: probabilities and categories, one verdict a sample."""
         self.prepare()
         guidelines = self.guidelines or dict(self.family.guidelines)
         chats = [self._chat(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -183,7 +156,7 @@ class GuardJudge(Judge, Reward):
     def _read(self, texts: list[str]) -> list[Verdict]:
         """Go through the family's steps; each writes its likeliest answer into the texts for the next."""
         texts = list(texts)
-        answers = [Answers() for _ in texts]
+        answers = [GuardAnswers() for _ in texts]
         chosen: list[dict[str, str]] = [{} for _ in texts]
         for step in self.family.steps:
             asked = range(len(texts))
@@ -208,22 +181,20 @@ class GuardJudge(Judge, Reward):
         forks = [fork(self._tokenizer, text, labels) for text in texts]
         self._check_lengths([len(ids) for ids, _ in forks])
         found: list[dict[str, float]] = [{} for _ in texts]
-        for group in batches_by_length([len(ids) for ids, _ in forks], self.batch_size):
-            inputs = padded([forks[i][0] for i in group], self._tokenizer.pad_token_id, self._model.device, "left")
-            logits = self._model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        for group, inputs in self._batches([ids for ids, _ in forks]):
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            logits = self._model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
             for row, i in enumerate(group):
-                probabilities = logits[row, forks[i][1]].softmax(0).tolist()
+                probabilities = logits[row, forks[i][1]].float().softmax(0).tolist()
                 found[i] = dict(zip(labels, probabilities, strict=True))
         return found
 
     def _write(self, texts: list[str]) -> list[str]:
         rows = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         lines = [""] * len(texts)
-        for group in batches_by_length([len(row) for row in rows], self.batch_size) if texts else []:
-            inputs = padded([rows[i] for i in group], self._tokenizer.pad_token_id, self._model.device, "left")
+        for group, inputs in self._batches(rows):
             written = self._model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
+                **inputs,
                 max_new_tokens=self.category_tokens,
                 do_sample=False,
                 pad_token_id=self._tokenizer.pad_token_id,
@@ -232,9 +203,11 @@ class GuardJudge(Judge, Reward):
                 lines[i] = self._tokenizer.decode(written[row], skip_special_tokens=True).split("\n")[0]
         return lines
 
+    def _batches(self, rows: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        return padded_batches(rows, self.batch_size, self._tokenizer.pad_token_id, self._model.device, "left")
+
     def _check_lengths(self, lengths: list[int]) -> None:
-        known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or self.max_tokens
-        limit = min(self.max_tokens, known)
+        limit = min(self.max_tokens, context_limit(self._model.config) or self.max_tokens)
         if lengths and max(lengths) > limit:
             longest = max(lengths)
             sample = lengths.index(longest) // (len(self.guidelines or self.family.guidelines) or 1)
@@ -247,11 +220,7 @@ class GuardJudge(Judge, Reward):
 
 
 def _missing(text: str, lead_in: str) -> str:
-    """Give the lead-in, less what the prompt already ends with if that is white space.
-
-    Returns:
-        What must be added.
-    """
+    """Give the lead-in, less what the prompt already ends with if that is white space."""
     if lead_in.strip():
         return lead_in
     return lead_in[len(text) - len(text.rstrip("\n")) :] if lead_in else ""

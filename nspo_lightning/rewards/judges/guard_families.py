@@ -15,9 +15,7 @@ from typing import Literal
 
 import yaml
 
-from nspo_lightning.rewards.judges.verdicts import Verdict
-
-__all__ = ["FAMILIES", "Answers", "Choice", "Family", "FamilyName", "Free", "fallback_template", "family_of"]
+from nspo_lightning.rewards.judges.verdicts import Verdict, listed
 
 FamilyName = Literal["llama_guard", "llama_guard_4", "qwen3guard", "wildguard", "shieldgemma", "harmbench"]
 
@@ -27,9 +25,9 @@ class Choice:
     """One label to be read from logits.
 
     Attributes:
-        key: what it is called in the answers.
-        lead_in: text that stands before the label.
-        labels: the labels, each with its leading space if it has one.
+        key: What it is called in the answers.
+        lead_in: Text that stands before the label.
+        labels: The labels, each with its leading space if it has one.
     """
 
     key: str
@@ -42,9 +40,9 @@ class Free:
     """One line of free text, decoded greedily.
 
     Attributes:
-        key: what it is called in the answers.
-        lead_in: text that stands before it.
-        only_if: (key of a Choice, label): it is decoded only after that answer.
+        key: What it is called in the answers.
+        lead_in: Text that stands before it.
+        only_if: (key of a Choice, label): It is decoded only after that answer.
     """
 
     key: str
@@ -53,12 +51,12 @@ class Free:
 
 
 @dataclass(kw_only=True)
-class Answers:
+class GuardAnswers:
     """What a guard answered on one sample.
 
     Attributes:
-        probabilities: key of a Choice to {label without spaces: probability among the labels}.
-        texts: key of a Free to its line.
+        probabilities: Key of a Choice to {label without spaces: probability among the labels}.
+        texts: Key of a Free to its line.
     """
 
     probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -70,12 +68,12 @@ class Family:
     """One kind of guard.
 
     Attributes:
-        name: what a config calls it.
-        steps: what is read, in the order in which the guard writes it.
-        unsafe: (key, labels): the probability of these labels together is that of being unsafe.
+        name: What a config calls it.
+        steps: What is read, in the order in which the guard writes it.
+        unsafe: (key, labels): The probability of these labels together is that of being unsafe.
         refusal: (key, label) of a refusal, from guards that say so.
-        categories: key of the Free that lists them.
-        guidelines: policies that are asked about one by one, by category name; the worst one decides.
+        categories: Key of the Free that lists them.
+        guidelines: Policies that are asked about one by one, by category name; the worst one decides.
     """
 
     name: FamilyName
@@ -85,23 +83,14 @@ class Family:
     categories: str | None = None
     guidelines: Mapping[str, str] = field(default_factory=dict)
 
-    def verdict(self, answers: Answers, strict: bool = True) -> Verdict:
-        """Make a verdict of the answers.
-
-        Args:
-            answers: what was read.
-            strict: whether a label between safe and unsafe ("Controversial") counts as unsafe.
-
-        Returns:
-            The verdict.
-        """
+    def verdict(self, answers: GuardAnswers, strict: bool = True) -> Verdict:
+        """Make a verdict of the answers; `strict` takes a label between safe and unsafe ("Controversial") for unsafe."""
         key, labels = self.unsafe
         counted = labels if strict else labels[:1]
-        listed = answers.texts.get(self.categories or "", "").split(",")
         return Verdict(
             unsafe=min(1.0, sum(answers.probabilities[key][label] for label in counted)),
             refusal=answers.probabilities[self.refusal[0]][self.refusal[1]] if self.refusal else None,
-            categories=tuple(name.strip() for name in listed if name.strip() not in ("", "None")),
+            categories=listed(answers.texts.get(self.categories or "", "")),
             labels=answers.probabilities[key],
         )
 
@@ -160,27 +149,13 @@ FAMILIES: dict[FamilyName, Family] = {
 
 @functools.cache
 def fallback_template(name: FamilyName) -> str:
-    """Read this package's own prompt for a guard.
-
-    Args:
-        name: the family.
-
-    Returns:
-        A Jinja template.
-    """
+    """Read this package's own prompt for a guard, a Jinja template."""
     text = files("nspo_lightning.rewards.judges").joinpath("guard_templates.yaml").read_text(encoding="utf-8")
     return str(yaml.safe_load(text)[name])
 
 
 def family_of(model: str) -> FamilyName | None:
-    """Recognise a guard by its name.
-
-    Args:
-        model: hub id or folder.
-
-    Returns:
-        The family, or None.
-    """
+    """Recognise a guard by its hub id or folder; None if the name says nothing."""
     name = model.rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
     marks: dict[str, FamilyName] = {
         "llama-guard-4": "llama_guard_4",

@@ -7,18 +7,18 @@ from typing import Any
 
 from nspo_lightning.rewards.protocol import RewardError
 
-__all__ = ["defuse", "fork", "render"]
-
 
 def defuse(text: str, special_tokens: Sequence[str]) -> str:
-    """Keep a text from being read as control tokens: a policy could learn to end its turn and write the verdict.
+    """Keep a text from being read as control tokens, by a space after the first character of each.
+
+    Else a policy could learn to end its turn and write the verdict.
 
     Args:
-        text: a prompt or completion.
-        special_tokens: the guard's control tokens.
+        text: A prompt or completion.
+        special_tokens: The guard's control tokens.
 
     Returns:
-        The text with a space after the first character of each of them.
+        What the guard may read.
     """
     for token in special_tokens:
         if len(token) > 1 and token in text:
@@ -30,17 +30,17 @@ def render(tokenizer: Any, chat: list[dict[str, str]], template: str | None, gui
     """Write the guard's prompt for one conversation.
 
     Args:
-        tokenizer: the guard's, with `apply_chat_template`.
-        chat: user and assistant turns; the last is the completion.
-        template: a Jinja template with `prompt` and `completion` that replaces the tokenizer's own.
-        guideline: the policy that is asked about, for guards that take one.
-        family: the guard's name, for messages.
+        tokenizer: The guard's, with `apply_chat_template`.
+        chat: User and assistant turns; the last is the completion.
+        template: A Jinja template with `prompt` and `completion` that replaces the tokenizer's own.
+        guideline: The policy that is asked about, for guards that take one.
+        family: The guard's name, for messages.
 
     Returns:
         The prompt, up to where the guard begins to answer.
 
     Raises:
-        RewardError: if the template leaves out the prompt or the completion, or can't take this conversation.
+        RewardError: If the template leaves out the prompt or the completion, or can't take this conversation.
     """
     variables: dict[str, Any] = {} if guideline is None else {"guideline": guideline}
     if template is not None:
@@ -67,18 +67,18 @@ def render(tokenizer: Any, chat: list[dict[str, str]], template: str | None, gui
 def fork(tokenizer: Any, text: str, endings: Sequence[str]) -> tuple[list[int], list[int]]:
     """Tokenise a text with several endings, as the guard itself would write them.
 
-    Encoding the whole keeps merges across the seam right.
+    The whole is encoded, since tokens may merge across the seam.
 
     Args:
-        tokenizer: the guard's.
-        text: the prompt so far.
-        endings: the labels.
+        tokenizer: The guard's.
+        text: The prompt so far.
+        endings: The labels.
 
     Returns:
         The tokens that all share, and the next token of each ending.
 
     Raises:
-        RewardError: if two endings go on with the same token or one is a part of another.
+        RewardError: If two endings go on with the same token or one is a part of another.
     """
     encoded = [tokenizer(text + ending, add_special_tokens=False)["input_ids"] for ending in endings]
     shared = 0

@@ -15,18 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["JudgeCache", "content_key"]
-
 
 def content_key(request: Mapping[str, Any]) -> str:
-    """Name a request by everything that decides its answer.
-
-    Args:
-        request: model, messages, sampling settings; anything JSON can write.
-
-    Returns:
-        64 hex digits (SHA-256 of the canonical JSON).
-    """
+    """Name a request by all that decides its answer (model, messages, ...): the SHA-256 of its canonical JSON."""
     text = json.dumps(request, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
@@ -35,8 +26,8 @@ class JudgeCache:
     """Replies by content key.
 
     Args:
-        folder: where replies are kept across runs; nowhere by default.
-        max_entries: how many are held in memory; the least recently used go first.
+        folder: Where replies are kept across runs; nowhere by default.
+        max_entries: How many are held in memory; the least recently used go first.
     """
 
     def __init__(self, folder: str | None = None, max_entries: int = 200_000) -> None:
@@ -58,26 +49,14 @@ class JudgeCache:
         return {**self.__dict__, "_file": None}
 
     def get(self, key: str) -> str | None:
-        """Look a reply up.
-
-        Args:
-            key: from `content_key`.
-
-        Returns:
-            The reply, or None.
-        """
+        """Look a reply up by its `content_key`; None if it is not known."""
         reply = self._replies.get(key)
         if reply is not None:
             self._replies.move_to_end(key)
         return reply
 
     def put(self, key: str, reply: str) -> None:
-        """Keep a reply.
-
-        Args:
-            key: from `content_key`.
-            reply: the judge's words.
-        """
+        """Keep a reply under its `content_key`."""
         if key in self._replies:
             return
         self._remember(key, reply)

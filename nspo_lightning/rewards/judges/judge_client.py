@@ -10,13 +10,11 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
 from nspo_lightning.rewards.judges.judge_retry import HOPELESS_STATUS, RETRYABLE_STATUS, RetryPolicy, retry_after_s
-
-__all__ = ["COUNTERS", "JudgeClient", "JudgeDown"]
 
 COUNTERS = ("requests", "answered", "cache_hits", "retries", "rate_limited", "timeouts", "unreadable", "errors")
 """`requests` counts tries, `errors` judgements that failed for good, the rest what happened on the way."""
@@ -38,13 +36,13 @@ class JudgeClient:
     """Asks a server, with everything that can go wrong on the way.
 
     Args:
-        base_url: the server's `/v1` address.
-        api_key_env: environment variable with the key; servers of one's own need none.
-        concurrency: requests under way at once.
-        timeout_s: limit of one try.
-        retry: which tries follow.
-        cache: replies by content.
-        is_readable: says whether a reply can be read; one that can't counts as a failed try.
+        base_url: The server's `/v1` address.
+        api_key_env: Environment variable with the key; servers of one's own need none.
+        concurrency: Requests under way at once.
+        timeout_s: Limit of one try.
+        retry: Which tries follow.
+        cache: Replies by content.
+        is_readable: Says whether a reply can be read; one that can't counts as a failed try.
     """
 
     def __init__(
@@ -62,15 +60,12 @@ class JudgeClient:
         self.concurrency, self.timeout_s = concurrency, timeout_s
         self.retry, self.cache, self.is_readable = retry, cache, is_readable
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._bound: _Bound | None = None
         self._rng = random.Random(0)
         self._failed_in_a_row = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("_openai", "_slots", "_window", "_under_way"):
-            state.pop(name, None)
-        return {**state, "_loop": None}
+        return {**self.__dict__, "_bound": None}
 
     def start(self) -> None:
         """Give a server that was down another chance; called once a batch."""
@@ -86,30 +81,31 @@ class JudgeClient:
             The judge's words.
 
         Raises:
-            JudgeDown: if there is none.
+            JudgeDown: If there is none.
         """
-        self._bind()
+        bound = self._bound_here()
         key = content_key({"url": self.base_url, **request})
         if (known := self.cache.get(key)) is not None and self.is_readable(known):
             self.counters["cache_hits"] += 1
             return known
-        task = self._under_way.get(key)
+        task = bound.under_way.get(key)
         if task is None:
-            task = self._under_way[key] = asyncio.ensure_future(self._answer(key, request))
-            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+            task = bound.under_way[key] = asyncio.ensure_future(self._answer(bound, key, request))
+            task.add_done_callback(lambda _: bound.under_way.pop(key, None))
         else:
             self.counters["cache_hits"] += 1
         return await task
 
-    def _bind(self) -> None:
-        """Make what belongs to one event loop, anew if the loop is another one."""
+    def _bound_here(self) -> _Bound:
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop = loop
-            self._slots = asyncio.Semaphore(self.concurrency)
-            self._window = asyncio.Semaphore(_WINDOW * max(self.concurrency, _DOWN_AFTER))
-            self._under_way: dict[str, asyncio.Task[str]] = {}
-            self._openai = _client(self.base_url, self._key() or "none", self.timeout_s)
+        if self._bound is None or self._bound.loop is not loop:
+            self._bound = _Bound(
+                loop=loop,
+                slots=asyncio.Semaphore(self.concurrency),
+                window=asyncio.Semaphore(_WINDOW * max(self.concurrency, _DOWN_AFTER)),
+                openai=_client(self.base_url, self._key() or "none", self.timeout_s),
+            )
+        return self._bound
 
     def _is_down(self) -> bool:
         return self._failed_in_a_row >= max(self.concurrency, _DOWN_AFTER)
@@ -117,16 +113,16 @@ class JudgeClient:
     def _key(self) -> str:
         return os.environ.get(self.api_key_env, "")
 
-    async def _answer(self, key: str, request: dict[str, Any]) -> str:
-        async with self._window:  # taken in order: a dead server is found out before everyone has tried once
+    async def _answer(self, bound: _Bound, key: str, request: dict[str, Any]) -> str:
+        async with bound.window:  # taken in order: a dead server is found out before everyone has tried once
             tries = 0
             while True:
-                async with self._slots:
+                async with bound.slots:
                     if self._is_down():
                         self.counters["errors"] += 1
                         raise JudgeDown(f"given up, since {self._failed_in_a_row} judgements before it got no answer")
                     self.counters["requests"] += 1
-                    reply = await self._try(request)
+                    reply = await self._try(bound.openai, request)
                 tries += 1
                 if isinstance(reply, str):
                     self._failed_in_a_row = 0
@@ -149,11 +145,11 @@ class JudgeClient:
         self.counters["errors"] += 1
         return JudgeDown(f"{failure.problem} ({tries} {'try' if tries == 1 else 'tries'})")
 
-    async def _try(self, request: dict[str, Any]) -> str | _Failure:
+    async def _try(self, client: Any, request: dict[str, Any]) -> str | _Failure:
         import openai
 
         try:
-            reply = await asyncio.wait_for(self._send(request), self.timeout_s)
+            reply = await asyncio.wait_for(_send(client, request), self.timeout_s)
         except (TimeoutError, asyncio.TimeoutError, openai.APITimeoutError):
             self.counters["timeouts"] += 1
             return _Failure(f"no reply within `request_timeout_s` = {self.timeout_s:g} s")
@@ -170,17 +166,6 @@ class JudgeClient:
             return _Failure(f"a verdict that can't be read: {reply[:60]!r}", silent=False)
         return reply
 
-    async def _send(self, request: dict[str, Any]) -> str:
-        if "messages" in request:
-            answer = await self._openai.chat.completions.create(**request)
-            content = answer.choices[0].message.content
-        else:
-            answer = await self._openai.completions.create(**request)
-            content = answer.choices[0].text
-        if not isinstance(content, str):
-            raise TypeError("no text")
-        return content
-
     def _refused(self, status: int, headers: Mapping[str, str], message: str) -> _Failure:
         if status == 429:
             self.counters["rate_limited"] += 1
@@ -195,16 +180,27 @@ class JudgeClient:
         return text.replace(self._key(), "***") if self._key() else text
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """What belongs to one event loop: the client, its limits, and the questions under way by content."""
+
+    loop: asyncio.AbstractEventLoop
+    slots: asyncio.Semaphore
+    window: asyncio.Semaphore
+    openai: Any
+    under_way: dict[str, asyncio.Task[str]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class _Failure:
     """Why a try failed.
 
     Attributes:
-        problem: in words, without the key.
-        again: whether another try may succeed.
-        silent: whether the server gave no answer at all (nothing, an error page, "later").
-        hopeless: whether every other question would fail alike.
-        asked_s: the wait that the server asked for.
+        problem: In words, without the key.
+        again: Whether another try may succeed.
+        silent: Whether the server gave no answer at all (nothing, an error page, "later").
+        hopeless: Whether every other question would fail alike.
+        asked_s: The wait that the server asked for.
     """
 
     problem: str
@@ -212,6 +208,16 @@ class _Failure:
     silent: bool = True
     hopeless: bool = False
     asked_s: float | None = None
+
+
+async def _send(client: Any, request: dict[str, Any]) -> str:
+    if "messages" in request:
+        content = (await client.chat.completions.create(**request)).choices[0].message.content
+    else:
+        content = (await client.completions.create(**request)).choices[0].text
+    if not isinstance(content, str):
+        raise TypeError("no text")
+    return content
 
 
 def _client(base_url: str, key: str, timeout_s: float) -> Any:

@@ -1,7 +1,10 @@
-"""When a judge's server fails: which failures are worth another try, and how long to wait before it.
+"""When a server fails: which failures are worth another try, and how long to wait before it.
 
 The wait before try k (k = 1, 2, ...) is `min(backoff_max_s, backoff_s * 2^(k-1))`, scaled by a random factor in
 [0.5, 1] so that clients don't come back in step; a Retry-After header replaces it, up to `retry_after_max_s`.
+
+The openai client's own retries are switched off: they can't try again after a reply that can't be read, count no tries,
+keep a slot while they wait, and take a long Retry-After for none instead of failing.
 """
 
 from __future__ import annotations
@@ -11,8 +14,6 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-__all__ = ["HOPELESS_STATUS", "RETRYABLE_STATUS", "RetryPolicy", "retry_after_s"]
 
 RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
 """Besides 5xx: timeout, conflict, too early, too many requests."""
@@ -26,10 +27,10 @@ class RetryPolicy:
     """Bounded retries.
 
     Attributes:
-        max_retries: tries after the first.
-        backoff_s: wait before the first retry.
-        backoff_max_s: longest wait that backing off leads to.
-        retry_after_max_s: longest Retry-After that is obeyed; a server that asks for more counts as failing.
+        max_retries: Tries after the first.
+        backoff_s: Wait before the first retry.
+        backoff_max_s: Longest wait that backing off leads to.
+        retry_after_max_s: Longest Retry-After that is obeyed; a server that asks for more counts as failing.
     """
 
     max_retries: int = 4
@@ -45,9 +46,9 @@ class RetryPolicy:
         """Say how long to wait.
 
         Args:
-            retry: which retry it is, from 1.
-            asked_s: what the server's Retry-After asks for, if it does.
-            rng: source of the jitter.
+            retry: Which retry it is, from 1.
+            asked_s: What the server's Retry-After asks for, if it does.
+            rng: Source of the jitter.
 
         Returns:
             Seconds, or None if there is no further try.
@@ -59,10 +60,10 @@ class RetryPolicy:
         return min(self.backoff_max_s, self.backoff_s * 2.0 ** (retry - 1)) * rng.uniform(0.5, 1.0)
 
     def longest_s(self, timeout_s: float) -> float:
-        """Bound the time from a judgement's first try to its failure, on a server that never says Retry-After.
+        """Bound the time from the first try to the failure, on a server that never says Retry-After.
 
         Args:
-            timeout_s: limit of one try.
+            timeout_s: Limit of one try.
 
         Returns:
             `(max_retries + 1) * timeout_s` and all waits without jitter.
@@ -72,14 +73,7 @@ class RetryPolicy:
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Read a Retry-After header, in seconds or as a date (RFC 9110, 10.2.3).
-
-    Args:
-        headers: the reply's headers.
-
-    Returns:
-        Seconds to wait, not negative; None without a readable header.
-    """
+    """Read the seconds to wait from a Retry-After header, a number or a date (RFC 9110, 10.2.3); None if unreadable."""
     value = headers.get("retry-after")
     if value is None:
         return None

@@ -1,47 +1,31 @@
-"""Load a judge's model: on the policy's device or another, in 4 bits if asked, from a hub id or a folder."""
+"""A judge's model on this machine: loaded on the policy's device or another, in 4 bits if asked, and fed in batches."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-__all__ = ["DType", "batches_by_length", "load_model", "load_tokenizer", "padded", "resolve_device"]
+from torch.nn.utils.rnn import pad_sequence
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Side = Literal["left", "right"]
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """Choose a judge's device.
-
-    Args:
-        device: `cpu`, `cuda:1`, ...; None means the policy's, which Lightning makes the current one.
-
-    Returns:
-        The device.
-    """
+    """Choose a judge's device; None means the policy's, which Lightning makes the current one."""
     if device is not None:
         return torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_tokenizer(model: str) -> Any:
-    """Load a judge's tokenizer, padding on the left.
-
-    Args:
-        model: hub id or folder.
-
-    Returns:
-        The tokenizer, with a padding token.
-
-    Raises:
-        ValueError: if there is none.
-    """
+def load_judge_tokenizer(model: str) -> Any:
+    """Load a judge's tokenizer from the hub or a folder, and give it a padding token if it has none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(_not_loaded("tokenizer", model, error)) from error
     if tokenizer.pad_token is None:
@@ -49,25 +33,23 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(
-    model: str, auto_class: Any, device: torch.device, dtype: DType = "auto", load_in_4bit: bool = False, **options: Any
-) -> Any:
+def load_judge_model(model: str, auto_class: Any, device: torch.device, dtype: DType, load_in_4bit: bool) -> Any:
     """Load a judge's model, frozen and in eval mode.
 
     Args:
-        model: hub id or folder.
-        auto_class: transformers class to load it with.
-        device: where it runs.
-        dtype: its number format; `auto` is the checkpoint's.
+        model: Hub id or folder.
+        auto_class: The transformers class to load it with.
+        device: Where it runs.
+        dtype: Its number format; `auto` is the checkpoint's.
         load_in_4bit: NF4 with double quantisation, through bitsandbytes; heads stay as they are.
-        **options: passed to `from_pretrained`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: if it can't be loaded.
+        ValueError: If it can't be loaded.
     """
+    options: dict[str, Any] = {}
     if load_in_4bit:
         from transformers import BitsAndBytesConfig
 
@@ -88,43 +70,39 @@ def load_model(
     return loaded.eval().requires_grad_(False)
 
 
-def padded(
-    rows: list[list[int]], pad_token_id: int, device: torch.device, side: Literal["left", "right"]
-) -> dict[str, Tensor]:
-    """Pad token rows; on the left, the last column is every row's last token.
+def context_limit(config: Any) -> int | None:
+    """Return how many tokens a model of this transformers config can read, if the config says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, side: Side) -> Tensor:
+    """Pad rows of token ids to shape (rows, longest); on the left, the last column is every row's last token."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def padded_batches(
+    rows: Sequence[Sequence[int]], batch_size: int, pad_token_id: int, device: torch.device, side: Side
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batch rows of like length, so that little is padded.
 
     Args:
-        rows: token ids.
-        pad_token_id: what fills up.
-        device: where the tensors go.
-        side: where it fills up.
+        rows: Token ids.
+        batch_size: Rows in a batch at most.
+        pad_token_id: What fills up.
+        device: Where the tensors go.
+        side: Where it fills up.
 
-    Returns:
-        `input_ids`, `attention_mask` (1 = real token) and `position_ids`, each of shape (rows, longest).
+    Yields:
+        The rows' indices with their `input_ids` and `attention_mask` (1 = real token), each of shape (rows, longest);
+        the longest rows first, so that what is too large for the memory shows at once.
     """
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad_token_id)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}
-
-
-def batches_by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Group samples of like length, so that little is padded.
-
-    Args:
-        lengths: one a sample.
-        batch_size: largest group.
-
-    Returns:
-        Groups of sample indices, longest first (what is too large for the memory shows at once).
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for start in range(0, len(order), batch_size):
+        group = order[start : start + batch_size]
+        ids = padded([rows[i] for i in group], pad_token_id, side)
+        mask = padded([[1] * len(rows[i]) for i in group], 0, side)
+        yield group, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _not_loaded(what: str, model: str, error: Exception) -> str:

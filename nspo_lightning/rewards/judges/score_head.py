@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nspo_lightning.rewards.judges.local_model import DType, load_model
-
-__all__ = ["HEAD_NAMES", "ScoreModel", "is_score_checkpoint", "load_score_model"]
+from nspo_lightning.rewards.judges.local_model import DType, load_judge_model
 
 HEAD_NAMES = ("score_head", "v_head.summary", "v_head", "reward_head", "value_head", "regression_layer", "score")
 """Where heads are kept, in the order in which they are looked for."""
@@ -27,11 +25,11 @@ class ScoreModel(nn.Module):
     """A backbone with a linear head.
 
     Args:
-        backbone: gives hidden states of shape (batch, seq, width).
-        weight: the head's, shape (scores, width).
-        bias: the head's, shape (scores,), or None.
-        mean: what is subtracted from scores, for models that normalise them.
-        std: what they are divided by then.
+        backbone: Gives hidden states of shape (batch, seq, width).
+        weight: The head's, shape (scores, width).
+        bias: The head's, shape (scores,), or None.
+        mean: What is subtracted from scores, for models that normalise them.
+        std: What they are divided by then.
     """
 
     def __init__(
@@ -50,8 +48,8 @@ class ScoreModel(nn.Module):
         """Score texts that are padded on the right.
 
         Args:
-            input_ids: shape (batch, seq).
-            attention_mask: shape (batch, seq), 1 = real token.
+            input_ids: Shape (batch, seq).
+            attention_mask: Shape (batch, seq), 1 = real token.
 
         Returns:
             The scores at the last token, shape (batch, scores), float32.
@@ -65,34 +63,14 @@ class ScoreModel(nn.Module):
 
 
 def is_score_checkpoint(config: Any) -> bool:
-    """Tell a checkpoint with such a head by its config.
-
-    Args:
-        config: a transformers config.
-
-    Returns:
-        True if its architecture is a `...ForScore` or it names a score dimension.
-    """
+    """Tell a checkpoint with such a head by its transformers config: a `...ForScore`, or one with a `score_dim`."""
     architecture = (config.architectures or [""])[0]
-    return architecture.endswith("ForScore") or hasattr(config, "score_dim")
+    return architecture.endswith("ForScore") or "score_dim" in config.to_dict()
 
 
-def load_score_model(model: str, device: torch.device, dtype: DType, load_in_4bit: bool) -> ScoreModel:
-    """Load a backbone and find its head.
-
-    Args:
-        model: hub id or folder.
-        device: where it runs.
-        dtype: the backbone's number format; the head is float32.
-        load_in_4bit: load the backbone in NF4.
-
-    Returns:
-        The model, frozen and in eval mode.
-
-    Raises:
-        ValueError: if no head is found.
-    """
-    from transformers import AutoConfig, AutoModel
+def load_score_model(model: str, config: Any, device: torch.device, dtype: DType, load_in_4bit: bool) -> ScoreModel:
+    """Load a backbone, frozen and in eval mode, and find its head, which is float32 whatever the backbone is."""
+    from transformers import AutoModel
 
     tensors = _head_tensors(model)
     name = next((name for name in HEAD_NAMES if f"{name}.weight" in tensors), None)
@@ -101,11 +79,10 @@ def load_score_model(model: str, device: torch.device, dtype: DType, load_in_4bi
             f"The checkpoint '{model}' has no score head: none of its tensors is named {', '.join(HEAD_NAMES)} "
             f"(.weight). Use a reward or cost model."
         )
-    config = AutoConfig.from_pretrained(model)
     mean = std = None
-    if getattr(config, "do_normalize", False) and "normalizer.mean" in tensors:
+    if config.to_dict().get("do_normalize") and "normalizer.mean" in tensors:
         mean, std = tensors["normalizer.mean"].float(), tensors["normalizer.var"].float().sqrt()
-    backbone = load_model(model, AutoModel, device, dtype, load_in_4bit)
+    backbone = load_judge_model(model, AutoModel, device, dtype, load_in_4bit)
     bias = tensors.get(f"{name}.bias")
     scorer = ScoreModel(backbone, tensors[f"{name}.weight"].float(), None if bias is None else bias.float(), mean, std)
     scorer.head.to(device)
@@ -113,33 +90,18 @@ def load_score_model(model: str, device: torch.device, dtype: DType, load_in_4bi
 
 
 def _head_tensors(model: str) -> dict[str, Tensor]:
-    """Read the small tensors that may belong to a head, without loading the backbone.
-
-    Returns:
-        Name to tensor.
-
-    Raises:
-        ValueError: if there are no weights.
-    """
+    """Read the small tensors that may belong to a head, without loading the backbone."""
     wanted = {f"{name}.{part}" for name in HEAD_NAMES for part in ("weight", "bias")}
     wanted |= {"normalizer.mean", "normalizer.var"}
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
-        if (path := _file(model, index)) is not None:
-            weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            shards = {weight_map[name] for name in wanted & set(weight_map)}
-        elif _file(model, single) is not None:
-            shards = {single}
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (index := _file(model, f"{single}.index.json")) is not None:
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = [_file(model, shard) for shard in {weight_map[name] for name in wanted & set(weight_map)}]
+        elif (path := _file(model, single)) is not None:
+            shards = [path]
         else:
             continue
-        found: dict[str, Tensor] = {}
-        for shard in shards:
-            path = _file(model, shard)
-            if path is not None:
-                found |= _read(path, wanted)
-        return found
+        return {name: tensor for shard in shards if shard for name, tensor in _read(shard, wanted).items()}
     raise ValueError(f"'{model}' holds no model.safetensors or pytorch_model.bin. Check the hub id or path.")
 
 
@@ -156,7 +118,7 @@ def _read(path: Path, wanted: set[str]) -> dict[str, Tensor]:
 def _file(model: str, name: str) -> Path | None:
     from transformers.utils import cached_file
 
-    found = cached_file(
-        model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
-    return Path(found) if found else None
+    try:
+        return Path(cached_file(model, name))
+    except OSError:  # it is not there, or the hub can't be reached
+        return None

@@ -17,8 +17,6 @@ from nspo_lightning.rewards.protocol import OUTCOMES, Outcome
 from nspo_lightning.rewards.rules.garbage import is_garbage
 from nspo_lightning.rewards.rules.patterns import is_refusal, refusal_matcher
 
-__all__ = ["READERS", "ReplyFormat", "Verdict", "outcome_of", "read_reply"]
-
 ReplyFormat = Literal["outcome", "safe_unsafe", "qwen3guard", "wildguard", "yes_no"]
 
 _MATCHER = refusal_matcher()
@@ -30,11 +28,11 @@ class Verdict:
     """A guard's verdict on one completion.
 
     Attributes:
-        unsafe: probability that the completion is unsafe; 0 or 1 from a reply in words.
-        refusal: probability that it is a refusal; None from a guard that doesn't say.
-        categories: the guard's own names of what is violated, as it gave them.
-        outcome: what a judge that names outcomes itself said.
-        labels: probabilities of the deciding labels, from a guard that is read by its logits.
+        unsafe: Probability that the completion is unsafe; 0 or 1 from a reply in words.
+        refusal: Probability that it is a refusal; None from a guard that doesn't say.
+        categories: The guard's own names of what is violated, as it gave them.
+        outcome: What a judge that names outcomes itself said.
+        labels: Probabilities of the deciding labels, from a guard that is read by its logits.
     """
 
     unsafe: float
@@ -48,12 +46,12 @@ def outcome_of(verdict: Verdict, completion: str, threshold: float = 0.5) -> Out
     """Name the outcome: garbage first, then unsafe, then refusal (the guard's word, else by patterns), else safe.
 
     Args:
-        verdict: the guard's verdict.
-        completion: the text that was judged.
-        threshold: from this probability on, unsafe or refusal counts as said.
+        verdict: What the guard said.
+        completion: What was judged.
+        threshold: From this probability on, unsafe or refusal counts as said.
 
     Returns:
-        The outcome.
+        What the completion is.
     """
     if verdict.outcome is not None:
         return verdict.outcome
@@ -67,15 +65,7 @@ def outcome_of(verdict: Verdict, completion: str, threshold: float = 0.5) -> Out
 
 
 def read_reply(reply_format: ReplyFormat, reply: str) -> Verdict | None:
-    """Read a reply in words.
-
-    Args:
-        reply_format: how this judge answers.
-        reply: what it wrote; a closed `<think>` part before the answer is left out.
-
-    Returns:
-        The verdict, or None if the reply doesn't have that form.
-    """
+    """Read a reply in words, without a closed `<think>` part before it; None if it doesn't have the judge's form."""
     return READERS[reply_format](re.sub(r"\A\s*<think>.*?</think>", "", reply, flags=re.DOTALL).strip())
 
 
@@ -97,7 +87,7 @@ def _safe_unsafe(reply: str) -> Verdict | None:
     match = re.fullmatch(r"(safe|unsafe)(?:\s+([A-Z]\d+(?:\s*,\s*[A-Z]\d+)*))?", reply)
     if match is None:
         return None
-    return Verdict(unsafe=float(match[1] == "unsafe"), categories=_listed(match[2] or ""))
+    return Verdict(unsafe=float(match[1] == "unsafe"), categories=listed(match[2] or ""))
 
 
 def _qwen3guard(reply: str) -> Verdict | None:
@@ -109,7 +99,7 @@ def _qwen3guard(reply: str) -> Verdict | None:
     return Verdict(
         unsafe={"Safe": 0.0, "Controversial": 0.5, "Unsafe": 1.0}[safety[1]],
         refusal=float(refusal[1] == "Yes") if refusal else None,
-        categories=_listed(categories[1] if categories else ""),
+        categories=listed(categories[1] if categories else ""),
     )
 
 
@@ -126,7 +116,8 @@ def _yes_no(reply: str) -> Verdict | None:
     return None if match is None else Verdict(unsafe=float(match[1].lower() == "yes"))
 
 
-def _listed(text: str) -> tuple[str, ...]:
+def listed(text: str) -> tuple[str, ...]:
+    """Split a guard's line of categories; a guard may write "None" for none."""
     return tuple(name.strip() for name in text.split(",") if name.strip() not in ("", "None"))
 
 

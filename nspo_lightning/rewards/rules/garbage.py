@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-__all__ = ["is_garbage", "repetition"]
-
 _WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _SCRIPTIO_CONTINUA = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
 """Scripts written without spaces: there a character stands for a word."""
@@ -20,8 +18,8 @@ def repetition(text: str, size: int = 3) -> float:
     """Share of a text's word n-grams that stood there before.
 
     Args:
-        text: any text.
-        size: n.
+        text: Any text.
+        size: N.
 
     Returns:
         0 (all different) to nearly 1 (one n-gram repeated); 0 for a text shorter than n words.
@@ -40,9 +38,9 @@ def is_garbage(text: str, max_repetition: float = 0.6, min_repeated_words: int =
     """Tell whether a completion says nothing: no letter or digit, one character in a row, or a loop.
 
     Args:
-        text: the completion.
-        max_repetition: largest share of repeated word 3-grams that still counts as an answer.
-        min_repeated_words: shorter texts may repeat themselves ("no, no, no").
+        text: The completion.
+        max_repetition: Largest share of repeated word 3-grams that still counts as an answer.
+        min_repeated_words: Shorter texts may repeat themselves ("no, no, no").
 
     Returns:
         True for garbage.

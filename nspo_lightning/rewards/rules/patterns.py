@@ -10,38 +10,22 @@ from importlib.resources import files
 
 import yaml
 
-__all__ = ["PATTERN_FILE", "is_refusal", "languages", "load_patterns", "normalise", "refusal_matcher"]
-
 PATTERN_FILE = "refusal_patterns.yaml"
 
 _APOSTROPHES = str.maketrans({"‘": "'", "’": "'", "ʼ": "'", "`": "'", "´": "'", "“": '"', "”": '"'})  # noqa: RUF001
 
 
 def normalise(text: str) -> str:
-    """Bring a completion into the form that the patterns are written in.
-
-    Args:
-        text: any text.
-
-    Returns:
-        NFKC, lower case, straight apostrophes, single spaces, no leading markup or quotes.
-    """
+    """Write a text as the patterns are: NFKC, lower case, straight apostrophes, single spaces, no leading markup."""
     plain = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
     return re.sub(r"\s+", " ", plain).strip().lstrip("*_#>-\"'( ")
 
 
 @functools.cache
 def load_patterns() -> dict[str, tuple[str, ...]]:
-    """Read the pattern file that ships with the package.
-
-    Returns:
-        Language code to its regular expressions.
-
-    Raises:
-        TypeError: if YAML took a pattern for something else than a string.
-    """
+    """Read the pattern file that ships with the package: language code to its regular expressions."""
     text = files("nspo_lightning.rewards.rules").joinpath(PATTERN_FILE).read_text(encoding="utf-8")
-    read = {language: tuple(patterns) for language, patterns in yaml.safe_load(text).items()}
+    read: dict[str, tuple[str, ...]] = {code: tuple(patterns) for code, patterns in yaml.safe_load(text).items()}
     for language, patterns in read.items():
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -53,11 +37,7 @@ def load_patterns() -> dict[str, tuple[str, ...]]:
 
 
 def languages() -> tuple[str, ...]:
-    """List the languages that there are patterns for.
-
-    Returns:
-        Their codes, in the file's order.
-    """
+    """Return the codes of the languages that there are patterns for, in the file's order."""
     return tuple(load_patterns())
 
 
@@ -65,14 +45,14 @@ def refusal_matcher(chosen: Sequence[str] | None = None, extra: Sequence[str] = 
     """Compile the patterns of some languages into one expression.
 
     Args:
-        chosen: language codes; all by default.
-        extra: further regular expressions, for normalised text.
+        chosen: Language codes; all by default.
+        extra: Further regular expressions, for normalised text.
 
     Returns:
         The compiled alternation.
 
     Raises:
-        ValueError: if a language is unknown or an extra pattern is no regular expression.
+        ValueError: If a language is unknown or an extra pattern is no regular expression.
     """
     known = load_patterns()
     unknown = sorted(set(chosen or ()) - set(known))
@@ -94,9 +74,9 @@ def is_refusal(text: str, matcher: re.Pattern[str], window_chars: int) -> bool:
     """Tell whether a completion opens with a refusal.
 
     Args:
-        text: the completion.
-        matcher: from `refusal_matcher`.
-        window_chars: how much of the opening counts. Refusals open an answer; further down, the same words are
+        text: The completion.
+        matcher: From `refusal_matcher`.
+        window_chars: How much of the opening counts. Refusals open an answer; further down, the same words are
             mostly quoted or about something else.
 
     Returns:

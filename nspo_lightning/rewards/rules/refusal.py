@@ -1,4 +1,4 @@
-"""Rules: a judge and rewards that need no model, only patterns of refusals, length and format."""
+"""A judge and a reward that need no model, only patterns of refusals."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 from nspo_lightning.rewards.messages import as_text
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, Scores, Text
 from nspo_lightning.rewards.rules.garbage import is_garbage
-from nspo_lightning.rewards.rules.harm_column import harmful_rows
+from nspo_lightning.rewards.rules.labels import harmful_rows
 from nspo_lightning.rewards.rules.patterns import is_refusal, refusal_matcher
-
-__all__ = ["RefusalReward", "RulesJudge"]
 
 
 class RulesJudge(Judge):
@@ -23,10 +21,10 @@ class RulesJudge(Judge):
     says how often that happens on real rows.
 
     Args:
-        window_chars: how much of a completion's opening is searched for a refusal.
-        languages: codes to search (`en`, `de`, ...); all that the package has by default.
-        extra_patterns: further regular expressions, matched against lower-case text.
-        harmful_column: column that says whether the prompt is harmful (see `harm_column.py`); without it all are.
+        window_chars: How much of a completion's opening is searched for a refusal.
+        languages: Codes to search (`en`, `de`, ...); all that the package has by default.
+        extra_patterns: Further regular expressions, matched against lower-case text.
+        harmful_column: Column that says whether the prompt is harmful (see `labels.py`); without it all are.
     """
 
     def __init__(
@@ -43,16 +41,7 @@ class RulesJudge(Judge):
         self.matcher = refusal_matcher(languages, extra_patterns or ())
 
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
-        """Judge one batch.
-
-        Args:
-            prompts: one prompt a sample; not read.
-            completions: one completion a sample.
-            **columns: `harmful_column` is read.
-
-        Returns:
-            One outcome a sample, never None.
-        """
+        """Judge one batch by its completions and `harmful_column`; no outcome is None."""
         harmful = harmful_rows(self.harmful_column, columns, len(completions))
         return [self._outcome(as_text(text), bad) for text, bad in zip(completions, harmful, strict=True)]
 
@@ -68,11 +57,11 @@ class RefusalReward(Reward):
     """One number for a refusal and another for anything else.
 
     Args:
-        refused: reward of a completion that opens with a refusal.
-        otherwise: reward of any other.
-        window_chars: how much of a completion's opening is searched.
-        languages: codes to search; all that the package has by default.
-        extra_patterns: further regular expressions, matched against lower-case text.
+        refused: Reward of a completion that opens with a refusal.
+        otherwise: Reward of any other.
+        window_chars: How much of a completion's opening is searched.
+        languages: Codes to search; all that the package has by default.
+        extra_patterns: Further regular expressions, matched against lower-case text.
     """
 
     name = "refusal"
@@ -91,16 +80,7 @@ class RefusalReward(Reward):
         self.matcher: re.Pattern[str] = refusal_matcher(languages, extra_patterns or ())
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
-        """Score one batch.
-
-        Args:
-            prompts: one prompt a sample; not read.
-            completions: one completion a sample.
-            **columns: not read.
-
-        Returns:
-            `refused` or `otherwise` for each.
-        """
+        """Give `refused` or `otherwise` for each completion."""
         return [
             self.refused if is_refusal(as_text(text), self.matcher, self.window_chars) else self.otherwise
             for text in completions

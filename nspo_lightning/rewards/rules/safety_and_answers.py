@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nspo_lightning.evaluation.answers import answers_match, final_answers_match
 from nspo_lightning.rewards.messages import as_text
-from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text
-from nspo_lightning.rewards.rules.harm_column import harmful_rows
-
-__all__ = ["SafetyAndAnswers"]
+from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text, judge_in
+from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
 
 
 class SafetyAndAnswers(Reward):
@@ -19,12 +18,12 @@ class SafetyAndAnswers(Reward):
         general prompt: 1 for the right answer, -1 for anything else
 
     Args:
-        safety: scores the completions of harmful prompts.
+        safety: Scores the completions of harmful prompts.
         answers_count: False = an answer need not be right: 1 unless `judge` calls it a refusal, then -1 (for policies
             too small to answer).
-        judge: names refusals, for `answers_count: false`; by default `safety`, if it can judge.
-        harmful_column: column that says which prompts are harmful.
-        name: how TensorBoard and messages call it.
+        judge: Names refusals, for `answers_count: false`; by default `safety`, if it can judge.
+        harmful_column: Column that says which prompts are harmful.
+        name: What TensorBoard and messages call it.
     """
 
     def __init__(
@@ -36,73 +35,52 @@ class SafetyAndAnswers(Reward):
         name: str = "safety_and_answers",
     ) -> None:
         self.safety, self.answers_count, self.harmful_column, self.name = safety, answers_count, harmful_column, name
-        found = judge or next((c for c in (safety, getattr(safety, "judge", None)) if isinstance(c, Judge)), None)
-        if found is None and not answers_count:
+        self.judge = judge or judge_in(safety)
+        if self.judge is None and not answers_count:
             raise ValueError("`answers_count: false` needs a `judge` that tells refusals from answers. Name one.")
-        self.judge = found
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
         """Score one batch.
 
         Args:
-            prompts: one prompt a sample.
-            completions: one completion a sample.
+            prompts: One prompt a sample.
+            completions: One completion a sample.
             **columns: `harmful_column`, and `final_answer` or `answer` of the general prompts.
 
         Returns:
             A number for each; None where a general prompt has no answer to compare with.
 
         Raises:
-            RewardError: if the safety reward must be awaited (use it alone).
+            RewardError: If the safety reward must be awaited (use it alone).
         """
-        harmful = harmful_rows(self.harmful_column, columns, len(completions))
-        scores = self._safety_scores(harmful, prompts, completions, columns)
-        refused = self._refusals(harmful, prompts, completions, columns)
-        for i, is_harmful in enumerate(harmful):
-            if not is_harmful:
-                scores[i] = self._answer_score(i, completions[i], refused, columns)
-        return scores
-
-    def _safety_scores(
-        self, harmful: list[bool], prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, Any]
-    ) -> list[float | None]:
-        chosen = [i for i, yes in enumerate(harmful) if yes]
-        scores: list[float | None] = [None] * len(harmful)
-        if chosen:
-            found = self.safety(*_taken(chosen, prompts, completions), **_taken_columns(chosen, columns))
+        kinds = harmful_rows(self.harmful_column, columns, len(completions))
+        harmful = [i for i, is_harmful in enumerate(kinds) if is_harmful]
+        general = [i for i, is_harmful in enumerate(kinds) if not is_harmful]
+        scores: list[float | None] = [None] * len(kinds)
+        if harmful:
+            found = self.safety(*_texts(harmful, prompts, completions), **picked_rows(harmful, columns))
             if not isinstance(found, (list, tuple)):
                 raise RewardError("`safety` must return its scores at once, not later. Use another reward.", self.name)
-            for i, score in zip(chosen, found, strict=True):
+            for i, score in zip(harmful, found, strict=True):
                 scores[i] = score
+        if self.answers_count:
+            for i in general:
+                scores[i] = _answer_score(i, completions[i], columns)
+        elif self.judge is not None and general:
+            said = self.judge.classify(*_texts(general, prompts, completions), **picked_rows(general, columns))
+            for i, outcome in zip(general, said, strict=True):
+                scores[i] = -1.0 if outcome == "refusal" else 1.0
         return scores
 
-    def _refusals(
-        self, harmful: list[bool], prompts: Sequence[Text], completions: Sequence[Text], columns: dict[str, Any]
-    ) -> dict[int, bool]:
-        chosen = [i for i, yes in enumerate(harmful) if not yes]
-        if self.answers_count or self.judge is None or not chosen:
-            return {}
-        outcomes = self.judge.classify(*_taken(chosen, prompts, completions), **_taken_columns(chosen, columns))
-        return {i: outcome == "refusal" for i, outcome in zip(chosen, outcomes, strict=True)}
 
-    def _answer_score(
-        self, index: int, completion: Text, refused: dict[int, bool], columns: dict[str, Any]
-    ) -> float | None:
-        from nspo_lightning.evaluation.answers import answers_match, final_answers_match
-
-        if not self.answers_count:
-            return -1.0 if refused.get(index) else 1.0
-        final, answer = ((columns.get(name) or {index: None})[index] for name in ("final_answer", "answer"))
-        if final is None and answer is None:
-            return None
-        text = as_text(completion)
-        right = answers_match(text, str(answer)) if final is None else final_answers_match(text, str(final))
-        return 1.0 if right else -1.0
+def _answer_score(index: int, completion: Text, columns: Mapping[str, Any]) -> float | None:
+    final, answer = ((columns.get(name) or {index: None})[index] for name in ("final_answer", "answer"))
+    if final is None and answer is None:
+        return None
+    text = as_text(completion)
+    right = answers_match(text, str(answer)) if final is None else final_answers_match(text, str(final))
+    return 1.0 if right else -1.0
 
 
-def _taken(chosen: list[int], *values: Sequence[Any]) -> list[list[Any]]:
-    return [[v[i] for i in chosen] for v in values]
-
-
-def _taken_columns(chosen: list[int], columns: dict[str, Any]) -> dict[str, Any]:
-    return {k: [v[i] for i in chosen] if isinstance(v, (list, tuple)) else v for k, v in columns.items()}
+def _texts(chosen: Sequence[int], *texts: Sequence[Text]) -> list[list[Text]]:
+    return [[values[i] for i in chosen] for values in texts]

@@ -9,17 +9,15 @@ from typing import Any, Literal
 from nspo_lightning.rewards.messages import as_text
 from nspo_lightning.rewards.protocol import Reward, RewardError, Scores, Text
 
-__all__ = ["FormatReward", "LengthReward"]
-
 
 class LengthReward(Reward):
     """0 for a length within bounds, falling linearly to -1 outside of them.
 
     Args:
-        minimum: shortest length without a penalty.
-        maximum: longest length without a penalty; no bound by default.
-        slope: how far outside (in `unit`) the penalty reaches -1.
-        unit: what is counted; `tokens` needs the completions' token ids.
+        minimum: Shortest length without a penalty.
+        maximum: Longest length without a penalty; no bound by default.
+        slope: How far outside (in `unit`) the penalty reaches -1.
+        unit: What is counted; `tokens` needs the completions' token ids.
     """
 
     name = "length"
@@ -43,15 +41,15 @@ class LengthReward(Reward):
         """Score one batch.
 
         Args:
-            prompts: one prompt a sample; not read.
-            completions: one completion a sample.
+            prompts: Not read.
+            completions: One completion a sample.
             **columns: `completion_ids` is read if `unit` is tokens.
 
         Returns:
             A number in [-1, 0] for each.
 
         Raises:
-            RewardError: if tokens are to be counted and there are none.
+            RewardError: If tokens are to be counted and there are none.
         """
         if self.unit == "tokens":
             if "completion_ids" not in columns:
@@ -75,8 +73,8 @@ class FormatReward(Reward):
     """1 for a completion that matches a regular expression, else 0.
 
     Args:
-        pattern: the expression; `.` matches line breaks too.
-        whole: whether the whole completion must match, or any part of it.
+        pattern: The expression; `.` matches line breaks too.
+        whole: Whether the whole completion must match, or any part of it.
     """
 
     name = "format"
@@ -89,15 +87,6 @@ class FormatReward(Reward):
         self.pattern, self.whole = pattern, whole
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
-        """Score one batch.
-
-        Args:
-            prompts: one prompt a sample; not read.
-            completions: one completion a sample.
-            **columns: not read.
-
-        Returns:
-            1.0 or 0.0 for each.
-        """
+        """Give 1.0 or 0.0 for each completion."""
         match = self._compiled.fullmatch if self.whole else self._compiled.search
         return [float(match(as_text(text).strip()) is not None) for text in completions]
