@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from nspo_lightning.checkpoints import ADAPTER_CONFIG
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
 if TYPE_CHECKING:
@@ -76,9 +77,6 @@ def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return policy
-
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def has_adapter(policy: nn.Module) -> bool:

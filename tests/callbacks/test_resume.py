@@ -18,7 +18,6 @@ import torch
 
 from nspo_lightning import atomic
 from nspo_lightning.callbacks.resume.random_state import random_state, set_random_state
-from nspo_lightning.checkpoints import AtomicCheckpointIO, CheckpointError, remove_leftovers, write_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
@@ -87,20 +86,6 @@ def test_the_comparison_sees_a_single_bit(trials: ModuleType) -> None:
     assert trials.differences(a, b) == ["/x/0"]
 
 
-def test_a_file_is_old_or_new_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "last.ckpt"
-    write_checkpoint(b"old", path)
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(atomic.os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*it takes 3\.0 MB.*before is whole.*--ckpt_path last"):
-        write_checkpoint(b"n" * 3_000_000, path)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-
-
 def test_a_full_disk_ends_a_run_in_one_message(trials: ModuleType, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     trials.write_job(folder)
@@ -128,29 +113,6 @@ def test_a_full_disk_ends_a_run_in_one_message(trials: ModuleType, whole: Path, 
     assert last["global_step"] >= 1
     assert trials.wait(trials.start(folder, "--ckpt_path", "last")) == 0
     assert trials.differences(trials.result(whole), trials.result(folder)) == []
-
-
-def test_leftovers_of_dead_processes_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    dead = os.fork()
-    if dead == 0:
-        os._exit(0)
-    os.waitpid(dead, 0)
-    for number in (dead, os.getppid()):
-        (tmp_path / f".last.ckpt.{number}.partial").touch()
-    (tmp_path / "last.ckpt").touch()
-    assert [p.name for p in remove_leftovers(tmp_path)] == [f".last.ckpt.{dead}.partial"]
-    assert remove_leftovers(tmp_path / "nowhere") == []
-
-
-def test_a_checkpoint_is_read_as_weights_and_nothing_else(tmp_path: Path) -> None:
-    class Planted:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (Path.touch, (tmp_path / "planted",))
-
-    torch.save({"state_dict": {}, "x": Planted()}, tmp_path / "bad.ckpt")
-    with pytest.raises(Exception, match="holds code"):
-        AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
-    assert not (tmp_path / "planted").exists()
 
 
 def test_generators_go_on_from_where_they_were() -> None:
