@@ -64,9 +64,14 @@ def test_a_folder_is_old_or_new_whatever_happens(tmp_path: Path) -> None:
     with replacing_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("old")
         assert not (tmp_path / "out").exists()
-    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with replacing_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (tmp_path / "out" / "file").read_text() == "old"
     with replacing_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("new")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import textwrap
 import traceback
 from pathlib import Path
 
@@ -13,12 +12,11 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import nspo_lightning
+from nspo_lightning.compat.jsonargparse import told_reason
 
 _PACKAGE = Path(nspo_lightning.__file__).parent
 _OWN = tuple(str((_PACKAGE / part).resolve()) for part in ("", "callbacks", "datamodules"))
 _CHECKERS = (*_OWN, str(Path(pl.__file__).parent), str(Path(jsonargparse.__file__).parent))
-_UNION = "Does not validate against any of the Union subtypes"
-_NOT_A_SUBCLASS = re.compile(r"Import path (?P<path>\S+) does not correspond to a subclass of \S+")
 _LINES = 30
 _CREDENTIAL = r"(?:api[-_]?key|authorization|password|secret|(?<![a-z])(?<!pad_|eos_|bos_|unk_)token)"
 _KEY = re.compile(
@@ -61,10 +59,7 @@ def explain(error: BaseException) -> str:
     """
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"There is nothing at {os.fspath(error.filename)!r}: expected a file or folder. Mend the path."
-    text = str(error)
-    if text.startswith(_UNION):
-        text = _from_union(text)
-    lines = mask_keys(text).splitlines()
+    lines = mask_keys(told_reason(str(error))).splitlines()
     if len(lines) > _LINES:
         lines = [*lines[:_LINES], f"... and {len(lines) - _LINES} lines more"]
     return "\n".join(lines)
@@ -84,12 +79,3 @@ def mask_keys(text: str) -> str:
         "Key 'api_key' is not expected. Given: {'api_key': '***', 'model': 'm'}"
     """
     return _KEY.sub(r"\1***", text)
-
-
-def _from_union(text: str) -> str:
-    """Pick the reason out of jsonargparse's list; the subtype that the value names is the one whose reason counts."""
-    errors = [part.strip() for part in re.split(r"\n  - ", text)[1:]]
-    reasons = [part for part in errors if not part.startswith(("Not a valid subclass", "Unable to import", "Expected"))]
-    own = [part for part in reasons if not _NOT_A_SUBCLASS.match(part)]
-    chosen = max(own or reasons or errors or [text], key=len)
-    return textwrap.dedent(chosen.split("\nGiven value")[0])
