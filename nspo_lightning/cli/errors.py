@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import jsonargparse
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 
 import nspo_lightning
+from nspo_lightning.cli.run_folder import RUN_FOLDER
+from nspo_lightning.cli.shipped import UnknownConfigError
 from nspo_lightning.compat.jsonargparse import told_reason
+
+TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
 
 _PACKAGE = Path(nspo_lightning.__file__).parent
 _OWN = tuple(str((_PACKAGE / part).resolve()) for part in ("", "callbacks", "datamodules"))
@@ -26,11 +34,34 @@ _KEY = re.compile(
 )
 
 
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process with one message after a user's mistake: code 2 for wrong usage, else 1.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Exception: What is no user's mistake, or any error if NSPO_LIGHTNING_TRACEBACK is set.
+    """
+    try:
+        yield
+    except UnknownConfigError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
+            raise
+        RUN_FOLDER.withdraw()
+        rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+        if not (rank and getattr(error, "raised_on_all_ranks", False)):  # what all say is said once
+            where, hint = f" on rank {rank}" if rank else "", f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
+            print(f"\nerror{where}: {message_for(error)}\n{hint}", file=sys.stderr)
+        sys.exit(1)
+
+
 def is_users_mistake(error: BaseException) -> bool:
     """Tell a mistake from a bug.
-
-    Args:
-        error: What was raised.
 
     Returns:
         True for a misconfiguration; for an OSError about a named file (it is not there, or may not be read or
@@ -47,7 +78,7 @@ def is_users_mistake(error: BaseException) -> bool:
     return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_CHECKERS)
 
 
-def explain(error: BaseException) -> str:
+def message_for(error: BaseException) -> str:
     """Say what is wrong, on one screen at most.
 
     Args:

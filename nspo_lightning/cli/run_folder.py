@@ -71,3 +71,7 @@ class RunFolder:
             if not parent.is_dir() or any(parent.iterdir()) or parent == Path.cwd():
                 return
             parent.rmdir()
+
+
+RUN_FOLDER = RunFolder()
+"""That of the run in this process."""
