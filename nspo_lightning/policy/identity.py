@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning.compat.peft import is_lora_parameter, name_in_base
-from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.keys import looks_secret
+from nspo_lightning.policy.settings import PolicySettings
 
 PACKAGES = (
     "nspo-lightning",
@@ -163,5 +163,3 @@ def describe(thing: Any) -> Any:
         and (value is None or isinstance(value, (str, int, float, bool, dict, list, tuple)) or is_dataclass(value))
     }
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **plain}
-
-

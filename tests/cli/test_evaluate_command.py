@@ -10,10 +10,10 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from nspo_lightning.cli.evaluate import main, scores
+from nspo_lightning.checkpoints import CheckpointError
+from nspo_lightning.cli.evaluate import harness_scores, main
 from nspo_lightning.cli.run_config import ConfigError, policy_settings
 from nspo_lightning.policy.loading import load_policy
-from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 
 TASK = """
@@ -100,9 +100,9 @@ def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
     folder = job[0]
     with pytest.raises(ConfigError, match="nothing at"):
         main(["-c", "missing.yaml", "--tasks", "colours"])
-    with pytest.raises(PolicyError, match="trained"):
+    with pytest.raises(CheckpointError, match="trained"):
         main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", "best"])
-    with pytest.raises(PolicyError, match="found nothing"):
+    with pytest.raises(CheckpointError, match="found nothing"):
         main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", str(folder / "no.ckpt")])
     pytest.importorskip("lm_eval")
     with pytest.raises(MisconfigurationException, match="knows no colors"):
@@ -120,4 +120,4 @@ def test_without_the_harness_it_says_how_to_get_it(job, monkeypatch):
 
 def test_scores_are_read_with_their_filters():
     found = {"results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact,strict": 1, "n": 3}}}
-    assert scores(found) == {"t": {"acc": 0.5, "acc stderr": 0.1, "exact (strict)": 1.0}}
+    assert harness_scores(found) == {"t": {"acc": 0.5, "acc stderr": 0.1, "exact (strict)": 1.0}}
