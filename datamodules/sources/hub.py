@@ -67,14 +67,7 @@ def read_hub(source: PromptSource, preset: Preset | None, hub_id: str) -> Iterat
 
 
 def is_saved(path: str) -> bool:
-    """Whether a folder was written by `Dataset.save_to_disk`.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        True when it holds the files that mark one.
-    """
+    """Whether a folder holds the files that mark one written by `save_to_disk`."""
     folder = Path(path).expanduser()
     return any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
 
@@ -112,14 +105,7 @@ def read_saved(path: str, split: str) -> Iterator[RawRow]:
 
 
 def _check_saved(folder: Path) -> None:
-    """Check that the links and the indices of a saved dataset lead nowhere else.
-
-    Args:
-        folder: Of the dataset.
-
-    Raises:
-        DataError: If one does, or an index can't be read.
-    """
+    """Check that the links and the indices of a saved dataset lead nowhere else."""
     inside = folder.resolve()
     for file in sorted(folder.rglob("*")):
         check_inside(file, inside)
@@ -140,14 +126,7 @@ def _check_saved(folder: Path) -> None:
 
 
 def _without_media(data: Any) -> Any:
-    """Drop columns of images, sounds and other files: decoding them opens whatever path stands in a row.
-
-    Args:
-        data: A dataset, or a streamed one.
-
-    Returns:
-        It, with the columns that hold text and numbers.
-    """
+    """Drop columns of images, sounds and other files: decoding them opens whatever path stands in a row."""
     media = [name for name, feature in (data.features or {}).items() if _opens_files(feature)]
     return data.remove_columns(media) if media else data
 

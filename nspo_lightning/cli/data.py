@@ -16,7 +16,7 @@ from rich.text import Text
 
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.sources.read import SourceReport
-from nspo_lightning.datamodules.text.calibration_text import calibration_text
+from nspo_lightning.datamodules.text.collate import calibration_text
 from nspo_lightning.datamodules.text.render import ChatRenderer
 
 _EXAMPLE_CHARS = 1200

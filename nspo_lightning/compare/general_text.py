@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from nspo_lightning.datamodules.text.scored_text import collate_text
+from nspo_lightning.datamodules.text.collate import collate_text
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.text_scores import score_texts
 
