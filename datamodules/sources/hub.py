@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nspo_lightning.compat.datasets import opens_files
 from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
 from nspo_lightning.datamodules.sources.files import check_inside
 from nspo_lightning.datamodules.sources.presets import Preset
@@ -127,18 +128,8 @@ def _check_saved(folder: Path) -> None:
 
 def _without_media(data: Any) -> Any:
     """Drop columns of images, sounds and other files: decoding them opens whatever path stands in a row."""
-    media = [name for name, feature in (data.features or {}).items() if _opens_files(feature)]
+    media = [name for name, feature in (data.features or {}).items() if opens_files(feature)]
     return data.remove_columns(media) if media else data
-
-
-def _opens_files(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return any(_opens_files(inner) for inner in feature.values())
-    if isinstance(feature, (list, tuple)):
-        return any(_opens_files(inner) for inner in feature)
-    if (inner := getattr(feature, "feature", None)) is not None:
-        return _opens_files(inner)
-    return hasattr(feature, "decode") and type(feature).__name__ != "Json"
 
 
 def _cure(error: Exception) -> str:
