@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 import lightning.pytorch as pl
 from typing_extensions import override
 
 from nspo_lightning.datamodules.general import GeneralDataModule
 from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.datamodules.safety import SafetyDataModule
+from nspo_lightning.datamodules.sources.order import Stop
 from nspo_lightning.datamodules.sources.read import SourceReport
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Sources
-from nspo_lightning.datamodules.text.calibration_text import AnswerFn, CalibrationText
+from nspo_lightning.datamodules.sources.splits import HeldOutName
+from nspo_lightning.datamodules.text.calibration import AnswerFn, choose_text_rows
+from nspo_lightning.datamodules.text.collate import CalibrationText, Side, collate_text
 from nspo_lightning.datamodules.text.render import Tokenizer
-from nspo_lightning.datamodules.text.scored_text import choose_text_rows, collate_text
 
 TEXT_BATCH_SIZE = 16
 """Rows of text scored at once, at most."""
@@ -38,7 +37,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         batch_size: Prompts a training batch and rank.
         eval_batch_size: Rows an evaluation batch and rank.
         val_size: Validation rows of each domain; None = a world's own split, else a tenth, at most 500.
-        test_size: Test rows of each domain, likewise.
+        test_size: Test rows of each domain; None as for `val_size`.
         max_prompt_tokens: The longest rendered prompt; longer rows are left out and reported.
         calibration_size: General rows that the null space is computed from; None = all.
         calibration_text: The prompt alone, with its reference answer, or with the policy's own answer.
@@ -73,10 +72,10 @@ class AlignmentDataModule(pl.LightningDataModule):
         calibration_text: CalibrationText = "prompt_and_answer",
         calibration_batch_size: int = 16,
         calibration_max_tokens: int | None = None,
-        calibration_padding: Literal["left", "right"] = "right",
+        calibration_padding: Side = "right",
         system_prompt: str | None = None,
         chat_template: str | None = None,
-        mixture: Literal["shortest", "longest"] = "shortest",
+        mixture: Stop = "shortest",
         repeat_batches: int = 1,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
@@ -147,19 +146,9 @@ class AlignmentDataModule(pl.LightningDataModule):
             part.trainer = self.trainer
             part.setup(stage)
 
-    def eval_rows(self, split: Literal["validation", "test"]) -> list[list[PromptRow]]:
-        """List the evaluation rows.
-
-        Args:
-            split: Which split.
-
-        Returns:
-            Harmful rows, then benign ones.
-        """
-        rows: list[PromptRow] = [
-            *getattr(self.safety.loaded(), split),
-            *getattr(self.general.loaded(), split),
-        ]
+    def eval_rows(self, split: HeldOutName) -> list[list[PromptRow]]:
+        """List the evaluation rows of a split: the harmful ones, then the benign ones, as `eval_names` says."""
+        rows = self.safety.loaded().held_out[split] + self.general.loaded().held_out[split]
         return [[r for r in rows if r.kind == "harmful"], [r for r in rows if r.kind == "benign"]]
 
     @override
@@ -168,21 +157,21 @@ class AlignmentDataModule(pl.LightningDataModule):
 
     @override
     def val_dataloader(self) -> list[PromptLoader]:
-        return self._eval_loaders(self.eval_rows("validation"))
+        return self._eval_loaders("validation")
 
     @override
     def test_dataloader(self) -> list[PromptLoader]:
-        return self._eval_loaders(self.eval_rows("test"))
+        return self._eval_loaders("test")
 
     @override
     def predict_dataloader(self) -> list[PromptLoader]:
         return self.test_dataloader()
 
-    def _eval_loaders(self, rows: Sequence[Sequence[PromptRow]]) -> list[PromptLoader]:
-        return [self.safety.eval_loader(part) for part in rows]
+    def _eval_loaders(self, split: HeldOutName) -> list[PromptLoader]:
+        return [self.safety.eval_loader(rows) for rows in self.eval_rows(split)]
 
     def text_dataloader(
-        self, split: Literal["validation", "test"], rows: int | None = None, max_tokens: int | None = None
+        self, split: HeldOutName, rows: int | None = None, max_tokens: int | None = None
     ) -> PromptLoader:
         """Batches of held-out general text to score; no calibration row is among them.
 

@@ -2,54 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from typing_extensions import override
+from typing import Protocol, runtime_checkable
 
 from nspo_lightning.datamodules.loader import PromptLoader
-from nspo_lightning.datamodules.prompts import PromptDataModule
-from nspo_lightning.datamodules.sources.domain import DomainSources
+from nspo_lightning.datamodules.prompts import PromptDataModule, check_at_least_one
 from nspo_lightning.datamodules.sources.errors import DataError
 from nspo_lightning.datamodules.sources.read import SourceReport, announce
-from nspo_lightning.datamodules.sources.rows import PromptRow
-from nspo_lightning.datamodules.sources.source import Sources, as_sources, with_system
-from nspo_lightning.datamodules.text.calibration_text import (
+from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
+from nspo_lightning.datamodules.sources.source import Sources
+from nspo_lightning.datamodules.text.calibration import (
     AnswerFn,
-    CalibrationText,
-    calibration_text,
     choose_calibration_rows,
-    collate_calibration,
     mix_batches,
     with_model_answers,
 )
+from nspo_lightning.datamodules.text.collate import CalibrationText, Side, calibration_text, collate_calibration
 from nspo_lightning.datamodules.text.render import Tokenizer
+
+
+@runtime_checkable
+class AnswersCalibration(Protocol):
+    """A LightningModule that answers prompts for `calibration_text: prompt_and_model_answer`."""
+
+    def calibration_answers(self, prompts: list[Prompt]) -> list[str]:
+        """Answer each prompt with the policy."""
 
 
 class GeneralDataModule(PromptDataModule):
     """General data: calibration text and held-out evaluation rows.
 
+    The arguments that are not listed are those of `PromptDataModule`.
+
     Args:
         train: Where calibration text comes from; several sources are mixed by weight, equally by default.
-        val: Validation rows; held out of `train` when None.
-        test: Test rows; held out of `train` when None.
         batch_size: Rows a training batch and rank, for training on general data.
-        eval_batch_size: Rows an evaluation batch and rank.
-        val_size: Validation rows; None = a world's own split, else a tenth, at most 500.
-        test_size: Test rows, likewise.
         calibration_size: Rows that the null space is computed from; None = all.
         calibration_text: The prompt alone, with its reference answer, or with the policy's own answer.
         calibration_batch_size: Rows a calibration batch and rank.
         calibration_max_tokens: The longest calibration text; longer rows are left out and reported.
         calibration_padding: Where short calibration rows are padded.
-        max_prompt_tokens: The longest rendered prompt; longer rows are left out and reported.
-        system_prompt: A system message for prompts that have none, unless their source sets its own.
-        chat_template: A Jinja template or its path, where the tokenizer's own is missing or wrong.
         seed: Decides order, held-out and calibration rows.
-        tokenizer: The policy's tokenizer; taken from the LightningModule when None.
 
     Raises:
         ValueError: If a size is out of range.
     """
+
+    domain = "general"
+    kind = "benign"
 
     def __init__(
         self,
@@ -65,50 +64,41 @@ class GeneralDataModule(PromptDataModule):
         calibration_text: CalibrationText = "prompt_and_answer",
         calibration_batch_size: int = 16,
         calibration_max_tokens: int | None = None,
-        calibration_padding: Literal["left", "right"] = "right",
+        calibration_padding: Side = "right",
         max_prompt_tokens: int | None = None,
         system_prompt: str | None = None,
         chat_template: str | None = None,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        for name, value in (
-            ("calibration_size", calibration_size),
-            ("calibration_batch_size", calibration_batch_size),
-            ("calibration_max_tokens", calibration_max_tokens),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        check_at_least_one(
+            calibration_size=calibration_size,
+            calibration_batch_size=calibration_batch_size,
+            calibration_max_tokens=calibration_max_tokens,
+        )
         super().__init__(
-            DomainSources(
-                train=with_system(as_sources(train, "general"), system_prompt),
-                validation=with_system(as_sources(val, "general_val"), system_prompt),
-                test=with_system(as_sources(test, "general_test"), system_prompt),
-                kind="benign",
-                validation_size=val_size,
-                test_size=test_size,
-                seed=seed,
-            ),
+            train,
+            val=val,
+            test=test,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
+            val_size=val_size,
+            test_size=test_size,
             max_prompt_tokens=max_prompt_tokens,
+            system_prompt=system_prompt,
             chat_template=chat_template,
+            seed=seed,
             tokenizer=tokenizer,
         )
         self.calibration_size = calibration_size
-        self.calibration_text: CalibrationText = calibration_text
+        self.calibration_text = calibration_text
         self.calibration_batch_size = calibration_batch_size
         self.calibration_max_tokens = calibration_max_tokens
-        self.calibration_padding: Literal["left", "right"] = calibration_padding
-        self.seed = seed
+        self.calibration_padding = calibration_padding
         self.calibration_report: SourceReport | None = None
 
-    @override
-    def train_dataloader(self) -> PromptLoader:
-        return self.train_loader(seed=self.seed, repeat_batches=1, stop="shortest")
-
     def calibration_rows(self, answer_fn: AnswerFn | None = None) -> list[PromptRow]:
-        """Draw the rows that the null space is computed from.
+        """Choose the rows that the null space is computed from.
 
         Args:
             answer_fn: Answers prompts, for `prompt_and_model_answer`.
@@ -157,8 +147,9 @@ class GeneralDataModule(PromptDataModule):
         Returns:
             A loader of `input_ids`, `attention_mask` and `domain`.
         """
-        if answer_fn is None and self.trainer is not None:
-            answer_fn = getattr(self.trainer.lightning_module, "calibration_answers", None)
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if answer_fn is None and isinstance(module, AnswersCalibration):
+            answer_fn = module.calibration_answers
         rows, renderer = self.calibration_rows(answer_fn), self.renderer
         if self.calibration_report is not None:
             announce([self.calibration_report])

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 from nspo_lightning.datamodules.sources.errors import DataError
-from nspo_lightning.datamodules.sources.order import batch_count, epoch_order, mixture_sizes, rank_batches
+from nspo_lightning.datamodules.sources.order import Stop, batch_count, epoch_order, mixture_sizes, rank_batches
 from nspo_lightning.datamodules.sources.rows import PromptRow
 
 _STATE_MEANINGS = {
@@ -39,11 +39,7 @@ class Place:
         self.given = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch; a place that was restored in that same epoch stays.
-
-        Args:
-            epoch: The epoch, from 0.
-        """
+        """Go to an epoch; a place that was restored in that same epoch stays."""
         if epoch != self.epoch:
             self.epoch, self.start, self.given = epoch, 0, 0
 
@@ -57,7 +53,7 @@ class PromptLoader:
         batch_size: Rows a batch and rank.
         weights: Shares of the sources; equal when None.
         stop: When an epoch of a mixture ends, see `mixture_sizes`.
-        shuffle: Whether epochs are shuffled.
+        shuffle: Whether epochs are shuffled; if not, an epoch is every row once, in order.
         seed: Decides the order.
         repeat_batches: How often each batch is given in a row.
         shard: Gives (rank, number of ranks).
@@ -71,7 +67,7 @@ class PromptLoader:
         *,
         batch_size: int,
         weights: Sequence[float] | None = None,
-        stop: Literal["shortest", "longest"] = "shortest",
+        stop: Stop = "shortest",
         shuffle: bool = False,
         seed: int = 0,
         repeat_batches: int = 1,
@@ -86,37 +82,29 @@ class PromptLoader:
         self._sizes = [len(source) for source in sources]
         self._weights = list(weights) if weights is not None else [1.0] * len(sources)
         self._collate = collate
-        self._stop: Literal["shortest", "longest"] = stop
+        self._stop = stop
         self._shuffle = shuffle
         self._seed = seed
         self._repeat = repeat_batches
         self._shard = shard
         self._unfinished = unfinished
 
-    def __len__(self) -> int:
-        """Count the batches of an epoch on each rank.
+    @property
+    def _visited(self) -> list[int]:
+        """Rows of each source in an epoch."""
+        return mixture_sizes(self._sizes, self._weights, self._stop) if self._shuffle else self._sizes
 
-        Returns:
-            Their number, repetitions included.
-        """
-        rows = sum(mixture_sizes(self._sizes, self._weights, self._stop)) if self._shuffle else len(self.rows)
-        return batch_count(rows, self.batch_size, self._shard()[1]) * self._repeat
+    def __len__(self) -> int:
+        """Count the batches of an epoch on each rank, repetitions included."""
+        return batch_count(sum(self._visited), self.batch_size, self._shard()[1]) * self._repeat
 
     def describe(self) -> str:
-        """Say what an epoch visits.
-
-        Returns:
-            For example ``400 of 800 and 400 of 400 rows``.
-        """
-        sizes = mixture_sizes(self._sizes, self._weights, self._stop) if self._shuffle else self._sizes
-        return " and ".join(f"{take} of {size}" for take, size in zip(sizes, self._sizes, strict=True)) + " rows"
+        """Say what an epoch visits, for example ``400 of 800 and 400 of 400 rows``."""
+        pairs = zip(self._visited, self._sizes, strict=True)
+        return " and ".join(f"{take} of {size}" for take, size in pairs) + " rows"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Give the rest of the epoch that `place` stands at.
-
-        Yields:
-            One batch at a time.
-        """
+        """Give the rest of the epoch that `place` stands at, one batch at a time."""
         batches = self._epoch_batches()
         start, self.place.start = self.place.start, 0  # a restored place counts once
         batch: dict[str, Any] = {}
@@ -127,14 +115,9 @@ class PromptLoader:
             yield dict(batch)
 
     def _epoch_batches(self) -> list[list[int]]:
-        order = epoch_order(
-            self._sizes,
-            self._weights,
-            seed=self._seed,
-            epoch=self.place.epoch,
-            stop=self._stop,
-            shuffle=self._shuffle,
-        )
+        order: Sequence[int] = range(len(self.rows))
+        if self._shuffle:
+            order = epoch_order(self._sizes, self._weights, seed=self._seed, epoch=self.place.epoch, stop=self._stop)
         rank, world_size = self._shard()
         return rank_batches(order, self.batch_size, rank, world_size)
 
@@ -151,16 +134,9 @@ class PromptLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The place: epoch and the number of batches that were trained on.
-
-        Returns:
-            Plain values.
-        """
-        return {
-            **self._identity(),
-            "epoch": self.place.epoch,
-            "batch": max(0, self.place.given - self._unfinished()),
-        }
+        """Say in plain values where training stands: the epoch and the number of batches that were trained on."""
+        batch = max(0, self.place.given - self._unfinished())
+        return {**self._identity(), "epoch": self.place.epoch, "batch": batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
@@ -173,16 +149,13 @@ class PromptLoader:
         """
         epoch, batch = int(state["epoch"]), int(state["batch"])
         identity = self._identity()
-        differing = [text for name, text in _STATE_MEANINGS.items() if state.get(name) != identity[name]]
+        differing = [name for name in _STATE_MEANINGS if state.get(name) != identity[name]]
         if batch < len(self) and differing:
-            facts = ", ".join(
-                f"{name} {state.get(name)} -> {identity[name]}"
-                for name in identity
-                if state.get(name) != identity[name]
-            )
+            facts = ", ".join(f"{name} {state.get(name)} -> {identity[name]}" for name in differing)
+            changed = " and ".join(_STATE_MEANINGS[name] for name in differing)
             raise DataError(
                 "the checkpoint's place in the training data",
-                f"it lies within an epoch, and {' and '.join(differing)} changed since ({facts})",
+                f"it lies within an epoch, and {changed} changed since ({facts})",
                 "Resume with the same data settings, or start a new run from the saved adapter.",
             )
         self.place.epoch, self.place.start, self.place.given = epoch, batch, batch

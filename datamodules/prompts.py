@@ -1,9 +1,9 @@
-"""What the datamodules share: the tokenizer, the length limit, the ranks, the place in the epoch."""
+"""What the datamodules of both domains share: the tokenizer, the length limit, the ranks, the place in the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from typing_extensions import override
@@ -11,49 +11,96 @@ from typing_extensions import override
 from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.datamodules.sources.domain import DomainRows, DomainSources, download, load_domain
 from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.order import Stop
 from nspo_lightning.datamodules.sources.read import announce
 from nspo_lightning.datamodules.sources.rows import PromptRow
-from nspo_lightning.datamodules.sources.source import PromptSource
+from nspo_lightning.datamodules.sources.source import Kind, PromptSource, Sources, as_sources
 from nspo_lightning.datamodules.text.collate import collate_prompts
 from nspo_lightning.datamodules.text.render import ChatRenderer, Tokenizer
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A LightningModule whose tokenizer the datamodules take."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The policy's tokenizer."""
+
+
+def check_at_least_one(**sizes: int | None) -> None:
+    """Check sizes by the names of their settings; None means that there is no limit.
+
+    Args:
+        **sizes: The settings.
+
+    Raises:
+        ValueError: If one is below 1.
+    """
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 class PromptDataModule(pl.LightningDataModule):
     """One domain's rows as batches of rendered prompts.
 
     Args:
-        sources: What the domain is read from.
+        train: Where training rows come from: a path, a source, or a list (a mixture).
+        val: Validation rows; held out of `train` when None.
+        test: Test rows; held out of `train` when None.
         batch_size: Training rows a batch and rank.
         eval_batch_size: Evaluation rows a batch and rank.
+        val_size: Validation rows; None = a world's own split, else a tenth, at most 500.
+        test_size: Test rows; None as for `val_size`.
         max_prompt_tokens: The longest rendered prompt; longer rows are left out and reported.
+        system_prompt: A system message for prompts that have none, unless their source sets its own.
         chat_template: A Jinja template or its path, where the tokenizer's own is missing or wrong.
+        seed: Decides order and held-out rows.
         tokenizer: The policy's tokenizer; taken from the LightningModule when None.
 
     Raises:
-        ValueError: If a size is below 1.
+        ValueError: If a size is out of range.
     """
+
+    domain: ClassVar[str]
+    """What messages call the domain."""
+
+    kind: ClassVar[Kind]
+    """What rows are unless their source or preset says otherwise."""
 
     def __init__(
         self,
-        sources: DomainSources,
+        train: Sources,
         *,
+        val: Sources | None,
+        test: Sources | None,
         batch_size: int,
         eval_batch_size: int,
+        val_size: int | None,
+        test_size: int | None,
         max_prompt_tokens: int | None,
+        system_prompt: str | None,
         chat_template: str | None,
+        seed: int,
         tokenizer: Tokenizer | None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if max_prompt_tokens is not None and max_prompt_tokens < 1:
-            raise ValueError(f"`max_prompt_tokens` must be at least 1, got {max_prompt_tokens}.")
-        self.sources = sources
+        self.sources = DomainSources(
+            train=as_sources(train, self.domain, system_prompt),
+            validation=as_sources(val, f"{self.domain}_val", system_prompt),
+            test=as_sources(test, f"{self.domain}_test", system_prompt),
+            kind=self.kind,
+            validation_size=val_size,
+            test_size=test_size,
+            seed=seed,
+        )
+        check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, max_prompt_tokens=max_prompt_tokens)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_prompt_tokens = max_prompt_tokens
         self.chat_template = chat_template
+        self.seed = seed
         self.tokenizer = tokenizer
         self.rows: DomainRows | None = None
         self.longest_prompt_tokens = 0
@@ -67,7 +114,8 @@ class PromptDataModule(pl.LightningDataModule):
         """
         tokenizer = self.tokenizer
         if tokenizer is None and self.trainer is not None:
-            tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+            module = self.trainer.lightning_module
+            tokenizer = module.tokenizer if isinstance(module, HasTokenizer) else None
         if tokenizer is None:
             raise DataError(
                 "the datamodule",
@@ -93,7 +141,7 @@ class PromptDataModule(pl.LightningDataModule):
 
         def too_long(rows: list[PromptRow], source: PromptSource) -> list[str | None]:
             limit = source.max_prompt_tokens or self.max_prompt_tokens
-            lengths = [len(ids) for ids in renderer.encode([renderer.text(row.prompt) for row in rows])]
+            lengths = [len(ids) for ids in renderer.encode_prompts(rows)]
             fitting = [length for length in lengths if limit is None or length <= limit]
             self.longest_prompt_tokens = max([self.longest_prompt_tokens, *fitting])
             return [None if limit is None or length <= limit else f"longer than {limit} tokens" for length in lengths]
@@ -102,39 +150,26 @@ class PromptDataModule(pl.LightningDataModule):
         announce(self.rows.reports)
 
     def loaded(self) -> DomainRows:
-        """The rows, read on first use.
-
-        Returns:
-            The domain's rows.
-        """
+        """The domain's rows, read on first use."""
         self.setup()
         assert self.rows is not None
         return self.rows
 
     def shard(self) -> tuple[int, int]:
-        """This process's rank and the number of processes.
-
-        Returns:
-            (0, 1) without a trainer.
-        """
+        """This process's rank and the number of processes; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def unfinished_batches(self) -> int:
-        """Batches that the trainer took but has not trained on: 1 when it stops in the middle of a step.
-
-        Returns:
-            0 without a trainer.
-        """
+        """Batches that the trainer took but has not trained on: 1 when it stops in the middle of a step."""
         if self.trainer is None:
             return 0
         current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return max(0, int(current.ready - current.processed))
 
-    def train_loader(self, *, seed: int, repeat_batches: int, stop: Literal["shortest", "longest"]) -> PromptLoader:
+    def train_loader(self, *, repeat_batches: int = 1, stop: Stop = "shortest") -> PromptLoader:
         """Build the loader of training prompts.
 
         Args:
-            seed: Decides the order.
             repeat_batches: How often each batch comes in a row.
             stop: When an epoch of a mixture ends.
 
@@ -149,38 +184,27 @@ class PromptDataModule(pl.LightningDataModule):
             weights=rows.weights,
             stop=stop,
             shuffle=True,
-            seed=seed,
+            seed=self.seed,
             repeat_batches=repeat_batches,
             shard=self.shard,
             unfinished=self.unfinished_batches,
         )
 
     def eval_loader(self, rows: Sequence[PromptRow]) -> PromptLoader:
-        """Build a loader that gives rows in their order.
-
-        Args:
-            rows: The rows.
-
-        Returns:
-            The loader.
-        """
+        """Build a loader that gives rows in their order."""
         renderer = self.renderer
         return PromptLoader(
             [rows], lambda batch: collate_prompts(batch, renderer), batch_size=self.eval_batch_size, shard=self.shard
         )
 
-    def val_dataloader(self) -> Any:
-        """Validation prompts.
+    @override
+    def train_dataloader(self) -> PromptLoader:
+        return self.train_loader()
 
-        Returns:
-            A loader.
-        """
+    @override
+    def val_dataloader(self) -> PromptLoader:
         return self.eval_loader(self.loaded().validation)
 
-    def test_dataloader(self) -> Any:
-        """Test prompts.
-
-        Returns:
-            A loader.
-        """
+    @override
+    def test_dataloader(self) -> PromptLoader:
         return self.eval_loader(self.loaded().test)

@@ -6,14 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
-from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField, nearest
+from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.rows import Message, Prompt, PromptRow, RawRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
 
 MAX_PROMPT_CHARS = 1_000_000
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "trainer_state")
 _ROLES = ("system", "user", "assistant", "tool")
-_CHAT_COLUMNS = ("messages", "conversations")
 
 
 class BadRow(ValueError):
@@ -21,8 +20,8 @@ class BadRow(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How one source's rows are read: a preset's rules, or the names of a plain file's columns.
+class RowPlan:
+    """How the rows of one source are read: by a preset, or by the names of a plain file's columns.
 
     Attributes:
         source: The configured source.
@@ -31,7 +30,7 @@ class Reading:
         messages_column: The chat's column, without a preset.
         answer_column: The answer's column, without a preset.
         default_kind: What rows are when neither source nor preset says it.
-        default_skill: Likewise for the skill.
+        default_skill: The skill of rows when neither source nor row names it; the preset's or the file's name.
         recognised: Whether the preset was found by the columns alone.
         part_kind: What the preset says about this split, configuration or file.
     """
@@ -52,62 +51,12 @@ class Reading:
         return self.preset.id_column if self.preset is not None else "id"
 
 
-def plan_plain(source: PromptSource, row: RawRow, default_kind: Kind, default_skill: str) -> Reading:
-    """Choose the columns of a source without a preset by its first row.
-
-    Args:
-        source: The configured source.
-        row: The first row.
-        default_kind: What its rows are unless it says otherwise.
-        default_skill: Their skill unless they say otherwise.
-
-    Returns:
-        The plan.
-
-    Raises:
-        DataError: If no column can be the prompt.
-    """
-    columns = row.data
-    messages = source.messages_column
-    prompt = source.prompt_column or (None if messages else "prompt" if "prompt" in columns else None)
-    if prompt is None and messages is None:
-        messages = next((name for name in _CHAT_COLUMNS if name in columns), None)
-    if prompt is None and messages is None:
-        close = nearest(columns)
-        hint = f" Presets with similar columns: {'; '.join(close)}." if close else ""
-        raise DataError(
-            row.where,
-            f"no preset fits the columns {listing(list(columns))}, and there is no column `prompt` or `messages`",
-            f"Name the prompt's column (`prompt_column: ...`) or a `preset`.{hint}",
-        )
-    for field, name in (
-        ("prompt_column", source.prompt_column),
-        ("messages_column", source.messages_column),
-        ("answer_column", source.answer_column),
-    ):
-        if name is not None and name not in columns:
-            raise DataError(
-                row.where,
-                f"there is no column {name!r}; the columns are {listing(list(columns))}",
-                f"Set `{field}` to one of them.",
-            )
-    answer = source.answer_column or ("answer" if "answer" in columns else None)
-    return Reading(
-        source=source,
-        prompt_column=prompt,
-        messages_column=messages,
-        answer_column=answer,
-        default_kind=default_kind,
-        default_skill=default_skill,
-    )
-
-
-def convert(reading: Reading, raw: RawRow) -> PromptRow | str:
+def convert(plan: RowPlan, raw: RawRow) -> PromptRow | str:
     """Turn one raw row into a prompt row.
 
     Args:
-        reading: How the source is read.
-        raw: The row.
+        plan: How the source's rows are read.
+        raw: The row as it was read.
 
     Returns:
         The row, or the reason why the preset leaves it out.
@@ -116,8 +65,8 @@ def convert(reading: Reading, raw: RawRow) -> PromptRow | str:
         DataError: If the row lacks a column.
         BadRow: If its prompt is missing, empty, not text or absurdly long.
     """
-    result = _by_columns(reading, raw) if reading.preset is None else _by_preset(reading, reading.preset, raw)
-    system = reading.source.system_prompt
+    result = _by_columns(plan, raw) if plan.preset is None else _by_preset(plan, plan.preset, raw)
+    system = plan.source.system_prompt
     if isinstance(result, str) or system is None:
         return result
     turns = [{"role": "user", "content": result.prompt}] if isinstance(result.prompt, str) else result.prompt
@@ -126,46 +75,38 @@ def convert(reading: Reading, raw: RawRow) -> PromptRow | str:
     return replace(result, prompt=turns)
 
 
-def _by_columns(reading: Reading, raw: RawRow) -> PromptRow:
+def _by_columns(plan: RowPlan, raw: RawRow) -> PromptRow:
     row = raw.data
-    column = reading.prompt_column or reading.messages_column
+    column = plan.prompt_column or plan.messages_column
     if column not in row:
         raise DataError(
             raw.where,
             f"the row lacks the column {column!r}, which earlier rows have; it has {listing(list(row))}",
             "Fill the column in every row.",
         )
-    answer: Any = row.get(reading.answer_column) if reading.answer_column else None
+    answer: Any = row.get(plan.answer_column) if plan.answer_column else None
     prompt: Prompt
-    if reading.messages_column is not None:
+    if plan.messages_column is not None:
         prompt, last = split_chat(row[column])
         answer = last if answer is None else answer
     else:
         prompt = check_prompt(row[column])
-    taken = {
-        reading.prompt_column,
-        reading.messages_column,
-        reading.answer_column,
-        "skill",
-        "kind",
-        "source",
-        *RESERVED_COLUMNS,
-    }
-    kinds: dict[Any, Kind] = {"harmful": "harmful", "benign": "benign"}
-    own_kind = row.get("kind")
-    kind = kinds.get(own_kind, reading.default_kind) if isinstance(own_kind, str) else reading.default_kind
+    columns = {plan.prompt_column, plan.messages_column, plan.answer_column}
+    taken = {*columns, "skill", "kind", "source", *RESERVED_COLUMNS}
+    kinds: dict[str, Kind] = {"harmful": "harmful", "benign": "benign"}
+    kind = kinds.get(str(row.get("kind")), plan.default_kind)
     return PromptRow(
         prompt=prompt,
         answer=_text(answer),
-        skill=reading.source.skill or _text(row.get("skill")) or reading.default_skill,
-        kind=reading.source.kind or kind,
-        source=reading.default_skill,
+        skill=plan.source.skill or _text(row.get("skill")) or plan.default_skill,
+        kind=plan.source.kind or kind,
+        source=plan.default_skill,
         where=raw.where,
         columns={name: value for name, value in row.items() if name not in taken},
     )
 
 
-def _by_preset(reading: Reading, preset: Preset, raw: RawRow) -> PromptRow | str:
+def _by_preset(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:
     row = raw.data
     if not preset.fits(row):
         needed = " or ".join(f"({', '.join(names)})" for names in preset.requires)
@@ -175,31 +116,31 @@ def _by_preset(reading: Reading, preset: Preset, raw: RawRow) -> PromptRow | str
             "Set the preset that fits, or `prompt_column` without a preset.",
         )
     try:
-        return _apply(reading, preset, raw)
+        return _apply(plan, preset, raw)
     except BadRow:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise BadRow(f"preset {preset.name} cannot read it: {error}") from error
 
 
-def _apply(reading: Reading, preset: Preset, raw: RawRow) -> PromptRow | str:
+def _apply(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:
     row = raw.data
     if preset.skip is not None and (reason := preset.skip(row)) is not None:
         return reason
     value = row[preset.prompt] if isinstance(preset.prompt, str) else preset.prompt(row)
     prompt: Prompt = split_chat(value)[0] if isinstance(value, list) else check_prompt(value)
     kind = preset.kind if isinstance(preset.kind, str) else preset.kind(row)
-    if preset.shared_layout and reading.recognised:
-        kind = reading.default_kind
-    kind = reading.part_kind or kind
+    if preset.shared_layout and plan.recognised:
+        kind = plan.default_kind
+    kind = plan.part_kind or kind
     columns = {name: row[name] for name in preset.keep if name in row and name not in RESERVED_COLUMNS}
     if preset.final_answer is not None:
         columns["final_answer"] = _field(preset.final_answer, row)
     return PromptRow(
         prompt=prompt,
         answer=_field(preset.answer, row),
-        skill=reading.source.skill or (preset.skill(row) if callable(preset.skill) else preset.skill) or preset.name,
-        kind=reading.source.kind or kind,
+        skill=plan.source.skill or (preset.skill(row) if callable(preset.skill) else preset.skill) or preset.name,
+        kind=plan.source.kind or kind,
         source=preset.name,
         where=raw.where,
         columns=columns,
@@ -209,9 +150,7 @@ def _apply(reading: Reading, preset: Preset, raw: RawRow) -> PromptRow | str:
 def _field(field: TextField | None, row: Row) -> str:
     if field is None:
         return ""
-    if callable(field):
-        return field(row)
-    return _text(row.get(field))
+    return field(row) if callable(field) else _text(row.get(field))
 
 
 def _text(value: Any) -> str:
@@ -221,10 +160,10 @@ def _text(value: Any) -> str:
 
 
 def check_prompt(value: Any) -> str:
-    """Make sure that a value can be a prompt.
+    """Make sure that what stands in the prompt's column can be a prompt.
 
     Args:
-        value: What stands in the prompt's column.
+        value: Anything.
 
     Returns:
         The text, unchanged.
@@ -260,9 +199,8 @@ def split_chat(value: Any) -> tuple[list[Message], str | None]:
     if value is None:
         raise BadRow("the messages are null")
     if not isinstance(value, list) or not value:
-        raise BadRow(
-            f"the messages are {'empty' if value == [] else type(value).__name__}, not a list of role and content"
-        )
+        found = "empty" if value == [] else type(value).__name__
+        raise BadRow(f"the messages are {found}, not a list of role and content")
     turns = [_turn(entry) for entry in value]
     answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
     if not turns or turns[-1]["role"] != "user":

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from nspo_lightning.datamodules.sources.errors import DataError
-from nspo_lightning.datamodules.sources.files import looks_local
 from nspo_lightning.datamodules.sources.hub import read_hub
-from nspo_lightning.datamodules.sources.opening import is_builtin
+from nspo_lightning.datamodules.sources.opening import is_builtin, origin_of
 from nspo_lightning.datamodules.sources.order import shares
-from nspo_lightning.datamodules.sources.presets import get_preset, preset_of_hub_id
-from nspo_lightning.datamodules.sources.read import Reject, SourceReport, read_source
+from nspo_lightning.datamodules.sources.read import Reject, SourceReport, keep_all, usable_rows
 from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
-from nspo_lightning.datamodules.sources.splits import Split, choose, held_out_size, hold_out, without
+from nspo_lightning.datamodules.sources.splits import HeldOutName, choose, held_out_size, hold_out, without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,7 @@ class DomainSources:
         test: Sources of test rows; empty = held out of `train`.
         kind: What rows are unless source or preset says otherwise.
         validation_size: Validation rows over all sources; None = a world's own split whole, else a tenth.
-        test_size: Likewise for test rows.
+        test_size: Test rows over all sources; None as for validation.
         seed: Decides what is held out.
 
     Raises:
@@ -34,8 +32,8 @@ class DomainSources:
     """
 
     train: list[PromptSource]
-    validation: list[PromptSource]
-    test: list[PromptSource]
+    validation: list[PromptSource] = field(default_factory=list)
+    test: list[PromptSource] = field(default_factory=list)
     kind: Kind
     validation_size: int | None = None
     test_size: int | None = None
@@ -54,19 +52,27 @@ class DomainRows:
     Attributes:
         train: The training rows of each source.
         weights: The sources' shares.
-        validation: All validation rows.
-        test: All test rows.
+        held_out: All validation and all test rows.
         reports: The account of each source.
     """
 
     train: list[list[PromptRow]] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    validation: list[PromptRow] = field(default_factory=list)
-    test: list[PromptRow] = field(default_factory=list)
+    held_out: dict[HeldOutName, list[PromptRow]] = field(default_factory=lambda: {"validation": [], "test": []})
     reports: list[SourceReport] = field(default_factory=list)
 
+    @property
+    def validation(self) -> list[PromptRow]:
+        """All validation rows."""
+        return self.held_out["validation"]
 
-def load_domain(sources: DomainSources, reject: Reject) -> DomainRows:
+    @property
+    def test(self) -> list[PromptRow]:
+        """All test rows."""
+        return self.held_out["test"]
+
+
+def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows:
     """Read a domain.
 
     Args:
@@ -80,89 +86,62 @@ def load_domain(sources: DomainSources, reject: Reject) -> DomainRows:
         DataError: If a source cannot be used, or nothing is left to train on.
     """
     result = DomainRows(weights=[source.weight or 1.0 for source in sources.train])
-    wanted = [
-        None if size is None else shares(result.weights, size) for size in (sources.validation_size, sources.test_size)
-    ]
-    splits: list[Split] = []
+    given: dict[HeldOutName, list[PromptSource]] = {"validation": sources.validation, "test": sources.test}
+    sizes: dict[HeldOutName, int | None] = {"validation": sources.validation_size, "test": sources.test_size}
+    parts = {name: None if size is None else shares(result.weights, size) for name, size in sizes.items()}
+    training: list[tuple[PromptSource, list[PromptRow], SourceReport]] = []
     for index, source in enumerate(sources.train):
-        validation_size, test_size = (None if sizes is None else sizes[index] for sizes in wanted)
-        split, reports = _read_split(source, sources, validation_size, test_size, reject)
-        splits.append(split)
+        # Nothing is held out for a purpose that has sources of its own.
+        wanted = {name: part if part is None else part[index] for name, part in parts.items() if not given[name]}
+        rows, held_out, reports = _read_split(source, sources, wanted, reject)
+        for name, held in held_out.items():
+            result.held_out[name] += held
+        training.append((source, rows, reports[0]))
         result.reports += reports
-    result.validation = [row for split in splits for row in split.validation]
-    result.test = [row for split in splits for row in split.test]
-    for given, name in ((sources.validation, "validation"), (sources.test, "test")):
-        if given:
-            setattr(result, name, _read_given(given, sources, name, reject, result.reports))
-    keys = {row.key for row in (*result.validation, *result.test)}
-    for source, split, report in zip(sources.train, splits, _train_reports(result.reports), strict=True):
-        rows = without(split.train, keys)
-        if len(rows) < len(split.train):
-            report.dropped["with a held-out prompt"] += len(split.train) - len(rows)
-        if not rows:
+    for name, own in given.items():
+        for source in own:
+            rows, report = usable_rows(source, sources.kind, reject)
+            chosen = choose(rows, source)
+            report.role, report.splits = name, {name: len(chosen)}
+            result.held_out[name] += chosen
+            result.reports.append(report)
+    for source, rows, report in training:
+        kept = without(rows, result.validation + result.test)
+        if len(kept) < len(rows):
+            report.dropped["with a held-out prompt"] += len(rows) - len(kept)
+        if not kept:
             raise DataError(
                 source.label, "every row is held out", "Lower `val_size` and `test_size`, or give more rows."
             )
-        result.train.append(choose(rows, source))
+        result.train.append(choose(kept, source))
         report.splits = {"train": len(result.train[-1]), **report.splits}
     return result
 
 
-def _train_reports(reports: list[SourceReport]) -> list[SourceReport]:
-    return [report for report in reports if report.role == "train"]
-
-
 def _read_split(
-    source: PromptSource, sources: DomainSources, validation_size: int | None, test_size: int | None, reject: Reject
-) -> tuple[Split, list[SourceReport]]:
-    rows, report = read_source(source, sources.kind, reject)
-    wanted = {
-        name: size
-        for name, size, given in (
-            ("validation", validation_size, sources.validation),
-            ("test", test_size, sources.test),
-        )
-        if not given  # nothing is held out for a purpose that has sources of its own
-    }
+    source: PromptSource, sources: DomainSources, sizes: dict[HeldOutName, int | None], reject: Reject
+) -> tuple[list[PromptRow], dict[HeldOutName, list[PromptRow]], list[SourceReport]]:
+    """Read a training source and what is held out of it, or what a built-in world holds for each purpose."""
+    rows, report = usable_rows(source, sources.kind, reject)
     if not is_builtin(source):
-        sizes = {name: held_out_size(len(rows), size) for name, size in wanted.items()}
-        split = hold_out(rows, sizes.get("validation", 0), sizes.get("test", 0), sources.seed)
-        report.splits = {name: len(getattr(split, name)) for name in wanted}
-        return split, [report]
-    split, reports = Split(train=rows, validation=[], test=[]), [report]
-    for name, size in wanted.items():
+        counts = {name: held_out_size(len(rows), size) for name, size in sizes.items()}
+        rows, held_out = hold_out(rows, counts.get("validation", 0), counts.get("test", 0), sources.seed)
+        report.splits = {name: len(held_out[name]) for name in sizes}
+        return rows, held_out, [report]
+    held_out, reports = {}, [report]
+    for name, size in sizes.items():
         own = replace(source, split=name, fraction=None, count=None, streaming=False)
-        held, held_report = read_source(own, sources.kind, reject)
-        held = held if size is None else [held[i] for i in take_ranked(held, size, f"{name} {sources.seed}")]
-        setattr(split, name, held)
-        held_report.role, held_report.splits = name, {name: len(held)}
+        held, held_report = usable_rows(own, sources.kind, reject)
+        held_out[name] = held if size is None else [held[i] for i in take_ranked(held, size, f"{name} {sources.seed}")]
+        held_report.role, held_report.splits = name, {name: len(held_out[name])}
         held_report.label = f"{source.label} ({name})"
         reports.append(held_report)
-    return split, reports
-
-
-def _read_given(
-    given: list[PromptSource], sources: DomainSources, role: str, reject: Reject, reports: list[SourceReport]
-) -> list[PromptRow]:
-    result: list[PromptRow] = []
-    for source in given:
-        rows, report = read_source(source, sources.kind, reject)
-        chosen = choose(rows, source)
-        report.role, report.splits = role, {role: len(chosen)}
-        reports.append(report)
-        result += chosen
-    return result
+    return rows, held_out, reports
 
 
 def download(sources: list[PromptSource]) -> None:
-    """Fetch hub datasets into the cache, once a node, before every rank reads them.
-
-    Args:
-        sources: Any sources; local ones are left alone.
-    """
+    """Fetch hub datasets into the cache, once a node, before every rank reads them; streams are left alone."""
     for source in sources:
-        preset = get_preset(source.preset) if source.preset is not None else None
-        path = source.path or (preset.hub_id if preset is not None else None)
-        if path is None or source.rows is not None or source.streaming or is_builtin(source) or looks_local(path):
-            continue
-        next(read_hub(source, preset or preset_of_hub_id(path), path), None)
+        origin = origin_of(source)
+        if origin.place == "hub" and not source.streaming:
+            next(read_hub(source, origin.preset, origin.path), None)

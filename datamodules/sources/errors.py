@@ -1,4 +1,4 @@
-"""The one error that bad data ends in: where it is, what was found and how to mend it, on one screen."""
+"""The error for bad data: where it is, what was found and how to mend it, on one screen."""
 
 from __future__ import annotations
 
@@ -22,28 +22,12 @@ class DataError(ValueError):
 
 
 def clip(text: str, limit: int = _MAX_FOUND_CHARS) -> str:
-    """Shorten `text` for a message, keeping its beginning and saying that it goes on.
-
-    Args:
-        text: Any text; line breaks and control characters are shown escaped.
-        limit: The most characters that are kept.
-
-    Returns:
-        Printable text of at most `limit` characters and a mark.
-    """
+    """Keep at most `limit` characters of text for a message; control characters are escaped, a cut is marked."""
     printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
     return printable if len(text) <= limit else printable[:limit] + "…"
 
 
 def listing(values: list[str], limit: int = 8) -> str:
-    """Join names for a message, at most `limit` of them.
-
-    Args:
-        values: The names.
-        limit: How many are shown.
-
-    Returns:
-        ``'a', 'b' and 3 more``.
-    """
+    """Join names for a message, at most `limit` of them: ``'a', 'b' and 3 more``."""
     shown = ", ".join(repr(clip(v, 60)) for v in values[:limit])
     return shown if len(values) <= limit else f"{shown} and {len(values) - limit} more"

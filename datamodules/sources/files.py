@@ -19,14 +19,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path means a local file or folder rather than a hub id.
-
-    Args:
-        path: What the configuration says.
-
-    Returns:
-        True when something is there, or when the text cannot be a hub id.
-    """
+    """Whether a path means a local file or folder: something is there, or the text cannot be a hub id."""
     expanded = Path(path).expanduser()
     return (
         expanded.exists()
@@ -105,26 +98,12 @@ def _of_split(path: str, root: Path, found: list[Path], split: str) -> list[Path
 
 
 def canonical_split(split: str) -> str:
-    """Give a split its usual name.
-
-    Args:
-        split: As written by a user or in a file's name.
-
-    Returns:
-        `train`, `validation`, `test`, or the name unchanged.
-    """
+    """Give a split its usual name (`train`, `validation`, `test`); other names are left as they are."""
     return next((name for name, words in _SPLIT_WORDS.items() if split.lower() in words), split)
 
 
 def split_of(relative: Path) -> str | None:
-    """Read the split from the words of a file's path below its folder.
-
-    Args:
-        relative: The path below the folder.
-
-    Returns:
-        `train`, `validation`, `test`, or None when no word names a split.
-    """
+    """Read the split from the words of a file's path below its folder; None when no or several splits are named."""
     words = _words(relative)
     named = [name for name, split_words in _SPLIT_WORDS.items() if any(word in split_words for word in words)]
     return named[0] if len(named) == 1 else None

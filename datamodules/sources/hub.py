@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nspo_lightning.compat.datasets import opens_files
 from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
 from nspo_lightning.datamodules.sources.files import check_inside
 from nspo_lightning.datamodules.sources.presets import Preset
@@ -67,14 +68,7 @@ def read_hub(source: PromptSource, preset: Preset | None, hub_id: str) -> Iterat
 
 
 def is_saved(path: str) -> bool:
-    """Whether a folder was written by `Dataset.save_to_disk`.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        True when it holds the files that mark one.
-    """
+    """Whether a folder holds the files that mark one written by `save_to_disk`."""
     folder = Path(path).expanduser()
     return any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
 
@@ -112,14 +106,7 @@ def read_saved(path: str, split: str) -> Iterator[RawRow]:
 
 
 def _check_saved(folder: Path) -> None:
-    """Check that the links and the indices of a saved dataset lead nowhere else.
-
-    Args:
-        folder: Of the dataset.
-
-    Raises:
-        DataError: If one does, or an index can't be read.
-    """
+    """Check that the links and the indices of a saved dataset lead nowhere else."""
     inside = folder.resolve()
     for file in sorted(folder.rglob("*")):
         check_inside(file, inside)
@@ -140,26 +127,9 @@ def _check_saved(folder: Path) -> None:
 
 
 def _without_media(data: Any) -> Any:
-    """Drop columns of images, sounds and other files: decoding them opens whatever path stands in a row.
-
-    Args:
-        data: A dataset, or a streamed one.
-
-    Returns:
-        It, with the columns that hold text and numbers.
-    """
-    media = [name for name, feature in (data.features or {}).items() if _opens_files(feature)]
+    """Drop columns of images, sounds and other files: decoding them opens whatever path stands in a row."""
+    media = [name for name, feature in (data.features or {}).items() if opens_files(feature)]
     return data.remove_columns(media) if media else data
-
-
-def _opens_files(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return any(_opens_files(inner) for inner in feature.values())
-    if isinstance(feature, (list, tuple)):
-        return any(_opens_files(inner) for inner in feature)
-    if (inner := getattr(feature, "feature", None)) is not None:
-        return _opens_files(inner)
-    return hasattr(feature, "decode") and type(feature).__name__ != "Json"
 
 
 def _cure(error: Exception) -> str:

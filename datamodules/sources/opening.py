@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
+import pkgutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from nspo_lightning.datamodules.sources import presets_general, presets_safety  # noqa: F401  (registers the presets)
-from nspo_lightning.datamodules.sources.convert import Reading, plan_plain
+from nspo_lightning.datamodules.sources.convert import RowPlan
 from nspo_lightning.datamodules.sources.errors import DataError, listing
 from nspo_lightning.datamodules.sources.files import find_files, looks_local
 from nspo_lightning.datamodules.sources.hub import is_saved, read_hub, read_saved
-from nspo_lightning.datamodules.sources.presets import Preset, get_preset, preset_of_hub_id, recognise
+from nspo_lightning.datamodules.sources.presets import Preset
 from nspo_lightning.datamodules.sources.readers import read_file
+from nspo_lightning.datamodules.sources.registry import get_preset, nearest, preset_of_hub_id, recognise
 from nspo_lightning.datamodules.sources.rows import RawRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
 
@@ -22,9 +23,57 @@ BUILTIN_WORLDS = {"toy": "nspo_lightning.toy.world:rows"}
 """Worlds that code generates: a function (part, split) -> rows, imported on first use."""
 
 _BUILTIN_KINDS: dict[str, Kind] = {"harmful": "harmful", "general": "benign"}
+_CHAT_COLUMNS = ("messages", "conversations")
 
 
-def open_source(source: PromptSource, default_kind: Kind, notes: list[str]) -> tuple[Iterator[RawRow], Reading]:
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a source's rows come from.
+
+    Attributes:
+        place: A function of the user's, a built-in world, local files or the hub.
+        path: The path, world or hub id; empty for a function.
+        preset: The preset that the source or its hub id names.
+    """
+
+    place: Literal["function", "world", "local", "hub"]
+    path: str = ""
+    preset: Preset | None = None
+
+
+def origin_of(source: PromptSource) -> Origin:
+    """Say where a source's rows come from, without reading any.
+
+    Args:
+        source: The configured source.
+
+    Returns:
+        Its origin.
+
+    Raises:
+        DataError: If its preset is unknown, or belongs to no hub dataset and no path is given.
+    """
+    preset = get_preset(source.preset) if source.preset is not None else None
+    if source.rows is not None:
+        return Origin(place="function", preset=preset)
+    path = source.path or (preset.hub_id if preset is not None else None)
+    if path is None:
+        raise DataError(f"preset {source.preset!r}", "it has no hub id of its own", "Set `path` to the files.")
+    if is_builtin(source):
+        return Origin(place="world", path=path, preset=preset)
+    if looks_local(path):
+        return Origin(place="local", path=path, preset=preset)
+    if preset is None and not (source.prompt_column or source.messages_column):
+        preset = preset_of_hub_id(path)
+    return Origin(place="hub", path=path, preset=preset)
+
+
+def is_builtin(source: PromptSource) -> bool:
+    """Whether a source is a built-in world such as `toy/harmful`, which has validation and test splits of its own."""
+    return source.path is not None and source.path.split("/")[0] in BUILTIN_WORLDS and not Path(source.path).exists()
+
+
+def open_source(source: PromptSource, default_kind: Kind, notes: list[str]) -> tuple[Iterator[RawRow], RowPlan]:
     """Start reading a source and decide, by its first row, how all rows are read.
 
     Args:
@@ -38,47 +87,34 @@ def open_source(source: PromptSource, default_kind: Kind, notes: list[str]) -> t
     Raises:
         DataError: If there is nothing to read, or no way to read it.
     """
-    preset = get_preset(source.preset) if source.preset is not None else None
-    path = source.path or (preset.hub_id if preset is not None and source.rows is None else None)
-    part = ""
-    if source.rows is not None:
-        raw_rows, skill = _number(source.rows(source.split), source.label), source.label
-    elif path is None:
-        raise DataError(f"preset {source.preset!r}", "it has no hub id of its own", "Set `path` to the files.")
-    elif (world := path.split("/")[0]) in BUILTIN_WORLDS and not Path(path).exists():
-        part = path.partition("/")[2] or source.name or ""
-        raw_rows, skill = _builtin(world, part, source.split), f"{world}_{part}"
-        default_kind = _BUILTIN_KINDS.get(part, default_kind)
-    elif looks_local(path):
-        _reject_preset_as_path(path)
-        if source.name is not None or source.revision is not None:
-            notes.append("`name` and `revision` mean nothing for local files and were not used")
-        if is_saved(path):
-            raw_rows = read_saved(path, source.split)
-        else:
-            files = find_files(path, source.split)
-            raw_rows = itertools.chain.from_iterable(_with_subject(file, preset) for file in files)
-        skill = Path(path).name.split(".")[0]
-    else:
-        preset = (
-            preset if preset is not None or source.prompt_column or source.messages_column else preset_of_hub_id(path)
-        )
-        raw_rows, skill = read_hub(source, preset, path), path.rpartition("/")[2]
+    origin = origin_of(source)
+    preset, plain = origin.preset, bool(source.prompt_column or source.messages_column)
+    match origin.place:
+        case "function":
+            assert source.rows is not None
+            raw_rows, skill = _number(source.rows(source.split), source.label), source.label
+        case "world":
+            world, _, part = origin.path.partition("/")
+            part = part or source.name or ""
+            raw_rows, skill = _builtin(world, part, source.split), f"{world}_{part}"
+            default_kind, plain = _BUILTIN_KINDS.get(part, default_kind), True
+        case "local":
+            raw_rows, skill = _local(source, origin, notes), Path(origin.path).name.split(".")[0]
+        case "hub":
+            raw_rows, skill = read_hub(source, preset, origin.path), origin.path.rpartition("/")[2]
     first = next(raw_rows, None)
     if first is None:
         raise DataError(source.label, "it holds no rows", "Fetch or write it again, or choose another split.")
-    if preset is None and not part and not (source.prompt_column or source.messages_column):
-        preset = recognise(first.data)
-        if preset is not None:
-            notes.append(f"preset {preset.name} recognised by its columns")
     raw_rows = itertools.chain([first], raw_rows)
+    if preset is None and not plain and (preset := recognise(first.data)) is not None:
+        notes.append(f"preset {preset.name} recognised by its columns")
     if preset is None:
-        return raw_rows, plan_plain(source, first, default_kind, skill)
-    recognised = source.preset is None and preset_of_hub_id(path or "") is not preset
+        return raw_rows, _plain_plan(source, first, default_kind, skill)
+    recognised = source.preset is None and preset_of_hub_id(origin.path) is not preset
     if recognised and preset.shared_layout and source.kind is None and default_kind == "harmful":
         notes.append("taken as harmful, as it stands among safety prompts; set `kind: benign` if it is not")
-    parts = (source.name, source.split, Path(path or "").name.split(".")[0])
-    return raw_rows, Reading(
+    parts = (source.name, source.split, Path(origin.path).name.split(".")[0])
+    return raw_rows, RowPlan(
         source=source,
         preset=preset,
         default_kind=default_kind,
@@ -86,19 +122,6 @@ def open_source(source: PromptSource, default_kind: Kind, notes: list[str]) -> t
         recognised=recognised,
         part_kind=next((preset.kind_of_part[part] for part in parts if part in preset.kind_of_part), None),
     )
-
-
-def _with_subject(file: Path, preset: Preset | None) -> Iterator[RawRow]:
-    # A headerless file (MMLU) keeps its subject in its name.
-    header = (
-        preset.csv_header if preset is not None and file.name.lower().removesuffix(".gz").endswith(".csv") else None
-    )
-    for row in read_file(file, header):
-        if header is not None:
-            subject = file.stem.rpartition("_")[0] or file.stem
-            yield RawRow(where=row.where, data={**row.data, "subject": subject})
-        else:
-            yield row
 
 
 def _number(rows: Iterable[dict[str, Any]], label: str) -> Iterator[RawRow]:
@@ -113,14 +136,19 @@ def _number(rows: Iterable[dict[str, Any]], label: str) -> Iterator[RawRow]:
 
 def _builtin(world: str, part: str, split: str) -> Iterator[RawRow]:
     if part not in _BUILTIN_KINDS:
-        raise DataError(
-            f"built-in world {world!r}",
-            f"it has no part {part!r}",
-            f"Use {listing([f'{world}/{p}' for p in _BUILTIN_KINDS])}.",
-        )
-    module_name, _, function = BUILTIN_WORLDS[world].partition(":")
-    rows = getattr(importlib.import_module(module_name), function)(part, split)
-    return _number(rows, f"{world}/{part} ({split})")
+        parts = listing([f"{world}/{known}" for known in _BUILTIN_KINDS])
+        raise DataError(f"built-in world {world!r}", f"it has no part {part!r}", f"Use {parts}.")
+    return _number(pkgutil.resolve_name(BUILTIN_WORLDS[world])(part, split), f"{world}/{part} ({split})")
+
+
+def _local(source: PromptSource, origin: Origin, notes: list[str]) -> Iterator[RawRow]:
+    _reject_preset_as_path(origin.path)
+    if source.name is not None or source.revision is not None:
+        notes.append("`name` and `revision` mean nothing for local files and were not used")
+    if is_saved(origin.path):
+        return read_saved(origin.path, source.split)
+    files = find_files(origin.path, source.split)
+    return itertools.chain.from_iterable(_with_subject(file, origin.preset) for file in files)
 
 
 def _reject_preset_as_path(path: str) -> None:
@@ -137,13 +165,45 @@ def _reject_preset_as_path(path: str) -> None:
     )
 
 
-def is_builtin(source: PromptSource) -> bool:
-    """Whether a source is a built-in world, which comes with its own validation and test splits.
+def _with_subject(file: Path, preset: Preset | None) -> Iterator[RawRow]:
+    # A headerless file (MMLU) keeps its subject in its name.
+    is_csv = file.name.lower().removesuffix(".gz").endswith(".csv")
+    if preset is None or preset.csv_header is None or not is_csv:
+        yield from read_file(file)
+        return
+    subject = file.stem.rpartition("_")[0] or file.stem
+    for row in read_file(file, preset.csv_header):
+        yield RawRow(where=row.where, data={**row.data, "subject": subject})
 
-    Args:
-        source: The configured source.
 
-    Returns:
-        True for paths such as `toy/harmful`.
-    """
-    return source.path is not None and source.path.split("/")[0] in BUILTIN_WORLDS and not Path(source.path).exists()
+def _plain_plan(source: PromptSource, row: RawRow, default_kind: Kind, default_skill: str) -> RowPlan:
+    """Choose the columns of a source without a preset by its first row."""
+    columns = row.data
+    messages = source.messages_column
+    prompt = source.prompt_column or (None if messages else "prompt" if "prompt" in columns else None)
+    if prompt is None and messages is None:
+        messages = next((name for name in _CHAT_COLUMNS if name in columns), None)
+    if prompt is None and messages is None:
+        close = nearest(columns)
+        hint = f" Presets with similar columns: {'; '.join(close)}." if close else ""
+        raise DataError(
+            row.where,
+            f"no preset fits the columns {listing(list(columns))}, and there is no column `prompt` or `messages`",
+            f"Name the prompt's column (`prompt_column: ...`) or a `preset`.{hint}",
+        )
+    for field, name in source.named_columns.items():
+        if name not in columns:
+            raise DataError(
+                row.where,
+                f"there is no column {name!r}; the columns are {listing(list(columns))}",
+                f"Set `{field}` to one of them.",
+            )
+    answer = source.answer_column or ("answer" if "answer" in columns else None)
+    return RowPlan(
+        source=source,
+        prompt_column=prompt,
+        messages_column=messages,
+        answer_column=answer,
+        default_kind=default_kind,
+        default_skill=default_skill,
+    )

@@ -7,6 +7,9 @@ from typing import Literal
 
 import torch
 
+Stop = Literal["shortest", "longest"]
+"""When an epoch of several sources ends: before the first repeats a row, or when every source was seen whole."""
+
 
 def _permutation(size: int, *seeds: int) -> list[int]:
     generator = torch.Generator()
@@ -18,15 +21,7 @@ def _permutation(size: int, *seeds: int) -> list[int]:
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Split `total` in proportion to weights, by largest remainders.
-
-    Args:
-        weights: Positive weights.
-        total: What to split.
-
-    Returns:
-        Whole numbers that add up to `total`.
-    """
+    """Split `total` into whole numbers in proportion to positive weights, by largest remainders."""
     exact = [weight / sum(weights) * total for weight in weights]
     whole = [int(x) for x in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
@@ -35,14 +30,13 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     return whole
 
 
-def mixture_sizes(sizes: Sequence[int], weights: Sequence[float], stop: Literal["shortest", "longest"]) -> list[int]:
+def mixture_sizes(sizes: Sequence[int], weights: Sequence[float], stop: Stop) -> list[int]:
     """Decide how many rows of each source an epoch visits.
 
     Args:
         sizes: The rows of each source.
         weights: Their shares.
-        stop: End when the first source would have to repeat a row (`shortest`), or when every source was seen whole
-            (`longest`, smaller ones repeat).
+        stop: When the epoch ends; with `longest`, smaller sources repeat.
 
     Returns:
         Rows an epoch from each source, at least one each.
@@ -53,15 +47,9 @@ def mixture_sizes(sizes: Sequence[int], weights: Sequence[float], stop: Literal[
 
 
 def epoch_order(
-    sizes: Sequence[int],
-    weights: Sequence[float],
-    *,
-    seed: int,
-    epoch: int,
-    stop: Literal["shortest", "longest"] = "shortest",
-    shuffle: bool = True,
+    sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int, stop: Stop = "shortest"
 ) -> list[int]:
-    """List the rows of an epoch.
+    """List the rows of a shuffled epoch.
 
     Each source is an endless chain of its own permutations, and an epoch takes the next piece of each: over epochs
     every row of a source is visited equally often, whatever the weights.
@@ -71,14 +59,11 @@ def epoch_order(
         weights: Their shares.
         seed: Decides all permutations.
         epoch: The epoch, from 0.
-        stop: See `mixture_sizes`.
-        shuffle: False lists every row once in its order.
+        stop: When the epoch ends.
 
     Returns:
         Indices into the concatenated sources.
     """
-    if not shuffle:
-        return list(range(sum(sizes)))
     order: list[int] = []
     offset = 0
     for source, (size, take) in enumerate(zip(sizes, mixture_sizes(sizes, weights, stop), strict=True)):
@@ -125,15 +110,6 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
 
 
 def batch_count(rows: int, batch_size: int, world_size: int) -> int:
-    """Count the batches that `rank_batches` gives each rank.
-
-    Args:
-        rows: Rows an epoch.
-        batch_size: Prompts a batch and rank.
-        world_size: The number of ranks.
-
-    Returns:
-        The number of batches.
-    """
+    """Count the batches that `rank_batches` gives each rank."""
     full, rest = divmod(rows, batch_size * world_size)
     return full + (rest >= world_size)

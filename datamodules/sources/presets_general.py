@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from nspo_lightning.datamodules.sources.presets import Preset, Row, register, text_of
+from nspo_lightning.datamodules.sources.presets import Preset, Row, first_of, text_of
 
 _LETTERS = "ABCDEFGHIJ"
 
 
+def _instruction(row: Row, extra_column: str, layout: str) -> Any:
+    instruction, extra = row["instruction"], row.get(extra_column)
+    if not isinstance(instruction, str) or not isinstance(extra, str) or not extra.strip():
+        return instruction
+    return layout.format(instruction=instruction, extra=extra)
+
+
 def _with_input(row: Row) -> Any:
-    instruction, extra = row["instruction"], row.get("input")
-    return (
-        f"{instruction}\n\n{extra}"
-        if isinstance(extra, str) and extra.strip() and isinstance(instruction, str)
-        else instruction
-    )
-
-
-def _with_context(row: Row) -> Any:
-    instruction, context = row["instruction"], row.get("context")
-    return (
-        f"{context}\n\n{instruction}"
-        if isinstance(context, str) and context.strip() and isinstance(instruction, str)
-        else instruction
-    )
+    return _instruction(row, "input", "{instruction}\n\n{extra}")
 
 
 def _multiple_choice(question: Any, labels: Sequence[str], choices: Sequence[Any]) -> Any:
@@ -82,10 +76,6 @@ def _mbpp_prompt(row: Row) -> str:
     return f"{text}\n\nYour code must pass these tests:\n{tests}"
 
 
-def _truthful(row: Row, csv_name: str, hub_name: str) -> Any:
-    return row[csv_name] if csv_name in row else row[hub_name]
-
-
 def _first_exchange(row: Row, position: int) -> str:
     messages = row.get("messages")
     if not isinstance(messages, list) or len(messages) <= position:
@@ -93,10 +83,11 @@ def _first_exchange(row: Row, position: int) -> str:
     return str(messages[position].get("content", ""))
 
 
-register(
-    Preset(
+_benign = partial(Preset, kind="benign")
+
+GENERAL_PRESETS = (
+    _benign(
         name="alpaca",
-        kind="benign",
         requires=(("instruction", "input", "output"),),
         prompt=_with_input,
         answer="output",
@@ -104,12 +95,9 @@ register(
         shared_layout=True,
         hub_id="tatsu-lab/alpaca",
         note="CC BY-NC 4.0. Some rows have an empty output.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="alpaca_farm",
-        kind="benign",
         requires=(
             ("instruction", "input", "output", "generator", "dataset"),
             ("instruction", "output", "generator", "dataset"),
@@ -122,24 +110,18 @@ register(
         hub_revision="refs/convert/parquet",
         hub_splits={"train": "eval"},
         note="CC BY-NC 4.0. The hub holds a script, which datasets no longer runs: its parquet branch is read.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="dolly",
-        kind="benign",
         requires=(("instruction", "context", "response", "category"),),
-        prompt=_with_context,
+        prompt=lambda row: _instruction(row, "context", "{extra}\n\n{instruction}"),
         answer="response",
         keep=("category",),
         hub_id="databricks/databricks-dolly-15k",
         note="CC BY-SA 3.0.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="gsm8k",
-        kind="benign",
         requires=(("question", "answer"),),
         prompt="question",
         answer="answer",
@@ -148,12 +130,9 @@ register(
         hub_id="openai/gsm8k",
         hub_name="main",
         note="MIT. `final_answer` is the number after ####.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="svamp",
-        kind="benign",
         requires=(("ID", "Body", "Question", "Equation", "Answer", "Type"),),
         prompt=_svamp_prompt,
         answer=_svamp_answer,
@@ -161,12 +140,9 @@ register(
         id_column="ID",
         hub_id="ChilleD/SVAMP",
         note="MIT.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="mmlu",
-        kind="benign",
         requires=(("question", "subject", "choices", "answer"), ("question", "A", "B", "C", "D", "answer")),
         prompt=_mmlu_prompt,
         answer=_mmlu_letter,
@@ -176,12 +152,9 @@ register(
         hub_splits={"train": "auxiliary_train"},
         csv_header=("question", "A", "B", "C", "D", "answer"),
         note="MIT. The original csv files have no header line.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="arc",
-        kind="benign",
         requires=(("id", "question", "choices", "answerKey"),),
         prompt=lambda row: _multiple_choice(row["question"], *_arc_choices(row)),
         answer="answerKey",
@@ -189,12 +162,9 @@ register(
         hub_id="allenai/ai2_arc",
         hub_name="ARC-Challenge",
         note="CC BY-SA 4.0. Some rows have 1 to 4 as labels, some three or five options.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="humaneval",
-        kind="benign",
         requires=(("task_id", "prompt", "entry_point", "canonical_solution", "test"),),
         prompt=_humaneval_prompt,
         answer=lambda row: f"{row['prompt']}{row['canonical_solution']}",
@@ -203,12 +173,9 @@ register(
         hub_id="openai/openai_humaneval",
         hub_splits={"train": "test"},
         note="MIT. One split (test).",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="mbpp",
-        kind="benign",
         requires=(("task_id", "text", "code", "test_list"), ("task_id", "prompt", "code", "test_list")),
         prompt=_mbpp_prompt,
         answer="code",
@@ -217,12 +184,9 @@ register(
         hub_id="google-research-datasets/mbpp",
         hub_name="full",
         note="CC BY 4.0. The tests stand in the prompt, as in the paper's own.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="leetcode",
-        kind="benign",
         requires=(("task_id", "query", "response", "entry_point", "test"),),
         prompt="query",
         answer="response",
@@ -230,46 +194,36 @@ register(
         id_column="task_id",
         hub_id="newfacade/LeetCodeDataset",
         note="MIT; the problem texts come from LeetCode.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="ifeval",
-        kind="benign",
         requires=(("key", "prompt", "instruction_id_list", "kwargs"),),
-        prompt="prompt",
         keep=("key", "instruction_id_list", "kwargs"),
         id_column="key",
         hub_id="google/IFEval",
         note="Apache-2.0 on the hub. No reference answer: instructions are checked by rule.",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="truthfulqa",
-        kind="benign",
         requires=(
             ("Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
             ("type", "category", "question", "best_answer", "correct_answers", "incorrect_answers"),
         ),
-        prompt=lambda row: _truthful(row, "Question", "question"),
-        answer=lambda row: _truthful(row, "Best Answer", "best_answer"),
+        prompt=first_of("Question", "question"),
+        answer=first_of("Best Answer", "best_answer"),
         keep=("Category", "category", "correct_answers", "incorrect_answers", "Correct Answers", "Incorrect Answers"),
         hub_id="truthfulqa/truthful_qa",
         hub_name="generation",
         hub_splits={"train": "validation"},
         note="Apache-2.0. One split (validation).",
-    )
-)
-register(
-    Preset(
+    ),
+    _benign(
         name="ultrachat",
-        kind="benign",
         requires=(("prompt", "prompt_id", "messages"),),
         prompt=lambda row: _first_exchange(row, 0),
         answer=lambda row: _first_exchange(row, 1),
         hub_id="HuggingFaceH4/ultrachat_200k",
         hub_splits={"train": "train_sft", "test": "test_sft"},
         note="MIT. The first exchange of each dialogue.",
-    )
+    ),
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
-from nspo_lightning.datamodules.sources.presets import Preset, Row, register
+from nspo_lightning.datamodules.sources.presets import Preset, Row, first_of
 from nspo_lightning.datamodules.sources.rows import Message
 from nspo_lightning.datamodules.sources.source import Kind
 
@@ -70,56 +71,42 @@ _PKU_OLD = (
     "safer_response_id",
 )
 
-register(
-    Preset(
+_harmful = partial(Preset, kind="harmful")
+
+SAFETY_PRESETS = (
+    _harmful(
         name="pku_saferlhf",
-        kind="harmful",
         requires=((*_PKU_OLD, "prompt_source", "response_0_severity_level", "response_1_severity_level"), _PKU_OLD),
-        prompt="prompt",
         keep=("prompt_source", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"),
         hub_id="PKU-Alignment/PKU-SafeRLHF",
         note="CC BY-NC 4.0. Configurations default, alpaca-7b, alpaca2-7b, alpaca3-8b; splits train, test.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="beavertails",
-        kind="harmful",
         requires=(("prompt", "response", "category", "is_safe"),),
-        prompt="prompt",
         keep=("response", "is_safe", "category"),
         hub_id="PKU-Alignment/BeaverTails",
         hub_splits={"train": "30k_train", "test": "30k_test"},
         note="CC BY-NC 4.0. Several rows share a prompt; splits 30k_train, 30k_test, 330k_train, 330k_test.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="beavertails_evaluation",
-        kind="harmful",
         requires=(("prompt", "category", "category_id"),),
-        prompt="prompt",
         keep=("category",),
         hub_id="PKU-Alignment/BeaverTails-Evaluation",
         hub_splits={"train": "test"},
         note="CC BY-NC 4.0. One split (test), 14 categories of 50.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="advbench",
-        kind="harmful",
         requires=(("goal", "target"), ("prompt", "target")),
-        prompt=lambda row: row["goal"] if "goal" in row else row["prompt"],
+        prompt=first_of("goal", "prompt"),
         recognise=lambda row: "goal" in row,  # prompt and target alone could be anything
         hub_id="walledai/AdvBench",
         note="MIT. The hub copy asks for access; harmful_behaviors.csv of llm-attacks is the original.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="harmbench",
-        kind="harmful",
         requires=(
             ("Behavior", "FunctionalCategory", "SemanticCategory", "BehaviorID"),
             ("prompt", "category"),
@@ -131,12 +118,9 @@ register(
         hub_id="walledai/HarmBench",
         hub_name="standard",
         note="MIT. Contextual behaviours stand after their context, as in HarmBench's own prompts.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="jailbreakbench",
-        kind="harmful",
         kind_of_part={"benign": "benign", "benign-behaviors": "benign"},
         requires=(
             ("Index", "Goal", "Target", "Behavior", "Category", "Source"),
@@ -148,58 +132,43 @@ register(
         hub_name="behaviors",
         hub_splits={"train": "harmful"},
         note="MIT. Splits harmful and benign (recognised by its name).",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="strongreject",
-        kind="harmful",
         requires=(("category", "source", "forbidden_prompt"), ("prompt", "category")),
         recognise=lambda row: "forbidden_prompt" in row,  # prompt and category alone could be anything
-        prompt=lambda row: row["forbidden_prompt"] if "forbidden_prompt" in row else row["prompt"],
+        prompt=first_of("forbidden_prompt", "prompt"),
         keep=("category",),
         hub_id="walledai/StrongREJECT",
         note="MIT. 313 forbidden prompts; the original csv has category, source, forbidden_prompt.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="sorry_bench",
-        kind="harmful",
         requires=(("question_id", "category", "turns"),),
         prompt=_first_turn,
         keep=("question_id", "category", "prompt_style"),
         hub_id="sorry-bench/sorry-bench-202503",
         note="Gated, under its own agreement. `question_id` repeats over prompt styles.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="harmfulqa",
-        kind="harmful",
         requires=(("topic", "subtopic", "id", "question"),),
         prompt="question",
         keep=("topic", "subtopic"),
         hub_id="declare-lab/HarmfulQA",
         note="Apache-2.0. The red and blue conversations are not used.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="catqa",
-        kind="harmful",
         requires=(("Category", "Subcategory", "Question"),),
         prompt="Question",
         keep=("Category", "Subcategory"),
         hub_id="declare-lab/CategoricalHarmfulQA",
         hub_splits={"train": "en"},
         note="Apache-2.0. Reads the nested JSON of the repository too; hub splits en, zh, vi.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="alert",
-        kind="harmful",
         requires=(("id", "prompt", "category", "attack_type"), ("id", "prompt", "category")),
         prompt=_without_wrapper,
         keep=("category", "attack_type"),
@@ -208,37 +177,28 @@ register(
         hub_splits={"train": "test"},
         recognise=lambda row: "### Instruction:" in str(row["prompt"]) or "attack_type" in row,
         note="CC BY-NC-SA 4.0. The Alpaca wrapper around each prompt is taken off.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="do_not_answer",
-        kind="harmful",
         requires=(("risk_area", "types_of_harm", "specific_harms", "question"),),
         prompt="question",
         keep=("risk_area", "types_of_harm", "specific_harms"),
         id_column="id",
         hub_id="LibrAI/do-not-answer",
         note="Apache-2.0 on the publisher's card, CC BY-NC-SA 4.0 on a derived one.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="simple_safety_tests",
-        kind="harmful",
         requires=(("id", "harm_area", "category", "prompts_final"), ("id", "harm_area", "category", "prompt")),
-        prompt=lambda row: row["prompts_final"] if "prompts_final" in row else row["prompt"],
+        prompt=first_of("prompts_final", "prompt"),
         keep=("harm_area", "category"),
         id_column="id",
         hub_id="Bertievidgen/SimpleSafetyTests",
         hub_splits={"train": "test"},
         note="CC BY 4.0.",
-    )
-)
-register(
-    Preset(
+    ),
+    _harmful(
         name="hh_rlhf",
-        kind="harmful",
         requires=(("chosen", "rejected"),),
         prompt=_hh_prompt,
         recognise=lambda row: "Human:" in str(row["chosen"]),
@@ -246,44 +206,35 @@ register(
         hub_name="harmless-base",
         hub_data_dirs=True,
         note="MIT. Red-team side: the dialogue up to the last human turn.",
-    )
-)
-register(
+    ),
     Preset(
         name="xstest",
         kind=_labelled_kind,
         requires=(("prompt", "type", "label", "focus"),),
-        prompt="prompt",
         skill=_labelled_skill,
         keep=("type", "label", "focus", "note"),
         id_column="id",
         hub_id="walledai/XSTest",
         hub_splits={"train": "test"},
         note="CC BY 4.0. 250 safe prompts (skill over_refusal, benign) and 200 unsafe contrasts (harmful).",
-    )
-)
-register(
+    ),
     Preset(
         name="or_bench",
         kind="benign",
         kind_of_part={"or-bench-toxic": "harmful"},
         requires=(("prompt", "category"),),
-        prompt="prompt",
         skill=OVER_REFUSAL,
         keep=("category",),
         recognise=lambda row: False,  # these two columns alone say nothing about what a good answer is
         hub_id="bench-llm/or-bench",
         hub_name="or-bench-hard-1k",
         note="CC BY 4.0. The part or-bench-toxic is harmful.",
-    )
-)
-register(
+    ),
     Preset(
         name="coconot_contrast",
         kind="benign",
         kind_of_part={"original": "harmful"},
         requires=(("id", "category", "subcategory", "prompt"),),
-        prompt="prompt",
         answer=lambda row: row.get("response") or "",
         skill=OVER_REFUSAL,
         keep=("category", "subcategory"),
@@ -292,5 +243,5 @@ register(
         hub_name="contrast",
         hub_splits={"train": "test"},
         note="ODC-BY. The contrast set: prompts that should be answered.",
-    )
+    ),
 )

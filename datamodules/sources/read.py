@@ -6,11 +6,10 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from nspo_lightning.datamodules.sources.convert import BadRow, Reading, convert
+from nspo_lightning.datamodules.sources.convert import BadRow, convert
 from nspo_lightning.datamodules.sources.errors import DataError
 from nspo_lightning.datamodules.sources.opening import open_source
 from nspo_lightning.datamodules.sources.rows import PromptRow, RawRow
@@ -39,24 +38,30 @@ class SourceReport:
     splits: dict[str, int] = field(default_factory=dict)
     role: str = "train"
 
-    def line(self) -> str:
-        """Say it in one line.
+    @property
+    def reasons(self) -> str:
+        """Why rows were left out, for example ``4 longer than 64 tokens``."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
 
-        Returns:
-            For example ``advbench.csv: 520 rows read, 4 left out (4 longer than 64 tokens); preset advbench``.
-        """
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        left_out = f", {sum(self.dropped.values())} left out ({reasons})" if reasons else ", none left out"
-        notes = f"; {'; '.join(self.notes)}" if self.notes else ""
-        splits = "".join(f"; {count} {name}" for name, count in self.splits.items())
-        return f"{self.label}: {self.read} rows read{left_out}{splits}{notes}"
+    def line(self) -> str:
+        """Say it in one line, such as ``a.csv: 520 rows read, 4 left out (4 longer than 64 tokens); 516 train``."""
+        left_out = f"{self.dropped.total()} left out ({self.reasons})" if self.dropped else "none left out"
+        splits = [f"{count} {name}" for name, count in self.splits.items()]
+        return "; ".join([f"{self.label}: {self.read} rows read, {left_out}", *splits, *self.notes])
 
 
 Reject = Callable[[list[PromptRow], PromptSource], "list[str | None]"]
 """Gives, for each of a list of rows, the reason why it is left out (its length), or None."""
 
 
-def read_source(source: PromptSource, default_kind: Kind, reject: Reject) -> tuple[list[PromptRow], SourceReport]:
+def keep_all(rows: list[PromptRow], source: PromptSource) -> list[str | None]:
+    """Leave no row out."""
+    return [None] * len(rows)
+
+
+def usable_rows(
+    source: PromptSource, default_kind: Kind, reject: Reject = keep_all
+) -> tuple[list[PromptRow], SourceReport]:
     """Read, convert, deduplicate and filter one source.
 
     Args:
@@ -83,58 +88,44 @@ def read_source(source: PromptSource, default_kind: Kind, reject: Reject) -> tup
         if source.streaming and len(rows) == source.count:
             report.notes.append(f"stream stopped after {source.count} usable rows")
             break
-    _check_any_left(source, report, rows)
-    return rows, report
-
-
-def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -> Iterator[PromptRow]:
-    seen: set[str] = set()
-    ids: dict[Any, str] = {}
-    raw_rows, reading = open_source(source, default_kind, report.notes)
-    for raw in raw_rows:
-        report.read += 1
-        _check_id(reading, raw, ids)
-        try:
-            row = convert(reading, raw)
-        except BadRow as problem:
-            if source.bad_rows == "error":
-                cure = "Mend or remove the row, or set `bad_rows: drop` to leave such rows out."
-                raise DataError(raw.where, str(problem), cure) from problem
-            row = f"bad ({str(problem).split(':')[0]})"
-        reason = row if isinstance(row, str) else _repeated(source, row, seen)
-        if isinstance(row, str) or reason is not None:
-            report.dropped[str(reason)] += 1
-        else:
-            yield row
-
-
-def _repeated(source: PromptSource, row: PromptRow, seen: set[str]) -> str | None:
-    if not source.deduplicate:
-        return None
-    known = len(seen)
-    seen.add(row.key)
-    return "with a prompt seen before" if len(seen) == known else None
-
-
-def _check_any_left(source: PromptSource, report: SourceReport, rows: list[PromptRow]) -> None:
-    if report.read == 0:
-        raise DataError(source.label, "it holds no rows", "Fetch or write it again, or choose another split.")
     if not rows:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
         raise DataError(
             source.label,
-            f"none of its {report.read} rows is usable: {reasons}",
+            f"none of its {report.read} rows is usable: {report.reasons}",
             "Raise `max_prompt_tokens`, or choose other data.",
         )
     missing = sum(not row.answer for row in rows)
     if 0 < missing < len(rows):
         report.notes.append(f"{missing} rows have an empty answer")
+    return rows, report
 
 
-def _check_id(reading: Reading, raw: RawRow, ids: dict[Any, str]) -> None:
-    column = reading.id_column
+def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -> Iterator[PromptRow]:
+    seen: set[str] = set()
+    ids: dict[str | int, str] = {}
+    raw_rows, plan = open_source(source, default_kind, report.notes)
+    for raw in raw_rows:
+        report.read += 1
+        _check_id(plan.id_column, raw, ids)
+        try:
+            row = convert(plan, raw)
+        except BadRow as problem:
+            if source.bad_rows == "error":
+                cure = "Mend or remove the row, or set `bad_rows: drop` to leave such rows out."
+                raise DataError(raw.where, str(problem), cure) from problem
+            row = f"bad ({str(problem).split(':')[0]})"
+        if isinstance(row, str):
+            report.dropped[row] += 1
+        elif source.deduplicate and row.key in seen:
+            report.dropped["with a prompt seen before"] += 1
+        else:
+            seen.add(row.key)
+            yield row
+
+
+def _check_id(column: str | None, raw: RawRow, ids: dict[str | int, str]) -> None:
     value = raw.data.get(column) if column is not None else None
-    if value is None or not isinstance(value, (str, int)):
+    if not isinstance(value, (str, int)):
         return
     if value in ids:
         raise DataError(
@@ -146,10 +137,6 @@ def _check_id(reading: Reading, raw: RawRow, ids: dict[Any, str]) -> None:
 
 
 def announce(reports: Iterable[SourceReport]) -> None:
-    """Log what became of each source, one line each, on rank zero.
-
-    Args:
-        reports: The accounts.
-    """
+    """Log what became of each source, one line each, on rank zero."""
     for report in reports:
         rank_zero_info(report.line())

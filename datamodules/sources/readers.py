@@ -2,42 +2,31 @@
 
 A lenient reader turns a broken file into fewer or other rows, and nobody notices. These readers stop at the first
 thing that is not as it should be and say in which line it stands. Every row knows where it came from.
+
+The readers of `datasets` and pyarrow can't take their place: they name no line, neither of a fault nor of a row, guess
+the types of csv columns and fill missing JSON columns with nulls. Parquet files have no lines: pyarrow reads them.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
+from nspo_lightning.datamodules.sources.lines import MAX_LINE_BYTES, numbered_lines
 from nspo_lightning.datamodules.sources.rows import RawRow
 
-MAX_LINE_BYTES = 64 * 2**20
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-_GZIP_MAGIC = b"\x1f\x8b"
-_UTF8_BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def file_format(path: Path) -> str | None:
-    """The format that a file's name declares, without the dot and `.gz`; None when it is not a data file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        `csv`, `tsv`, `json`, `jsonl`, `parquet` or None.
-    """
+    """The format that a file's name declares (`csv`, `tsv`, `json`, `jsonl`, `parquet`); None for other files."""
     name = path.name.lower().removesuffix(".gz")
-    for suffix in SUFFIXES:
-        if name.endswith(suffix):
-            return "jsonl" if suffix == ".ndjson" else suffix[1:]
-    return None
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    return "jsonl" if suffix == ".ndjson" else suffix[1:] if suffix is not None else None
 
 
 def read_file(path: Path, header: Sequence[str] | None = None) -> Iterator[RawRow]:
@@ -73,75 +62,8 @@ def read_file(path: Path, header: Sequence[str] | None = None) -> Iterator[RawRo
             yield from _read_csv(path, header, "\t" if kind == "tsv" else ",")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Decode a file line by line.
-
-    Args:
-        path: The file, gzipped or not.
-
-    Yields:
-        The line number, from 1, and the line with its end.
-
-    Raises:
-        DataError: If it is not UTF-8 text, or its compression is broken.
-    """
-    number = 0
-    try:
-        with _open(path) as stream:
-            while line := stream.readline(MAX_LINE_BYTES):
-                number += 1
-                yield number, _decode(path, number, line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path}, after line {number}",
-            f"the gzip data is cut short or damaged ({error})",
-            "Fetch the file again; `gzip -t` tells whether it is whole.",
-        ) from error
-
-
-def _decode(path: Path, number: int, line: bytes) -> str:
-    if number == 1:
-        if line.startswith(_UTF16_BOMS):
-            raise DataError(f"{path}, line 1", "the text is UTF-16", "Save the file as UTF-8.")
-        line = line.removeprefix(_UTF8_BOM)
-    if len(line) >= MAX_LINE_BYTES:
-        raise DataError(
-            f"{path}, line {number}",
-            f"the line is longer than {MAX_LINE_BYTES >> 20} MiB",
-            "Check that this is a text file with one row a line.",
-        )
-    if b"\0" in line:
-        raise DataError(
-            f"{path}, line {number}",
-            "binary data (a NUL byte) in a text file",
-            "Check that `path` names a text file, and its suffix.",
-        )
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {number}",
-            f"byte {line[error.start]:#04x} at column {error.start + 1} is not valid UTF-8",
-            "Save the file as UTF-8, for example with `iconv -f latin1 -t utf-8`.",
-        ) from error
-
-
-def _open(path: Path) -> BinaryIO:
-    with path.open("rb") as probe:
-        magic = probe.read(2)
-    zipped = path.name.lower().endswith(".gz")
-    if zipped != (magic == _GZIP_MAGIC):
-        fact = "does not hold gzip data" if zipped else "holds gzip data"
-        raise DataError(
-            str(path),
-            f"the file {fact}, against its name",
-            f"{'Drop' if zipped else 'Add'} the suffix `.gz`, or fetch the file again.",
-        )
-    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
-
-
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -173,7 +95,7 @@ def _as_object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
-    text = "".join(line for _, line in _lines(path))
+    text = "".join(line for _, line in numbered_lines(path))
     start = len(text) - len(text.lstrip())
     if not text.strip():
         raise DataError(str(path), "the file holds white space only", "Fetch or write it again.")
@@ -231,7 +153,7 @@ def _json_array(path: Path, text: str, start: int) -> Iterator[RawRow]:
         try:
             item, end = decoder.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError) as error:
-            bad = getattr(error, "lineno", line)
+            bad = error.lineno if isinstance(error, json.JSONDecodeError) else line
             raise DataError(
                 f"{path}, line {bad}",
                 f"not valid JSON ({error})",
@@ -258,7 +180,7 @@ def _nested_questions(path: Path, document: dict[str, Any]) -> Iterator[RawRow]:
 
 def _read_csv(path: Path, header: Sequence[str] | None, delimiter: str) -> Iterator[RawRow]:
     previous_limit = csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
+    reader = csv.reader((line for _, line in numbered_lines(path)), delimiter=delimiter, strict=True)
     names = list(header) if header is not None else None
     try:
         while True:

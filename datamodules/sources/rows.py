@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,11 +55,7 @@ class PromptRow:
         return self.prompt.strip() if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
 
     def all_columns(self) -> dict[str, Any]:
-        """Every column of the row but the prompt itself, as rewards receive them.
-
-        Returns:
-            Name -> value; `answer`, `skill`, `kind` and `source` are always there.
-        """
+        """Every column but the prompt, as rewards receive them; `answer`, `skill`, `kind` and `source` always."""
         standard = {"answer": self.answer, "skill": self.skill, "kind": self.kind, "source": self.source}
         return {**self.columns, **standard}
 
@@ -71,7 +68,7 @@ def hash_rank(key: str, salt: str) -> bytes:
 
     Args:
         key: The row's key.
-        salt: The purpose and the seed.
+        salt: The purpose and the seed, in words.
 
     Returns:
         Sixteen bytes, uniformly distributed.
@@ -79,28 +76,11 @@ def hash_rank(key: str, salt: str) -> bytes:
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16, key=salt.encode()[:64]).digest()
 
 
-def rank_all(rows: list[PromptRow], salt: str) -> list[int]:
-    """Order rows by their hash rank.
-
-    Args:
-        rows: The rows.
-        salt: The purpose and the seed.
-
-    Returns:
-        All indices, the first chosen first.
-    """
+def rank_all(rows: Sequence[PromptRow], salt: str) -> list[int]:
+    """List all indices of rows in the order of their hash ranks: the first chosen first."""
     return sorted(range(len(rows)), key=lambda i: (hash_rank(rows[i].key, salt), i))
 
 
-def take_ranked(rows: list[PromptRow], size: int, salt: str) -> list[int]:
-    """Choose `size` rows by their hash rank.
-
-    Args:
-        rows: The rows.
-        size: How many to choose.
-        salt: The purpose and the seed.
-
-    Returns:
-        The chosen indices, ascending.
-    """
+def take_ranked(rows: Sequence[PromptRow], size: int, salt: str) -> list[int]:
+    """Choose `size` rows by their hash ranks and list their indices, ascending."""
     return sorted(rank_all(rows, salt)[:size])

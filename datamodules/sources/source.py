@@ -98,8 +98,7 @@ class PromptSource:
             raise ValueError(f"{label}: `fraction` and `count` were both given. Keep one of them.")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"{label}: `fraction` must be in (0, 1], got {self.fraction}. Use 0.4 for 40 %.")
-        for field in ("count", "max_prompt_tokens"):
-            value = getattr(self, field)
+        for field, value in (("count", self.count), ("max_prompt_tokens", self.max_prompt_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"{label}: `{field}` must be at least 1, got {value}.")
         if self.weight is not None and not 0 < self.weight < float("inf"):
@@ -110,11 +109,21 @@ class PromptSource:
             raise ValueError(f"{label}: `streaming` needs `count`, the number of usable rows after which to stop.")
         if self.prompt_column is not None and self.messages_column is not None:
             raise ValueError(f"{label}: `prompt_column` and `messages_column` were both given. Keep one of them.")
-        named = [f for f in ("prompt_column", "messages_column", "answer_column") if getattr(self, f) is not None]
-        if self.preset is not None and named:
-            raise ValueError(f"{label}: `preset` ({self.preset}) names the columns, not `{named[0]}`. Keep one.")
+        if self.preset is not None and self.named_columns:
+            field = next(iter(self.named_columns))
+            raise ValueError(f"{label}: `preset` ({self.preset}) names the columns, not `{field}`. Keep one.")
         if self.bad_rows not in _BAD_ROW_CHOICES:
             raise ValueError(f"{label}: `bad_rows` must be one of {_BAD_ROW_CHOICES}, got {self.bad_rows!r}.")
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """The columns that this source names itself, by the field that names them."""
+        fields = {
+            "prompt_column": self.prompt_column,
+            "messages_column": self.messages_column,
+            "answer_column": self.answer_column,
+        }
+        return {field: column for field, column in fields.items() if column is not None}
 
     @property
     def label(self) -> str:
@@ -128,12 +137,13 @@ Sources = str | PromptSource | list[str | PromptSource]
 """What a configuration accepts: a path, a source, or a list of either (a mixture)."""
 
 
-def as_sources(sources: Sources | None, key: str) -> list[PromptSource]:
+def as_sources(sources: Sources | None, key: str, system_prompt: str | None = None) -> list[PromptSource]:
     """Normalise what a configuration holds.
 
     Args:
         sources: A path, a source, a list of either, or None.
         key: The configuration key, for messages.
+        system_prompt: The system prompt of sources that have none of their own.
 
     Returns:
         A list of sources; empty for None.
@@ -153,20 +163,7 @@ def as_sources(sources: Sources | None, key: str) -> list[PromptSource]:
             raise TypeError(f"`{key}` must hold paths or PromptSource entries, got {type(entry).__name__}.")
         source = PromptSource(path=entry) if isinstance(entry, str) else entry
         source.check()
+        if system_prompt is not None:
+            source = replace(source, system_prompt=source.system_prompt or system_prompt)
         result.append(source)
     return result
-
-
-def with_system(sources: list[PromptSource], system_prompt: str | None) -> list[PromptSource]:
-    """Give sources without a system prompt the common one.
-
-    Args:
-        sources: The sources.
-        system_prompt: The common system prompt, or None.
-
-    Returns:
-        The sources.
-    """
-    if system_prompt is None:
-        return sources
-    return [replace(source, system_prompt=source.system_prompt or system_prompt) for source in sources]

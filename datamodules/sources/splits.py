@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Literal
 
 from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.sources.source import PromptSource
@@ -12,20 +11,8 @@ HELD_OUT_SHARE = 0.1
 HELD_OUT_MOST = 500
 _LARGEST_SHARE = 0.2
 
-
-@dataclass(kw_only=True)
-class Split:
-    """The rows of one source.
-
-    Attributes:
-        train: For training or calibration.
-        validation: For stopping and selection.
-        test: For the figures that are reported.
-    """
-
-    train: list[PromptRow]
-    validation: list[PromptRow]
-    test: list[PromptRow]
+HeldOutName = Literal["validation", "test"]
+"""Rows for stopping and selection, and rows for the figures that are reported."""
 
 
 def held_out_size(rows: int, wanted: int | None) -> int:
@@ -42,7 +29,9 @@ def held_out_size(rows: int, wanted: int | None) -> int:
     return min(size, int(rows * _LARGEST_SHARE))
 
 
-def hold_out(rows: list[PromptRow], validation: int, test: int, seed: int) -> Split:
+def hold_out(
+    rows: list[PromptRow], validation: int, test: int, seed: int
+) -> tuple[list[PromptRow], dict[HeldOutName, list[PromptRow]]]:
     """Split one source's rows.
 
     The choice follows a hash of each row's text: adding rows, reordering them or asking for a smaller `fraction` moves
@@ -55,7 +44,7 @@ def hold_out(rows: list[PromptRow], validation: int, test: int, seed: int) -> Sp
         seed: Decides which.
 
     Returns:
-        The split; training has none of the held-out prompts, even when rows repeat.
+        The training rows, which have none of the held-out prompts even when rows repeat, and the held-out rows.
     """
     chosen = take_ranked(rows, validation + test, f"held out {seed}")
     held = [rows[i] for i in chosen]
@@ -63,20 +52,17 @@ def hold_out(rows: list[PromptRow], validation: int, test: int, seed: int) -> Sp
     test_rows = [row for i, row in enumerate(held) if i in for_test]
     test_keys = {row.key for row in test_rows}
     validation_rows = [row for i, row in enumerate(held) if i not in for_test and row.key not in test_keys]
-    keys = {row.key for row in held}
-    return Split(train=[row for row in rows if row.key not in keys], validation=validation_rows, test=test_rows)
+    return without(rows, held), {"validation": validation_rows, "test": test_rows}
+
+
+def without(rows: list[PromptRow], others: list[PromptRow]) -> list[PromptRow]:
+    """Leave out rows whose prompt is among others."""
+    keys = {row.key for row in others}
+    return [row for row in rows if row.key not in keys]
 
 
 def choose(rows: list[PromptRow], source: PromptSource) -> list[PromptRow]:
-    """Apply a source's `fraction` or `count`.
-
-    Args:
-        rows: The usable rows that are not held out.
-        source: The source.
-
-    Returns:
-        The chosen rows in their order.
-    """
+    """Apply a source's `fraction` or `count` to its usable rows that are not held out, and keep their order."""
     if source.fraction is not None:
         size = max(1, round(source.fraction * len(rows)))
     elif source.count is not None:
@@ -84,16 +70,3 @@ def choose(rows: list[PromptRow], source: PromptSource) -> list[PromptRow]:
     else:
         return rows
     return [rows[i] for i in take_ranked(rows, size, f"choose {source.seed}")]
-
-
-def without(rows: Iterable[PromptRow], keys: set[str]) -> list[PromptRow]:
-    """Leave out rows whose prompt is among others.
-
-    Args:
-        rows: The rows.
-        keys: The others' keys.
-
-    Returns:
-        The rest.
-    """
-    return [row for row in rows if row.key not in keys]

@@ -1,4 +1,4 @@
-"""From rows to batches of tensors. Masks: True is a real token."""
+"""From rows to batches of tensors: prompts, calibration text, scored text."""
 
 from __future__ import annotations
 
@@ -7,41 +7,34 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.text.render import ChatRenderer
 
+CalibrationText = Literal["prompt", "prompt_and_answer", "prompt_and_model_answer"]
+Side = Literal["left", "right"]
 
-def pad(ids: Sequence[Sequence[int]], pad_token_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-    """Pad token ids to one length.
+
+def pad_token_ids(ids: Sequence[Sequence[int]], pad_token_id: int, side: Side) -> tuple[Tensor, Tensor]:
+    """Pad token ids to the length of the longest row.
 
     Args:
-        ids: The ids of each row.
+        ids: The ids of each row, at least one row.
         pad_token_id: What fills the rest.
         side: Where it fills.
 
     Returns:
         The ids and the mask (True = real token), both of shape (rows, longest).
     """
-    longest = max((len(row) for row in ids), default=0)
-    padded = torch.full((len(ids), longest), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(ids), longest), dtype=torch.bool)
-    for i, row in enumerate(ids):
-        place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-        padded[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = True
-    return padded, mask
+    rows = [torch.tensor(row, dtype=torch.long) for row in ids]
+    real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+    padded = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    return padded, pad_sequence(real, batch_first=True, padding_side=side)
 
 
 def gather_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
-    """Collect the rows' columns; a row without one of them holds None there.
-
-    Args:
-        rows: The rows.
-
-    Returns:
-        One list a column, as long as `rows`.
-    """
+    """Collect the rows' columns, one list a column; a row without one of them holds None there."""
     columns = [row.all_columns() for row in rows]
     names = dict.fromkeys(name for row in columns for name in row)
     return {name: [row.get(name) for row in columns] for name in names}
@@ -55,13 +48,71 @@ def collate_prompts(rows: Sequence[PromptRow], renderer: ChatRenderer) -> dict[s
         renderer: Applies the chat template.
 
     Returns:
-        `prompt` (text or chats), `prompt_ids` and `prompt_mask` of shape (rows, prompt tokens), left-padded,
-        and `columns`.
+        `prompt` (text or chats), `prompt_ids` and `prompt_mask` (True = real token) of shape (rows, prompt tokens),
+        left-padded, and `columns`.
     """
-    ids, mask = pad(renderer.encode([renderer.text(row.prompt) for row in rows]), renderer.pad_token_id, "left")
+    ids, mask = pad_token_ids(renderer.encode_prompts(rows), renderer.pad_token_id, "left")
     return {
         "prompt": [row.prompt for row in rows],
         "prompt_ids": ids,
         "prompt_mask": mask,
         "columns": gather_columns(rows),
+    }
+
+
+def calibration_text(row: PromptRow, text: CalibrationText, renderer: ChatRenderer) -> str:
+    """Render a calibration row.
+
+    Args:
+        row: The row.
+        text: What it consists of.
+        renderer: Applies the chat template.
+
+    Returns:
+        The prompt with the generation prompt, or the whole exchange where an answer is wanted and there is one.
+    """
+    return renderer.text(row.prompt, row.answer if text != "prompt" and row.answer else None)
+
+
+def collate_calibration(
+    rows: Sequence[PromptRow], text: CalibrationText, renderer: ChatRenderer, side: Side
+) -> dict[str, Any]:
+    """Build a calibration batch.
+
+    Args:
+        rows: The rows.
+        text: What each text consists of.
+        renderer: Applies the chat template.
+        side: Where short rows are padded.
+
+    Returns:
+        `input_ids` and `attention_mask` (1 = real token) of shape (rows, tokens), and `domain`, one name a row.
+    """
+    texts = renderer.encode([calibration_text(row, text, renderer) for row in rows])
+    ids, mask = pad_token_ids(texts, renderer.pad_token_id, side)
+    return {"input_ids": ids, "attention_mask": mask.long(), "domain": [row.skill for row in rows]}
+
+
+def collate_text(rows: Sequence[PromptRow], renderer: ChatRenderer, max_tokens: int | None = None) -> dict[str, Any]:
+    """Build a batch of text to score.
+
+    Args:
+        rows: The rows.
+        renderer: Applies the chat template.
+        max_tokens: Longer texts are cut at their end; None = never.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels_mask` (1 = score this token: the answer's; all tokens of a row without
+        an answer) of shape (rows, tokens), right-padded; `domain`, one name a row.
+    """
+    prompts = renderer.encode_prompts(rows)
+    texts = renderer.encode([renderer.text(row.prompt, row.answer or None) for row in rows])
+    ids, mask = pad_token_ids([text[:max_tokens] for text in texts], renderer.pad_token_id, "right")
+    starts = torch.tensor([len(p) if row.answer else 0 for p, row in zip(prompts, rows, strict=True)])
+    labels = mask & (torch.arange(ids.shape[1]) >= starts[:, None])
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "labels_mask": labels.long(),
+        "domain": [row.skill for row in rows],
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nspo_lightning.datamodules.sources.errors import DataError, clip
-from nspo_lightning.datamodules.sources.rows import Prompt
+from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
 
 
 class Tokenizer(Protocol):
@@ -37,9 +37,9 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.template = _load_template(chat_template)
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if self.template is None and not getattr(tokenizer, "chat_template", None):
+        self.template = None if chat_template is None else _read_template(chat_template)
+        if self.template is None and not tokenizer.chat_template:
+            name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise DataError(
                 f"tokenizer {name!r}",
                 "it has no chat template, and none was given",
@@ -49,10 +49,8 @@ class ChatRenderer:
     @property
     def pad_token_id(self) -> int:
         """The id that fills short rows; masks say where it stands."""
-        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if candidate is not None:
-                return int(candidate)
-        return 0
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(candidate) for candidate in known if candidate is not None), 0)
 
     def text(self, prompt: Prompt, answer: str | None = None) -> str:
         """Render one prompt, with an answer after it if given.
@@ -85,21 +83,18 @@ class ChatRenderer:
         return str(text)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Turn rendered text into ids; the template has placed all special tokens already.
-
-        Args:
-            texts: Rendered texts.
-
-        Returns:
-            One list of ids a text.
-        """
+        """Turn rendered texts into ids, one list a text; the template has placed all special tokens already."""
         if not texts:
             return []
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
+    def encode_prompts(self, rows: Sequence[PromptRow]) -> list[list[int]]:
+        """Render and encode the prompts of rows, without their answers."""
+        return self.encode([self.text(row.prompt) for row in rows])
 
-def _load_template(template: str | None) -> str | None:
-    if template is None or "{" in template:
+
+def _read_template(template: str) -> str:
+    if "{" in template:
         return template
     path = Path(template).expanduser()
     if not path.is_file():

@@ -139,10 +139,8 @@ def compare(
 def calibration_domains(config: Mapping[str, Any]) -> list[str]:
     """List the domains of the calibration text, as the rows themselves name them."""
     sources = [PromptSource(**source) for source in as_dicts(config["data"]["general"])]
-    wanted = DomainSources(
-        train=sources, validation=[], test=[], kind="benign", validation_size=0, test_size=0
-    )  # all rows: what is held out has the same domains
-    rows = load_domain(wanted, lambda rows, _: [None] * len(rows)).train
+    # All rows: what is held out has the same domains.
+    rows = load_domain(DomainSources(train=sources, kind="benign", validation_size=0, test_size=0)).train
     return list(dict.fromkeys(row.skill for part in rows for row in part))
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.sources.read import SourceReport
-from nspo_lightning.datamodules.text.calibration_text import calibration_text
+from nspo_lightning.datamodules.text.collate import calibration_text
 from nspo_lightning.datamodules.text.render import ChatRenderer
 
 _EXAMPLE_CHARS = 1200
@@ -47,9 +47,13 @@ def data_report(
     uses = rendered_uses(datamodule, renderer)
     if datamodule.general.calibration_report is not None:
         reports.append(datamodule.general.calibration_report)
-    lengths = {use: [len(ids) for ids in renderer.encode([text for text, _ in texts])] for use, texts in uses.items()}
+    tokens = {
+        use: length_summary([len(ids) for ids in renderer.encode([text for text, _ in texts])])
+        for use, texts in uses.items()
+    }
+    domains = {use: Counter(domain for _, domain in texts) for use, texts in uses.items()}
     console.print(_source_table(reports))
-    console.print(_use_table(uses, lengths))
+    console.print(_use_table(tokens, domains))
     for use, texts in uses.items():
         for text, domain in _spread(texts, examples):
             console.print(_example(use, domain, text))
@@ -59,26 +63,14 @@ def data_report(
             for r in reports
         ],
         **{
-            use: {
-                "rows": len(texts),
-                "tokens": length_summary(lengths[use]),
-                "domains": dict(Counter(domain for _, domain in texts)),
-            }
+            use: {"rows": len(texts), "tokens": tokens[use], "domains": dict(domains[use])}
             for use, texts in uses.items()
         },
     }
 
 
 def rendered_uses(datamodule: AlignmentDataModule, renderer: ChatRenderer) -> dict[str, list[tuple[str, str]]]:
-    """Render what each use would see.
-
-    Args:
-        datamodule: The configured datamodule.
-        renderer: Applies the chat template.
-
-    Returns:
-        For training, calibration and evaluation: each row's text and its domain.
-    """
+    """Render what training, calibration and evaluation would see: for each, the rows' texts and their domains."""
     general = datamodule.general
     by_model = general.calibration_text == "prompt_and_model_answer"
     # No policy is loaded for a report: its answers are left out, and the length limit looks at prompts.
@@ -98,14 +90,7 @@ def rendered_uses(datamodule: AlignmentDataModule, renderer: ChatRenderer) -> di
 
 
 def length_summary(lengths: Sequence[int]) -> dict[str, int]:
-    """Summarise token counts.
-
-    Args:
-        lengths: Tokens of each text.
-
-    Returns:
-        `min`, `median`, `p95`, `max` and `total`; zeros when there is no text.
-    """
+    """Summarise token counts as `min`, `median`, `p95`, `max` and `total`; zeros when there is no text."""
     ordered = sorted(lengths) or [0]
     at = [ordered[round(share * (len(ordered) - 1))] for share in (0.0, 0.5, 0.95, 1.0)]
     return dict(zip(("min", "median", "p95", "max", "total"), [*at, sum(ordered)], strict=True))
@@ -113,48 +98,35 @@ def length_summary(lengths: Sequence[int]) -> dict[str, int]:
 
 def _source_table(reports: Sequence[SourceReport]) -> Table:
     table = Table(title="What was read", title_justify="left", expand=True)
-    for column, ratio in (
-        ("source", 4),
-        ("for", 2),
-        ("rows read", 1),
-        ("left out, and why", 4),
-        ("kept", 3),
-        ("notes", 4),
-    ):
+    ratios = {"source": 4, "for": 2, "rows read": 1, "left out, and why": 4, "kept": 3, "notes": 4}
+    for column, ratio in ratios.items():
         table.add_column(column, ratio=ratio, overflow="fold", justify="right" if column == "rows read" else "left")
     for report in reports:
         reasons = "\n".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "none"
         kept = "\n".join(f"{count:,} {name}" for name, count in report.splits.items())
-        cells = (report.label, report.role, f"{report.read:,}", reasons, kept, "\n".join(report.notes))
-        table.add_row(*(Text(cell) for cell in cells))
+        _add_row(table, report.label, report.role, f"{report.read:,}", reasons, kept, "\n".join(report.notes))
     return table
 
 
-def _use_table(uses: dict[str, list[tuple[str, str]]], lengths: dict[str, list[int]]) -> Table:
+def _use_table(tokens: dict[str, dict[str, int]], domains: dict[str, Counter[str]]) -> Table:
     table = Table(title="What it is used for", title_justify="left", expand=True)
     table.add_column("use", overflow="fold")
-    table.add_column("rows", justify="right")
-    table.add_column("tokens a text\nmin / median / 95 % / max", justify="right")
-    table.add_column("tokens", justify="right")
+    for column in ("rows", "tokens a text\nmin / median / 95 % / max", "tokens"):
+        table.add_column(column, justify="right")
     table.add_column("domains", overflow="fold", ratio=1)
-    for use, texts in uses.items():
-        *spread, total = length_summary(lengths[use]).values()
-        domains = ", ".join(f"{name} {count:,}" for name, count in Counter(d for _, d in texts).most_common(8))
-        cells = (use, f"{len(texts):,}", " / ".join(f"{value:,}" for value in spread), f"{total:,}", domains)
-        table.add_row(*(Text(cell) for cell in cells))
+    for use, counts in domains.items():
+        *spread, total = (f"{value:,}" for value in tokens[use].values())
+        names = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(8))
+        _add_row(table, use, f"{counts.total():,}", " / ".join(spread), total, names)
     return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(cell) for cell in cells))  # `Text`: data is shown as it is, not read as markup
 
 
 def _spread(texts: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """Pick examples of as many domains as possible, the first of each.
-
-    Args:
-        texts: Text and domain of each row.
-        count: How many to pick.
-
-    Returns:
-        At most `count` of them.
-    """
+    """Pick at most `count` examples of as many domains as possible, the first of each."""
     first: dict[str, tuple[str, str]] = {}
     for text in texts:
         first.setdefault(text[1], text)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.sources.rows import PromptRow
-from nspo_lightning.datamodules.text.scored_text import collate_text
+from nspo_lightning.datamodules.text.collate import collate_text
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.text_scores import score_texts

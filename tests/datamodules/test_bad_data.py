@@ -13,15 +13,11 @@ import pytest
 
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, PromptSource
 from nspo_lightning.datamodules.sources import convert as conversion
-from nspo_lightning.datamodules.sources.read import read_source
+from nspo_lightning.datamodules.sources.read import usable_rows
 from nspo_lightning.datamodules.sources.source import as_sources
 
 GOOD = {"prompt": "Say a word"}
 SCREEN_LINES, SCREEN_CHARS = 10, 1200
-
-
-def all_fit(rows, source):
-    return [None] * len(rows)
 
 
 def lines(*rows):
@@ -173,7 +169,7 @@ def test_the_matrix_is_large_enough():
 
 def fails(**options):
     with pytest.raises(DataError) as caught:
-        read_source(PromptSource(**options), "harmful", all_fit)
+        usable_rows(PromptSource(**options), "harmful")
     return caught.value
 
 
@@ -213,9 +209,9 @@ def test_absurd_length(tmp_path, monkeypatch):
     path = tmp_path / "x.jsonl"
     path.write_bytes(lines(GOOD, {"prompt": "x" * (conversion.MAX_PROMPT_CHARS + 1)}))
     check_message(fails(path=str(path)), "line 2", "1,000,001 characters", "bad_rows: drop")
-    from nspo_lightning.datamodules.sources import readers
+    from nspo_lightning.datamodules.sources import lines as text_lines
 
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(text_lines, "MAX_LINE_BYTES", 2**20)
     path.write_bytes(lines(GOOD) + b'{"prompt": "' + b"x" * 2**21 + b'"}')
     check_message(fails(path=str(path)), "line 2", "longer than 1 MiB")
 
@@ -225,7 +221,7 @@ def test_wrong_column_names(tmp_path):
     path.write_text("ask,reply\na,b\n")
     check_message(fails(path=str(path), prompt_column="aks"), "no column 'aks'", "'ask', 'reply'", "prompt_column")
     check_message(fails(path=str(path), prompt_column="ask", answer_column="r"), "no column 'r'", "answer_column")
-    rows, _ = read_source(PromptSource(path=str(path), prompt_column="ask", answer_column="reply"), "harmful", all_fit)
+    rows, _ = usable_rows(PromptSource(path=str(path), prompt_column="ask", answer_column="reply"), "harmful")
     assert (rows[0].prompt, rows[0].answer) == ("a", "b")
 
 
@@ -240,7 +236,7 @@ def test_unknown_part_of_a_built_in_world():
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(lines(GOOD, {"prompt": None}, {"prompt": ""}, {"prompt": " "}, {"prompt": 4}, {"prompt": "b"}))
-    rows, report = read_source(PromptSource(path=str(path), bad_rows="drop"), "harmful", all_fit)
+    rows, report = usable_rows(PromptSource(path=str(path), bad_rows="drop"), "harmful")
     assert [row.prompt for row in rows] == ["Say a word", "b"]
     assert report.read == 6
     assert sum(report.dropped.values()) == 4

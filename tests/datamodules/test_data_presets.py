@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nspo_lightning.datamodules import DataError, Preset, PromptSource, preset_names, register
-from nspo_lightning.datamodules.sources import presets as registry
-from nspo_lightning.datamodules.sources.presets import get_preset
-from nspo_lightning.datamodules.sources.read import read_source
+from nspo_lightning.datamodules.sources import registry
+from nspo_lightning.datamodules.sources.read import usable_rows
+from nspo_lightning.datamodules.sources.registry import get_preset
 
 HARMS = ["Violence", "Drugs", "White-Collar Crime"]
 PKU_7 = {
@@ -395,12 +395,8 @@ CASES = [
 IDS = [f"{case[0]}-{i}" for i, case in enumerate(CASES)]
 
 
-def all_fit(rows, source):
-    return [None] * len(rows)
-
-
 def read(path, default_kind="harmful", **options):
-    return read_source(PromptSource(path=str(path), **options), default_kind, all_fit)
+    return usable_rows(PromptSource(path=str(path), **options), default_kind)
 
 
 def test_every_preset_has_a_case():

@@ -28,16 +28,16 @@ def write(path, prompts, **columns):
 
 
 def test_held_out_rows_do_not_depend_on_the_order_of_the_file():
-    forward, backward = (hold_out(part, 10, 10, seed=0) for part in (rows(100), rows(100)[::-1]))
-    assert keys(forward.validation) == keys(backward.validation)
-    assert keys(forward.test) == keys(backward.test)
-    assert keys(forward.test) != keys(hold_out(rows(100), 10, 10, seed=1).test)
+    forward, backward = (hold_out(part, 10, 10, seed=0)[1] for part in (rows(100), rows(100)[::-1]))
+    assert keys(forward["validation"]) == keys(backward["validation"])
+    assert keys(forward["test"]) == keys(backward["test"])
+    assert keys(forward["test"]) != keys(hold_out(rows(100), 10, 10, seed=1)[1]["test"])
 
 
 def test_splits_are_disjoint_and_complete_even_when_rows_repeat():
     repeated = rows(50) + rows(50)
-    split = hold_out(repeated, 15, 16, seed=0)  # odd: one of two equal rows is chosen last
-    parts = [keys(split.train), keys(split.validation), keys(split.test)]
+    train, held_out = hold_out(repeated, 15, 16, seed=0)  # odd: one of two equal rows is chosen last
+    parts = [keys(train), keys(held_out["validation"]), keys(held_out["test"])]
     assert not parts[0] & parts[1]
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
@@ -174,7 +174,7 @@ def test_hub_streams_are_shuffled_by_seed(monkeypatch, tokenizer):
 )
 def test_hub_names_of_presets(name, options, expected):
     from nspo_lightning.datamodules.sources.hub import hub_arguments
-    from nspo_lightning.datamodules.sources.presets import get_preset
+    from nspo_lightning.datamodules.sources.registry import get_preset
 
     preset = get_preset(name)
     arguments = hub_arguments(PromptSource(preset=name, **options), preset, preset.hub_id)

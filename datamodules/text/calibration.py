@@ -1,18 +1,14 @@
-"""General-capability text for the null space: which rows, which text, which tensors."""
+"""Which general rows are calibrated on and which are scored, and in which order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
 
 from nspo_lightning.datamodules.sources.errors import DataError
 from nspo_lightning.datamodules.sources.order import shares
-from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, hash_rank, rank_all
-from nspo_lightning.datamodules.text.collate import pad
-from nspo_lightning.datamodules.text.render import ChatRenderer
+from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, hash_rank, rank_all, take_ranked
 
-CalibrationText = Literal["prompt", "prompt_and_answer", "prompt_and_model_answer"]
 AnswerFn = Callable[[list[Prompt]], list[str]]
 """Answers prompts with the policy, for `prompt_and_model_answer`."""
 
@@ -24,7 +20,7 @@ def choose_calibration_rows(
     seed: int,
     fits: Callable[[PromptRow], bool],
 ) -> tuple[list[PromptRow], int]:
-    """Draw the calibration rows from a mixture without repeating any.
+    """Choose the calibration rows from a mixture without repeating any.
 
     Args:
         sources: The training rows of each source.
@@ -38,7 +34,7 @@ def choose_calibration_rows(
         gives all it has, and the others fill its place.
     """
     chosen: list[list[PromptRow]] = [[] for _ in sources]
-    waiting = [iter([rows[i] for i in rank_all(list(rows), f"calibration {seed}")]) for rows in sources]
+    waiting = [iter([rows[i] for i in rank_all(rows, f"calibration {seed}")]) for rows in sources]
     size = sum(len(rows) for rows in sources) if size is None else size
     passed_over = 0
     open_sources = list(range(len(sources)))
@@ -59,6 +55,10 @@ def choose_calibration_rows(
     return [row for rows in chosen for row in rows], passed_over
 
 
+def _text_length(row: PromptRow) -> int:
+    return len(row.key) + len(row.answer)
+
+
 def mix_batches(rows: Sequence[PromptRow], batch_size: int, seed: int) -> list[PromptRow]:
     """Order rows so that a batch holds texts of like length, and batches of all sources alternate.
 
@@ -72,7 +72,7 @@ def mix_batches(rows: Sequence[PromptRow], batch_size: int, seed: int) -> list[P
     Returns:
         The same rows.
     """
-    by_length = sorted(rows, key=lambda row: len(row.key) + len(row.answer))
+    by_length = sorted(rows, key=_text_length)
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     last = batches.pop() if batches and len(batches[-1]) < batch_size else []  # a short one must stay at the end
     ranked = sorted(batches, key=lambda batch: hash_rank(batch[0].key, f"batches {seed}"))
@@ -111,35 +111,27 @@ def with_model_answers(rows: Sequence[PromptRow], answer_fn: AnswerFn | None, ba
     return answered
 
 
-def calibration_text(row: PromptRow, text: CalibrationText, renderer: ChatRenderer) -> str:
-    """Render a calibration row.
+def choose_text_rows(rows: Sequence[PromptRow], size: int | None, seed: int = 0) -> list[PromptRow]:
+    """Choose rows to score, as many of each skill as possible alike.
 
     Args:
-        row: The row.
-        text: What it consists of.
-        renderer: Applies the chat template.
+        rows: General rows.
+        size: How many; None = all.
+        seed: Decides which.
 
     Returns:
-        The prompt with the generation prompt, or the whole exchange where an answer is wanted and there is one.
+        Rows that have an answer; all kinds of rows if none has one (then whole texts are scored). Longest last, so that
+        batches hold texts of like length.
     """
-    return renderer.text(row.prompt, row.answer if text != "prompt" and row.answer else None)
-
-
-def collate_calibration(
-    rows: Sequence[PromptRow], text: CalibrationText, renderer: ChatRenderer, side: Literal["left", "right"]
-) -> dict[str, Any]:
-    """Build a calibration batch.
-
-    Args:
-        rows: The rows.
-        text: What each text consists of.
-        renderer: Applies the chat template.
-        side: Where short rows are padded.
-
-    Returns:
-        `input_ids` and `attention_mask` (1 = real token) of shape (rows, tokens), and `domain`, one name a row.
-    """
-    ids, mask = pad(
-        renderer.encode([calibration_text(row, text, renderer) for row in rows]), renderer.pad_token_id, side
-    )
-    return {"input_ids": ids, "attention_mask": mask.long(), "domain": [row.skill for row in rows]}
+    usable = [row for row in rows if row.answer] or list(rows)
+    by_skill: dict[str, list[PromptRow]] = {}
+    for row in usable:
+        by_skill.setdefault(row.skill, []).append(row)
+    left = len(usable) if size is None else min(size, len(usable))
+    chosen: list[PromptRow] = []
+    smallest_first = sorted(by_skill.values(), key=len)
+    for index, members in enumerate(smallest_first):
+        share = min(len(members), -(-left // (len(smallest_first) - index)))
+        chosen += [members[i] for i in take_ranked(members, share, f"text {seed}")]
+        left -= share
+    return sorted(chosen, key=_text_length)
