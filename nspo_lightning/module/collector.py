@@ -36,7 +36,7 @@ from nspo_lightning.policy.tokenizer import stop_token_ids
 from nspo_lightning.rewards import Judge, RewardSet, RulesJudge
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import Places, places_among_ranks
-from nspo_lightning.rollout.server import ServerRollouts
+from nspo_lightning.rollout.server import RolloutServer
 from nspo_lightning.rollout.server_client import RolloutServerError
 
 SAMPLER_DIFFERENCE = "sampling/sampling_logp_difference/mean"
@@ -55,7 +55,7 @@ class CollectingModule(PolicyModule):
     rollouts: int
     num_tokens: int
     last_completions: dict[str, list[Any]]
-    server: ServerRollouts | None
+    server: RolloutServer | None
     _seed: int
     _warned_of_sampler = False
 
@@ -101,7 +101,7 @@ class CollectingModule(PolicyModule):
     # ------------------------------------------------------------------ a server's completions
 
     def _from_server(
-        self, server: ServerRollouts, batch: Mapping[str, Any], seed: int, prompt_places: Places
+        self, server: RolloutServer, batch: Mapping[str, Any], seed: int, prompt_places: Places
     ) -> tuple[Rollout, list[str], Tensor]:
         """Publish the adapter as it is and have it answer. All ranks go on, or all raise.
 
@@ -262,7 +262,7 @@ def check_start(module: CollectingModule) -> None:
         check_server(module, module.server)
 
 
-def check_server(module: CollectingModule, server: ServerRollouts) -> None:
+def check_server(module: CollectingModule, server: RolloutServer) -> None:
     """See at the start of a run, on rank 0 for all, that a server can draw for this policy.
 
     Args:

@@ -148,7 +148,7 @@ class ExperienceBuffer:
             The buffer.
         """
         experience = Experience(
-            rollout=Rollout.from_state_dict(state["rollout"]),
+            rollout=Rollout(**state["rollout"]),
             advantages=state["advantages"],
             old_log_probs=state["old_log_probs"],
             reference_log_probs=state["reference_log_probs"],

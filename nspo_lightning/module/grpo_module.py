@@ -44,7 +44,7 @@ from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
 from nspo_lightning.rollout import SamplingConfig
-from nspo_lightning.rollout.server import ServerRollouts
+from nspo_lightning.rollout.server import RolloutServer
 from nspo_lightning.rollout.server_config import ServerSettings
 
 STEP_STATE = (
@@ -160,7 +160,7 @@ class GRPOModule(CollectingModule):
         self.max_nonfinite_updates = max_nonfinite_updates
         self.last_completions: dict[str, list[Any]] = {}
         self._seed = 0
-        self.server = None if rollout_server is None else ServerRollouts(rollout_server)
+        self.server = None if rollout_server is None else RolloutServer(rollout_server)
         self._buffer: ExperienceBuffer | None = None
         self._buffer_states: list[dict[str, Any] | None] = []
         self._window_has_signal = False
