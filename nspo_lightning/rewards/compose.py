@@ -20,7 +20,7 @@ from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.arguments import accepted_arguments, is_async, reward_name
 from nspo_lightning.rewards.function import as_reward
 from nspo_lightning.rewards.messages import match_format
-from nspo_lightning.rewards.protocol import Reward, RewardError, Text
+from nspo_lightning.rewards.protocol import Outcome, Reward, RewardError, Text
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
 from nspo_lightning.rewards.validate import score_tensor
 
@@ -39,12 +39,14 @@ class RewardResult:
         per_reward: name to shape (B,), unweighted; NaN where that reward gave None.
         metrics: scalars that the rewards reported, by TensorBoard name (`judge/<name>/errors`, ...).
         extra: columns that the rewards reported with TRL's `log_extra`, by name.
+        outcomes: what the judge inside the set called each completion; None if no part of it judges.
     """
 
     total: Tensor
     per_reward: dict[str, Tensor]
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    outcomes: list[Outcome | None] | None = None
 
     @property
     def excluded(self) -> Tensor:
@@ -140,6 +142,7 @@ class RewardSet:
             per_reward=dict(zip(self.names, scores, strict=True)),
             metrics=report.metrics() | self.metrics(),
             extra=report.extra,
+            outcomes=next((values for column, values in report.extra.items() if column.endswith("/outcome")), None),
         )
 
     def metrics(self) -> dict[str, float]:
