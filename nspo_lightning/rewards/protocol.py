@@ -11,18 +11,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 __all__ = [
     "OUTCOMES",
+    "HasJudge",
     "Judge",
     "NonFiniteRewardError",
     "Outcome",
+    "Prepares",
     "Reward",
     "RewardError",
     "RewardFunction",
     "Scores",
     "Text",
+    "judge_in",
+    "prepare",
 ]
 
 Outcome = Literal["unsafe", "refusal", "safe", "garbage"]
@@ -103,3 +107,31 @@ class Judge(ABC):
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         return True if cls is Judge and callable(getattr(other, "classify", None)) else NotImplemented
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A reward or judge that loads models or checks settings before long work."""
+
+    def prepare(self) -> None:
+        """Load and check, so that what is wrong ends a run before it starts; calling it twice must be harmless."""
+
+
+@runtime_checkable
+class HasJudge(Protocol):
+    """A reward that is made from a judge's outcomes."""
+
+    judge: Judge | None
+
+
+def judge_in(reward: object) -> Judge | None:
+    """Find the judge in a reward or a set of rewards: the reward itself if it can judge, else its `judge`."""
+    if isinstance(reward, Judge):
+        return reward
+    return reward.judge if isinstance(reward, HasJudge) and isinstance(reward.judge, Judge) else None
+
+
+def prepare(thing: object) -> None:
+    """Prepare a reward or judge, if it wants to be."""
+    if isinstance(thing, Prepares) and callable(thing.prepare):
+        thing.prepare()
