@@ -18,15 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nspo_lightning.atomic import write_json
-from nspo_lightning.module.policy_module import PolicyModule
-from nspo_lightning.module.trained_state import find_trained, load_trained_
+from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.module.trained_state import find_trained
 from nspo_lightning.policy.adapter import has_adapter, without_adapter
-from nspo_lightning.policy.identity import describe, policy_fingerprint, policy_identity, versions
-from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.identity import describe, policy_identity, versions
 from nspo_lightning.policy.run_config import policy_settings, read_config
 from nspo_lightning.policy.settings import PolicySettings
-from nspo_lightning.rewards import RewardSet, RulesJudge
-from nspo_lightning.rollout import SamplingConfig
 
 RUNS = Path("runs")
 RESULT = "benchmarks.json"
@@ -74,9 +72,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     return 0
 
 
-def run_tasks(
-    module: PolicyModule, tasks: Sequence[str], manager: Any, options: Namespace
-) -> dict[str, dict[str, Any]]:
+def run_tasks(module: GRPOModule, tasks: Sequence[str], manager: Any, options: Namespace) -> dict[str, dict[str, Any]]:
     """Run the harness on the policy, and on its base if there is an adapter to switch off.
 
     Args:
@@ -140,22 +136,18 @@ def scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return table
 
 
-def _load(settings: PolicySettings, trained: Path | None) -> PolicyModule:
+def _load(settings: PolicySettings, trained: Path | None) -> GRPOModule:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = PolicyModule(
-        reward=RewardSet([lambda prompts, completions, **_: [0.0] * len(completions)]),  # nothing is rewarded here
-        judge=RulesJudge(),
-        policy=settings,
-        sampling=SamplingConfig(),
-        general_max_new_tokens=1,
-        over_refusal_skills=(),
-        share_prefix=True,
-    )
-    policy = load_policy(settings, device)
-    module.policy = policy if settings.quantization != "none" else policy.to(device)
-    module.fingerprint = policy_fingerprint(policy)
-    if trained is not None:
-        load_trained_(module, trained)
+    module = GRPOModule(lambda prompts, completions, **_: [0.0] * len(completions), policy=settings)
+    if trained is not None and trained.is_dir():
+        module.adapter_folder = trained
+    module.load(device)
+    if settings.quantization == "none":
+        module.to(device)
+    if trained is not None and trained.is_file():
+        checkpoint = read_checkpoint(trained)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
     return module
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from nspo_lightning.checkpoints import read_checkpoint
-from nspo_lightning.module.policy_module import STATE_KEY
+from nspo_lightning.module.checkpoint_content import STATE_KEY
 from nspo_lightning.nullspace import Calibration, load_calibration
 from nspo_lightning.policy.run_config import policy_settings, read_config
 from nspo_lightning.policy.settings import PolicyError, PolicySettings

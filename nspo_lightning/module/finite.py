@@ -1,13 +1,14 @@
-"""Nothing that is not finite reaches a weight or an optimizer's state: what is looked at, and when a run gives up."""
+"""What is not finite is kept away from weights and optimizer state: what is looked at, and when a run gives up."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from nspo_lightning.ranks import local_part
+from nspo_lightning import ranks
 
 LARGEST_GRADIENT = 1e19
 """Adam keeps the square of a gradient in float32, which is infinite from 1.8e19 on."""
@@ -20,15 +21,21 @@ class NonFiniteError(ValueError):
     """Ranks agree on each skipped update, so they also count alike."""
 
 
-def nonfinite_in(values: dict[str, Tensor]) -> str:
-    """Name the first value that is not finite.
+def on_any_rank(seen: str, what: str) -> str:
+    """Agree on what was seen (cross-rank synchronisation).
 
     Args:
-        values: Name to tensor.
+        seen: What this rank saw, "" if nothing.
+        what: What was looked at, for ranks that saw nothing themselves.
 
     Returns:
-        Name, how many entries, and the first of them; "" if all are finite.
+        What was seen, "" if nobody saw anything.
     """
+    return (seen or f"another rank's {what}") if ranks.any_rank(bool(seen)) else ""
+
+
+def nonfinite_in(values: dict[str, Tensor]) -> str:
+    """Name the first value that is not finite, with how many of its entries and the first of them; "" if all are."""
     for name, value in values.items():
         bad = value.detach()[~torch.isfinite(value)] if value.ndim else value.detach().reshape(1)
         if bad.numel() and not bool(torch.isfinite(bad).all()):
@@ -45,18 +52,16 @@ def nonfinite_gradient(parameters: Iterable[nn.Parameter]) -> str:
     Returns:
         What was found, "" if nothing.
     """
-    gradients = [local_part(p.grad.detach()) for p in parameters if p.grad is not None]
+    gradients = [ranks.local_part(p.grad.detach()) for p in parameters if p.grad is not None]
     gradients = [gradient for gradient in gradients if gradient.numel()]
-    if not gradients:
+    if not gradients or bool(nn.utils.get_total_norm(gradients, math.inf) <= LARGEST_GRADIENT):
         return ""
-    largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, float("inf"))])
+    largest = torch.stack([torch.linalg.vector_norm(gradient.float(), math.inf) for gradient in gradients])
     bad = ~(largest <= LARGEST_GRADIENT)  # NaN compares as False
-    if not bool(bad.any()):
-        return ""
     return f"gradient: of {int(bad.sum())} of {len(gradients)} parameters, the first {float(largest[bad][0]):.3g}"
 
 
-def explain(seen: str, in_a_row: int, update: int) -> str:
+def nonfinite_message(seen: str, in_a_row: int, update: int) -> str:
     """Say what ended a run, and why that may be.
 
     Args:

@@ -1,16 +1,12 @@
-"""Find what a run has trained, a checkpoint or an adapter's folder, and put it on a policy."""
+"""Find what a run has trained: a checkpoint or an adapter's folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nspo_lightning.checkpoints import read_checkpoint
-from nspo_lightning.policy.adapter import ADAPTER_CONFIG, load_adapter_
+from nspo_lightning.policy.adapter import ADAPTER_CONFIG
 from nspo_lightning.policy.settings import PolicyError
-
-if TYPE_CHECKING:
-    from nspo_lightning.module.policy_module import PolicyModule
 
 LAST = "last.ckpt"
 
@@ -59,21 +55,3 @@ def find_trained(name: str, run: Path) -> Path:
         f"`--ckpt_path best`: no `ModelCheckpoint` of {run} monitored a metric and kept a file, so none is the best. "
         "Use `last`, or train with `monitor`."
     )
-
-
-def load_trained_(module: PolicyModule, path: Path) -> None:
-    """Load the policy and put a checkpoint or an adapter on it, outside of a Trainer.
-
-    Args:
-        module: Whose policy; changed in place.
-        path: A checkpoint file or an adapter's folder.
-
-    """
-    if path.is_dir():
-        module.configure_model()
-        load_adapter_(module.require_policy(), path)
-        module.adapter_folder = path
-        return
-    checkpoint = read_checkpoint(path)
-    module.check_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
