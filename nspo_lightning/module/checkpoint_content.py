@@ -20,27 +20,15 @@ def keep_trained_(checkpoint: dict[str, Any], policy: TextPolicy) -> None:
     checkpoint[STATE_KEY] = {"policy": policy.fingerprint, "policy_path": policy.settings.path}
 
 
-def check_ours(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that this project did not write.
+def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
+    """Refuse a checkpoint that is not of this loaded policy.
 
     Raises:
-        PolicyError: If it did not.
+        PolicyError: If another project wrote it, or base or adapter are others.
     """
-    if checkpoint.get(STATE_KEY) is None:
+    state = checkpoint.get(STATE_KEY)
+    if state is None:
         raise PolicyError("The checkpoint was not written by this project. Give one from a run's `checkpoints/`.")
-
-
-def check_fits(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
-    """Refuse a checkpoint that is not of this policy.
-
-    Args:
-        checkpoint: Its content.
-        policy: The loaded policy.
-
-    Raises:
-        PolicyError: If base or adapter are others.
-    """
-    state = checkpoint[STATE_KEY]
     if state["policy"] != policy.fingerprint:
         raise PolicyError(
             f"The checkpoint belongs to another model: it was trained on '{state['policy_path']}' (fingerprint "

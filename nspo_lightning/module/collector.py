@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nspo_lightning.grpo import AdvantageScale, group_advantages
+from nspo_lightning.grpo import group_advantages
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
 from nspo_lightning.module.judging import JudgedRollout, outcomes_of
 from nspo_lightning.module.rollout_metrics import JudgedRows, rollout_metrics
 from nspo_lightning.module.rollouts import Rollouts
 from nspo_lightning.module.scorer import Scorer
+from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rewards import Judge, RewardSet
 
 
@@ -39,28 +40,13 @@ class Collected:
 
 @dataclass(frozen=True, kw_only=True)
 class Collector:
-    """Rolls out, judges and compares.
+    """Rolls out, judges and compares. The judge names completions where the reward does not."""
 
-    Attributes:
-        rollouts: Draws the completions.
-        reward: Scores them.
-        judge: Names them, where the reward does not.
-        scorer: Their log-probabilities.
-        group_size: G, completions a prompt.
-        scale_rewards: What advantages are divided by.
-        num_minibatches: Updates that one pass over a rollout is cut into. With several, the policy that sampled is
-            scored here, for the steps that see a later one.
-        num_iterations: Passes over one rollout.
-    """
-
+    settings: TrainingSettings
     rollouts: Rollouts
     reward: RewardSet
     judge: Judge
     scorer: Scorer
-    group_size: int
-    scale_rewards: AdvantageScale
-    num_minibatches: int
-    num_iterations: int
 
     def collect(self, batch: Mapping[str, Any], seed: int, update: int) -> Collected:
         """Turn a batch of P prompts into experience of P * G completions; all ranks call it together.
@@ -73,31 +59,24 @@ class Collector:
         Returns:
             The experience in a buffer, and what is shown of it.
         """
-        group = self.group_size
+        settings, group = self.settings, self.settings.group_size
         drawn = self.rollouts.draw(batch, seed, update)
         prompts = _repeat(batch["prompt"], group)
         columns = {key: _repeat(values, group) for key, values in batch.get("columns", {}).items()}
         result = self.reward(prompts, drawn.texts, columns, completion_ids=drawn.rollout.completion_tokens())
         outcomes = outcomes_of(result, self.judge, prompts, drawn.texts, columns)
         everyone = JudgedRows.of(drawn.rollout, result, outcomes).of_all_ranks()
-        advantages = group_advantages(result.total, group, self.scale_rewards, batch_rewards=everyone.rewards.total)
+        advantages = group_advantages(result.total, group, settings.scale_rewards, batch_rewards=everyone.rewards.total)
         experience = Experience(
             rollout=drawn.rollout,
             advantages=advantages.to(drawn.rollout.completion_ids.device),
-            old_log_probs=self.scorer.log_probs(drawn.rollout) if self.num_minibatches > 1 else None,
+            old_log_probs=self.scorer.log_probs(drawn.rollout) if settings.num_minibatches > 1 else None,
             reference_log_probs=self.scorer.reference_log_probs(drawn.rollout),
             sampling_log_probs=drawn.sampling_log_probs,
         )
-        judged = JudgedRollout(
-            prompts=prompts,
-            completions=drawn.texts,
-            rewards=result.total.tolist(),
-            outcomes=list(outcomes),
-            extra=result.extra,
-        )
         return Collected(
-            buffer=ExperienceBuffer(experience, self.num_minibatches, self.num_iterations),
-            judged=judged,
+            buffer=ExperienceBuffer(experience, settings.num_minibatches, settings.num_iterations),
+            judged=JudgedRollout(prompts=prompts, completions=drawn.texts, result=result, outcomes=outcomes),
             metrics=rollout_metrics(everyone, group),
             num_tokens=everyone.num_tokens(group),
         )

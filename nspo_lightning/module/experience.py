@@ -66,24 +66,21 @@ class Minibatch:
     rows: Tensor
 
     @classmethod
-    def whole(cls, experience: Experience, mask: Tensor) -> Minibatch:
-        """Take every group."""
-        return cls(experience=experience, mask=mask, rows=mask.new_ones(len(mask)))
-
-    @classmethod
-    def with_signal(cls, experience: Experience, mask: Tensor) -> Minibatch:
-        """Leave groups out whose gradient is zero: without a KL term, those whose advantages are all zero.
-
-        At least one group is kept, with nothing to train on if need be: other ranks may be waiting in the backward
-        pass.
+    def of(cls, experience: Experience, mask: Tensor, *, all_groups: bool) -> Minibatch:
+        """Choose groups.
 
         Args:
-            experience: P groups.
+            experience: P groups, R rows.
             mask: Shape (R, C), bool, True = token that is trained on.
+            all_groups: Take all. Else groups are left out whose gradient is zero: without a KL term, those whose
+                advantages are all zero. At least one is kept, with nothing to train on if need be: other ranks may be
+                waiting in the backward pass.
 
         Returns:
-            The groups that are kept.
+            The chosen groups.
         """
+        if all_groups:
+            return cls(experience=experience, mask=mask, rows=mask.new_ones(len(mask)))
         size = experience.rollout.group_size
         signal = groups_with_signal(experience.advantages, size)
         kept = signal.clone()

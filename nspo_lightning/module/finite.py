@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
@@ -22,16 +24,15 @@ class NonFiniteError(ValueError):
 
 
 def on_any_rank(seen: str, what: str) -> str:
-    """Agree on what was seen (cross-rank synchronisation).
-
-    Args:
-        seen: What this rank saw, "" if nothing.
-        what: What was looked at, for ranks that saw nothing themselves.
-
-    Returns:
-        What was seen, "" if nobody saw anything.
-    """
+    """Return what this rank saw, or that another one saw something; "" if nobody did (cross-rank synchronisation)."""
     return (seen or f"another rank's {what}") if ranks.any_rank(bool(seen)) else ""
+
+
+def loss_scale(trainer: pl.Trainer) -> float | None:
+    """Return what a gradient scaler multiplies the loss with (float16); None without one."""
+    plugin = trainer.precision_plugin
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return None if scaler is None else float(scaler.get_scale())
 
 
 def nonfinite_in(values: dict[str, Tensor]) -> str:
@@ -44,14 +45,7 @@ def nonfinite_in(values: dict[str, Tensor]) -> str:
 
 
 def nonfinite_gradient(parameters: Iterable[nn.Parameter]) -> str:
-    """Say whether a gradient would put something that is not finite into a weight or an optimizer's state.
-
-    Args:
-        parameters: Those with a gradient are looked at; of a sharded one, this rank's part.
-
-    Returns:
-        What was found, "" if nothing.
-    """
+    """Say which gradients would put something that is not finite into a weight or an optimizer's state; "" if none."""
     gradients = [ranks.local_part(p.grad.detach()) for p in parameters if p.grad is not None]
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients or bool(nn.utils.get_total_norm(gradients, math.inf) <= LARGEST_GRADIENT):
@@ -61,17 +55,15 @@ def nonfinite_gradient(parameters: Iterable[nn.Parameter]) -> str:
     return f"gradient: of {int(bad.sum())} of {len(gradients)} parameters, the first {float(largest[bad][0]):.3g}"
 
 
+def scale_gradients_(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients in place."""
+    for parameter in parameters if factor != 1 else ():
+        if parameter.grad is not None:
+            parameter.grad *= factor
+
+
 def nonfinite_message(seen: str, in_a_row: int, update: int) -> str:
-    """Say what ended a run, and why that may be.
-
-    Args:
-        seen: What was not finite in the last skipped update.
-        in_a_row: Skipped updates.
-        update: Updates of the run so far.
-
-    Returns:
-        The message.
-    """
+    """Say what ended a run, what was `seen` last, and why that may be."""
     return (
         f"{in_a_row} updates in a row were skipped because something in them was not finite (update {update}, last "
         f"seen: {seen}). No weight and no optimizer state has taken any of it. Likely causes, the likeliest first: a "

@@ -21,26 +21,25 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.evaluation.rates import Answers
-from nspo_lightning.grpo import AdvantageScale, Normaliser, ObjectiveConfig, loss_mask
-from nspo_lightning.module.checkpoint_content import STATE_KEY, check_fits, check_ours, keep_trained_
+from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask
+from nspo_lightning.module.checkpoint_content import STATE_KEY, check_checkpoint, keep_trained_
 from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
 from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
-from nspo_lightning.module.finite import nonfinite_gradient, nonfinite_in, on_any_rank
+from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
 from nspo_lightning.module.judging import JudgedRollout, judge_of
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.rollouts import make_rollouts
-from nspo_lightning.module.scorer import Scorer
-from nspo_lightning.module.start_checks import check_numbers, check_strategy, longest_prompt_tokens
+from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
+from nspo_lightning.module.start_checks import check_strategy, longest_prompt_tokens
 from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
 from nspo_lightning.policy.settings import PolicySettings
@@ -109,40 +108,33 @@ class GRPOModule(pl.LightningModule):
         rollout_server: ServerSettings | None = None,
     ) -> None:
         super().__init__()
-        check_numbers(group_size, sampling, num_iterations, num_minibatches, tokens_per_microbatch)
-        if max_nonfinite_updates < 1:
-            raise ValueError(f"`max_nonfinite_updates` must be at least 1, got {max_nonfinite_updates}.")
+        self.settings = TrainingSettings(
+            group_size=group_size,
+            sampling=sampling,
+            objective=objective,
+            scale_rewards=scale_rewards,
+            num_iterations=num_iterations,
+            num_minibatches=num_minibatches,
+            tokens_per_microbatch=tokens_per_microbatch,
+            max_nonfinite_updates=max_nonfinite_updates,
+            rollout_server=rollout_server,
+        )
         self.strict_loading = False  # checkpoints hold trained parameters only
         self.reward = reward if isinstance(reward, RewardSet) else RewardSet([reward])
         self.judge = judge or judge_of(reward)
         self.policy_settings = policy
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self.sampling = sampling
-        self.objective = objective
-        self.max_nonfinite_updates = max_nonfinite_updates
         self.evaluation_sampling = evaluation_sampling or sampling
         self.general_sampling = SamplingConfig(max_new_tokens=general_max_new_tokens, temperature=0.0)
 
         self.policy: nn.Module | None = None  # the model of `text_policy`, which makes its parameters this module's
         self.adapter_folder: Path | None = None  # a trained adapter to measure
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
-        self.scorer = Scorer(
-            policy=self.text_policy,
-            objective=objective,
-            temperature=sampling.temperature,
-            tokens_per_microbatch=tokens_per_microbatch,
-            importance_cap=None if rollout_server is None else rollout_server.importance_cap,
-        )
+        self.rollouts = make_rollouts(self.text_policy, self.settings)
+        self.scorer = Scorer(self.text_policy, self.settings)
         self.collector = Collector(
-            rollouts=make_rollouts(self.text_policy, sampling, group_size, rollout_server),
-            reward=self.reward,
-            judge=self.judge,
-            scorer=self.scorer,
-            group_size=group_size,
-            scale_rewards=scale_rewards,
-            num_minibatches=num_minibatches,
-            num_iterations=num_iterations,
+            settings=self.settings, rollouts=self.rollouts, reward=self.reward, judge=self.judge, scorer=self.scorer
         )
         self.evaluator = Evaluator(
             policy=self.text_policy,
@@ -153,7 +145,7 @@ class GRPOModule(pl.LightningModule):
             general=self.general_sampling,
             over_refusal_skills=tuple(over_refusal_skills),
         )
-        self.progress = Progress()
+        self.progress = Progress(max_nonfinite=max_nonfinite_updates)
         self.last_rollout: JudgedRollout | None = None
         self.step_state_to_save: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
@@ -165,7 +157,7 @@ class GRPOModule(pl.LightningModule):
         self.progress.seed = torch.initial_seed() % 2**31
         if stage == "fit":
             check_strategy(self.trainer, self.reward)
-            self.collector.rollouts.check_start(self.trainer.strategy)
+            self.rollouts.check_start(self.trainer.strategy)
 
     @override
     def configure_model(self) -> None:
@@ -195,7 +187,7 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        longest = max(self.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens)
+        longest = max(self.settings.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens)
         self.text_policy.check_room(longest_prompt_tokens(self.trainer), longest)
 
     @override
@@ -210,33 +202,33 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
-        start, window = time.perf_counter(), self.progress.window
+        start, settings, window = time.perf_counter(), self.settings, self.progress.window
+        parameters = self.text_policy.trainable_parameters()
         try:
             buffer = self._filled_buffer(batch)
         except NonFiniteRewardError as error:  # all ranks raise it together
-            if self.progress.counts.rollouts == 0:
+            if self.progress.rollouts == 0:
                 raise  # no accident on the way: the reward is wrong
-            self.progress.counts.rollouts += 1  # other noise next time
+            self.progress.rollouts += 1  # other noise next time
             window.nonfinite = f"reward: {error}"
-            return self._no_loss()
+            return zero_loss(parameters)
         experience = buffer.next()
-        mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, self.objective)
-        normaliser = window.add(self._count(mask), self.objective.loss_type)
+        mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, settings.objective)
+        normaliser = window.add(step_counts(mask, settings), settings.objective.loss_type)
         if not ranks.any_rank(experience.has_signal):
             self._log_step({"step_time": time.perf_counter() - start}, mean_over_ranks=True)
-            self._log_step({"updates_skipped": float(self.progress.counts.updates_skipped)})
-            return self._no_loss()
+            self._log_step({"updates_skipped": float(self.progress.updates_skipped)})
+            return zero_loss(parameters)
         window.has_signal = True
-        choose = Minibatch.with_signal if self.objective.beta == 0 else Minibatch.whole
-        minibatch = choose(experience, mask)
-        loss = self.scorer.loss(minibatch, normaliser, self._loss_scale())
+        minibatch = Minibatch.of(experience, mask, all_groups=settings.objective.beta > 0)
+        loss = self.scorer.loss(minibatch, normaliser, loss_scale(self.trainer) or 1.0)
         self._log_step(loss.means)
-        self.collector.rollouts.check_means(loss.means)
+        self.rollouts.check_means(loss.means)
         trained_on = torch.where(minibatch.mask, loss.log_probs, 0.0)
         seen = nonfinite_in({"log-probabilities": trained_on, "loss": loss.value})
         if seen := on_any_rank(seen, "loss or log-probabilities"):
             window.nonfinite = seen
-            return self._no_loss()
+            return zero_loss(parameters)
         if buffer.wants_log_probs:
             buffer.keep_old_log_probs(loss.log_probs, minibatch.rows)
         self._log_step({"loss": loss.value.detach(), "step_time": time.perf_counter() - start}, mean_over_ranks=True)
@@ -246,27 +238,11 @@ class GRPOModule(pl.LightningModule):
         progress = self.progress
         if progress.buffer is None or progress.buffer.is_empty:
             collected = self.collector.collect(batch, progress.noise_seed, self.trainer.global_step)
-            progress.counts.rollouts += 1
-            progress.counts.num_tokens += collected.num_tokens
+            progress.rollouts += 1
+            progress.num_tokens += collected.num_tokens
             progress.buffer, self.last_rollout = collected.buffer, collected.judged
-            self._log_step({**collected.metrics, "num_tokens": float(progress.counts.num_tokens)})
+            self._log_step({**collected.metrics, "num_tokens": float(progress.num_tokens)})
         return progress.buffer
-
-    def _count(self, mask: Tensor) -> Normaliser:
-        local = Normaliser.of(mask, self.sampling.max_new_tokens)
-        if self.objective.loss_type == "bnpo" or ranks.world_size() == 1:
-            return local
-        # Of the last batch of an epoch, ranks may have different numbers of rows.
-        counts = ranks.all_reduce_sum(torch.tensor([float(local.num_rows), local.num_tokens], device=self.device))
-        rows, tokens = (counts / ranks.world_size()).tolist()
-        return Normaliser(num_rows=rows, num_tokens=tokens, max_new_tokens=local.max_new_tokens)
-
-    def _no_loss(self) -> Tensor | None:
-        # Lightning takes None in a single process alone. DDP wants a backward pass, which averages what an accumulation
-        # window has gathered before: a zero that depends on every trainable parameter gives it one.
-        if ranks.world_size() == 1:
-            return None
-        return torch.stack([parameter.sum() for parameter in self.text_policy.trainable_parameters()]).sum() * 0.0
 
     @override
     def optimizer_step(
@@ -276,45 +252,31 @@ class GRPOModule(pl.LightningModule):
         optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        # The closure runs first: only then it is known whether a step is taken.
-        loss = optimizer_closure() if optimizer_closure is not None else None
-        window, parameters = self.progress.close_window(), self.text_policy.trainable_parameters()
-        seen = window.nonfinite
-        if window.has_signal and not seen and self._scaler() is None:  # a gradient scaler looks and skips by itself
-            seen = on_any_rank(nonfinite_gradient(parameters), "gradient")
-        if seen:
-            self._skip_nonfinite(seen)
-        elif not window.has_signal:
-            self.progress.counts.updates_skipped += 1
-        else:
-            factor = window.correction(self.objective.loss_type, self.trainer.accumulate_grad_batches)
-            for parameter in parameters if factor != 1 else ():
-                if parameter.grad is not None:
-                    parameter.grad *= factor
-            # None would tell a gradient scaler that the whole window had no loss.
-            closure_result = loss if loss is not None else torch.zeros((), device=self.device)
-            scale = self._loss_scale()
-            super().optimizer_step(epoch, batch_idx, optimizer, lambda: closure_result)
-            if self._loss_scale() < min(scale, 1.0):  # it backs off at first; below 1 there is nothing left to scale
-                self._skip_nonfinite("gradient, at a loss scale below 1")
-            elif self._loss_scale() >= scale:
-                self.progress.counts.nonfinite_in_a_row = 0
+        loss = optimizer_closure() if optimizer_closure is not None else None  # only then it is known what to do
+        parameters, before = self.text_policy.trainable_parameters(), loss_scale(self.trainer)
+        window = self.progress.close_window(parameters, look=before is None)  # a gradient scaler looks by itself
+        if window.nonfinite:
+            self._skip_nonfinite(window.nonfinite)
+            return
+        if not window.has_signal:
+            self.progress.updates_skipped += 1
+            return
+        factor = window.correction(self.settings.objective.loss_type, self.trainer.accumulate_grad_batches)
+        scale_gradients_(parameters, factor)
+        # None would tell a gradient scaler that the whole window had no loss.
+        closure_result = loss if loss is not None else torch.zeros((), device=self.device)
+        super().optimizer_step(epoch, batch_idx, optimizer, lambda: closure_result)
+        after = loss_scale(self.trainer)
+        if (after or 1.0) < min(before or 1.0, 1.0):  # it backs off at first; below 1 nothing is left to scale
+            self._skip_nonfinite("gradient, at a loss scale below 1")
+        elif (after or 1.0) >= (before or 1.0):
+            self.progress.nonfinite_in_a_row = 0
 
     def _skip_nonfinite(self, seen: str) -> None:
-        counts, update = self.progress.counts, self.trainer.global_step
-        self._log_step({"updates_nonfinite": float(counts.updates_nonfinite + 1)})
+        self._log_step({"updates_nonfinite": float(self.progress.updates_nonfinite + 1)})
         for parameter in self.text_policy.trainable_parameters():
             parameter.grad = None
-        counts.add_nonfinite(seen, self.max_nonfinite_updates, update)
-        rank_zero_warn(f"Update {update} is skipped: {seen}.")
-
-    def _scaler(self) -> Any:
-        plugin = self.trainer.precision_plugin
-        return plugin.scaler if isinstance(plugin, MixedPrecision) else None
-
-    def _loss_scale(self) -> float:
-        scaler = self._scaler()
-        return float(scaler.get_scale()) if scaler is not None else 1.0
+        self.progress.skip_nonfinite(seen, self.trainer.global_step)
 
     def _log_step(self, values: Mapping[str, Any], *, mean_over_ranks: bool = False) -> None:
         """Log values that are the same on all ranks already, or their mean over ranks."""
@@ -359,9 +321,8 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_ours(checkpoint)
         self.configure_model()
-        check_fits(checkpoint, self.text_policy)
+        check_checkpoint(checkpoint, self.text_policy)
         self._resumed = checkpoint[STATE_KEY]
         self.progress.load_state_dict(checkpoint[STATE_KEY])
 

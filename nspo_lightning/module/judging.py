@@ -1,4 +1,4 @@
-"""Which judge names completions, how all ranks ask it together, and a judged rollout for those who show it."""
+"""Judged completions: which judge names them, how all ranks ask it, and what is shown and sent of them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ class JudgedRollout:
     Attributes:
         prompts: A group's prompt is repeated.
         completions: As text.
-        rewards: NaN for a completion that no reward scored.
+        result: Their rewards, with the columns that rewards reported.
         outcomes: What the judge calls each; None where it excluded one.
-        extra: Columns that rewards reported.
     """
 
     prompts: list[Any]
     completions: list[str]
-    rewards: list[float]
+    result: RewardResult
     outcomes: list[Outcome | None]
-    extra: dict[str, list[Any]]
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a dict a completion, for tables."""
-        columns = {
+        columns: dict[str, list[Any]] = {
             "prompt": self.prompts,
             "completion": self.completions,
-            "reward": self.rewards,
+            "reward": self.result.total.tolist(),
             "outcome": self.outcomes,
-            **{name: values for name, values in self.extra.items() if len(values) == len(self.completions)},
         }
+        columns |= {name: values for name, values in self.result.extra.items() if len(values) == len(self.prompts)}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

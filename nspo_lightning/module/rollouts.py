@@ -13,12 +13,11 @@ from torch import Tensor
 from nspo_lightning import ranks
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.tokenizer import stop_token_ids
-from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import places_among_ranks
 from nspo_lightning.rollout.server import RolloutServer
 from nspo_lightning.rollout.server_client import RolloutServerError
-from nspo_lightning.rollout.server_config import ServerSettings
 
 SAMPLER_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
@@ -39,10 +38,11 @@ class Drawn:
 
 
 class Rollouts(Protocol):
-    """Draws training completions; all ranks call it together."""
+    """Draws training completions; all ranks call it together. Where nothing can be wrong there is nothing to check."""
 
     def check_start(self, strategy: Strategy) -> None:
         """See at the start of a run that completions can be drawn, before any work is done."""
+        return
 
     def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
         """Answer each prompt of a batch with a group.
@@ -55,36 +55,29 @@ class Rollouts(Protocol):
 
     def check_means(self, means: Mapping[str, Tensor]) -> None:
         """Look at a step's metrics, whether the completions can have been this policy's."""
+        return
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalRollouts:
-    """Draws groups of `group_size` completions in this process."""
+@dataclass(frozen=True)
+class LocalRollouts(Rollouts):
+    """Draws completions in this process."""
 
     policy: TextPolicy
-    sampling: SamplingConfig
-    group_size: int
-
-    def check_start(self, strategy: Strategy) -> None:
-        """Nothing can be wrong."""
+    settings: TrainingSettings
 
     def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
         """See `Rollouts.draw`."""
         places = places_among_ranks(len(batch["prompt_ids"]))
-        rollout, texts = self.policy.generate(batch, self.sampling, self.group_size, seed, places)
+        rollout, texts = self.policy.generate(batch, self.settings.sampling, self.settings.group_size, seed, places)
         return Drawn(rollout=rollout, texts=texts)
 
-    def check_means(self, means: Mapping[str, Tensor]) -> None:
-        """They are this policy's."""
 
-
-@dataclass(kw_only=True)
-class ServerRollouts:
-    """Draws groups of `group_size` completions on a server. All ranks go on, or all raise `RolloutServerError`."""
+@dataclass
+class ServerRollouts(Rollouts):
+    """Draws completions on a server. All ranks go on, or all raise `RolloutServerError`."""
 
     policy: TextPolicy
-    sampling: SamplingConfig
-    group_size: int
+    settings: TrainingSettings
     server: RolloutServer
     warned: bool = False
 
@@ -107,7 +100,7 @@ class ServerRollouts:
             )
         elif ranks.rank() == 0:
             try:
-                self.server.check(self.sampling)
+                self.server.check(self.settings.sampling)
             except RolloutServerError as error:
                 problem = str(error)
         _raise(ranks.broadcast_object(problem, 0))
@@ -116,7 +109,7 @@ class ServerRollouts:
         """Publish the adapter as it is and have the server answer; see `Rollouts.draw`."""
         places = places_among_ranks(len(batch["prompt_ids"]))
         model = self.policy.require()
-        self.policy.check_room(batch["prompt_ids"].shape[1], self.sampling.max_new_tokens)
+        self.policy.check_room(batch["prompt_ids"].shape[1], self.settings.sampling.max_new_tokens)
         name = self._publish(model, update)
         answered, problem = None, ""
         try:
@@ -124,8 +117,8 @@ class ServerRollouts:
                 name,
                 batch["prompt_ids"],
                 batch["prompt_mask"],
-                group_size=self.group_size,
-                config=self.sampling,
+                group_size=self.settings.group_size,
+                config=self.settings.sampling,
                 eos_token_ids=stop_token_ids(model, self.policy.tokenizer),
                 pad_token_id=int(self.policy.tokenizer.pad_token_id),
                 vocab_size=int(model.get_input_embeddings().weight.shape[0]),
@@ -175,13 +168,11 @@ class ServerRollouts:
             )
 
 
-def make_rollouts(
-    policy: TextPolicy, sampling: SamplingConfig, group_size: int, server: ServerSettings | None
-) -> Rollouts:
+def make_rollouts(policy: TextPolicy, settings: TrainingSettings) -> Rollouts:
     """Choose where completions come from: the server, if there is one, else this process."""
-    if server is None:
-        return LocalRollouts(policy=policy, sampling=sampling, group_size=group_size)
-    return ServerRollouts(policy=policy, sampling=sampling, group_size=group_size, server=RolloutServer(server))
+    if settings.rollout_server is None:
+        return LocalRollouts(policy, settings)
+    return ServerRollouts(policy, settings, RolloutServer(settings.rollout_server))
 
 
 def _raise(problem: str) -> None:

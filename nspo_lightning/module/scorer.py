@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from nspo_lightning import ranks
 from nspo_lightning.grpo import (
     MicroBatch,
     Normaliser,
-    ObjectiveConfig,
     ObjectiveMetrics,
     Rollout,
     accumulated_loss,
@@ -22,6 +21,7 @@ from nspo_lightning.grpo import (
 )
 from nspo_lightning.module.experience import Minibatch
 from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.nullspace.modes import adapters_off, evaluation_mode
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.log_probs import TokenScores
@@ -46,23 +46,12 @@ class PolicyLoss:
     means: dict[str, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Scorer:
-    """Scores completions with the temperature that they were sampled with.
-
-    Attributes:
-        policy: The policy.
-        objective: The loss.
-        temperature: Divides the logits.
-        tokens_per_microbatch: Most tokens in one forward and backward; None = all.
-        importance_cap: Bound on the importance ratio of tokens that another program drew; None = no bound.
-    """
+    """Scores completions with the temperature that they were sampled with."""
 
     policy: TextPolicy
-    objective: ObjectiveConfig
-    temperature: float
-    tokens_per_microbatch: int | None
-    importance_cap: float | None = None
+    settings: TrainingSettings
 
     def log_probs(self, rollout: Rollout) -> Tensor:
         """Score without gradient and without dropout: shape (R, C), zero at padding."""
@@ -75,11 +64,12 @@ class Scorer:
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor | None:
         """Score under the base, the policy with its adapter off; None at beta 0, where nothing needs it."""
-        if self.objective.beta == 0:
+        beta = self.settings.objective.beta
+        if beta == 0:
             return None
         if not has_adapter(self.policy.require()):
             raise PolicyError(
-                f"`objective.beta` is {self.objective.beta}, and the reference is the policy with its adapter off, but "
+                f"`objective.beta` is {beta}, and the reference is the policy with its adapter off, but "
                 "there is no adapter (`policy.lora: null`). Set `objective.beta: 0`, or train an adapter."
             )
         with adapters_off(self.policy.require()):
@@ -96,8 +86,9 @@ class Scorer:
         Returns:
             The loss; its metrics are those of all ranks, which must ask together.
         """
-        experience, mask = minibatch.experience, minibatch.mask
-        weights = token_weights(mask, self.objective.loss_type, normaliser)
+        experience, mask, config = minibatch.experience, minibatch.mask, self.settings.objective
+        server = self.settings.rollout_server
+        weights = token_weights(mask, config.loss_type, normaliser)
         kept = torch.zeros(mask.shape, device=mask.device)
         metrics: list[ObjectiveMetrics] = []
 
@@ -112,12 +103,12 @@ class Scorer:
                 mask=micro.take(mask),
                 weights=micro.take(weights),
                 advantages=micro.take(experience.advantages),
-                config=self.objective,
+                config=config,
                 old_log_probs=part(experience.old_log_probs),
                 reference_log_probs=part(experience.reference_log_probs),
                 entropy=scores.entropy,
                 sampling_log_probs=part(experience.sampling_log_probs),
-                importance_cap=self.importance_cap,
+                importance_cap=None if server is None else server.importance_cap,
             )
             metrics.append(result.metrics)
             return result.loss
@@ -128,16 +119,34 @@ class Scorer:
 
     def _split(self, rollout: Rollout) -> list[MicroBatch]:
         shares = self.policy.share_prefix and can_share_prompts(policy_parts(self.policy.require()).model)
-        return split_microbatches(rollout, self.tokens_per_microbatch, share_prefix=shares)
+        return split_microbatches(rollout, self.settings.tokens_per_microbatch, share_prefix=shares)
 
     def _score(self, micro: MicroBatch, *, with_entropy: bool) -> TokenScores:
         return score_completions(
             self.policy.require(),
             micro.rollout,
-            temperature=self.temperature,
+            temperature=self.settings.sampling.temperature,
             share_prefix=self.policy.share_prefix,
             with_entropy=with_entropy,
         )
+
+
+def zero_loss(parameters: Sequence[Tensor]) -> Tensor | None:
+    """Return what says that a batch has nothing to learn from."""
+    # Lightning takes None in a single process alone. DDP wants a backward pass, which averages what an accumulation
+    # window has gathered before: a zero that depends on every parameter gives it one.
+    return None if ranks.world_size() == 1 else torch.stack([parameter.sum() for parameter in parameters]).sum() * 0.0
+
+
+def step_counts(mask: Tensor, settings: TrainingSettings) -> Normaliser:
+    """Return the rows and tokens of a step, the mean over ranks but for ``bnpo``; see `Normaliser`."""
+    local = Normaliser.of(mask, settings.sampling.max_new_tokens)
+    if settings.objective.loss_type == "bnpo" or ranks.world_size() == 1:
+        return local
+    # Of the last batch of an epoch, ranks may have different numbers of rows.
+    counts = ranks.all_reduce_sum(torch.tensor([float(local.num_rows), local.num_tokens], device=mask.device))
+    rows, tokens = (counts / ranks.world_size()).tolist()
+    return replace(local, num_rows=rows, num_tokens=tokens)
 
 
 def _of_all_ranks(metrics: Sequence[ObjectiveMetrics]) -> ObjectiveMetrics:

@@ -1,4 +1,4 @@
-"""What is checked before a run: numbers, that ranks can work apart, and that they wait long enough for one another."""
+"""What is seen at the start of a run: that ranks can work apart and wait long enough, and how long prompts are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from nspo_lightning.compat.lightning import process_group_timeout
 from nspo_lightning.rewards import RewardSet
-from nspo_lightning.rollout import SamplingConfig
 
 
 @runtime_checkable
@@ -26,43 +25,8 @@ def longest_prompt_tokens(trainer: pl.Trainer) -> int:
     return (datamodule.longest_prompt_tokens or 1) if isinstance(datamodule, KnowsLongestPrompt) else 1
 
 
-def check_numbers(
-    group_size: int, sampling: SamplingConfig, num_iterations: int, num_minibatches: int, tokens: int | None
-) -> None:
-    """Check what a module is told of its rollouts.
-
-    Args:
-        group_size: Completions a prompt.
-        sampling: How they are sampled.
-        num_iterations: Passes over one rollout.
-        num_minibatches: Updates of one pass.
-        tokens: Of a micro-batch.
-
-    Raises:
-        ValueError: If a number is out of its range.
-    """
-    if group_size < 2:
-        raise ValueError(
-            f"`group_size` must be at least 2, got {group_size}: an advantage compares a completion with the others of "
-            "its group. 8 is a good start."
-        )
-    numbers = {"num_iterations": num_iterations, "tokens_per_microbatch": tokens, "num_minibatches": num_minibatches}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if sampling.temperature <= 0:
-        raise ValueError(
-            f"`sampling.temperature` must be positive in training, got {sampling.temperature}: greedy completions of "
-            "one prompt are all the same, so no group would ever have a signal."
-        )
-
-
 def check_strategy(trainer: pl.Trainer, reward: RewardSet) -> None:
-    """See at the start of a run that ranks can work apart and wait long enough.
-
-    Args:
-        trainer: Its strategy is looked at.
-        reward: Its time limit is looked at.
+    """See at the start of a run that ranks can work apart and wait long enough for their rewards.
 
     Raises:
         MisconfigurationException: If weights are sharded, or a rank with a slow reward would be given up by the others.

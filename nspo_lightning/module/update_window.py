@@ -1,7 +1,4 @@
-"""The rules by which an update is taken, skipped or counted: what the batches of one accumulation window came to.
-
-Plain values: nothing here knows a model, a Trainer or other ranks.
-"""
+"""Whether an update is taken, and how a window of accumulated batches is weighted. Plain values, no model, no ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from nspo_lightning.grpo import LossType, Normaliser
 
 @dataclass(kw_only=True)
 class UpdateWindow:
-    """What the batches since the last update have come to; of all ranks, which agree on each value.
+    """What the batches since the last update have come to; ranks agree on each value.
 
     Attributes:
         has_signal: Whether one of them had something to learn from. Without, no step is taken: zero gradients would
@@ -28,32 +25,21 @@ class UpdateWindow:
     nonfinite: str = ""
 
     def add(self, counts: Normaliser, loss_type: LossType) -> Normaliser:
-        """Note a batch's tokens, and return what its loss is divided by.
-
-        The tokens of a whole window are known only at its end. So for ``dapo`` each batch is divided by the first
-        one's, and `correction` makes up for it.
-
-        Args:
-            counts: Those of the batch.
-            loss_type: Only ``dapo`` divides by the tokens of the window.
-
-        Returns:
-            The counts to divide by.
-        """
+        """Note a batch's counts, and return those that its loss is divided by."""
+        # `dapo` divides by the tokens of the whole window, which are known only at its end. So each batch is divided by
+        # the first one's, and `correction` makes up for it.
         self.tokens.append(counts.num_tokens)
         return counts if loss_type != "dapo" else replace(counts, num_tokens=max(self.tokens[0], 1.0))
 
     def correction(self, loss_type: LossType, accumulated: int) -> float:
-        """Return the factor that makes a ``dapo`` window's gradient the mean over all its tokens.
-
-        Every batch of the window was divided by the first one's tokens, and by Lightning by the number of batches.
+        """Say what makes a ``dapo`` window's gradient the mean over all its tokens.
 
         Args:
-            loss_type: Others need no correction: 1.
-            accumulated: The number of batches that Lightning divides by.
+            loss_type: Other losses need no correction.
+            accumulated: The number of batches, which Lightning divides by.
 
         Returns:
-            The factor.
+            The factor, 1 for no correction.
 
         Example:
             >>> UpdateWindow(tokens=[10.0, 30.0]).correction("dapo", 2)  # (g1 / 10 + g2 / 10) / 2 -> (g1 + g2) / 40

@@ -92,8 +92,8 @@ def test_the_update_is_skipped_and_counted(tiny_llama, tmp_path, monkeypatch, wh
     reward, callbacks = spoil(monkeypatch, what, {1})
     states, policy = States(), module(tiny_llama, reward)
     trainer = fit(policy, tmp_path, states, *callbacks)
-    assert policy.progress.counts.updates_nonfinite == 1
-    assert policy.progress.counts.nonfinite_in_a_row == 0
+    assert policy.progress.updates_nonfinite == 1
+    assert policy.progress.nonfinite_in_a_row == 0
     assert float(trainer.callback_metrics["updates_nonfinite"]) == 1
     for weights, moments in states.seen:
         assert all(bool(value.isfinite().all()) for value in (*weights, *moments))
@@ -120,7 +120,7 @@ def test_a_window_with_one_bad_batch_is_skipped_whole(tiny_llama, tmp_path, monk
     spoil(monkeypatch, "loss", {0})
     states, policy = States(), module(tiny_llama)
     fit(policy, tmp_path, states, steps=2, accumulate_grad_batches=2)
-    assert policy.progress.counts.updates_nonfinite == 1
+    assert policy.progress.updates_nonfinite == 1
     assert all(torch.equal(a, b) for a, b in zip(states.seen[0][0], states.seen[1][0], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(states.seen[1][0], states.seen[3][0], strict=True))
 
@@ -134,7 +134,7 @@ def test_a_reward_that_is_wrong_from_the_start_stops_the_run_at_once(tiny_llama,
 def test_none_still_means_excluded(tiny_llama, tmp_path):
     policy = module(tiny_llama, EvenTokens(spoil={2}, value=None))
     fit(policy, tmp_path)
-    assert policy.progress.counts.updates_nonfinite == 0
+    assert policy.progress.updates_nonfinite == 0
 
 
 def test_the_limit_must_be_positive(tiny_llama):
