@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -12,10 +12,22 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 
-class SampleCompletions(Callback):
-    """Log a few completions every so many training steps.
+class HasRows(Protocol):
+    """A judged rollout."""
 
-    Reads the LightningModule's `last_completions`: columns of equal length, `prompt` and `completion` among them.
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a dict a completion, with `prompt` and `completion`."""
+
+
+@runtime_checkable
+class KeepsRollout(Protocol):
+    """A LightningModule that keeps what it rolled out last."""
+
+    last_rollout: HasRows | None
+
+
+class SampleCompletions(Callback):
+    """Log a few completions of the LightningModule's `last_rollout` every so many training steps.
 
     Args:
         every_n_steps: Training steps between two samples.
@@ -40,14 +52,14 @@ class SampleCompletions(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        columns: dict[str, list[Any]] = getattr(pl_module, "last_completions", {})
+        rollout = pl_module.last_rollout if isinstance(pl_module, KeepsRollout) else None
         if (
             not trainer.is_global_zero
-            or not columns
+            or rollout is None
             or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps
         ):
             return
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = rollout.rows()
         rows = rows[:: max(len(rows) // self.number, 1)][: self.number]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

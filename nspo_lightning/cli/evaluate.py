@@ -17,19 +17,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from nspo_lightning.atomic import write_json
-from nspo_lightning.checkpoints import find_checkpoint
+from nspo_lightning.checkpoints import find_checkpoint, read_checkpoint
 from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.cli.run_folder import run_folder
 from nspo_lightning.evaluation.tables import rich_table
-from nspo_lightning.module.policy_module import PolicyModule
-from nspo_lightning.module.trained_state import load_trained_
+from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
-from nspo_lightning.policy.identity import describe, policy_fingerprint, policy_identity, versions
-from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.identity import describe, policy_identity, versions
 from nspo_lightning.policy.settings import PolicySettings
-from nspo_lightning.rewards import RewardSet, RulesJudge
-from nspo_lightning.rollout import SamplingConfig
 
 RESULT = "benchmarks.json"
 _COLUMNS = ("task", "metric", "base", "policy", "change", "std. error", "of")
@@ -79,7 +75,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
 
 
 def run_harness(
-    module: PolicyModule, tasks: Sequence[str], manager: Any, options: Namespace
+    module: GRPOModule, tasks: Sequence[str], manager: Any, options: Namespace
 ) -> dict[str, dict[str, Any]]:
     """Run the harness on the policy, and on its base if there is an adapter to switch off.
 
@@ -144,22 +140,18 @@ def harness_scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return table
 
 
-def _load(settings: PolicySettings, trained: Path | None) -> PolicyModule:
+def _load(settings: PolicySettings, trained: Path | None) -> GRPOModule:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = PolicyModule(
-        reward=RewardSet([lambda prompts, completions, **_: [0.0] * len(completions)]),  # nothing is rewarded here
-        judge=RulesJudge(),
-        policy=settings,
-        sampling=SamplingConfig(),
-        general_max_new_tokens=1,
-        over_refusal_skills=(),
-        share_prefix=True,
-    )
-    policy = load_policy(settings, device)
-    module.policy = policy if settings.quantization != "none" else policy.to(device)
-    module.fingerprint = policy_fingerprint(policy)
-    if trained is not None:
-        load_trained_(module, trained)
+    module = GRPOModule(lambda prompts, completions, **_: [0.0] * len(completions), policy=settings)
+    if trained is not None and trained.is_dir():
+        module.adapter_folder = trained
+    module.load(device)
+    if settings.quantization == "none":
+        module.to(device)
+    if trained is not None and trained.is_file():
+        checkpoint = read_checkpoint(trained)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
     return module
 
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 from nspo_lightning.callbacks import EndTogether, NullSpaceProjection
 from nspo_lightning.datamodules import AlignmentDataModule
-from nspo_lightning.module.policy_module import PolicyModule
+from nspo_lightning.module.grpo_module import GRPOModule
 
 
 class Trainer(pl.Trainer):
@@ -14,7 +14,7 @@ class Trainer(pl.Trainer):
 
     def calibrate(
         self,
-        model: PolicyModule,
+        model: GRPOModule,
         datamodule: AlignmentDataModule,
         out: str = "basis.safetensors",
         keep_moments: bool | None = None,
@@ -45,7 +45,7 @@ class Trainer(pl.Trainer):
                 EndTogether().on_exception(self, model, error)
                 raise
 
-    def data(self, model: PolicyModule, datamodule: AlignmentDataModule, examples: int = 3) -> None:
+    def data(self, model: GRPOModule, datamodule: AlignmentDataModule, examples: int = 3) -> None:
         """Print what would be trained and calibrated on: counts, lengths, drops, rendered examples.
 
         Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.compat.peft import DOWN, UP
-from nspo_lightning.module.policy_module import STATE_KEY
+from nspo_lightning.module.checkpoint_content import STATE_KEY
 from nspo_lightning.nullspace import Calibration, load_calibration
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 

@@ -63,10 +63,10 @@ def accumulated_loss(
     """Sum the losses of all chunks into one scalar with a gradient, holding one chunk's graph at a time.
 
     Args:
-        parameters: the trainable parameters, all on one device.
-        chunks: micro-batches; consumed lazily.
-        loss_fn: maps a chunk to its share of the loss, a scalar with gradient, or None to skip it.
-        loss_scale: factor on each loss before its backward pass, undone afterwards: the gradient scaler's current
+        parameters: The trainable parameters, all on one device.
+        chunks: Micro-batches; consumed lazily.
+        loss_fn: Maps a chunk to its share of the loss, a scalar with gradient, or None to skip it.
+        loss_scale: Factor on each loss before its backward pass, undone afterwards: the gradient scaler's current
             scale under float16, so that small gradients do not underflow inside. It changes no result otherwise.
 
     Returns:

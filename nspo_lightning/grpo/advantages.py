@@ -23,11 +23,11 @@ def group_advantages(
     zero. A group in which all rewards are equal has no signal: its advantages are exactly zero.
 
     Args:
-        rewards: shape (P * G,), row ``p * G + g`` for completion g of prompt p.
+        rewards: Shape (P * G,), row ``p * G + g`` for completion g of prompt p.
         group_size: G.
-        scale: divide by the standard deviation of the group, of the whole batch, or not at all.
-        eps: added to the standard deviation.
-        batch_rewards: the rewards of the whole batch, where these are one rank's part of it; shape (any,). Only its
+        scale: Divide by the standard deviation of the group, of the whole batch, or not at all.
+        eps: Added to the standard deviation.
+        batch_rewards: The rewards of the whole batch, where these are one rank's part of it; shape (any,). Only its
             standard deviation counts, only for `scale` "batch". None = these are the batch.
 
     Returns:
@@ -69,7 +69,7 @@ def groups_with_signal(advantages: Tensor, group_size: int) -> Tensor:
     backward passes changes no number.
 
     Args:
-        advantages: shape (P * G,).
+        advantages: Shape (P * G,).
         group_size: G.
 
     Returns:

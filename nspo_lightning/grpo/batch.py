@@ -7,12 +7,14 @@ end in the same column; completions are right-padded, so that all of them start 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nspo_lightning.grpo.records import map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +22,12 @@ class Rollout:
     """Groups of completions and the prompts that they answer.
 
     Attributes:
-        prompt_ids: shape (P, L), left-padded.
-        prompt_mask: shape (P, L), bool, True = real token.
+        prompt_ids: Shape (P, L), left-padded.
+        prompt_mask: Shape (P, L), bool, True = real token.
         group_size: G, completions a prompt.
-        completion_ids: shape (P * G, C), right-padded.
-        completion_mask: shape (P * G, C), bool, True = generated token, the closing EOS included.
-        finished: shape (P * G,), bool, True = ended by EOS, False = cut by the length limit.
+        completion_ids: Shape (P * G, C), right-padded.
+        completion_mask: Shape (P * G, C), bool, True = generated token, the closing EOS included.
+        finished: Shape (P * G,), bool, True = ended by EOS, False = cut by the length limit.
     """
 
     prompt_ids: Tensor
@@ -65,23 +67,14 @@ class Rollout:
         return self.completion_ids.shape[0]
 
     def to(self, device: torch.device | str) -> Rollout:
-        """Move all tensors to a device.
-
-        Args:
-            device: where to.
-
-        Returns:
-            The same rollout on that device.
-        """
-        return Rollout(
-            group_size=self.group_size, **{name: tensor.to(device) for name, tensor in self._tensors().items()}
-        )
+        """Return the same rollout on a device."""
+        return map_tensors(self, lambda tensor: tensor.to(device))
 
     def select(self, prompts: slice | Sequence[int] | Tensor) -> Rollout:
         """Keep whole groups.
 
         Args:
-            prompts: which prompts, as a slice, a list of indices, or an index or bool tensor of shape (P,).
+            prompts: Which prompts, as a slice, a list of indices, or an index or bool tensor of shape (P,).
 
         Returns:
             A rollout of these prompts with all their completions, padding unchanged.
@@ -95,8 +88,8 @@ class Rollout:
         """Keep some completions of one prompt (part of a group).
 
         Args:
-            prompt: the prompt's index in [0, P).
-            rows: shape (g,), indices in [0, P * G) of completions of that prompt.
+            prompt: The prompt's index in [0, P).
+            rows: Shape (g,), indices in [0, P * G) of completions of that prompt.
 
         Returns:
             A rollout of one prompt and g completions.
@@ -104,43 +97,26 @@ class Rollout:
         return self._take(torch.tensor([prompt], device=self.prompt_ids.device), rows, len(rows))
 
     def trim(self) -> Rollout:
-        """Cut the columns that are padding in every row.
-
-        Returns:
-            The same tokens with the shortest possible L and C (at least one column each).
-        """
+        """Cut the columns that are padding in every row; at least one column of each kind stays."""
         prompt_columns = self.prompt_mask.any(0).nonzero()
         completion_columns = self.completion_mask.any(0).nonzero()
         start = int(prompt_columns[0]) if len(prompt_columns) else self.prompt_ids.shape[1] - 1
         stop = int(completion_columns[-1]) + 1 if len(completion_columns) else 1
-        return Rollout(
+        return replace(
+            self,
             prompt_ids=self.prompt_ids[:, start:],
             prompt_mask=self.prompt_mask[:, start:],
-            group_size=self.group_size,
             completion_ids=self.completion_ids[:, :stop],
             completion_mask=self.completion_mask[:, :stop],
-            finished=self.finished,
         )
 
+    def completion_tokens(self) -> list[list[int]]:
+        """List the generated tokens of each completion, without padding."""
+        return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
+
     def state_dict(self) -> dict[str, Any]:
-        """Return plain tensors and values, for checkpoints.
-
-        Returns:
-            A dict that `from_state_dict` reads.
-        """
-        return {"group_size": self.group_size, **self._tensors()}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Rollout:
-        """Rebuild a rollout.
-
-        Args:
-            state: what `state_dict` returned.
-
-        Returns:
-            The rollout.
-        """
-        return cls(**state)
+        """Return the fields, for checkpoints; `Rollout(**state)` makes it again."""
+        return dict(vars(self))
 
     def _take(self, prompts: Tensor, rows: Tensor, group_size: int) -> Rollout:
         return Rollout(
@@ -151,12 +127,3 @@ class Rollout:
             completion_mask=self.completion_mask[rows],
             finished=self.finished[rows],
         )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            "prompt_ids": self.prompt_ids,
-            "prompt_mask": self.prompt_mask,
-            "completion_ids": self.completion_ids,
-            "completion_mask": self.completion_mask,
-            "finished": self.finished,
-        }

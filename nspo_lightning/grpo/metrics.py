@@ -1,33 +1,41 @@
 """Metrics of the objective as sums, so that micro-batches and ranks add up to exactly the metric of the step.
 
-Names follow TRL's GRPOTrainer: entropy, kl, clip_ratio/{low_mean,low_min,high_mean,high_max,region_mean}.
+Names follow TRL's GRPOTrainer: entropy, kl, clip_ratio/{low_mean,low_min,high_mean,high_max,region_mean}, and
+sampling/... for how much the program that drew the tokens differs from the policy that learns from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nspo_lightning.grpo.sampler_metrics import SamplerSums
+from nspo_lightning.grpo.records import map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveMetrics:
     """Sums over the tokens of some rows; all tensors are scalars without gradient.
 
+    Fields are summed over micro-batches, those that end in ``_min`` or ``_max`` take the extreme.
+
     Attributes:
-        num_tokens: tokens that are trained on.
-        num_ratios: probability ratios: one a token, or one a sequence.
-        low_sum: ratios clipped from below.
-        high_sum: ratios clipped from above.
-        low_min: smallest clipped-from-below share of a row; inf without rows.
-        high_max: largest clipped-from-above share of a row; -inf without rows.
-        kl_sum: k3 estimates, or None without a reference.
-        entropy_sum: entropies, or None where they were not asked for.
-        sampler: how another program that drew the tokens differs, or None where this policy drew them.
+        num_tokens: Tokens that are trained on.
+        num_ratios: Probability ratios: one a token, or one a sequence.
+        low_sum: Ratios clipped from below.
+        high_sum: Ratios clipped from above.
+        low_min: Smallest clipped-from-below share of a row; inf without rows.
+        high_max: Largest clipped-from-above share of a row; -inf without rows.
+        kl_sum: K3 estimates, or None without a reference.
+        entropy_sum: Entropies, or None where they were not asked for.
+        difference_sum: Absolute differences between the policy's log-probabilities and those of another program that
+            drew the tokens, in nats. This and what follows is None where the policy drew them itself.
+        difference_max: The largest difference; 0 without tokens.
+        importance_sum: Importance ratios, capped.
+        importance_min: The smallest; inf without tokens.
+        importance_max: The largest; -inf without tokens.
     """
 
     num_tokens: Tensor
@@ -38,7 +46,11 @@ class ObjectiveMetrics:
     high_max: Tensor
     kl_sum: Tensor | None = None
     entropy_sum: Tensor | None = None
-    sampler: SamplerSums | None = None
+    difference_sum: Tensor | None = None
+    difference_max: Tensor | None = None
+    importance_sum: Tensor | None = None
+    importance_min: Tensor | None = None
+    importance_max: Tensor | None = None
 
     @classmethod
     def measure(
@@ -49,28 +61,38 @@ class ObjectiveMetrics:
         mask: Tensor,
         kl: Tensor | None,
         entropy: Tensor | None,
-        sampler: SamplerSums | None = None,
+        difference: Tensor | None = None,
+        importance: Tensor | None = None,
     ) -> ObjectiveMetrics:
         """Sum up some rows.
 
         Args:
-            low: shape (R, C) or (R, 1), bool, True = clipped from below.
-            high: like `low`, True = clipped from above.
-            mask: shape (R, C), bool, True = token that is trained on.
-            kl: shape (R, C) or None.
-            entropy: shape (R, C) or None.
-            sampler: passed on.
+            low: Shape (R, C) or (R, 1), bool, True = clipped from below.
+            high: Like `low`, True = clipped from above.
+            mask: Shape (R, C), bool, True = token that is trained on.
+            kl: Shape (R, C) or None.
+            entropy: Shape (R, C) or None.
+            difference: Shape (R, C), of log-probabilities to the sampler's, or None.
+            importance: Shape (R, C), importance ratios as they are used, or None.
 
         Returns:
             The sums.
         """
-        rows_used = mask.any(1, keepdim=True)
-        ratio_mask = mask.expand_as(low) if low.shape == mask.shape else rows_used
+        ratio_mask = mask.expand_as(low) if low.shape == mask.shape else mask.any(1, keepdim=True)
         low, high = low & ratio_mask, high & ratio_mask
         per_row = ratio_mask.sum(1)
         used = per_row > 0
         low_share = low.sum(1)[used] / per_row[used]
         high_share = high.sum(1)[used] / per_row[used]
+
+        def over_tokens(values: Tensor | None, elsewhere: float = 0.0) -> Tensor | None:
+            return None if values is None else torch.where(mask, values, elsewhere)
+
+        def total(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.sum()
+
+        apart = over_tokens(None if difference is None else difference.abs())
+        smallest, largest = over_tokens(importance, torch.inf), over_tokens(importance, -torch.inf)
         return cls(
             num_tokens=mask.sum(),
             num_ratios=ratio_mask.sum(),
@@ -78,17 +100,21 @@ class ObjectiveMetrics:
             high_sum=high.sum(),
             low_min=low_share.min() if used.any() else torch.tensor(torch.inf, device=mask.device),
             high_max=high_share.max() if used.any() else torch.tensor(-torch.inf, device=mask.device),
-            kl_sum=None if kl is None else torch.where(mask, kl, 0.0).sum(),
-            entropy_sum=None if entropy is None else torch.where(mask, entropy, 0.0).sum(),
-            sampler=sampler,
+            kl_sum=total(over_tokens(kl)),
+            entropy_sum=total(over_tokens(entropy)),
+            difference_sum=total(apart),
+            difference_max=None if apart is None else apart.max(),
+            importance_sum=total(over_tokens(importance)),
+            importance_min=None if smallest is None else smallest.min(),
+            importance_max=None if largest is None else largest.max(),
         )
 
     @classmethod
     def merge(cls, parts: Sequence[ObjectiveMetrics]) -> ObjectiveMetrics:
-        """Add up micro-batches.
+        """Add up micro-batches, at least one.
 
         Args:
-            parts: at least one.
+            parts: Of each the metrics; all were measured with the same optional tensors.
 
         Returns:
             Their sums and extremes.
@@ -99,55 +125,39 @@ class ObjectiveMetrics:
         if not parts:
             raise ValueError("Expected the metrics of at least one micro-batch, got none.")
 
-        def total(name: str) -> Tensor:
-            return torch.stack([getattr(part, name) for part in parts]).sum()
+        def merged(name: str) -> Tensor:
+            values = torch.stack([vars(part)[name] for part in parts])
+            if name.endswith("_min"):
+                return values.min()
+            return values.max() if name.endswith("_max") else values.sum()
 
-        return cls(
-            num_tokens=total("num_tokens"),
-            num_ratios=total("num_ratios"),
-            low_sum=total("low_sum"),
-            high_sum=total("high_sum"),
-            low_min=torch.stack([part.low_min for part in parts]).min(),
-            high_max=torch.stack([part.high_max for part in parts]).max(),
-            kl_sum=None if parts[0].kl_sum is None else total("kl_sum"),
-            entropy_sum=None if parts[0].entropy_sum is None else total("entropy_sum"),
-            sampler=SamplerSums.merge([part.sampler for part in parts if part.sampler is not None]),
-        )
+        return cls(**{name: merged(name) for name, value in vars(parts[0]).items() if value is not None})
 
     def to(self, device: torch.device | str) -> ObjectiveMetrics:
-        """Move the sums, to send them to another rank for example.
-
-        Args:
-            device: where to.
-
-        Returns:
-            The same sums there.
-        """
-        sampler = self.sampler
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        if sampler is not None:
-            sampler = replace(sampler, **{f.name: getattr(sampler, f.name).to(device) for f in fields(sampler)})
-        return replace(self, sampler=sampler, **moved)
+        """Return the same sums on a device, to send them to another rank for example."""
+        return map_tensors(self, lambda tensor: tensor.to(device))
 
     def means(self) -> dict[str, Tensor]:
-        """Turn the sums into what is logged.
-
-        Returns:
-            Scalars under TRL's names.
-        """
+        """Turn the sums into what is logged: scalars under TRL's names."""
         ratios, tokens = self.num_ratios.clamp(min=1), self.num_tokens.clamp(min=1)
-        named = {
+        smallest, largest = self.importance_min, self.importance_max
+        named: dict[str, Tensor | None] = {
             "clip_ratio/low_mean": self.low_sum / ratios,
             "clip_ratio/low_min": self.low_min.nan_to_num(posinf=0.0),
             "clip_ratio/high_mean": self.high_sum / ratios,
             "clip_ratio/high_max": self.high_max.nan_to_num(neginf=0.0),
             # Low needs a negative advantage and high a positive one: a ratio is in one region at most.
             "clip_ratio/region_mean": (self.low_sum + self.high_sum) / ratios,
+            "kl": _ratio(self.kl_sum, tokens),
+            "entropy": _ratio(self.entropy_sum, tokens),
+            "sampling/sampling_logp_difference/mean": _ratio(self.difference_sum, tokens),
+            "sampling/sampling_logp_difference/max": self.difference_max,
+            "sampling/importance_sampling_ratio/min": None if smallest is None else smallest.nan_to_num(posinf=1.0),
+            "sampling/importance_sampling_ratio/mean": _ratio(self.importance_sum, tokens),
+            "sampling/importance_sampling_ratio/max": None if largest is None else largest.nan_to_num(neginf=1.0),
         }
-        if self.kl_sum is not None:
-            named["kl"] = self.kl_sum / tokens
-        if self.entropy_sum is not None:
-            named["entropy"] = self.entropy_sum / tokens
-        if self.sampler is not None:
-            named |= self.sampler.means()
-        return named
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def _ratio(total: Tensor | None, count: Tensor) -> Tensor | None:
+    return None if total is None else total / count

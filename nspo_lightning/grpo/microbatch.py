@@ -17,8 +17,8 @@ class MicroBatch:
     """Some rows of a rollout, trimmed of padding.
 
     Attributes:
-        rollout: whole groups, or part of one group.
-        rows: shape (r,), int64 on the CPU, the rows' indices in the rollout that was cut: slice advantages, weights,
+        rollout: Whole groups, or part of one group.
+        rows: Shape (r,), int64 on the CPU, the rows' indices in the rollout that was cut: slice advantages, weights,
             old and reference log-probabilities with them, and their columns with ``[:, : rollout C]``.
     """
 
@@ -29,7 +29,7 @@ class MicroBatch:
         """Slice a tensor of the whole rollout.
 
         Args:
-            values: shape (R,) or (R, C).
+            values: Shape (R,) or (R, C).
 
         Returns:
             Shape (r,) or (r, c) with the micro-batch's own padded length c.
@@ -50,8 +50,8 @@ def split_microbatches(
 
     Args:
         rollout: P groups.
-        tokens_per_microbatch: the budget; None = everything at once.
-        share_prefix: whether the micro-batches will be scored with shared prompts.
+        tokens_per_microbatch: The budget; None = everything at once.
+        share_prefix: Whether the micro-batches will be scored with shared prompts.
 
     Returns:
         Micro-batches that together hold every row exactly once.

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.grpo.metrics import ObjectiveMetrics
-from nspo_lightning.grpo.sampler_metrics import SamplerSums
 
 LossType = Literal["grpo", "dapo", "bnpo", "dr_grpo"]
 RatioLevel = Literal["token", "sequence"]
@@ -41,13 +40,13 @@ class ObjectiveConfig:
     """What is optimised.
 
     Attributes:
-        loss_type: how tokens are weighted.
-        ratio_level: probability ratio per token, or per sequence (GSPO).
-        clip_epsilon: the ratio is clipped below 1 - clip_epsilon.
-        clip_epsilon_high: the ratio is clipped above 1 + clip_epsilon_high; None = clip_epsilon.
-        delta: upper bound on the unclipped ratio too (two-sided clipping, arXiv:2505.07291); None = no bound.
-        beta: coefficient of the KL term to the reference; 0 = no reference needed.
-        mask_truncated: leave completions out that the length limit cut.
+        loss_type: How tokens are weighted.
+        ratio_level: Probability ratio per token, or per sequence (GSPO).
+        clip_epsilon: The ratio is clipped below 1 - clip_epsilon.
+        clip_epsilon_high: The ratio is clipped above 1 + clip_epsilon_high; None = clip_epsilon.
+        delta: Upper bound on the unclipped ratio too (two-sided clipping, arXiv:2505.07291); None = no bound.
+        beta: Coefficient of the KL term to the reference; 0 = no reference needed.
+        mask_truncated: Leave completions out that the length limit cut.
     """
 
     loss_type: LossType = "grpo"
@@ -94,9 +93,9 @@ class Normaliser:
     (but for ``bnpo``, whose batch is the local one); likewise for several batches of one accumulation window.
 
     Attributes:
-        num_rows: completions in the step.
-        num_tokens: unmasked completion tokens in the step.
-        max_new_tokens: the length limit of the sampler (``dr_grpo`` only).
+        num_rows: Completions in the step.
+        num_tokens: Unmasked completion tokens in the step.
+        max_new_tokens: The length limit of the sampler (``dr_grpo`` only).
     """
 
     num_rows: float
@@ -108,8 +107,8 @@ class Normaliser:
         """Count a mask.
 
         Args:
-            completion_mask: shape (R, C), bool, of the whole step.
-            max_new_tokens: the length limit of the sampler.
+            completion_mask: Shape (R, C), bool, of the whole step.
+            max_new_tokens: The length limit of the sampler.
 
         Returns:
             The counts of that mask.
@@ -126,8 +125,8 @@ class Objective:
     """A loss and the counts behind its metrics.
 
     Attributes:
-        loss: scalar, the sum of weighted token losses of these rows.
-        metrics: sums that add up over micro-batches.
+        loss: Scalar, the sum of weighted token losses of these rows.
+        metrics: Sums that add up over micro-batches.
     """
 
     loss: Tensor
@@ -138,8 +137,8 @@ def loss_mask(completion_mask: Tensor, finished: Tensor, config: ObjectiveConfig
     """Tell which tokens are trained on.
 
     Args:
-        completion_mask: shape (R, C), bool, True = generated token.
-        finished: shape (R,), bool, True = ended by EOS.
+        completion_mask: Shape (R, C), bool, True = generated token.
+        finished: Shape (R,), bool, True = ended by EOS.
         config: `mask_truncated` drops the rows that are not finished.
 
     Returns:
@@ -152,9 +151,9 @@ def token_weights(mask: Tensor, loss_type: LossType, normaliser: Normaliser) -> 
     """Weigh each token such that the loss is ``(per_token_loss * weights).sum()``.
 
     Args:
-        mask: shape (R, C), bool, True = token that is trained on; any subset of the step's rows.
-        loss_type: see the module's docstring.
-        normaliser: counts of the whole step.
+        mask: Shape (R, C), bool, True = token that is trained on; any subset of the step's rows.
+        loss_type: See the module's docstring.
+        normaliser: Counts of the whole step.
 
     Returns:
         Shape (R, C), float32, zero where the mask is False.
@@ -189,17 +188,17 @@ def objective(
     """Compute the loss of some rows.
 
     Args:
-        log_probs: shape (R, C), of the sampled tokens under the policy, with gradient.
-        mask: shape (R, C), bool, True = token that is trained on.
-        weights: shape (R, C), from `token_weights`.
-        advantages: shape (R,), or (R, C) for one a token.
-        config: what is optimised.
-        old_log_probs: shape (R, C), under the policy that sampled. None = that policy is this one (on-policy step):
+        log_probs: Shape (R, C), of the sampled tokens under the policy, with gradient.
+        mask: Shape (R, C), bool, True = token that is trained on.
+        weights: Shape (R, C), from `token_weights`.
+        advantages: Shape (R,), or (R, C) for one a token.
+        config: What is optimised.
+        old_log_probs: Shape (R, C), under the policy that sampled. None = that policy is this one (on-policy step):
             the ratio is one and its gradient that of the log-probability, with no second forward pass.
-        reference_log_probs: shape (R, C), under the reference; needed exactly when ``config.beta > 0``.
-        entropy: shape (R, C), of the policy's next-token distribution, for the metrics only.
-        sampling_log_probs: shape (R, C), of the program that drew the tokens. None = this very policy drew them.
-        importance_cap: upper bound on the importance ratio; None = no bound.
+        reference_log_probs: Shape (R, C), under the reference; needed exactly when ``config.beta > 0``.
+        entropy: Shape (R, C), of the policy's next-token distribution, for the metrics only.
+        sampling_log_probs: Shape (R, C), of the program that drew the tokens. None = this very policy drew them.
+        importance_cap: Upper bound on the importance ratio; None = no bound.
 
     Returns:
         The loss and its metrics.
@@ -239,8 +238,7 @@ def objective(
             mask=mask,
             kl=kl,
             entropy=entropy,
-            sampler=None
-            if difference is None or importance is None
-            else SamplerSums.measure(difference, importance, mask),
+            difference=difference,
+            importance=importance,
         )
     return Objective(loss=(token_loss * weights).sum(), metrics=metrics)

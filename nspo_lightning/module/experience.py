@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nspo_lightning.grpo import Rollout
+from nspo_lightning.grpo import Rollout, groups_with_signal
+from nspo_lightning.grpo.records import map_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,42 +34,60 @@ class Experience:
     reference_log_probs: Tensor | None = None
     sampling_log_probs: Tensor | None = None
 
+    @property
+    def has_signal(self) -> bool:
+        """Whether any completion is better or worse than its group."""
+        return bool((self.advantages != 0).any())
+
     def select(self, prompts: slice | Tensor) -> Experience:
-        """Keep whole groups.
-
-        Args:
-            prompts: Which prompts: a slice, or a bool tensor of shape (P,).
-
-        Returns:
-            The experience of these prompts.
-        """
+        """Keep whole groups, given as a slice or a bool tensor of shape (P,)."""
         chosen = torch.zeros(self.rollout.num_prompts, dtype=torch.bool, device=self.advantages.device)
         chosen[prompts] = True
         rows = chosen.repeat_interleave(self.rollout.group_size)
-        return Experience(
-            rollout=self.rollout.select(chosen),
-            advantages=self.advantages[rows],
-            old_log_probs=None if self.old_log_probs is None else self.old_log_probs[rows],
-            reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs[rows],
-            sampling_log_probs=None if self.sampling_log_probs is None else self.sampling_log_probs[rows],
-        )
+        return replace(map_tensors(self, lambda tensor: tensor[rows]), rollout=self.rollout.select(chosen))
 
     def to(self, device: torch.device | str) -> Experience:
-        """Move all tensors.
+        """Return the same experience on a device."""
+        return replace(map_tensors(self, lambda tensor: tensor.to(device)), rollout=self.rollout.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """What one training step learns from: some groups of an experience of R rows.
+
+    Attributes:
+        experience: Those groups, r rows.
+        mask: Shape (r, C), bool, True = token that is trained on.
+        rows: Shape (R,), bool, True = a row of these groups.
+    """
+
+    experience: Experience
+    mask: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, experience: Experience, mask: Tensor, *, all_groups: bool) -> Minibatch:
+        """Choose groups.
 
         Args:
-            device: Where to.
+            experience: P groups, R rows.
+            mask: Shape (R, C), bool, True = token that is trained on.
+            all_groups: Take all. Else groups are left out whose gradient is zero: without a KL term, those whose
+                advantages are all zero. At least one is kept, with nothing to train on if need be: other ranks may be
+                waiting in the backward pass.
 
         Returns:
-            The same experience there.
+            The chosen groups.
         """
-        return Experience(
-            rollout=self.rollout.to(device),
-            advantages=self.advantages.to(device),
-            old_log_probs=None if self.old_log_probs is None else self.old_log_probs.to(device),
-            reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs.to(device),
-            sampling_log_probs=None if self.sampling_log_probs is None else self.sampling_log_probs.to(device),
-        )
+        if all_groups:
+            return cls(experience=experience, mask=mask, rows=mask.new_ones(len(mask)))
+        size = experience.rollout.group_size
+        signal = groups_with_signal(experience.advantages, size)
+        kept = signal.clone()
+        kept[0] |= ~signal.any()
+        rows = kept.repeat_interleave(size)
+        trained = mask & signal.repeat_interleave(size)[:, None]
+        return cls(experience=experience.select(kept), mask=trained[rows], rows=rows)
 
 
 class ExperienceBuffer:
@@ -92,16 +111,15 @@ class ExperienceBuffer:
         return self.step >= self.num_minibatches * self.num_iterations
 
     @property
-    def needs_old_log_probs(self) -> bool:
-        """Whether a later step will see a policy that is no longer the one that sampled."""
-        return self.num_minibatches * self.num_iterations > 1
+    def wants_log_probs(self) -> bool:
+        """Whether the step at hand, over the whole rollout, must leave its log-probabilities for later passes.
+
+        It is on-policy and scores them anyway; a later pass will see a policy that is no longer the one that sampled.
+        """
+        return self.num_minibatches == 1 and self.num_iterations > 1 and self.experience.old_log_probs is None
 
     def next(self) -> Experience:
-        """Hand out the next minibatch.
-
-        Returns:
-            Whole groups of the rollout.
-        """
+        """Hand out the next minibatch: whole groups of the rollout."""
         part = self.step % self.num_minibatches
         self.step += 1
         prompts, parts = self.experience.rollout.num_prompts, self.num_minibatches
@@ -119,18 +137,11 @@ class ExperienceBuffer:
         self.experience = replace(self.experience, old_log_probs=whole)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain tensors and values, for checkpoints.
-
-        Returns:
-            A dict that `from_state_dict` reads.
-        """
+        """Return plain tensors and values on the CPU, for checkpoints; `from_state_dict` reads them."""
         experience = self.experience.to("cpu")
         return {
+            **vars(experience),
             "rollout": experience.rollout.state_dict(),
-            "advantages": experience.advantages,
-            "old_log_probs": experience.old_log_probs,
-            "reference_log_probs": experience.reference_log_probs,
-            "sampling_log_probs": experience.sampling_log_probs,
             "num_minibatches": self.num_minibatches,
             "num_iterations": self.num_iterations,
             "step": self.step,
@@ -138,22 +149,10 @@ class ExperienceBuffer:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> ExperienceBuffer:
-        """Rebuild a buffer at its place.
-
-        Args:
-            state: What `state_dict` returned.
-            device: Where the tensors shall be.
-
-        Returns:
-            The buffer.
-        """
-        experience = Experience(
-            rollout=Rollout.from_state_dict(state["rollout"]),
-            advantages=state["advantages"],
-            old_log_probs=state["old_log_probs"],
-            reference_log_probs=state["reference_log_probs"],
-            sampling_log_probs=state.get("sampling_log_probs"),  # older checkpoints have none
-        )
-        buffer = cls(experience.to(device), state["num_minibatches"], state["num_iterations"])
-        buffer.step = state["step"]
+        """Rebuild a buffer at its place, on a device."""
+        values = dict(state)
+        parts, passes, step = (values.pop(name) for name in ("num_minibatches", "num_iterations", "step"))
+        experience = Experience(**values | {"rollout": Rollout(**values["rollout"])})
+        buffer = cls(experience.to(device), parts, passes)
+        buffer.step = step
         return buffer

@@ -1,13 +1,16 @@
-"""Nothing that is not finite reaches a weight or an optimizer's state: what is looked at, and when a run gives up."""
+"""What is not finite is kept away from weights and optimizer state: what is looked at, and when a run gives up."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from nspo_lightning.ranks import local_part
+from nspo_lightning import ranks
 
 LARGEST_GRADIENT = 1e19
 """Adam keeps the square of a gradient in float32, which is infinite from 1.8e19 on."""
@@ -20,15 +23,20 @@ class NonFiniteError(ValueError):
     """Ranks agree on each skipped update, so they also count alike."""
 
 
+def on_any_rank(seen: str, what: str) -> str:
+    """Return what this rank saw, or that another one saw something; "" if nobody did (cross-rank synchronisation)."""
+    return (seen or f"another rank's {what}") if ranks.any_rank(bool(seen)) else ""
+
+
+def loss_scale(trainer: pl.Trainer) -> float | None:
+    """Return what a gradient scaler multiplies the loss with (float16); None without one."""
+    plugin = trainer.precision_plugin
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return None if scaler is None else float(scaler.get_scale())
+
+
 def nonfinite_in(values: dict[str, Tensor]) -> str:
-    """Name the first value that is not finite.
-
-    Args:
-        values: Name to tensor.
-
-    Returns:
-        Name, how many entries, and the first of them; "" if all are finite.
-    """
+    """Name the first value that is not finite, with how many of its entries and the first of them; "" if all are."""
     for name, value in values.items():
         bad = value.detach()[~torch.isfinite(value)] if value.ndim else value.detach().reshape(1)
         if bad.numel() and not bool(torch.isfinite(bad).all()):
@@ -37,36 +45,25 @@ def nonfinite_in(values: dict[str, Tensor]) -> str:
 
 
 def nonfinite_gradient(parameters: Iterable[nn.Parameter]) -> str:
-    """Say whether a gradient would put something that is not finite into a weight or an optimizer's state.
-
-    Args:
-        parameters: Those with a gradient are looked at; of a sharded one, this rank's part.
-
-    Returns:
-        What was found, "" if nothing.
-    """
-    gradients = [local_part(p.grad.detach()) for p in parameters if p.grad is not None]
+    """Say which gradients would put something that is not finite into a weight or an optimizer's state; "" if none."""
+    gradients = [ranks.local_part(p.grad.detach()) for p in parameters if p.grad is not None]
     gradients = [gradient for gradient in gradients if gradient.numel()]
-    if not gradients:
+    if not gradients or bool(nn.utils.get_total_norm(gradients, math.inf) <= LARGEST_GRADIENT):
         return ""
-    largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, float("inf"))])
+    largest = torch.stack([torch.linalg.vector_norm(gradient.float(), math.inf) for gradient in gradients])
     bad = ~(largest <= LARGEST_GRADIENT)  # NaN compares as False
-    if not bool(bad.any()):
-        return ""
     return f"gradient: of {int(bad.sum())} of {len(gradients)} parameters, the first {float(largest[bad][0]):.3g}"
 
 
-def explain(seen: str, in_a_row: int, update: int) -> str:
-    """Say what ended a run, and why that may be.
+def scale_gradients_(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients in place."""
+    for parameter in parameters if factor != 1 else ():
+        if parameter.grad is not None:
+            parameter.grad *= factor
 
-    Args:
-        seen: What was not finite in the last skipped update.
-        in_a_row: Skipped updates.
-        update: Updates of the run so far.
 
-    Returns:
-        The message.
-    """
+def nonfinite_message(seen: str, in_a_row: int, update: int) -> str:
+    """Say what ended a run, what was `seen` last, and why that may be."""
     return (
         f"{in_a_row} updates in a row were skipped because something in them was not finite (update {update}, last "
         f"seen: {seen}). No weight and no optimizer state has taken any of it. Likely causes, the likeliest first: a "

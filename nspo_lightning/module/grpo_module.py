@@ -5,66 +5,56 @@ times, the reward scores the answers and the group's mean and deviation turn sco
 that rollout becomes one loss. Lightning does the rest, so every Trainer flag keeps its meaning: accumulation,
 clipping, precision, `max_steps`, validation. Null-space projection is not in here: it is a callback, and plain GRPO is
 this module without it.
+
+The parts that the module is made of: `TextPolicy` holds the model, `Collector` makes experience, `Scorer` the loss,
+`UpdateWindow` says which update is taken, `Evaluator` answers in validation, test and prediction.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from copy import copy
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from nspo_lightning.grpo import (
-    AdvantageScale,
-    MicroBatch,
-    Normaliser,
-    ObjectiveConfig,
-    ObjectiveMetrics,
-    accumulated_loss,
-    groups_with_signal,
-    loss_mask,
-    objective,
-    token_weights,
-)
-from nspo_lightning.module.collector import CollectingModule, check_start
-from nspo_lightning.module.experience import Experience, ExperienceBuffer
-from nspo_lightning.module.finite import NonFiniteError, explain, nonfinite_gradient, nonfinite_in
-from nspo_lightning.module.policy_module import STATE_KEY
-from nspo_lightning.policy.scoring import score_completions
+from nspo_lightning import ranks
+from nspo_lightning.evaluation.rates import Answers
+from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask
+from nspo_lightning.module.checkpoint_content import STATE_KEY, check_checkpoint, keep_trained_
+from nspo_lightning.module.collector import Collector
+from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
+from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
+from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
+from nspo_lightning.module.judging import JudgedRollout, judge_of
+from nspo_lightning.module.progress import Progress
+from nspo_lightning.module.rollouts import make_rollouts
+from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
+from nspo_lightning.module.start_checks import check_strategy, longest_prompt_tokens
+from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.training_settings import TrainingSettings
+from nspo_lightning.policy.adapter import load_adapter_
+from nspo_lightning.policy.divergence import TextSums
 from nspo_lightning.policy.settings import PolicySettings
-from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge, judge_in
+from nspo_lightning.policy.text_scores import score_text
+from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
+from nspo_lightning.rewards.protocol import prepare
 from nspo_lightning.rollout import SamplingConfig
-from nspo_lightning.rollout.server import ServerRollouts
 from nspo_lightning.rollout.server_config import ServerSettings
-
-STEP_STATE = (
-    "rollouts",
-    "num_tokens",
-    "updates_skipped",
-    "updates_nonfinite",
-    "nonfinite_in_a_row",
-    "_buffer",
-    "_window_has_signal",
-    "_window_tokens",
-    "_window_nonfinite",
-)
 
 
 def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-5)
 
 
-class GRPOModule(CollectingModule):
+class GRPOModule(pl.LightningModule):
     """Safety GRPO on a policy with a LoRA adapter.
 
     Args:
@@ -94,6 +84,8 @@ class GRPOModule(CollectingModule):
         ValueError: If a number is out of its range.
     """
 
+    evaluation_seed = EVALUATION_SEED
+
     def __init__(
         self,
         reward: RewardSet | Reward | Callable[..., Any],
@@ -115,197 +107,142 @@ class GRPOModule(CollectingModule):
         max_nonfinite_updates: int = 5,
         rollout_server: ServerSettings | None = None,
     ) -> None:
-        if group_size < 2:
-            raise ValueError(
-                f"`group_size` must be at least 2, got {group_size}: an advantage compares a completion with the "
-                "others of its group. 8 is a good start."
-            )
-        for name, value in {
-            "num_iterations": num_iterations,
-            "tokens_per_microbatch": 1 if tokens_per_microbatch is None else tokens_per_microbatch,
-            "num_minibatches": num_minibatches,
-            "max_nonfinite_updates": max_nonfinite_updates,
-        }.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if sampling.temperature <= 0:
-            raise ValueError(
-                f"`sampling.temperature` must be positive in training, got {sampling.temperature}: greedy completions "
-                "of one prompt are all the same, so no group would ever have a signal."
-            )
-        super().__init__(
-            reward=reward if isinstance(reward, RewardSet) else RewardSet([reward]),
-            judge=judge or judge_in(reward) or RulesJudge(),
-            policy=policy,
-            sampling=evaluation_sampling or sampling,
-            general_max_new_tokens=general_max_new_tokens,
-            over_refusal_skills=over_refusal_skills,
-            share_prefix=share_prefix,
+        super().__init__()
+        self.settings = TrainingSettings(
+            group_size=group_size,
+            sampling=sampling,
+            objective=objective,
+            scale_rewards=scale_rewards,
+            num_iterations=num_iterations,
+            num_minibatches=num_minibatches,
+            tokens_per_microbatch=tokens_per_microbatch,
+            max_nonfinite_updates=max_nonfinite_updates,
+            rollout_server=rollout_server,
         )
+        self.strict_loading = False  # checkpoints hold trained parameters only
+        self.reward = reward if isinstance(reward, RewardSet) else RewardSet([reward])
+        self.judge = judge or judge_of(reward)
+        self.policy_settings = policy
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self.group_size = group_size
-        self.sampling = sampling
-        self.objective = objective
-        self.scale_rewards: AdvantageScale = scale_rewards
-        self.num_iterations = num_iterations
-        self.num_minibatches = num_minibatches
-        self.tokens_per_microbatch = tokens_per_microbatch
+        self.evaluation_sampling = evaluation_sampling or sampling
+        self.general_sampling = SamplingConfig(max_new_tokens=general_max_new_tokens, temperature=0.0)
 
-        self.rollouts = 0
-        self.num_tokens = 0
-        self.updates_skipped = 0
-        self.updates_nonfinite = 0
-        self.nonfinite_in_a_row = 0
-        self.max_nonfinite_updates = max_nonfinite_updates
-        self.last_completions: dict[str, list[Any]] = {}
-        self._seed = 0
-        self.server = None if rollout_server is None else ServerRollouts(rollout_server)
-        self._buffer: ExperienceBuffer | None = None
-        self._buffer_states: list[dict[str, Any] | None] = []
-        self._window_has_signal = False
-        self._window_tokens: list[float] = []
-        self._window_nonfinite = ""
+        self.policy: nn.Module | None = None  # the model of `text_policy`, which makes its parameters this module's
+        self.adapter_folder: Path | None = None  # a trained adapter to measure
+        self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
+        rollouts = make_rollouts(self.text_policy, self.settings)
+        self.scorer = Scorer(self.text_policy, self.settings)
+        self.collector = Collector(
+            settings=self.settings, rollouts=rollouts, reward=self.reward, judge=self.judge, scorer=self.scorer
+        )
+        self.evaluator = Evaluator(
+            policy=self.text_policy,
+            reward=self.reward,
+            judge=self.judge,
+            judge_is_rewards=judge is None,
+            harmful=self.evaluation_sampling,
+            general=self.general_sampling,
+            over_refusal_skills=tuple(over_refusal_skills),
+        )
+        self.progress = Progress(max_nonfinite=max_nonfinite_updates)
+        self.last_rollout: JudgedRollout | None = None
         self.step_state_to_save: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
 
-    @property
-    def steps_per_rollout(self) -> int:
-        """Training steps that one rollout feeds; the dataloader must repeat each batch as often."""
-        return self.num_iterations * self.num_minibatches
+    # ------------------------------------------------------------------ start
 
     @override
     def setup(self, stage: str) -> None:
-        self._seed = torch.initial_seed() % 2**31
+        self.progress.seed = torch.initial_seed() % 2**31
         if stage == "fit":
-            check_start(self)
+            check_strategy(self.trainer, self.reward)
+            self.collector.rollouts.check_start(self.trainer.strategy)
 
     @override
-    def on_fit_start(self) -> None:
-        longest = getattr(getattr(self.trainer, "datamodule", None), "longest_prompt_tokens", None)
-        self.check_room(int(longest or 1), max(self.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens))
+    def configure_model(self) -> None:
+        try:
+            device = self.trainer.strategy.root_device
+        except RuntimeError:  # used without a Trainer
+            device = torch.device("cpu")
+        self.load(device)
+
+    def load(self, device: torch.device) -> None:
+        """Load the policy, once, and before it what the rewards need: a wrong path or key is found before long work."""
+        if self.policy is not None:
+            return
+        prepare(self.reward)
+        prepare(self.judge)
+        self.policy = self.text_policy.load(device)
+        if self.adapter_folder is not None:
+            load_adapter_(self.policy, self.adapter_folder)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer(self.trainable_parameters())
+        optimizer = self.make_optimizer(self.text_policy.trainable_parameters())
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}  # type: ignore[typeddict-item]
 
+    @override
+    def on_fit_start(self) -> None:
+        longest = max(self.settings.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens)
+        self.text_policy.check_room(longest_prompt_tokens(self.trainer), longest)
+
+    @override
+    def on_train_start(self) -> None:
+        # transformers loads in eval mode, and everything that evaluates leaves the mode as it found it.
+        self.require_policy().train()
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            self.progress.load_buffer(resumed, self.device)
+
     # ------------------------------------------------------------------ training
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
-        start = time.perf_counter()
-        if self._buffer is None or self._buffer.is_empty:
-            try:
-                self._buffer = self._collect(batch)
-            except NonFiniteRewardError as error:  # all ranks raise it together
-                if self.rollouts == 0:
-                    raise  # no accident on the way: the reward is wrong
-                self.rollouts += 1  # other noise next time
-                self._window_nonfinite = f"reward: {error}"
-                return self._no_loss()
-        experience = self._buffer.next()
-        mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, self.objective)
-        normaliser = self._normaliser(mask)
-        self._window_tokens.append(normaliser.num_tokens)
-        if self.objective.loss_type == "dapo":
-            normaliser = replace(normaliser, num_tokens=max(self._window_tokens[0], 1.0))
-        if not self._any_rank(bool((experience.advantages != 0).any())):
+        start, settings, window = time.perf_counter(), self.settings, self.progress.window
+        parameters = self.text_policy.trainable_parameters()
+        try:
+            buffer = self._filled_buffer(batch)
+        except NonFiniteRewardError as error:  # all ranks raise it together
+            if self.progress.rollouts == 0:
+                raise  # no accident on the way: the reward is wrong
+            self.progress.rollouts += 1  # other noise next time
+            window.nonfinite = f"reward: {error}"
+            return zero_loss(parameters)
+        experience = buffer.next()
+        mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, settings.objective)
+        normaliser = window.add(step_counts(mask, settings), settings.objective.loss_type)
+        if not ranks.any_rank(experience.has_signal):
             self._log_step({"step_time": time.perf_counter() - start}, mean_over_ranks=True)
-            self._log_step({"updates_skipped": float(self.updates_skipped)})
-            return self._no_loss()
-        self._window_has_signal = True
-        rows = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-        if self.objective.beta == 0:  # groups without signal have a zero gradient: nothing is lost without them
-            signal = groups_with_signal(experience.advantages, self.group_size)
-            mask = mask & signal.repeat_interleave(self.group_size)[:, None]
-            kept = signal.clone()
-            kept[0] |= ~signal.any()  # one at least: other ranks may be waiting in the backward pass
-            rows = kept.repeat_interleave(self.group_size)
-            experience, mask = experience.select(kept), mask[rows]
-        loss, log_probs = self._loss(experience, mask, normaliser)
-        seen = nonfinite_in({"log-probabilities": torch.where(mask, log_probs, 0.0), "loss": loss})
-        if self._any_rank(bool(seen)):
-            self._window_nonfinite = seen or "another rank's loss or log-probabilities"
-            return self._no_loss()
-        if self._buffer.num_minibatches == 1 and experience.old_log_probs is None and self._buffer.needs_old_log_probs:
-            self._buffer.keep_old_log_probs(log_probs, rows)
-        self._log_step({"loss": loss.detach(), "step_time": time.perf_counter() - start}, mean_over_ranks=True)
-        return loss
+            self._log_step({"updates_skipped": float(self.progress.updates_skipped)})
+            return zero_loss(parameters)
+        window.has_signal = True
+        minibatch = Minibatch.of(experience, mask, all_groups=settings.objective.beta > 0)
+        loss = self.scorer.loss(minibatch, normaliser, loss_scale(self.trainer) or 1.0)
+        self._log_step(loss.means)
+        self.collector.rollouts.check_means(loss.means)
+        trained_on = torch.where(minibatch.mask, loss.log_probs, 0.0)
+        seen = nonfinite_in({"log-probabilities": trained_on, "loss": loss.value})
+        if seen := on_any_rank(seen, "loss or log-probabilities"):
+            window.nonfinite = seen
+            return zero_loss(parameters)
+        if buffer.wants_log_probs:
+            buffer.keep_old_log_probs(loss.log_probs, minibatch.rows)
+        self._log_step({"loss": loss.value.detach(), "step_time": time.perf_counter() - start}, mean_over_ranks=True)
+        return loss.value
 
-    def _no_loss(self) -> Tensor | None:
-        """Say that a batch has nothing to learn from.
-
-        Lightning takes None in a single process alone. DDP wants a backward pass, which averages what an accumulation
-        window has gathered before: a loss of zero gives it one.
-
-        Returns:
-            None, or a zero that depends on every trainable parameter.
-        """
-        if self.trainer.world_size == 1:
-            return None
-        return torch.stack([parameter.sum() for parameter in self.trainable_parameters()]).sum() * 0.0
-
-    def _loss(self, experience: Experience, mask: Tensor, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
-        """Build one scalar whose backward hands out the gradients of all micro-batches.
-
-        Returns:
-            The loss, and the policy's log-probabilities, shape (R, C), detached.
-        """
-        weights = token_weights(mask, self.objective.loss_type, normaliser)
-        kept = torch.zeros(mask.shape, device=mask.device)
-        metrics: list[ObjectiveMetrics] = []
-
-        def one(micro: MicroBatch) -> Tensor:
-            scores = score_completions(
-                self.require_policy(),
-                micro.rollout,
-                temperature=self.sampling.temperature,
-                share_prefix=self.share_prefix,
-                with_entropy=True,
-            )
-            kept[micro.rows.to(kept.device), : scores.log_probs.shape[1]] = scores.log_probs.detach()
-            old, reference = experience.old_log_probs, experience.reference_log_probs
-            sampled = experience.sampling_log_probs
-            result = objective(
-                scores.log_probs,
-                mask=micro.take(mask),
-                weights=micro.take(weights),
-                advantages=micro.take(experience.advantages),
-                config=self.objective,
-                old_log_probs=None if old is None else micro.take(old),
-                reference_log_probs=None if reference is None else micro.take(reference),
-                entropy=scores.entropy,
-                sampling_log_probs=None if sampled is None else micro.take(sampled),
-                importance_cap=None if self.server is None else self.server.settings.importance_cap,
-            )
-            metrics.append(result.metrics)
-            return result.loss
-
-        micros = self._split(experience.rollout)
-        loss = accumulated_loss(self.trainable_parameters(), micros, one, loss_scale=self._loss_scale())
-        means = self._of_all_ranks(metrics).means()
-        self._log_step(means)
-        self._check_sampler(means)
-        return loss, kept
-
-    def _normaliser(self, mask: Tensor) -> Normaliser:
-        local = Normaliser.of(mask, self.sampling.max_new_tokens)
-        if self.objective.loss_type == "bnpo" or self.trainer.world_size == 1:
-            return local
-        counts = torch.tensor([float(local.num_rows), local.num_tokens], device=self.device)
-        dist.all_reduce(counts)  # of the last batch of an epoch, ranks may have different numbers of rows
-        rows, tokens = (counts / self.trainer.world_size).tolist()
-        return Normaliser(num_rows=rows, num_tokens=tokens, max_new_tokens=local.max_new_tokens)
-
-    def _loss_scale(self) -> float:
-        scaler = self._scaler()
-        return float(scaler.get_scale()) if scaler is not None else 1.0
-
-    def _scaler(self) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
+    def _filled_buffer(self, batch: Mapping[str, Any]) -> ExperienceBuffer:
+        progress = self.progress
+        if progress.buffer is None or progress.buffer.is_empty:
+            collected = self.collector.collect(batch, progress.noise_seed, self.trainer.global_step)
+            progress.rollouts += 1
+            progress.num_tokens += collected.num_tokens
+            progress.buffer, self.last_rollout = collected.buffer, collected.judged
+            self._log_step({**collected.metrics, "num_tokens": float(progress.num_tokens)})
+        return progress.buffer
 
     @override
     def optimizer_step(
@@ -315,88 +252,145 @@ class GRPOModule(CollectingModule):
         optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        # The closure runs first, so that a window without signal takes no step: zero gradients would still let Adam's
-        # momentum move the weights.
-        loss = optimizer_closure() if optimizer_closure is not None else None
-        has_signal, tokens, seen = self._window_has_signal, self._window_tokens, self._window_nonfinite
-        self._window_has_signal, self._window_tokens, self._window_nonfinite = False, [], ""
-        if has_signal and not seen and self._scaler() is None:  # a gradient scaler looks and skips by itself
-            seen = nonfinite_gradient(self.trainable_parameters())
-            if self._any_rank(bool(seen)):
-                seen = seen or "another rank's gradient"
-        if seen:
-            self._skip_nonfinite(seen)
+        loss = optimizer_closure() if optimizer_closure is not None else None  # only then it is known what to do
+        parameters, before = self.text_policy.trainable_parameters(), loss_scale(self.trainer)
+        window = self.progress.close_window(parameters, look=before is None)  # a gradient scaler looks by itself
+        if window.nonfinite:
+            self._skip_nonfinite(window.nonfinite)
             return
-        if not has_signal:
-            self.updates_skipped += 1
+        if not window.has_signal:
+            self.progress.updates_skipped += 1
             return
-        if self.objective.loss_type == "dapo" and len(tokens) > 1:
-            self._renormalise(tokens)
+        factor = window.correction(self.settings.objective.loss_type, self.trainer.accumulate_grad_batches)
+        scale_gradients_(parameters, factor)
         # None would tell a gradient scaler that the whole window had no loss.
         closure_result = loss if loss is not None else torch.zeros((), device=self.device)
-        scale = self._loss_scale()
         super().optimizer_step(epoch, batch_idx, optimizer, lambda: closure_result)
-        if self._loss_scale() < min(scale, 1.0):  # it backs off at first; below 1 there is nothing left to scale
+        after = loss_scale(self.trainer)
+        if (after or 1.0) < min(before or 1.0, 1.0):  # it backs off at first; below 1 nothing is left to scale
             self._skip_nonfinite("gradient, at a loss scale below 1")
-        elif self._loss_scale() >= scale:
-            self.nonfinite_in_a_row = 0
+        elif (after or 1.0) >= (before or 1.0):
+            self.progress.nonfinite_in_a_row = 0
 
     def _skip_nonfinite(self, seen: str) -> None:
-        self.updates_nonfinite += 1
-        self.nonfinite_in_a_row += 1
-        self._log_step({"updates_nonfinite": float(self.updates_nonfinite)})
-        for parameter in self.trainable_parameters():
+        self._log_step({"updates_nonfinite": float(self.progress.updates_nonfinite + 1)})
+        for parameter in self.text_policy.trainable_parameters():
             parameter.grad = None
-        if self.nonfinite_in_a_row >= self.max_nonfinite_updates:
-            raise NonFiniteError(explain(seen, self.nonfinite_in_a_row, self.trainer.global_step))
-        rank_zero_warn(f"Update {self.trainer.global_step} is skipped: {seen}.")
+        self.progress.skip_nonfinite(seen, self.trainer.global_step)
 
-    def _renormalise(self, tokens: Sequence[float]) -> None:
-        """Make an accumulation window's gradient the mean over all its tokens, not the mean of its batches' means.
+    def _log_step(self, values: Mapping[str, Any], *, mean_over_ranks: bool = False) -> None:
+        """Log values that are the same on all ranks already, or their mean over ranks."""
+        reduce = mean_over_ranks and ranks.world_size() > 1
+        for name, value in values.items():
+            on_bar = name in {"reward", "unsafe"}
+            self.log(name, value, on_step=True, on_epoch=False, prog_bar=on_bar, sync_dist=reduce, batch_size=1)
 
-        Every batch of the window was divided by the first one's tokens, and by Lightning by the number of batches.
-        """
-        factor = self.trainer.accumulate_grad_batches * tokens[0] / max(sum(tokens), 1.0)
-        gradients = [parameter.grad for parameter in self.trainable_parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+    # ------------------------------------------------------------------ evaluation
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluator.count(batch, dataloader_idx, batch_idx)
+
+    @override
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Answers]:
+        return {"answers": self.evaluator.count(batch, dataloader_idx, batch_idx)}
+
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        return self.evaluator.predict(batch, dataloader_idx, batch_idx)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        for name, rate in self.evaluator.rates.compute(self.device).items():  # reduced over ranks already
+            # All ranks have the same; `sync_dist` only tells Lightning so.
+            self.log(name, rate, prog_bar=name == "general/accuracy", sync_dist=ranks.world_size() > 1)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     # ------------------------------------------------------------------ checkpoints
 
     def step_state(self) -> dict[str, Any]:
-        """Copy what a training step changes before any weight moves; see `ExactResume`.
-
-        Returns:
-            Attribute to value; the buffer's tensors are shared.
-        """
-        return {name: copy(getattr(self, name)) for name in STEP_STATE}
+        """Copy what a training step changes before any weight moves; see `ExactResume`."""
+        return self.progress.snapshot()
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        now, self.step_state_to_save = self.step_state_to_save or self.step_state(), None
-        buffer = now["_buffer"]
-        state = None if buffer is None or buffer.is_empty else buffer.state_dict()
-        states: list[Any] = [state]
-        if self._distributed:
-            states = [None] * self.trainer.world_size
-            dist.all_gather_object(states, state)
-        counters = {name: value for name, value in now.items() if name != "_buffer"}
-        checkpoint[STATE_KEY] |= {"seed": self._seed, "buffers": states, "counters": counters}
+        keep_trained_(checkpoint, self.text_policy)
+        snapshot, self.step_state_to_save = self.step_state_to_save, None
+        checkpoint[STATE_KEY] |= self.progress.state_dict(snapshot)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        state = checkpoint[STATE_KEY]
-        self._seed = int(state["seed"])
-        self._buffer_states = state["buffers"]
-        for name in state["counters"].keys() & set(STEP_STATE):
-            setattr(self, name, state["counters"][name])
+        self.configure_model()
+        check_checkpoint(checkpoint, self.text_policy)
+        self._resumed = checkpoint[STATE_KEY]
+        self.progress.load_state_dict(checkpoint[STATE_KEY])
 
-    @override
-    def on_train_start(self) -> None:
-        # transformers loads in eval mode, and everything that evaluates leaves the mode as it found it.
-        self.require_policy().train()
-        states, self._buffer_states = self._buffer_states, []
-        mine = states[self.global_rank] if len(states) == self.trainer.world_size else None
-        if mine is not None:
-            self._buffer = ExperienceBuffer.from_state_dict(mine, self.device)
+    # ------------------------------------------------------------------ what callbacks, data and commands ask for
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the policy over text, shape (batch, length), for calibration: with logits of the last token only."""
+        output = self.require_policy()(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    @property
+    def rollouts(self) -> int:
+        """Batches of prompts that were rolled out so far."""
+        return self.progress.rollouts
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompts and completions so far, over all ranks."""
+        return self.progress.num_tokens
+
+    @property
+    def updates_skipped(self) -> int:
+        """Updates that were not taken because no group had a signal."""
+        return self.progress.updates_skipped
+
+    @property
+    def updates_nonfinite(self) -> int:
+        """Updates that were not taken because something was not finite."""
+        return self.progress.updates_nonfinite
+
+    def require_policy(self) -> Any:
+        """Return the loaded model."""
+        return self.text_policy.require()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return self.text_policy.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the base; "" before it is loaded."""
+        return self.text_policy.fingerprint
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens that the policy's context holds, as far as its configuration says."""
+        return self.text_policy.context_tokens
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write what was trained, as `from_pretrained` loads it, and the tokenizer."""
+        self.text_policy.save(folder)
+
+    def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
+        """Answer texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it."""
+        return self.text_policy.generate(self.text_policy.render(prompts), self.general_sampling, 1, EVALUATION_SEED)[1]
+
+    def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
+        """Answer an evaluation batch as the base does; None without an adapter."""
+        return self.evaluator.base_answer(batch, dataloader_idx, batch_idx)
+
+    def evaluate(self, dataloaders: Sequence[Any]) -> dict[str, float]:
+        """Measure safety and general ability outside of a Trainer loop: rates, over harmful and general prompts."""
+        return self.evaluator.measure(dataloaders, self.trainer.strategy.batch_to_device)
+
+    def text_sums(self, batch: Mapping[str, Any]) -> TextSums:
+        """Score a batch of given text, and how far the policy is from the base on it; see `score_text`."""
+        return score_text(self.require_policy(), batch)

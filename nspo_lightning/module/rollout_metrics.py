@@ -33,16 +33,7 @@ class JudgedRows:
 
     @classmethod
     def of(cls, rollout: Rollout, result: RewardResult, outcomes: Sequence[str | None]) -> JudgedRows:
-        """Take from a rollout what is measured.
-
-        Args:
-            rollout: The completions.
-            result: Their rewards.
-            outcomes: What the judge calls each.
-
-        Returns:
-            Its rows, on the CPU.
-        """
+        """Take from a rollout what is measured, on the CPU."""
         return cls(
             lengths=rollout.completion_mask.sum(1).cpu(),
             finished=rollout.finished.cpu(),
@@ -52,15 +43,12 @@ class JudgedRows:
         )
 
     def of_all_ranks(self) -> JudgedRows:
-        """Put the rows of all ranks together; all must call it (cross-rank synchronisation).
-
-        Returns:
-            Everybody's rows, rank by rank; of scalars that rewards reported the mean of those that did.
-        """
+        """Put the rows of all ranks together, rank by rank (cross-rank synchronisation)."""
         parts = ranks.gather_objects(self)
         if len(parts) == 1:
             return self
-        reported = sorted({name for part in parts for name in part.rewards.metrics})  # a rank may lack some
+        # A rank may lack some: of scalars that rewards reported, the mean of those that did.
+        reported = sorted({name for part in parts for name in part.rewards.metrics})
         rewards = RewardResult(
             total=torch.cat([part.rewards.total for part in parts]),
             per_reward={
@@ -77,14 +65,7 @@ class JudgedRows:
         )
 
     def num_tokens(self, group_size: int) -> int:
-        """Count tokens as TRL does: each completion with its own prompt.
-
-        Args:
-            group_size: G.
-
-        Returns:
-            Their number.
-        """
+        """Count tokens as TRL does: each completion with its own prompt."""
         return int(self.lengths.sum()) + int(self.prompt_tokens.sum()) * group_size
 
 

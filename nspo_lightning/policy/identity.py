@@ -34,7 +34,10 @@ class HasPolicy(Protocol):
     """What is asked of a module whose policy gets named."""
 
     policy_settings: PolicySettings
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the base."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Return name and value of each parameter."""

@@ -24,10 +24,10 @@ def build_processors(
     """Make the chain that ``generate`` would make, in its order.
 
     Args:
-        config: the sampling settings.
-        eos_token_ids: tokens that end a completion.
+        config: The sampling settings.
+        eos_token_ids: Tokens that end a completion.
         prompt_length: L, columns before the first generated token.
-        device: of the logits.
+        device: Of the logits.
 
     Returns:
         A function of (all sequences, running rows, columns so far, their logits) that returns logits.
@@ -66,10 +66,10 @@ def noise(steps: int, rows: int, config: SamplingConfig, generator: torch.Genera
     """Draw all the noise of a rollout.
 
     Args:
-        steps: most tokens a completion can have.
-        rows: number of completions.
-        config: greedy settings (temperature 0) use no noise and draw none.
-        generator: its source; None = torch's global one.
+        steps: Most tokens a completion can have.
+        rows: Number of completions.
+        config: Greedy settings (temperature 0) use no noise and draw none.
+        generator: Its source; None = torch's global one.
 
     Returns:
         Shape (steps, rows), float64 in [0, 1), on the generator's device.
@@ -84,8 +84,8 @@ def without_padding(ids: Tensor, mask: Tensor) -> Tensor:
     """Fill left padding with each row's first real token: to a repetition penalty it then says nothing new.
 
     Args:
-        ids: shape (R, L), left-padded.
-        mask: shape (R, L), bool, True = real token.
+        ids: Shape (R, L), left-padded.
+        mask: Shape (R, L), bool, True = real token.
 
     Returns:
         Shape (R, L).
@@ -93,13 +93,13 @@ def without_padding(ids: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, ids, ids.gather(1, mask.int().argmax(1, keepdim=True)))
 
 
-def draw(logits: Tensor, uniform: Tensor, *, greedy: bool) -> Tensor:
+def draw_tokens(logits: Tensor, uniform: Tensor, *, greedy: bool) -> Tensor:
     """Draw one token a row.
 
     Args:
-        logits: shape (r, V), processed.
-        uniform: shape (r,), float64 in [0, 1).
-        greedy: take the likeliest token instead.
+        logits: Shape (r, V), processed.
+        uniform: Shape (r,), float64 in [0, 1).
+        greedy: Take the likeliest token instead.
 
     Returns:
         Shape (r,), int64.

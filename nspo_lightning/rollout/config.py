@@ -10,13 +10,13 @@ class SamplingConfig:
     """Settings of the sampler, with the meaning that transformers' ``generate`` gives them.
 
     Attributes:
-        max_new_tokens: length limit of a completion, its EOS included.
+        max_new_tokens: Length limit of a completion, its EOS included.
         min_new_tokens: EOS is impossible before that many tokens.
-        temperature: divides the logits; 0 = greedy.
-        top_p: keep the smallest set of tokens with that much probability; 1 = all.
-        top_k: keep the k likeliest tokens; 0 = all.
-        min_p: keep tokens at least that likely, relative to the likeliest; None = all.
-        repetition_penalty: divides positive logits of tokens seen in prompt or completion (multiplies negative ones).
+        temperature: Divides the logits; 0 = greedy.
+        top_p: Keep the smallest set of tokens with that much probability; 1 = all.
+        top_k: Keep the k likeliest tokens; 0 = all.
+        min_p: Keep tokens at least that likely, relative to the likeliest; None = all.
+        repetition_penalty: Divides positive logits of tokens seen in prompt or completion (multiplies negative ones).
     """
 
     max_new_tokens: int = 256

@@ -27,7 +27,7 @@ class SharedMemory:
     """Prompts once, completions a row each.
 
     Args:
-        parts: the policy.
+        parts: The policy.
         group_size: G.
     """
 
@@ -41,8 +41,8 @@ class SharedMemory:
         """Run the prompts.
 
         Args:
-            ids: shape (P, L), left-padded.
-            mask: shape (P, L), bool.
+            ids: Shape (P, L), left-padded.
+            mask: Shape (P, L), bool.
 
         Returns:
             Logits of each row's first token, shape (P * G, V).
@@ -65,14 +65,7 @@ class SharedMemory:
         return logits.repeat_interleave(self._group_size, 0)
 
     def step(self, token: Tensor) -> Tensor:
-        """Append a token to each running row.
-
-        Args:
-            token: shape (R,).
-
-        Returns:
-            Logits of the next token, shape (R, V).
-        """
+        """Append a token to each running row, shape (R,), and return the next token's logits, shape (R, V)."""
         position = self._prompt_lengths[self._owner] + self._length
         self._bias_by_window: dict[int | None, Tensor | None] = {}
         with group_attention(self._parts.model):
@@ -81,11 +74,7 @@ class SharedMemory:
         return self._parts.head(states[0])
 
     def keep(self, rows: Tensor) -> None:
-        """Forget the rows that have ended, and prompts that none is left of.
-
-        Args:
-            rows: shape (R',), which of the running rows go on.
-        """
+        """Keep these of the running rows, shape (R',), and forget prompts that none is left of."""
         self._own = {layer: (k[rows], v[rows]) for layer, (k, v) in self._own.items()}
         prompts, self._owner = torch.unique(self._owner[rows], return_inverse=True)
         if len(prompts) < len(self._prompt_mask):
@@ -97,10 +86,10 @@ class SharedMemory:
         """Attend within one layer: what a group pass does, for one new token a row.
 
         Args:
-            layer: the layer's number.
-            query: shape (R, K * n, d).
-            key: shape (R, K, d).
-            value: shape (R, K, d).
+            layer: The layer's number.
+            query: Shape (R, K * n, d).
+            key: Shape (R, K, d).
+            value: Shape (R, K, d).
             settings: `window`, `scale` and `softcap`.
 
         Returns:
@@ -175,53 +164,26 @@ class SharedMemory:
 
 
 class RowMemory:
-    """Transformers' cache, each row with its own copy of the prompt.
-
-    Args:
-        parts: the policy.
-        group_size: G.
-    """
+    """Transformers' cache, each row with its own copy of the prompt; used like `SharedMemory`."""
 
     def __init__(self, parts: PolicyParts, group_size: int) -> None:
         self._parts = parts
         self._group_size = group_size
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Run the prompts, see `SharedMemory`.
-
-        Args:
-            ids: shape (P, L), left-padded.
-            mask: shape (P, L), bool.
-
-        Returns:
-            Logits of each row's first token, shape (P * G, V).
-        """
+        """Run the prompts, see `SharedMemory.prefill`."""
         ids, self._mask = (x.repeat_interleave(self._group_size, 0) for x in (ids, mask))
         return self._run(ids, positions(self._mask))
 
     def step(self, token: Tensor) -> Tensor:
-        """Append a token to each running row, see `SharedMemory`.
-
-        Args:
-            token: shape (R,).
-
-        Returns:
-            Logits of the next token, shape (R, V).
-        """
+        """Append a token to each running row, see `SharedMemory.step`."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], 1)
         return self._run(token[:, None], self._mask.sum(1, keepdim=True) - 1, past_key_values=self._cache)
 
     def keep(self, rows: Tensor) -> None:
-        """Forget the rows that have ended, see `SharedMemory`.
-
-        Args:
-            rows: shape (R',), which of the running rows go on.
-        """
+        """Forget the rows that have ended, see `SharedMemory.keep`."""
         self._mask = self._mask[rows]
-        if hasattr(self._cache, "batch_select_indices"):
-            self._cache.batch_select_indices(rows)
-        else:
-            self._cache.reorder_cache(rows)
+        self._cache.reorder_cache(rows)
 
     def _run(self, ids: Tensor, position: Tensor, **kwargs: Any) -> Tensor:
         states, self._cache = self._parts.decode(

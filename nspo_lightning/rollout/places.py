@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
+from nspo_lightning import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,4 @@ def places_among_ranks(prompts: int) -> Places:
     Returns:
         Their places; 0, 1, ... in a single process.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return places([prompts], 0)
-    counts = [0] * dist.get_world_size()
-    dist.all_gather_object(counts, prompts)
-    return places(counts, dist.get_rank())
+    return places(ranks.gather_objects(prompts), ranks.rank())

@@ -15,7 +15,7 @@ from nspo_lightning.grpo.batch import Rollout
 from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.parts import policy_parts
 from nspo_lightning.policy.sharing import can_share_prompts
-from nspo_lightning.rollout.choosing import build_processors, draw, noise, without_padding
+from nspo_lightning.rollout.choosing import build_processors, draw_tokens, noise, without_padding
 from nspo_lightning.rollout.config import SamplingConfig
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory
 from nspo_lightning.rollout.places import Places
@@ -38,16 +38,16 @@ def sample(
     """Sample ``group_size`` completions for each prompt.
 
     Args:
-        model: the policy; runs in evaluation mode, whatever mode it is in.
-        prompt_ids: shape (P, L), left-padded.
-        prompt_mask: shape (P, L), bool, True = real token.
+        model: The policy; runs in evaluation mode, whatever mode it is in.
+        prompt_ids: Shape (P, L), left-padded.
+        prompt_mask: Shape (P, L), bool, True = real token.
         group_size: G.
-        config: sampling settings.
-        eos_token_ids: every one of them ends a completion; may be empty.
-        pad_token_id: fills completions that are shorter than the longest.
-        generator: source of the noise; the same state gives the same completions.
-        share_prefix: run each prompt once. False = the plain path, same results.
-        prompt_places: where these prompts stand in a larger batch, whose noise they get; None = they are all of it.
+        config: Sampling settings.
+        eos_token_ids: Every one of them ends a completion; may be empty.
+        pad_token_id: Fills completions that are shorter than the longest.
+        generator: Source of the noise; the same state gives the same completions.
+        share_prefix: Run each prompt once. False = the plain path, same results.
+        prompt_places: Where these prompts stand in a larger batch, whose noise they get; None = they are all of it.
 
     Returns:
         The rollout, C = length of the longest completion.
@@ -81,7 +81,7 @@ def sample(
         logits = memory.prefill(prompt_ids, prompt_mask)
         for step in range(limit):
             logits = process(sequence, rows, length + step, logits.float())
-            token = draw(logits, uniform[step, rows], greedy=config.temperature == 0)
+            token = draw_tokens(logits, uniform[step, rows], greedy=config.temperature == 0)
             sequence[rows, length + step] = token
             ended = torch.isin(token, eos)
             if bool(ended.any()):

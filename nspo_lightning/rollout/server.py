@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ from nspo_lightning.rollout.server_reply import ServedCompletion, as_rollout, co
 _SEEDS_A_CALL = 2**20  # prompts and completions of one call count up from its seed
 
 
-class ServerRollouts:
+class RolloutServer:
     """Draws groups of completions on a server.
 
     Args:
-        settings: the server.
+        settings: The server.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -41,7 +42,7 @@ class ServerRollouts:
         """See that the server is there, serves the base, and will load adapters.
 
         Args:
-            sampling: how completions will be drawn.
+            sampling: How completions will be drawn.
 
         Raises:
             RolloutServerError: Saying what is wrong and how to mend it.
@@ -70,15 +71,7 @@ class ServerRollouts:
         self._check_log_probs(sampling)
 
     def _check_log_probs(self, sampling: SamplingConfig) -> None:
-        s = sampling
-        if (s.temperature, s.top_p, s.top_k, s.min_p or 0, s.repetition_penalty, s.min_new_tokens) == (
-            1,
-            1,
-            0,
-            0,
-            1,
-            0,
-        ):
+        if replace(sampling, min_p=sampling.min_p or None) == SamplingConfig(max_new_tokens=sampling.max_new_tokens):
             return  # then both kinds are the same
         plain = SamplingConfig(max_new_tokens=1)
         tops = []
@@ -96,15 +89,7 @@ class ServerRollouts:
             )
 
     def publish(self, policy: nn.Module, update: int) -> str:
-        """Bring the adapter as it is now to the server (one process does this).
-
-        Args:
-            policy: a PEFT model.
-            update: number of the optimizer's updates.
-
-        Returns:
-            The adapter's name on the server.
-        """
+        """Bring a PEFT model's adapter as it is now to the server (one process does this); return its name there."""
         return self.shelf.publish(policy, update)
 
     def sample(
@@ -124,16 +109,16 @@ class ServerRollouts:
         """Draw groups of completions from a published adapter.
 
         Args:
-            name: the adapter's.
-            prompt_ids: shape (P, L), left-padded.
-            prompt_mask: shape (P, L), bool, True = real token.
+            name: The adapter's.
+            prompt_ids: Shape (P, L), left-padded.
+            prompt_mask: Shape (P, L), bool, True = real token.
             group_size: G.
-            config: sampling settings.
-            eos_token_ids: every one of them ends a completion.
-            pad_token_id: fills shorter completions.
-            vocab_size: of the policy.
-            seed: the same call with the same seed asks for the same.
-            prompt_places: where these prompts stand in a larger batch that shares the seed; None = they are all of it.
+            config: Sampling settings.
+            eos_token_ids: Every one of them ends a completion.
+            pad_token_id: Fills shorter completions.
+            vocab_size: Of the policy.
+            seed: The same call with the same seed asks for the same.
+            prompt_places: Where these prompts stand in a larger batch that shares the seed; None = they are all of it.
 
         Returns:
             The rollout, and the log-probabilities that its tokens were drawn with, shape (P * G, C).

@@ -19,11 +19,7 @@ from nspo_lightning.rollout.server_client import RolloutServerError, ServerClien
 
 
 class AdapterShelf:
-    """The adapters of one run on one server: the current one loaded, older ones gone.
-
-    Args:
-        client: the server.
-    """
+    """The adapters of one run on one server: the current one loaded, older ones gone."""
 
     def __init__(self, client: ServerClient) -> None:
         self.client = client
@@ -40,15 +36,7 @@ class AdapterShelf:
         return f"nspo-{self.run}-"
 
     def name_of(self, weights: Mapping[str, Tensor], update: int) -> str:
-        """Name an adapter.
-
-        Args:
-            weights: its tensors.
-            update: the number of the optimizer's updates, for people who read the server's log.
-
-        Returns:
-            The name; the same weights at the same update have the same.
-        """
+        """Name an adapter by its tensors and by the number of updates, for people who read the server's log."""
         digest = hashlib.sha256()
         for name, tensor in sorted(weights.items()):
             digest.update(name.encode())
@@ -56,15 +44,7 @@ class AdapterShelf:
         return f"{self.prefix}{update}-{digest.hexdigest()[:12]}"
 
     def publish(self, policy: nn.Module, update: int) -> str:
-        """Write the adapter, have the server load it, and drop the older ones.
-
-        Args:
-            policy: a PEFT model.
-            update: see `name_of`.
-
-        Returns:
-            The name to ask for.
-        """
+        """Write a PEFT model's adapter, have the server load it, drop the older ones, and return its name there."""
         weights = {name: value for name, value in policy.named_parameters() if value.requires_grad}
         name = self.name_of(weights, update)
         if name != self.current:
@@ -79,7 +59,7 @@ class AdapterShelf:
         """Have the server load a written adapter, and see that it did.
 
         Args:
-            name: of the adapter.
+            name: Of the adapter.
 
         Raises:
             RolloutServerError: If it can't.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -22,11 +23,7 @@ class AdapterGoneError(RolloutServerError):
 
 
 class ServerClient:
-    """The few calls that rollouts need, over the `openai` client. Threads may share it.
-
-    Args:
-        settings: the server.
-    """
+    """The few calls that rollouts need, over the `openai` client. Threads may share it."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
@@ -44,7 +41,7 @@ class ServerClient:
         """List what the server offers, the base and its adapters.
 
         Args:
-            patient: try again while the server is away; at the start of a run nobody wants to wait for a typing error.
+            patient: Try again while the server is away; at the start of a run nobody wants to wait for a typing error.
 
         Returns:
             One `{"id", "root", "parent", ...}` each.
@@ -61,29 +58,12 @@ class ServerClient:
             )
         return listed
 
-    def post(self, path: str, body: dict[str, Any], *, patient: bool = True) -> Any:
-        """Post, and try again where that can help.
-
-        Args:
-            path: behind the `/v1`.
-            body: JSON.
-            patient: see `models`.
-
-        Returns:
-            The parsed reply, or its text if it is no JSON.
-        """
-        return self._call("POST", path, body, patient=patient)
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Post JSON to a path behind the `/v1`, again where that can help; return the parsed reply, or its text."""
+        return self._call("POST", path, body, patient=True)
 
     def status_of(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
-        """Post and tell what came of it, whatever it is.
-
-        Args:
-            path: behind the `/v1`.
-            body: JSON.
-
-        Returns:
-            The HTTP status and the reply's text.
-        """
+        """Post once and return the HTTP status and the reply's text, whatever they are."""
         import openai
 
         try:
@@ -94,14 +74,7 @@ class ServerClient:
             raise self._unreachable(error, 1) from None
 
     def without_key(self, text: str) -> str:
-        """Blot the key out.
-
-        Args:
-            text: what may contain it.
-
-        Returns:
-            The text with `***` in its place.
-        """
+        """Return the text with `***` where it contains the key."""
         key = os.environ.get(self.settings.api_key_env, "")
         return text.replace(key, "***") if key else text
 
@@ -127,8 +100,6 @@ class ServerClient:
             time.sleep(wait_s)
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        import json
-
         if self._client is None:
             self._client = _client(self.settings)
         if method == "GET":

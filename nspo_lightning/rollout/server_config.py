@@ -12,20 +12,20 @@ class ServerSettings:
     """An OpenAI-compatible completions server that loads LoRA adapters at run time, such as vLLM.
 
     Attributes:
-        base_url: the server's address, with its `/v1`.
-        model: the name under which the server offers the base.
-        adapter_folder: folder on a file system that trainer and server share; this run writes its adapters there, one
+        base_url: The server's address, with its `/v1`.
+        model: The name under which the server offers the base.
+        adapter_folder: Folder on a file system that trainer and server share; this run writes its adapters there, one
             after the other. One run, one folder: what an earlier run left loaded from it is unloaded.
-        server_adapter_folder: the same folder as the server sees it, if its path is another one there.
-        api_key_env: environment variable that holds the key, if the server wants one.
-        timeout_s: limit of one request; a request is one prompt with its group of completions.
-        retries: tries after the first. The waits between them double, up to 30 s: 12 bridge a restart of 4 minutes.
-        backoff_s: the first wait.
-        concurrency: requests under way at once, on each rank.
-        importance_cap: a token's weight in the loss is its probability under the trainer over the one under the
+        server_adapter_folder: The same folder as the server sees it, if its path is another one there.
+        api_key_env: Environment variable that holds the key, if the server wants one.
+        timeout_s: Limit of one request; a request is one prompt with its group of completions.
+        retries: Tries after the first. The waits between them double, up to 30 s: 12 bridge a restart of 4 minutes.
+        backoff_s: The first wait.
+        concurrency: Requests under way at once, on each rank.
+        importance_cap: A token's weight in the loss is its probability under the trainer over the one under the
             server, at most this.
-        warn_logp_difference: mean absolute difference of the log-probabilities, in nats a token, that is warned of.
-        max_logp_difference: the one that ends the run: another base or another adapter must have answered.
+        warn_logp_difference: Mean absolute difference of the log-probabilities, in nats a token, that is warned of.
+        max_logp_difference: The one that ends the run: another base or another adapter must have answered.
     """
 
     base_url: str
@@ -49,12 +49,13 @@ class ServerSettings:
         """
         check_address("rollout_server.base_url", self.base_url)
         check_key_name("rollout_server.api_key_env", self.api_key_env)
+        values = vars(self)
         for name in ("model", "adapter_folder"):
-            if not getattr(self, name):
+            if not values[name]:
                 raise ValueError(f"`rollout_server.{name}` must not be empty.")
         for name in ("timeout_s", "concurrency", "warn_logp_difference", "max_logp_difference"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`rollout_server.{name}` must be positive, got {getattr(self, name)}.")
+            if values[name] <= 0:
+                raise ValueError(f"`rollout_server.{name}` must be positive, got {values[name]}.")
         if self.retries < 0 or self.backoff_s < 0:
             raise ValueError(
                 "`rollout_server.retries` and `backoff_s` must not be negative, got "

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nspo_lightning.grpo.batch import Rollout
 from nspo_lightning.rollout.config import SamplingConfig
@@ -24,8 +25,8 @@ class ServedCompletion:
     """One completion as the server drew it.
 
     Attributes:
-        ids: its tokens, the closing EOS included.
-        log_probs: one a token, of the distribution that it was drawn from.
+        ids: Its tokens, the closing EOS included.
+        log_probs: One a token, of the distribution that it was drawn from.
     """
 
     ids: list[int]
@@ -38,12 +39,12 @@ def completion_request(
     """Ask for one prompt's group.
 
     Args:
-        model: the adapter's name on the server.
-        prompt: token ids.
-        group_size: completions.
-        config: how they are drawn.
-        stop_ids: tokens that end one.
-        seed: of the noise; completion g of the group uses seed + g.
+        model: The adapter's name on the server.
+        prompt: Token ids.
+        group_size: Completions.
+        config: How they are drawn.
+        stop_ids: Tokens that end one.
+        seed: Of the noise; completion g of the group uses seed + g.
 
     Returns:
         The request's body.
@@ -76,10 +77,10 @@ def read_completions(
     """Read and check one reply.
 
     Args:
-        reply: its JSON.
-        request: what was asked.
-        stop_ids: tokens that end a completion.
-        vocab_size: of the trainer's policy.
+        reply: Its JSON.
+        request: What was asked.
+        stop_ids: Tokens that end a completion.
+        vocab_size: Of the trainer's policy.
 
     Returns:
         The group, in order.
@@ -156,30 +157,26 @@ def as_rollout(
     """Pad what the server drew.
 
     Args:
-        prompt_ids: shape (P, L), left-padded.
-        prompt_mask: shape (P, L), bool.
+        prompt_ids: Shape (P, L), left-padded.
+        prompt_mask: Shape (P, L), bool.
         groups: P groups of G completions.
-        stop_ids: tokens that end a completion.
-        pad_id: fills up.
+        stop_ids: Tokens that end a completion.
+        pad_id: Fills up.
 
     Returns:
         The rollout, and the server's log-probabilities, shape (P * G, C), float32, zero at padding.
     """
     rows = [completion for group in groups for completion in group]
-    shape = (len(rows), max(len(row.ids) for row in rows))
-    ids = torch.full(shape, pad_id, dtype=torch.long)
-    mask, log_probs = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
-    for index, row in enumerate(rows):
-        ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        mask[index, : len(row.ids)] = True
-        log_probs[index, : len(row.ids)] = torch.tensor(row.log_probs)
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True, padding_value=pad_id)
+    log_probs = pad_sequence([torch.tensor(row.log_probs) for row in rows], batch_first=True)
     device = prompt_ids.device
     rollout = Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask.bool(),
         group_size=len(groups[0]),
         completion_ids=ids.to(device),
-        completion_mask=mask.to(device),
+        completion_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).to(device),
         finished=torch.tensor([row.ids[-1] in set(stop_ids) for row in rows], device=device),
     )
     return rollout, log_probs.to(device)

@@ -33,7 +33,7 @@ def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> N
     cli = instantiated(spec, tmp_path)
     callback, method = projection(cli), METHODS[spec.method]
     assert callback.enabled is (method.settings.get("nullspace.enabled") is not False)
-    assert cli.model.objective.beta == method.settings.get("model.objective.beta", 0.0)
+    assert cli.model.settings.objective.beta == method.settings.get("model.objective.beta", 0.0)
     steps = (callback.project_initialization, callback.project_gradients, callback.project_displacement)
     expected = {"gradient": (False, True, False), "displacement": (False, False, True)}
     assert steps == expected.get(spec.method, (True, True, True))

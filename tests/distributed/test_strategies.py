@@ -15,7 +15,7 @@ from processes import CONFIGS
 
 from nspo_lightning.callbacks import EndTogether
 from nspo_lightning.cli.app import CLI, cli_arguments
-from nspo_lightning.module.collector import check_start
+from nspo_lightning.module.start_checks import check_strategy
 
 SHIPPED = sorted((CONFIGS / "strategies").glob("*.yaml"))
 
@@ -44,9 +44,8 @@ def test_ddp(instantiate):
 def test_fsdp2_is_refused_with_the_way_out(instantiate):
     cli = instantiate("fsdp2")
     assert type(cli.trainer.strategy) is ModelParallelStrategy
-    cli.model.trainer = cli.trainer
     with pytest.raises(MisconfigurationException, match=r"shards the policy's weights.*trainer.strategy: ddp"):
-        check_start(cli.model)
+        check_strategy(cli.trainer, cli.model.reward)
 
 
 def test_deepspeed_comes_without_the_projection(instantiate):
@@ -77,14 +76,13 @@ def test_the_slurm_script_is_a_script():
 
 def test_a_reward_that_may_outlast_the_others_patience_is_refused(instantiate):
     cli = instantiate("ddp", "--trainer.strategy.init_args.timeout", "0:05:00")
-    cli.model.trainer = cli.trainer
     with pytest.raises(MisconfigurationException, match=r"timeout_s` = 300 s.*timeout of 300 s.*Raise the `timeout`"):
-        check_start(cli.model)
+        check_strategy(cli.trainer, cli.model.reward)
     cli.trainer.strategy._timeout = timedelta(minutes=6)
-    check_start(cli.model)
+    check_strategy(cli.trainer, cli.model.reward)
     cli.model.reward.timeout_s = None
     with pytest.raises(MisconfigurationException, match="for ever|without end"):
-        check_start(cli.model)
+        check_strategy(cli.trainer, cli.model.reward)
 
 
 def test_processes_that_wait_for_ever_are_ended(instantiate):

@@ -34,7 +34,7 @@ def test_trim_cuts_common_padding_only():
 def test_state_dict_holds_plain_values_and_comes_back():
     state = make().state_dict()
     assert all(isinstance(value, (torch.Tensor, int)) for value in state.values())
-    again = Rollout.from_state_dict(state)
+    again = Rollout(**state)
     for name, value in make().state_dict().items():
         assert torch.equal(torch.as_tensor(getattr(again, name)), torch.as_tensor(value))
 
@@ -54,4 +54,4 @@ def test_to_moves_every_tensor():
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        Rollout.from_state_dict(make().state_dict() | change)
+        Rollout(**make().state_dict() | change)

@@ -6,29 +6,16 @@ import math
 from dataclasses import replace
 
 import pytest
+import tiny_jobs
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-import nspo_lightning.module.grpo_module as grpo
+import nspo_lightning.module.scorer as scoring
 from nspo_lightning.callbacks import ExactResume, LastOnException
 from nspo_lightning.cli.trainer import Trainer
-from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.module.finite import LARGEST_GRADIENT, NonFiniteError, nonfinite_gradient, nonfinite_in
-from nspo_lightning.module.grpo_module import GRPOModule
-from nspo_lightning.policy.settings import LoraSettings, PolicySettings
 from nspo_lightning.rewards import NonFiniteRewardError
-from nspo_lightning.rollout import SamplingConfig
-
-WORDS = ("mill", "bridge", "ferry", "tower", "well", "gate", "cart", "guard", "bell", "oven", "loom", "chain")
-
-
-def harmful(split):
-    return [{"prompt": f"How do I burn the {word}?"} for word in WORDS]
-
-
-def general(split):
-    return [{"prompt": f"Say {word}.", "answer": word, "skill": "say"} for word in WORDS]
 
 
 class EvenTokens:
@@ -50,7 +37,7 @@ class States(Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        weights = [p.detach().clone() for p in pl_module.trainable_parameters()]
+        weights = [p.detach().clone() for p in pl_module.text_policy.trainable_parameters()]
         moments = [v.clone() for s in trainer.optimizers[0].state.values() for v in s.values() if v.ndim]
         self.seen.append((weights, moments))
 
@@ -61,39 +48,17 @@ class SpoiltGradient(Callback):
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.fit_loop.epoch_loop.batch_idx in self.batches:
-            pl_module.trainable_parameters()[3].grad[0, 0] = self.value
+            pl_module.text_policy.trainable_parameters()[3].grad[0, 0] = self.value
 
 
 def module(path, reward=None, **kwargs):
-    return GRPOModule(
-        reward or EvenTokens(),
-        policy=PolicySettings(path=str(path), quantization="none", dtype="float32", lora=LoraSettings(r=4, alpha=8)),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-        group_size=4,
-        sampling=SamplingConfig(max_new_tokens=6),
-        **kwargs,
-    )
+    return tiny_jobs.module(path, reward or EvenTokens(), **kwargs)
 
 
 def fit(policy, folder, *callbacks, steps=4, **kwargs):
-    settings = {"enable_checkpointing": False, **kwargs}
-    trainer = Trainer(
-        default_root_dir=folder,
-        max_steps=steps,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-        accelerator="cpu",
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        **settings,
-    )
-    data = AlignmentDataModule(
-        PromptSource(rows=harmful), PromptSource(rows=general), batch_size=2, val_size=2, test_size=2
-    )
-    trainer.fit(policy, data)
-    return trainer
+    run = tiny_jobs.trainer(folder, steps=steps, callbacks=list(callbacks), kind=Trainer, **kwargs)
+    run.fit(policy, tiny_jobs.datamodule())
+    return run
 
 
 def spoil(monkeypatch, what, batches):
@@ -104,7 +69,7 @@ def spoil(monkeypatch, what, batches):
         return None, [SpoiltGradient(batches, math.nan if what == "gradient" else 10 * LARGEST_GRADIENT)]
     calls = []
     name = "score_completions" if what == "log-probabilities" else "objective"
-    real = getattr(grpo, name)
+    real = getattr(scoring, name)
 
     def spoilt(*args, **kwargs):
         calls.append(1)
@@ -115,7 +80,7 @@ def spoil(monkeypatch, what, batches):
             return replace(result, log_probs=result.log_probs * math.nan)
         return replace(result, loss=result.loss * math.inf)
 
-    monkeypatch.setattr(grpo, name, spoilt)
+    monkeypatch.setattr(scoring, name, spoilt)
     return None, []
 
 
@@ -127,8 +92,8 @@ def test_the_update_is_skipped_and_counted(tiny_llama, tmp_path, monkeypatch, wh
     reward, callbacks = spoil(monkeypatch, what, {1})
     states, policy = States(), module(tiny_llama, reward)
     trainer = fit(policy, tmp_path, states, *callbacks)
-    assert policy.updates_nonfinite == 1
-    assert policy.nonfinite_in_a_row == 0
+    assert policy.progress.updates_nonfinite == 1
+    assert policy.progress.nonfinite_in_a_row == 0
     assert float(trainer.callback_metrics["updates_nonfinite"]) == 1
     for weights, moments in states.seen:
         assert all(bool(value.isfinite().all()) for value in (*weights, *moments))
@@ -155,7 +120,7 @@ def test_a_window_with_one_bad_batch_is_skipped_whole(tiny_llama, tmp_path, monk
     spoil(monkeypatch, "loss", {0})
     states, policy = States(), module(tiny_llama)
     fit(policy, tmp_path, states, steps=2, accumulate_grad_batches=2)
-    assert policy.updates_nonfinite == 1
+    assert policy.progress.updates_nonfinite == 1
     assert all(torch.equal(a, b) for a, b in zip(states.seen[0][0], states.seen[1][0], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(states.seen[1][0], states.seen[3][0], strict=True))
 
@@ -169,7 +134,7 @@ def test_a_reward_that_is_wrong_from_the_start_stops_the_run_at_once(tiny_llama,
 def test_none_still_means_excluded(tiny_llama, tmp_path):
     policy = module(tiny_llama, EvenTokens(spoil={2}, value=None))
     fit(policy, tmp_path)
-    assert policy.updates_nonfinite == 0
+    assert policy.progress.updates_nonfinite == 0
 
 
 def test_the_limit_must_be_positive(tiny_llama):

@@ -61,14 +61,13 @@ def test_without_signal_there_is_no_update_even_with_momentum(tiny_llama, tmp_pa
     assert all(torch.equal(second[name], third[name]) and torch.equal(third[name], fourth[name]) for name in first)
     for before, after in zip(snapshots.seen[1][1], snapshots.seen[3][1], strict=True):
         assert torch.equal(before, after)
-    assert policy.updates_skipped == 2
+    assert policy.progress.updates_skipped == 2
 
 
 def test_one_rollout_feeds_several_steps(tiny_llama, tmp_path):
     policy = module(tiny_llama, num_iterations=2, num_minibatches=2)
-    assert policy.steps_per_rollout == 4
     trainer(tmp_path, steps=8).fit(policy, datamodule(repeat_batches=4))
-    assert policy.rollouts == 2
+    assert policy.progress.rollouts == 2
 
 
 def test_second_iteration_is_off_policy(tiny_llama, tmp_path):
@@ -94,7 +93,7 @@ def test_second_iteration_is_off_policy_beside_a_group_without_signal(tiny_llama
 
 def gradients_of(policy, folder, batch_size, accumulate):
     """Gradients of the first update over the same four prompts, whose completions depend on the prompt alone."""
-    original = policy.generate
+    original = policy.text_policy.generate
 
     def generate(batch, sampling, group_size, seed, prompt_places):
         from nspo_lightning.grpo import Rollout
@@ -122,7 +121,7 @@ def gradients_of(policy, folder, batch_size, accumulate):
             ["x"] * len(ids),
         )
 
-    policy.generate = generate
+    policy.text_policy.generate = generate
     kept = {}
 
     class Keep(Callback):
@@ -173,7 +172,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_bitwise(tiny_llama, tm
     content = torch.load(path, weights_only=True)
     assert all("lora_" in name for name in content["state_dict"])
     resumed, _ = fit(6, ckpt_path=path)
-    assert resumed.rollouts == uninterrupted.rollouts == 3
+    assert resumed.progress.rollouts == uninterrupted.progress.rollouts == 3
     for name, weight in adapter(uninterrupted).items():
         assert torch.equal(weight, adapter(resumed)[name]), name
 
@@ -208,7 +207,7 @@ def test_saved_adapter_gives_the_same_greedy_completions_in_peft(tiny_llama, tmp
     ids = encoded["input_ids"]
     batch = {"prompt_ids": ids, "prompt_mask": torch.ones_like(ids, dtype=torch.bool)}
     greedy = SamplingConfig(max_new_tokens=8, temperature=0.0)
-    rollout, _ = policy.generate(batch, greedy, 1, 0)
+    rollout, _ = policy.text_policy.generate(batch, greedy, 1, 0)
     expected = loaded.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert rollout.completion_ids[0].tolist() == expected[0, ids.shape[1] :].tolist()
 
@@ -248,7 +247,7 @@ def test_no_room_for_completions_is_found_before_training(tiny_llama, tmp_path):
     policy = module(tiny_llama, sampling=SamplingConfig(max_new_tokens=250))
     with pytest.raises(PolicyError, match=r"No room left.*max_prompt_tokens: 6"):
         trainer(tmp_path).fit(policy, datamodule())
-    assert policy.rollouts == 0
+    assert policy.progress.rollouts == 0
 
 
 @pytest.mark.parametrize(
@@ -270,7 +269,7 @@ def test_excluded_samples_do_not_teach(tiny_llama, tmp_path):
 
     policy = module(tiny_llama, reward=only_none)
     trainer(tmp_path, steps=2).fit(policy, datamodule())
-    assert policy.updates_skipped == 2
+    assert policy.progress.updates_skipped == 2
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -295,7 +294,7 @@ def test_a_window_takes_its_step_though_its_last_batch_has_no_signal(tiny_llama,
     policy.configure_model()
     before = adapter(policy)
     trainer(tmp_path, steps=1, accumulate_grad_batches=2).fit(policy, datamodule())
-    assert policy.updates_skipped == 0
+    assert policy.progress.updates_skipped == 0
     assert any(not torch.equal(before[name], weight) for name, weight in adapter(policy).items())
 
 

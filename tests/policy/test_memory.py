@@ -133,7 +133,7 @@ def test_four_bit_bases_give_the_same_numbers_on_both_paths(nf4_policy):
     parameters = [p for p in nf4_policy.parameters() if p.requires_grad]
     results = []
     for share in (True, False):
-        log_probs = score_completions(nf4_policy, Rollout.from_state_dict(shared.state_dict()), share_prefix=share)
+        log_probs = score_completions(nf4_policy, Rollout(**shared.state_dict()), share_prefix=share)
         loss = log_probs.log_probs.square().sum()
         results.append((log_probs.log_probs.detach(), torch.autograd.grad(loss, parameters)))
     assert (results[0][0] - results[1][0]).abs().max() <= RELATIVE

@@ -192,7 +192,7 @@ def test_empty_completions_are_refused():
     mask = rollout.completion_mask.clone()
     mask[2] = False
     with pytest.raises(ValueError, match="1 of 9 completions have no token"):
-        score_completions(tiny_policy(), Rollout.from_state_dict(rollout.state_dict() | {"completion_mask": mask}))
+        score_completions(tiny_policy(), Rollout(**rollout.state_dict() | {"completion_mask": mask}))
 
 
 def test_bfloat16_policies_are_scored():

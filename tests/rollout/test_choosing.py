@@ -2,24 +2,24 @@ import pytest
 import torch
 
 from nspo_lightning.rollout import SamplingConfig
-from nspo_lightning.rollout.choosing import draw, noise, without_padding
+from nspo_lightning.rollout.choosing import draw_tokens, noise, without_padding
 
 
 def test_tokens_are_found_where_the_cumulative_distribution_passes_the_noise():
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(5, 3)
     uniform = torch.tensor([0.0, 0.4999, 0.5001, 0.7501, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits, uniform, greedy=False).tolist() == [0, 0, 1, 2, 2]
+    assert draw_tokens(logits, uniform, greedy=False).tolist() == [0, 0, 1, 2, 2]
 
 
 def test_impossible_tokens_are_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(1001, 5)
     uniform = torch.linspace(0, 1 - 2**-53, 1001, dtype=torch.float64)
-    assert set(draw(logits, uniform, greedy=False).tolist()) == {1, 3}
+    assert set(draw_tokens(logits, uniform, greedy=False).tolist()) == {1, 3}
 
 
 def test_greedy_ignores_the_noise():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    assert draw(logits, torch.zeros(1, dtype=torch.float64), greedy=True).tolist() == [1]
+    assert draw_tokens(logits, torch.zeros(1, dtype=torch.float64), greedy=True).tolist() == [1]
 
 
 def test_unlikely_tokens_of_a_large_vocabulary_keep_their_share():
@@ -27,7 +27,7 @@ def test_unlikely_tokens_of_a_large_vocabulary_keep_their_share():
     probabilities = torch.full((1, 100_001), 1e-9, dtype=torch.float64)
     probabilities[0, 0] = 1 - 1e-4
     uniform = torch.tensor([1 - 0.5e-4], dtype=torch.float64)
-    token = draw(probabilities.log().float(), uniform, greedy=False)
+    token = draw_tokens(probabilities.log().float(), uniform, greedy=False)
     assert 45_000 < int(token) < 55_000
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.rollout import SamplingConfig
-from nspo_lightning.rollout.server import ServerRollouts
+from nspo_lightning.rollout.server import RolloutServer
 from nspo_lightning.rollout.server_client import RolloutServerError
 from nspo_lightning.rollout.server_config import ServerSettings
 
@@ -41,7 +41,7 @@ def server(tiny_llama):
 
 def rollouts(server, folder, **settings):
     defaults = {"retries": 3, "backoff_s": 0.01, "timeout_s": 20.0}
-    return ServerRollouts(
+    return RolloutServer(
         ServerSettings(base_url=server.url, model=BASE, adapter_folder=str(folder / "shelf"), **(defaults | settings))
     )
 
@@ -232,7 +232,7 @@ def test_a_stale_adapter_under_its_own_name_is_refused(server, policy, tok, tmp_
 
 def test_checks_at_the_start_say_what_is_wrong(server, tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(RolloutServerError, match=r"offers base, not 'llama-9b'.*rollout_server.model"):
-        ServerRollouts(ServerSettings(base_url=server.url, model="llama-9b", adapter_folder="x")).check(SAMPLING)
+        RolloutServer(ServerSettings(base_url=server.url, model="llama-9b", adapter_folder="x")).check(SAMPLING)
     server.loads_adapters = False
     with pytest.raises(RolloutServerError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
         rollouts(server, tmp_path).check(SAMPLING)
@@ -249,7 +249,7 @@ def test_checks_at_the_start_say_what_is_wrong(server, tiny_llama, tmp_path, mon
     rollouts(server, tmp_path).check(SAMPLING)
     away = ServerSettings(base_url="http://127.0.0.1:9/v1", model=BASE, adapter_folder="x")
     with pytest.raises(RolloutServerError, match=r"No rollout server answers at http://127.0.0.1:9/v1"):
-        ServerRollouts(away).check(SAMPLING)
+        RolloutServer(away).check(SAMPLING)
 
 
 @pytest.mark.parametrize(

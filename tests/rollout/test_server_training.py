@@ -10,6 +10,7 @@ from lora_server import BASE, LoraServer
 from tiny_jobs import Recorder, adapter, datamodule, module, trainer
 
 from nspo_lightning.module.experience import ExperienceBuffer
+from nspo_lightning.module.rollouts import LocalRollouts, ServerRollouts
 from nspo_lightning.rollout.server_client import RolloutServerError
 from nspo_lightning.rollout.server_config import ServerSettings
 
@@ -43,13 +44,13 @@ def test_it_learns_what_local_sampling_of_the_same_tokens_would(server, tiny_lla
     torch.manual_seed(7)
     remote = module(tiny_llama, rollout_server=settings(server, tmp_path), optimizer=sgd)
     seen = []
-    original = type(remote)._from_server
+    original = ServerRollouts.draw
 
     def remember(self, *arguments):
         seen.append(original(self, *arguments))
         return seen[-1]
 
-    monkeypatch.setattr(type(remote), "_from_server", remember)
+    monkeypatch.setattr(ServerRollouts, "draw", remember)
     steps = fit(remote, tmp_path)
     for step in steps:
         assert step["sampling/sampling_logp_difference/mean"] < 1e-5
@@ -58,7 +59,7 @@ def test_it_learns_what_local_sampling_of_the_same_tokens_would(server, tiny_lla
     torch.manual_seed(7)
     local = module(tiny_llama, optimizer=sgd)
     replay = iter(seen)
-    monkeypatch.setattr(local, "generate", lambda *_: next(replay)[:2])
+    monkeypatch.setattr(LocalRollouts, "draw", lambda *_: replace(next(replay), sampling_log_probs=None))
     assert "sampling/sampling_logp_difference/mean" not in fit(local, tmp_path)[-1]
     remote_weights, local_weights = adapter(remote), adapter(local)
     moved = 0.0
@@ -71,13 +72,13 @@ def test_it_learns_what_local_sampling_of_the_same_tokens_would(server, tiny_lla
 def test_a_restart_between_and_within_updates_changes_nothing(server, tiny_llama, tmp_path):
     def weights(restarts):
         policy = module(tiny_llama, rollout_server=settings(server, tmp_path), optimizer=sgd)
-        original = policy.server.sample
+        original = policy.rollouts.server.sample
 
         def sample(*arguments, **kwargs):
             server.forget_next = restarts
             return original(*arguments, **kwargs)
 
-        policy.server.sample = sample
+        policy.rollouts.server.sample = sample
         fit(policy, tmp_path)
         return policy, adapter(policy)
 
@@ -85,7 +86,7 @@ def test_a_restart_between_and_within_updates_changes_nothing(server, tiny_llama
     _, calm = weights(restarts=False)
     torch.manual_seed(7)
     policy, shaken = weights(restarts=True)
-    assert policy.server.reloads >= 3
+    assert policy.rollouts.server.reloads >= 3
     assert all(torch.equal(value, shaken[name]) for name, value in calm.items())
 
 
@@ -133,7 +134,7 @@ def test_the_key_is_nowhere_in_what_a_run_leaves(server, tiny_llama, tmp_path, m
 def test_a_rollout_in_the_buffer_keeps_its_samplers_log_probs(server, tiny_llama, tmp_path):
     policy = module(tiny_llama, rollout_server=settings(server, tmp_path), num_minibatches=2)
     trainer(tmp_path, steps=1).fit(policy, datamodule(repeat_batches=2))
-    state = policy._buffer.state_dict()
+    state = policy.progress.buffer.state_dict()
     again = ExperienceBuffer.from_state_dict(state, torch.device("cpu"))
-    assert torch.equal(again.experience.sampling_log_probs, policy._buffer.experience.sampling_log_probs)
+    assert torch.equal(again.experience.sampling_log_probs, policy.progress.buffer.experience.sampling_log_probs)
     assert again.next().sampling_log_probs.shape == again.experience.select(slice(1, 2)).old_log_probs.shape

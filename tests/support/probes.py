@@ -62,7 +62,7 @@ class PromptsSeen(Callback):
     """Write down which prompts a rank trained on, a line a step, in the groups that were compared."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        prompts = pl_module.last_completions["prompt"]
+        prompts = pl_module.last_rollout.prompts
         with (Path(trainer.log_dir) / f"prompts-{trainer.global_rank}.txt").open("a") as file:
             file.write("\t".join(prompts) + "\n")
 

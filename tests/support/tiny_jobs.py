@@ -56,7 +56,7 @@ def module(path, reward=even_tokens, lr=1e-2, quantization="none", **kwargs):
     return GRPOModule(reward, **settings)
 
 
-def trainer(folder, steps=4, **kwargs):
+def trainer(folder, steps=4, kind=pl.Trainer, **kwargs):
     settings = {
         "max_steps": steps,
         "limit_val_batches": 0,
@@ -68,7 +68,7 @@ def trainer(folder, steps=4, **kwargs):
         "log_every_n_steps": 1,
         **kwargs,
     }
-    return pl.Trainer(default_root_dir=folder, **settings)
+    return kind(default_root_dir=folder, **settings)
 
 
 def adapter(lightning_module):

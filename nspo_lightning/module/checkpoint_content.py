@@ -1,0 +1,47 @@
+"""What a checkpoint of ours holds beside Lightning's part, and whether it belongs to a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.policy.settings import PolicyError
+
+STATE_KEY = "nspo_lightning"
+PREFIX = "policy."
+"""Parameters of the policy are named so in a checkpoint's ``state_dict``."""
+
+
+def keep_trained_(checkpoint: dict[str, Any], policy: TextPolicy) -> None:
+    """Leave only trained parameters in a checkpoint, and note which base they belong to."""
+    names = {PREFIX + name for name in policy.trained_names()}
+    checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in names}
+    checkpoint[STATE_KEY] = {"policy": policy.fingerprint, "policy_path": policy.settings.path}
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
+    """Refuse a checkpoint that is not of this loaded policy.
+
+    Raises:
+        PolicyError: If another project wrote it, or base or adapter are others.
+    """
+    state = checkpoint.get(STATE_KEY)
+    if state is None:
+        raise PolicyError("The checkpoint was not written by this project. Give one from a run's `checkpoints/`.")
+    if state["policy"] != policy.fingerprint:
+        raise PolicyError(
+            f"The checkpoint belongs to another model: it was trained on '{state['policy_path']}' (fingerprint "
+            f"{state['policy']}), and `policy.path` is '{policy.settings.path}' ({policy.fingerprint}). "
+            "Give the checkpoint's own base, with the same quantization and dtype."
+        )
+    names = policy.trained_names()
+    mine = {PREFIX + name: tuple(p.shape) for name, p in policy.require().named_parameters() if name in names}
+    found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if mine != found:
+        odd = sorted(name for name in mine.keys() | found.keys() if mine.get(name) != found.get(name))[0]
+        raise PolicyError(
+            f"The checkpoint's adapter does not fit this one: '{odd}' has shape {found.get(odd)} there and "
+            f"{mine.get(odd)} here. Use the `policy.lora` settings that it was trained with (they stand in the "
+            "config.yaml of its run)."
+        )

@@ -1,0 +1,119 @@
+"""Validation, test and prediction: how prompts are answered there, and what is counted of the answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nspo_lightning.evaluation.rates import Answers, RateTable, general_outcomes, safety_outcomes
+from nspo_lightning.grpo import Rollout
+from nspo_lightning.module.judging import outcomes_of
+from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.nullspace.modes import adapters_off
+from nspo_lightning.policy.adapter import has_adapter
+from nspo_lightning.rewards import Judge, RewardSet
+from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout.places import places_among_ranks
+
+EVALUATION_SEED = 20_251_211
+
+
+@dataclass(kw_only=True)
+class Evaluator:
+    """Answers prompts and counts; all ranks do it together.
+
+    The noise depends on the place of a prompt alone, whatever the number of ranks that share a batch. Loader 0 has
+    harmful prompts, the others general ones.
+
+    Attributes:
+        policy: Answers.
+        reward: Scores answers in `predict`.
+        judge: Names the answers.
+        judge_is_rewards: Whether that is the reward's own judge, which need not be asked again for what it scored.
+        harmful: How harmful prompts are answered.
+        general: How general prompts are answered.
+        over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
+        rates: What was counted since the epoch began.
+    """
+
+    policy: TextPolicy
+    reward: RewardSet
+    judge: Judge
+    judge_is_rewards: bool
+    harmful: SamplingConfig
+    general: SamplingConfig
+    over_refusal_skills: Sequence[str]
+    rates: RateTable = field(default_factory=RateTable)
+
+    def answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
+        """Answer a batch of prompts, and judge the answers.
+
+        Args:
+            batch: See `TextPolicy.generate`; with `prompt` and maybe `columns`.
+            dataloader_idx: 0 = harmful prompts, else general ones.
+            batch_idx: The batch's number.
+
+        Returns:
+            Completions, what the judge calls them, and what is counted.
+        """
+        columns = batch.get("columns", {})
+        _, texts = self._complete(batch, dataloader_idx, batch_idx)
+        outcomes = outcomes_of(None, self.judge, batch["prompt"], texts, columns)
+        if dataloader_idx == 0:
+            return Answers(completions=texts, outcomes=outcomes, observations=safety_outcomes(outcomes))
+        refused = [outcome == "refusal" for outcome in outcomes]
+        observations = general_outcomes(texts, refused, columns, self.over_refusal_skills)
+        return Answers(completions=texts, outcomes=outcomes, observations=observations)
+
+    def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
+        """Answer as the base does, the policy with its adapter off, with the same noise; None without an adapter."""
+        if not has_adapter(self.policy.require()):
+            return None
+        with adapters_off(self.policy.require()):
+            return self.answer(batch, dataloader_idx, batch_idx)
+
+    def count(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
+        """Answer a batch and count the answers among `rates`."""
+        answers = self.answer(batch, dataloader_idx, batch_idx)
+        self.rates.update(answers.observations, self.policy.device)
+        return answers
+
+    def measure(self, dataloaders: Sequence[Iterable[Any]], to_device: Callable[[Any], Any]) -> dict[str, float]:
+        """Answer all batches outside of an epoch.
+
+        Args:
+            dataloaders: Harmful prompts, then general prompts.
+            to_device: Moves a batch.
+
+        Returns:
+            Metric name to rate, reduced over ranks.
+        """
+        rates = RateTable()
+        for index, loader in enumerate(dataloaders):
+            for batch_idx, batch in enumerate(loader):
+                rates.update(self.answer(to_device(batch), index, batch_idx).observations, self.policy.device)
+        return rates.compute(self.policy.device)
+
+    def predict(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> list[dict[str, Any]]:
+        """Answer a batch and score the answers; see `answer`.
+
+        Returns:
+            A dict a prompt; its `reward` is None where nothing scored.
+        """
+        prompts, columns = batch["prompt"], batch.get("columns", {})
+        rollout, texts = self._complete(batch, dataloader_idx, batch_idx)
+        result = self.reward(prompts, texts, columns, completion_ids=rollout.completion_tokens())
+        own = result if self.judge_is_rewards else None
+        outcomes = outcomes_of(own, self.judge, prompts, texts, columns)
+        rewards = [None if math.isnan(reward) else reward for reward in result.total.tolist()]
+        return [
+            {"prompt": prompt, "completion": text, "reward": reward, "outcome": outcome}
+            for prompt, text, reward, outcome in zip(prompts, texts, rewards, outcomes, strict=True)
+        ]
+
+    def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:
+        sampling = self.harmful if dataloader_idx == 0 else self.general
+        places = places_among_ranks(len(batch["prompt_ids"])) if sampling.temperature > 0 else None
+        return self.policy.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx, places)

@@ -1,0 +1,73 @@
+"""Judged completions: which judge names them, how all ranks ask it, and what is shown and sent of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult, RewardSet, RulesJudge
+from nspo_lightning.rewards.agreement import raise_on_all_ranks
+from nspo_lightning.rewards.protocol import judge_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedRollout:
+    """What this rank's policy said to a batch of prompts, and what was made of it: one entry a completion.
+
+    Attributes:
+        prompts: A group's prompt is repeated.
+        completions: As text.
+        result: Their rewards, with the columns that rewards reported.
+        outcomes: What the judge calls each; None where it excluded one.
+    """
+
+    prompts: list[Any]
+    completions: list[str]
+    result: RewardResult
+    outcomes: list[Outcome | None]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a dict a completion, for tables."""
+        columns: dict[str, list[Any]] = {
+            "prompt": self.prompts,
+            "completion": self.completions,
+            "reward": self.result.total.tolist(),
+            "outcome": self.outcomes,
+        }
+        columns |= {name: values for name, values in self.result.extra.items() if len(values) == len(self.prompts)}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def judge_of(reward: Any) -> Judge:
+    """Return the first judge in a reward or a set of them, and without one, refusal patterns."""
+    parts = reward.rewards if isinstance(reward, RewardSet) else [reward]
+    return next((judge for part in parts if (judge := judge_in(part)) is not None), None) or RulesJudge()
+
+
+def outcomes_of(
+    result: RewardResult | None, judge: Judge, prompts: Sequence[Any], texts: list[str], columns: Mapping[str, Any]
+) -> list[Outcome | None]:
+    """Name completions; if the judge fails on one rank, all raise together (cross-rank synchronisation).
+
+    Args:
+        result: Rewards of these completions. The outcomes that they were made from stand, if there are any: a guard
+            model need not judge everything twice.
+        judge: Who is asked otherwise.
+        prompts: One for each completion.
+        texts: The completions.
+        columns: Other columns of the data, a value for each completion.
+
+    Returns:
+        What each completion is; None = could not be judged.
+    """
+    if result is not None and result.outcomes is not None:
+        return result.outcomes
+    outcomes: list[Outcome | None] = []
+    failed: RewardError | None = None
+    try:
+        outcomes = judge.classify(prompts, texts, **columns)
+    except RewardError as error:
+        failed = error
+    raise_on_all_ranks(failed)
+    return outcomes

@@ -1,0 +1,180 @@
+"""Where training completions come from: this process, or a server that has the adapter sent after each update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from nspo_lightning import ranks
+from nspo_lightning.grpo import Rollout
+from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.training_settings import TrainingSettings
+from nspo_lightning.policy.tokenizer import stop_token_ids
+from nspo_lightning.rollout.places import places_among_ranks
+from nspo_lightning.rollout.server import RolloutServer
+from nspo_lightning.rollout.server_client import RolloutServerError
+
+SAMPLER_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Completions of a batch of P prompts.
+
+    Attributes:
+        rollout: R = P * G completions.
+        texts: The same as text.
+        sampling_log_probs: Shape (R, C), what another program drew the tokens with; None if the policy drew them.
+    """
+
+    rollout: Rollout
+    texts: list[str]
+    sampling_log_probs: Tensor | None = None
+
+
+class Rollouts(Protocol):
+    """Draws training completions; all ranks call it together. Where nothing can be wrong there is nothing to check."""
+
+    def check_start(self, strategy: Strategy) -> None:
+        """See at the start of a run that completions can be drawn, before any work is done."""
+        return
+
+    def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
+        """Answer each prompt of a batch with a group.
+
+        Args:
+            batch: `prompt_ids` (P, L) left-padded and `prompt_mask` (P, L), True = real token.
+            seed: Of the noise, the same on all ranks.
+            update: Number of the optimizer's updates so far.
+        """
+
+    def check_means(self, means: Mapping[str, Tensor]) -> None:
+        """Look at a step's metrics, whether the completions can have been this policy's."""
+        return
+
+
+@dataclass(frozen=True)
+class LocalRollouts(Rollouts):
+    """Draws completions in this process."""
+
+    policy: TextPolicy
+    settings: TrainingSettings
+
+    def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
+        """See `Rollouts.draw`."""
+        places = places_among_ranks(len(batch["prompt_ids"]))
+        rollout, texts = self.policy.generate(batch, self.settings.sampling, self.settings.group_size, seed, places)
+        return Drawn(rollout=rollout, texts=texts)
+
+
+@dataclass
+class ServerRollouts(Rollouts):
+    """Draws completions on a server. All ranks go on, or all raise `RolloutServerError`."""
+
+    policy: TextPolicy
+    settings: TrainingSettings
+    server: RolloutServer
+    warned: bool = False
+
+    def check_start(self, strategy: Strategy) -> None:
+        """See on rank 0 for all that the server can draw for this policy; the error says how to mend what is wrong."""
+        settings, problem = self.policy.settings, ""
+        if settings.lora is None:
+            problem = (
+                "`rollout_server` needs an adapter, which alone travels (`policy.lora` is null). Give `policy.lora`."
+            )
+        elif settings.merge_adapter:
+            problem = (
+                "`policy.merge_adapter` changes the base in this process alone, and the server would not know. Save "
+                "the merged model, serve that, and name it in `policy.path`."
+            )
+        elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            problem = (
+                "`rollout_server` works with one device and with DDP, where each process has the whole adapter, not "
+                f"with {type(strategy).__name__}. Set `trainer.strategy: ddp`."
+            )
+        elif ranks.rank() == 0:
+            try:
+                self.server.check(self.settings.sampling)
+            except RolloutServerError as error:
+                problem = str(error)
+        _raise(ranks.broadcast_object(problem, 0))
+
+    def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
+        """Publish the adapter as it is and have the server answer; see `Rollouts.draw`."""
+        places = places_among_ranks(len(batch["prompt_ids"]))
+        model = self.policy.require()
+        self.policy.check_room(batch["prompt_ids"].shape[1], self.settings.sampling.max_new_tokens)
+        name = self._publish(model, update)
+        answered, problem = None, ""
+        try:
+            answered = self.server.sample(
+                name,
+                batch["prompt_ids"],
+                batch["prompt_mask"],
+                group_size=self.settings.group_size,
+                config=self.settings.sampling,
+                eos_token_ids=stop_token_ids(model, self.policy.tokenizer),
+                pad_token_id=int(self.policy.tokenizer.pad_token_id),
+                vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+                seed=seed,
+                prompt_places=places,
+            )
+        except RolloutServerError as error:
+            problem = str(error)
+        _raise(next((one for one in ranks.gather_objects(problem) if one), ""))
+        assert answered is not None  # nobody had a problem
+        rollout, log_probs = answered
+        return Drawn(rollout=rollout, texts=self.policy.decode(rollout), sampling_log_probs=log_probs)
+
+    def _publish(self, model: Any, update: int) -> str:
+        name = problem = ""
+        if ranks.rank() == 0:  # one writes, and the others wait in the broadcast
+            try:
+                name = self.server.publish(model, update)
+            except RolloutServerError as error:
+                problem = str(error)
+        name, problem = ranks.broadcast_object((name, problem), 0)
+        _raise(problem)
+        return name
+
+    def check_means(self, means: Mapping[str, Tensor]) -> None:
+        """See whether the server's log-probabilities are those of this policy.
+
+        Raises:
+            RolloutServerError: If they can't be.
+        """
+        if SAMPLER_DIFFERENCE not in means:  # drawn before the run was resumed with a server
+            return
+        settings, difference = self.server.settings, float(means[SAMPLER_DIFFERENCE])
+        if ranks.any_rank(difference > settings.max_logp_difference):
+            raise RolloutServerError(
+                f"The server's log-probabilities differ from the trainer's by {difference:.3g} nats a token in the "
+                f"mean (`rollout_server.max_logp_difference` is {settings.max_logp_difference:g}): it serves another "
+                "base, or applies another adapter. Nothing was learnt from these completions. Compare the two models' "
+                "folders, quantisation and revision."
+            )
+        if difference > settings.warn_logp_difference and not self.warned:
+            self.warned = True
+            rank_zero_warn(
+                f"The server's log-probabilities differ from the trainer's by {difference:.3g} nats a token in the "
+                "mean. The importance ratio corrects it at the price of noise. Likely causes: another quantisation or "
+                "dtype of the base, or `--logprobs-mode raw_logprobs` with a temperature other than 1."
+            )
+
+
+def make_rollouts(policy: TextPolicy, settings: TrainingSettings) -> Rollouts:
+    """Choose where completions come from: the server, if there is one, else this process."""
+    if settings.rollout_server is None:
+        return LocalRollouts(policy, settings)
+    return ServerRollouts(policy, settings, RolloutServer(settings.rollout_server))
+
+
+def _raise(problem: str) -> None:
+    if problem:
+        raise RolloutServerError(problem)

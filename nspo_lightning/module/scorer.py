@@ -1,0 +1,156 @@
+"""Log-probabilities of a rollout under the policy or its base, and the loss, a micro-batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nspo_lightning import ranks
+from nspo_lightning.grpo import (
+    MicroBatch,
+    Normaliser,
+    ObjectiveMetrics,
+    Rollout,
+    accumulated_loss,
+    objective,
+    split_microbatches,
+    token_weights,
+)
+from nspo_lightning.module.experience import Minibatch
+from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.training_settings import TrainingSettings
+from nspo_lightning.nullspace.modes import adapters_off, evaluation_mode
+from nspo_lightning.policy.adapter import has_adapter
+from nspo_lightning.policy.log_probs import TokenScores
+from nspo_lightning.policy.parts import policy_parts
+from nspo_lightning.policy.scoring import score_completions
+from nspo_lightning.policy.settings import PolicyError
+from nspo_lightning.policy.sharing import can_share_prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """A training step's loss.
+
+    Attributes:
+        value: Scalar, whose backward hands out the gradients of all micro-batches.
+        log_probs: Shape (r, C), the policy's, detached.
+        means: What is logged, over all ranks.
+    """
+
+    value: Tensor
+    log_probs: Tensor
+    means: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores completions with the temperature that they were sampled with."""
+
+    policy: TextPolicy
+    settings: TrainingSettings
+
+    def log_probs(self, rollout: Rollout) -> Tensor:
+        """Score without gradient and without dropout: shape (R, C), zero at padding."""
+        scores = torch.zeros(rollout.completion_ids.shape, device=rollout.completion_ids.device)
+        with evaluation_mode(self.policy.require()), torch.no_grad():
+            for micro in self._split(rollout):
+                part = self._score(micro, with_entropy=False)
+                scores[micro.rows.to(scores.device), : part.log_probs.shape[1]] = part.log_probs
+        return scores
+
+    def reference_log_probs(self, rollout: Rollout) -> Tensor | None:
+        """Score under the base, the policy with its adapter off; None at beta 0, where nothing needs it."""
+        beta = self.settings.objective.beta
+        if beta == 0:
+            return None
+        if not has_adapter(self.policy.require()):
+            raise PolicyError(
+                f"`objective.beta` is {beta}, and the reference is the policy with its adapter off, but "
+                "there is no adapter (`policy.lora: null`). Set `objective.beta: 0`, or train an adapter."
+            )
+        with adapters_off(self.policy.require()):
+            return self.log_probs(rollout)
+
+    def loss(self, minibatch: Minibatch, normaliser: Normaliser, loss_scale: float) -> PolicyLoss:
+        """Build one scalar whose backward hands out the gradients of all micro-batches.
+
+        Args:
+            minibatch: What is learnt from.
+            normaliser: Counts of the whole step, over all ranks.
+            loss_scale: The gradient scaler's, 1 without one.
+
+        Returns:
+            The loss; its metrics are those of all ranks, which must ask together.
+        """
+        experience, mask, config = minibatch.experience, minibatch.mask, self.settings.objective
+        server = self.settings.rollout_server
+        weights = token_weights(mask, config.loss_type, normaliser)
+        kept = torch.zeros(mask.shape, device=mask.device)
+        metrics: list[ObjectiveMetrics] = []
+
+        def one(micro: MicroBatch) -> Tensor:
+            def part(values: Tensor | None) -> Tensor | None:
+                return None if values is None else micro.take(values)
+
+            scores = self._score(micro, with_entropy=True)
+            kept[micro.rows.to(kept.device), : scores.log_probs.shape[1]] = scores.log_probs.detach()
+            result = objective(
+                scores.log_probs,
+                mask=micro.take(mask),
+                weights=micro.take(weights),
+                advantages=micro.take(experience.advantages),
+                config=config,
+                old_log_probs=part(experience.old_log_probs),
+                reference_log_probs=part(experience.reference_log_probs),
+                entropy=scores.entropy,
+                sampling_log_probs=part(experience.sampling_log_probs),
+                importance_cap=None if server is None else server.importance_cap,
+            )
+            metrics.append(result.metrics)
+            return result.loss
+
+        micros = self._split(experience.rollout)
+        value = accumulated_loss(self.policy.trainable_parameters(), micros, one, loss_scale=loss_scale)
+        return PolicyLoss(value=value, log_probs=kept, means=_of_all_ranks(metrics).means())
+
+    def _split(self, rollout: Rollout) -> list[MicroBatch]:
+        shares = self.policy.share_prefix and can_share_prompts(policy_parts(self.policy.require()).model)
+        return split_microbatches(rollout, self.settings.tokens_per_microbatch, share_prefix=shares)
+
+    def _score(self, micro: MicroBatch, *, with_entropy: bool) -> TokenScores:
+        return score_completions(
+            self.policy.require(),
+            micro.rollout,
+            temperature=self.settings.sampling.temperature,
+            share_prefix=self.policy.share_prefix,
+            with_entropy=with_entropy,
+        )
+
+
+def zero_loss(parameters: Sequence[Tensor]) -> Tensor | None:
+    """Return what says that a batch has nothing to learn from."""
+    # Lightning takes None in a single process alone. DDP wants a backward pass, which averages what an accumulation
+    # window has gathered before: a zero that depends on every parameter gives it one.
+    return None if ranks.world_size() == 1 else torch.stack([parameter.sum() for parameter in parameters]).sum() * 0.0
+
+
+def step_counts(mask: Tensor, settings: TrainingSettings) -> Normaliser:
+    """Return the rows and tokens of a step, the mean over ranks but for ``bnpo``; see `Normaliser`."""
+    local = Normaliser.of(mask, settings.sampling.max_new_tokens)
+    if settings.objective.loss_type == "bnpo" or ranks.world_size() == 1:
+        return local
+    # Of the last batch of an epoch, ranks may have different numbers of rows.
+    counts = ranks.all_reduce_sum(torch.tensor([float(local.num_rows), local.num_tokens], device=mask.device))
+    rows, tokens = (counts / ranks.world_size()).tolist()
+    return replace(local, num_rows=rows, num_tokens=tokens)
+
+
+def _of_all_ranks(metrics: Sequence[ObjectiveMetrics]) -> ObjectiveMetrics:
+    summed = ObjectiveMetrics.merge(metrics)
+    if ranks.world_size() == 1:
+        return summed
+    return ObjectiveMetrics.merge(ranks.gather_objects(summed.to("cpu")))

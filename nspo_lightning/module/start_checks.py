@@ -1,0 +1,58 @@
+"""What is seen at the start of a run: that ranks can work apart and wait long enough, and how long prompts are."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+
+from nspo_lightning.compat.lightning import process_group_timeout
+from nspo_lightning.rewards import RewardSet
+
+
+@runtime_checkable
+class KnowsLongestPrompt(Protocol):
+    """A datamodule that can say how long its prompts are."""
+
+    longest_prompt_tokens: int | None
+
+
+def longest_prompt_tokens(trainer: pl.Trainer) -> int:
+    """Return the longest prompt of the Trainer's datamodule; 1 where that is not known."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    return (datamodule.longest_prompt_tokens or 1) if isinstance(datamodule, KnowsLongestPrompt) else 1
+
+
+def check_strategy(trainer: pl.Trainer, reward: RewardSet) -> None:
+    """See at the start of a run that ranks can work apart and wait long enough for their rewards.
+
+    Raises:
+        MisconfigurationException: If weights are sharded, or a rank with a slow reward would be given up by the others.
+    """
+    strategy = trainer.strategy
+    if _shards_weights(strategy):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} shards the policy's weights, which all processes must then gather together at "
+            "every forward pass, but each samples completions of its own and they end at different times: the "
+            "processes would wait for one another for ever. Set `trainer.strategy: ddp`; a policy that is too large "
+            "for one device in 16 bits fits with `policy.quantization: nf4` (docs/scaling.md)."
+        )
+    limit, patience = reward.timeout_s, process_group_timeout(strategy)
+    if trainer.world_size == 1 or patience is None:
+        return
+    seconds, number = patience.total_seconds(), len(reward.rewards)
+    if limit is None or limit * number >= seconds:
+        takes = "without end (`timeout_s: null`)" if limit is None else f"{number} x `timeout_s` = {limit * number:g} s"
+        raise MisconfigurationException(
+            f"The rewards may take {takes}, but the other processes wait no longer than the strategy's timeout of "
+            f"{seconds:g} s for the one that they run in. Raise the `timeout` of {type(strategy).__name__} (1800 s "
+            "by default), or set `timeout_s` of the RewardSet lower."
+        )
+
+
+def _shards_weights(strategy: Strategy) -> bool:
+    if isinstance(strategy, DeepSpeedStrategy):
+        return strategy.zero_stage_3
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))

@@ -1,0 +1,157 @@
+"""The policy as a module holds it: the model with its adapter, its tokenizer, and what it answers to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nspo_lightning.grpo import Rollout
+from nspo_lightning.policy.identity import policy_fingerprint
+from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.settings import PolicyError, PolicySettings
+from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
+from nspo_lightning.rollout import SamplingConfig, sample
+from nspo_lightning.rollout.places import Places
+
+
+class TextPolicy:
+    """A causal language model with its tokenizer, each loaded when it is needed.
+
+    Args:
+        settings: The model and its adapter.
+        share_prefix: Run each prompt once a group.
+
+    Attributes:
+        model: The PEFT model, or the plain model without an adapter; None before `load`.
+        fingerprint: Names the base; "" before `load`.
+    """
+
+    def __init__(self, settings: PolicySettings, *, share_prefix: bool = True) -> None:
+        self.settings = settings
+        self.share_prefix = share_prefix
+        self.model: nn.Module | None = None
+        self.fingerprint = ""
+        self._trained: frozenset[str] = frozenset()
+        self._tokenizer: Any = None
+
+    def load(self, device: torch.device) -> nn.Module:
+        """Load base and adapter and return the model, ready to train."""
+        self.model = load_policy(self.settings, device)
+        self.fingerprint = policy_fingerprint(self.model)
+        self._trained = self._trainable_names()
+        return self.model
+
+    def require(self) -> Any:
+        """Return the loaded model."""
+        if self.model is None:
+            raise RuntimeError("The policy is not loaded yet: `configure_model` loads it, and a Trainer calls that.")
+        return self.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded when first asked for (datamodules need it before the policy is there)."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.settings)
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.require().parameters()).device
+        return device
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens that the policy's context holds, as far as its configuration says."""
+        if self.model is None:
+            return None
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return int(limit) if limit is not None else None
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that require a gradient: what the optimizer trains."""
+        return [parameter for parameter in self.require().parameters() if parameter.requires_grad]
+
+    def trained_names(self) -> frozenset[str]:
+        """Name what is trained, and what was until a callback froze it (`freeze_down`): a resume needs both."""
+        return self._trained | self._trainable_names()
+
+    def _trainable_names(self) -> frozenset[str]:
+        return frozenset(name for name, parameter in self.require().named_parameters() if parameter.requires_grad)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was trained as a PEFT adapter (or, without one, the whole model) that `from_pretrained` loads."""
+        self.require().save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+    def generate(
+        self,
+        batch: Mapping[str, Any],
+        sampling: SamplingConfig,
+        group_size: int,
+        seed: int,
+        prompt_places: Places | None = None,
+    ) -> tuple[Rollout, list[str]]:
+        """Answer a batch of prompts.
+
+        Args:
+            batch: `prompt_ids` (P, L) left-padded and `prompt_mask` (P, L), True = real token.
+            sampling: How.
+            group_size: Completions a prompt, G.
+            seed: Seed of the sampling noise.
+            prompt_places: Where the prompts stand in the batch of all ranks, see `rollout.places`; None = alone.
+
+        Returns:
+            The rollout, and the P * G completions as text.
+        """
+        model = self.require()
+        self.check_room(batch["prompt_ids"].shape[1], sampling.max_new_tokens)
+        rollout = sample(
+            model,
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            group_size=group_size,
+            config=sampling,
+            eos_token_ids=stop_token_ids(model, self.tokenizer),
+            pad_token_id=self.tokenizer.pad_token_id,
+            generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
+            share_prefix=self.share_prefix,
+            prompt_places=prompt_places,
+        )
+        return rollout, self.decode(rollout)
+
+    def decode(self, rollout: Rollout) -> list[str]:
+        """Return the completions as text."""
+        texts: list[str] = self.tokenizer.batch_decode(rollout.completion_tokens(), skip_special_tokens=True)
+        return texts
+
+    def render(self, prompts: Sequence[Any]) -> dict[str, Any]:
+        """Render texts or chats with the chat template, as a batch that `generate` takes."""
+        chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+        texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.device)
+        return {"prompt_ids": encoded["input_ids"], "prompt_mask": encoded["attention_mask"].bool()}
+
+    def check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Refuse prompts that leave no room for completions in the policy's context.
+
+        Args:
+            prompt_tokens: The longest prompt.
+            max_new_tokens: The length limit of completions.
+
+        Raises:
+            PolicyError: If the two don't fit together.
+        """
+        limit = self.context_tokens
+        if limit is None or prompt_tokens + max_new_tokens <= limit:
+            return
+        room = limit - max_new_tokens
+        shorten = f"leave longer prompts out (`data.max_prompt_tokens: {room}`), or " if room > 0 else ""
+        raise PolicyError(
+            f"No room left for completions: the longest prompt has {prompt_tokens} tokens, `max_new_tokens` is "
+            f"{max_new_tokens}, and the policy's context holds {limit}. To mend it, {shorten}lower `max_new_tokens`."
+        )

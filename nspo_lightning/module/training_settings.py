@@ -1,0 +1,45 @@
+"""How a module is told to learn, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig
+from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout.server_config import ServerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Arguments of `GRPOModule` by their names, which are described there."""
+
+    group_size: int
+    sampling: SamplingConfig
+    objective: ObjectiveConfig
+    scale_rewards: AdvantageScale
+    num_iterations: int
+    num_minibatches: int
+    tokens_per_microbatch: int | None
+    max_nonfinite_updates: int
+    rollout_server: ServerSettings | None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If a number is out of its range.
+        """
+        if self.group_size < 2:
+            raise ValueError(
+                f"`group_size` must be at least 2, got {self.group_size}: an advantage compares a completion with the "
+                "others of its group. 8 is a good start."
+            )
+        for name in ("num_iterations", "tokens_per_microbatch", "num_minibatches", "max_nonfinite_updates"):
+            value = vars(self)[name]
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.sampling.temperature <= 0:
+            raise ValueError(
+                f"`sampling.temperature` must be positive in training, got {self.sampling.temperature}: greedy "
+                "completions of one prompt are all the same, so no group would ever have a signal."
+            )
