@@ -84,6 +84,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor, the same on all ranks, cut as another one is; as it is where that one is not sharded."""
+    if dist.is_available():
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(like, DTensor):
+            return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
+
+
 def reshard(model: nn.Module) -> None:
     """Put FSDP2's sharded parameters back in place after forwards without a backward.
 

@@ -1,33 +1,36 @@
-"""Trained parameters that cannot be held in the null space: refused, warned about or frozen, never ignored."""
+"""What cannot be held in the null space is refused, warned about or frozen: parameters, dtypes, strategies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nspo_lightning.nullspace import LayerPlan
 
 Unprotected = Literal["error", "warn", "freeze"]
-_SHOWN = 12
+_SHOWN = 12  # parameters that a message names
+_RESUME_LEAK = 1e-4  # a resumed adapter sits at about 1e-7; anything above this was trained without this basis
 
 
 def report_unprotected(plan: LayerPlan, mode: Unprotected, target_modules: str | Sequence[str] | None) -> bool:
     """Act on a plan's refusals.
 
     Args:
-        plan: what can be held and what cannot.
-        mode: what the user wants.
-        target_modules: for the message when nothing at all is held.
+        plan: What can be held and what cannot.
+        mode: The callback's ``unprotected``.
+        target_modules: Named in the message when nothing at all is held.
 
     Returns:
         True if the refused parameters are to be frozen.
 
     Raises:
-        MisconfigurationException: in mode ``error``, or if there is nothing to hold.
+        MisconfigurationException: In mode ``error``, or if there is nothing to hold.
     """
     if plan.refusals:
         lines = "\n  ".join(str(refusal) for refusal in plan.refusals[:_SHOWN])
@@ -48,11 +51,45 @@ def report_unprotected(plan: LayerPlan, mode: Unprotected, target_modules: str |
     return bool(plan.refusals) and mode == "freeze"
 
 
+def refuse_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies whose weights or gradients cannot be reached.
+
+    Raises:
+        MisconfigurationException: Under FSDP1 and DeepSpeed.
+    """
+    for strategy, why in (
+        (FSDPStrategy, "FSDP1 keeps weights and gradients as slices of a flat buffer"),
+        (DeepSpeedStrategy, "DeepSpeed's engine owns the gradients and the master weights"),
+    ):
+        if isinstance(trainer.strategy, strategy):
+            raise MisconfigurationException(
+                f"NullSpaceProjection cannot run under {type(trainer.strategy).__name__}: {why}, so a projection "
+                "here would have no effect on the real weights. Use ModelParallelStrategy (FSDP2: shards whole "
+                "rows, which is projected exactly) or 'ddp'."
+            )
+
+
+def refuse_leaks(certificate: Mapping[str, float]) -> None:
+    """Refuse a checkpoint's adapter that does not lie in the null space.
+
+    Raises:
+        MisconfigurationException: Naming the layer with the largest leak.
+    """
+    leaking = {name: leak for name, leak in certificate.items() if leak > _RESUME_LEAK}
+    if leaking:
+        name = max(leaking, key=lambda n: leaking[n])
+        raise MisconfigurationException(
+            f"The checkpoint's adapter does not lie in the null space of this basis: {len(leaking)} layers leak, "
+            f"{name} by {leaking[name]:.2g}. It was trained with another basis or without projection. Give "
+            "`calibration` the basis file of that run, or merge the adapter and start a new one."
+        )
+
+
 def require_float32(plan: LayerPlan) -> None:
     """Refuse trained matrices in half precision.
 
     Raises:
-        MisconfigurationException: naming the first one.
+        MisconfigurationException: Naming the first one.
     """
     low = [layer for layer in plan.layers if layer.matrix.dtype not in (torch.float32, torch.float64)]
     if low:

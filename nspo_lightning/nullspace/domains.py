@@ -19,21 +19,19 @@ def combine(
     weights: Mapping[str, float] | None = None,
     *,
     without: Sequence[str] = (),
-    normalise: bool = False,
 ) -> Tensor:
     """Return the weighted mean of the domains' second moments.
 
     Args:
-        moments: domain -> C_d, shape ``(width, width)``.
-        weights: domain -> weight; None = equal.
-        without: domains to leave out.
-        normalise: divide each C_d by its trace first, so that a domain with large activations does not dominate.
+        moments: Domain -> C_d, shape ``(width, width)``.
+        weights: Domain -> weight; None = equal.
+        without: Domains to leave out.
 
     Returns:
         Shape ``(width, width)``.
 
     Raises:
-        ValueError: if a name is unknown or nothing is left to combine.
+        ValueError: If a name is unknown or nothing is left to combine.
     """
     unknown = (set(weights or {}) | set(without)) - set(moments)
     if unknown:
@@ -45,10 +43,7 @@ def combine(
     total = sum(share.values())
     result = torch.zeros_like(moments[names[0]])
     for name in names:
-        scale = share[name] / total
-        if normalise:
-            scale /= float(moments[name].trace().clamp_min(torch.finfo(torch.float64).tiny))
-        result.add_(moments[name], alpha=scale)
+        result.add_(moments[name], alpha=share[name] / total)
     return result
 
 
@@ -56,8 +51,8 @@ def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
     """Return the cosines of the principal angles between two subspaces, descending.
 
     Args:
-        first: orthonormal columns, shape ``(width, a)``.
-        second: orthonormal columns, shape ``(width, b)``.
+        first: Orthonormal columns, shape ``(width, a)``.
+        second: Orthonormal columns, shape ``(width, b)``.
 
     Returns:
         Shape ``(min(a, b),)``; 1 = a common direction, 0 = orthogonal.
@@ -74,8 +69,8 @@ def domain_report(moments: Mapping[str, Tensor], share: float = 0.99) -> dict[st
     """Compare domains pairwise: how much of one's energy lies in the leading directions of another.
 
     Args:
-        moments: domain -> C_d, shape ``(width, width)``.
-        share: energy share that a domain's leading directions hold.
+        moments: Domain -> C_d, shape ``(width, width)``.
+        share: Energy share that a domain's leading directions hold.
 
     Returns:
         ``"a -> b"`` -> ``covered`` (share of b's energy inside a's leading directions: what protecting a alone would

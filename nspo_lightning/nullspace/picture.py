@@ -24,8 +24,8 @@ def spectrum_figure(calibration: Calibration, title: str = "Energy of layer inpu
     """Draw the spectra of a calibration.
 
     Args:
-        calibration: what to draw.
-        title: above the picture.
+        calibration: What to draw.
+        title: Above the picture.
 
     Returns:
         A matplotlib figure that belongs to no window (nothing needs closing).
