@@ -14,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from nspo_lightning import ranks
 from nspo_lightning.callbacks.exact_resume import ExactResume
+from nspo_lightning.compat.lightning import callbacks_of, model_checkpoints
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,10 +72,9 @@ class LastOnException(Callback):
     def _stop(self, trainer: pl.Trainer) -> None:
         """Stop if a signal has come, here or on another rank (cross-rank synchronisation, at moments all come to)."""
         if self._shared:
-            any_rank = trainer.strategy.reduce_boolean_decision
-            if not any_rank(self._waiting is not None, all=False):
+            if not ranks.any_rank(self._waiting is not None):
                 return
-            self._waiting = signal.SIGTERM if any_rank(self._waiting == signal.SIGTERM, all=False) else signal.SIGINT
+            self._waiting = signal.SIGTERM if ranks.any_rank(self._waiting == signal.SIGTERM) else signal.SIGINT
         self._raise(together=self._shared)
 
     @override
@@ -117,8 +118,8 @@ class LastOnException(Callback):
     def _save(trainer: pl.Trainer, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException):
             exception.code = exception.code or SIGTERM_EXIT_CODE  # Lightning's own has none: 0, as if all were done
-        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        alone = trainer.world_size == 1 or getattr(exception, "raised_on_all_ranks", False)
+        callbacks = [callback for callback in model_checkpoints(trainer) if callback.dirpath]
+        alone = trainer.world_size == 1 or ranks.raised_on_all_ranks(exception)
         if trainer.state.fn != "fit" or not callbacks or trainer.global_step == 0 or not alone:
             return  # nothing was learnt yet, or other ranks may never come to the collective save
         path = Path(str(callbacks[0].dirpath)) / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt"
@@ -145,7 +146,7 @@ class LastOnException(Callback):
 
 
 def _resume(trainer: pl.Trainer) -> ExactResume | None:
-    return next((c for c in trainer.callbacks if isinstance(c, ExactResume)), None)  # type: ignore[attr-defined]
+    return next((c for c in callbacks_of(trainer) if isinstance(c, ExactResume)), None)
 
 
 def _is_settled(trainer: pl.Trainer, resume: ExactResume | None) -> bool:

@@ -11,11 +11,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from nspo_lightning.callbacks.protocols import KeepsCompletions
+from nspo_lightning.evaluation.tables import markdown_table
+
 
 class SampleCompletions(Callback):
     """Log a few completions every so many training steps.
 
-    Reads the LightningModule's `last_completions`: columns of equal length, `prompt` and `completion` among them.
+    Reads the LightningModule's `last_completions`, see `KeepsCompletions`; does nothing for other modules.
 
     Args:
         every_n_steps: Training steps between two samples.
@@ -40,29 +43,19 @@ class SampleCompletions(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        columns: dict[str, list[Any]] = getattr(pl_module, "last_completions", {})
-        if (
-            not trainer.is_global_zero
-            or not columns
-            or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps
-        ):
+        due = trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps == 0
+        if not (due and trainer.is_global_zero and isinstance(pl_module, KeepsCompletions)):
             return
+        columns = pl_module.last_completions
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         rows = rows[:: max(len(rows) // self.number, 1)][: self.number]
+        if not rows:
+            return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("completions", _markdown(rows), trainer.global_step)
+                cells = [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+                logger.experiment.add_text("completions", markdown_table(list(columns), cells), trainer.global_step)
         if self.jsonl and self._folder is not None:
             with (self._folder / "completions.jsonl").open("a", encoding="utf-8") as file:
                 for row in rows:
                     file.write(json.dumps({"step": trainer.global_step, **row}, ensure_ascii=False) + "\n")
-
-
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    def cell(value: Any) -> str:
-        text = f"{value:.3g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "\\|").replace("\n", "<br>").replace("<|", "&lt;|")
-
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([cell(row[key]) for key in head] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

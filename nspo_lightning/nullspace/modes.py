@@ -26,8 +26,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class Adapted(Protocol):
     """A model whose adapters can be switched off for a while; PEFT's models are."""
 
-    peft_config: Any
-
     def disable_adapter(self) -> AbstractContextManager[Any]:
         """Run the base in this context."""
 
