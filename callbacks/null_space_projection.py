@@ -15,7 +15,6 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from typing_extensions import override
 
 from nspo_lightning import ranks
@@ -26,7 +25,6 @@ from nspo_lightning.callbacks.null_space.inference import OutputCheck, inference
 from nspo_lightning.callbacks.null_space.logs import log_start, show_bases, show_certificate, step_metrics
 from nspo_lightning.callbacks.null_space.unprotected import (
     Unprotected,
-    refuse_leaks,
     refuse_strategy,
     report_unprotected,
     require_float32,
@@ -51,8 +49,7 @@ class NullSpaceProjection(Callback):
     """Keep updates out of the input directions that general text uses.
 
     Args:
-        calibration: A basis file; an iterable of batches; or None = the datamodule's ``calibration_dataloader()`` (or
-            the module's).
+        calibration: A basis file, batches, or None = the ``calibration_dataloader()`` of datamodule or module.
         criterion: What decides how many directions are protected, see `nspo_lightning.nullspace.criteria`.
         threshold: Of the criterion; None = its default.
         target_modules: Layers to hold: None = all trained ones, a regular expression, or a list of names, name endings
@@ -144,7 +141,7 @@ class NullSpaceProjection(Callback):
         self.calibration: Calibration | None = None
         self.output_change: float | None = None
         """Largest change of the model's output on the first calibration batch, relative to its largest entry."""
-        self._hold: Hold | None = None
+        self._hold = Hold()
         self._check: OutputCheck | None = None
         self._energy: list[GradientEnergy] = []
         self._resumed: dict[str, Any] = {}
@@ -165,20 +162,19 @@ class NullSpaceProjection(Callback):
         # Freeze early, before a distributed wrapper looks.
         if self.unprotected == "freeze" and any(p.requires_grad for p in pl_module.parameters()):
             plan = self._plan(trainer, pl_module)
-            report_unprotected(plan, self.unprotected, self.target_modules)
-            for refusal in plan.refusals:
-                refusal.parameter.requires_grad_(False)
+            for parameter in report_unprotected(plan, self.unprotected, self.target_modules):
+                parameter.requires_grad_(False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
-        self._hold = None
+        self._hold.release()
+        self._hold, self._check = Hold(), None
         if not self.enabled:
             return
         ranks.reshard(pl_module)
         resumed = self._started or bool(self._resumed)
         plan = self._plan(trainer, pl_module, resumed=resumed)
-        freeze = report_unprotected(plan, self.unprotected, self.target_modules)
+        to_freeze = report_unprotected(plan, self.unprotected, self.target_modules)
         require_float32(plan)
         calibration = self._obtain_bases(trainer, pl_module, plan)
         self._hold = Hold(
@@ -188,13 +184,12 @@ class NullSpaceProjection(Callback):
             project_gradients=self.project_gradients,
             project_displacement=self.project_displacement,
         )
-        if freeze:
-            self._hold.freeze_([refusal.parameter for refusal in plan.refusals])
+        self._hold.freeze_(to_freeze)
         self._check = OutputCheck.before_training(self.source.first_call(trainer, pl_module), trainer, pl_module)
         if not resumed and self.project_initialization:
             self._hold.start_()
         elif self.settings.form == "hard" and self.project_displacement and self.project_initialization:
-            refuse_leaks(self.certificate())
+            self._hold.refuse_leaks()
         if self.freeze_down:
             self._hold.freeze_([layer.matrix for layer in plan.layers if layer.kind == "lora"])
         self._hold.hook()
@@ -206,11 +201,8 @@ class NullSpaceProjection(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._hold is None:
-            return
-        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         # Lightning clips afterwards, so the clipped norm is the projected one.
-        energy = self._hold.project_gradients_(inner, measure=logs_this_batch(trainer))
+        energy = self._hold.project_gradients_(optimizer, measure=logs_this_batch(trainer))
         if energy is not None:
             self._energy.append(energy)
 
@@ -224,14 +216,13 @@ class NullSpaceProjection(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._hold is not None:
-            self._release()
-            self.output_change = None if self._check is None else self._check.change(trainer, pl_module)
-            show_certificate(self.certificates(), self.output_change)
+        self._hold.release()
+        self.output_change = None if self._check is None else self._check.change(trainer, pl_module)
+        show_certificate(self.certificates(), self.output_change)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
+        self._hold.release()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -261,7 +252,7 @@ class NullSpaceProjection(Callback):
 
     def certificates(self) -> list[LayerCertificate]:
         """Return each layer's certificate: leak, update norm, bound on the output change."""
-        return [] if self._hold is None else self._hold.certificates()
+        return self._hold.certificates()
 
     def certificate(self) -> dict[str, float]:
         """Return layer name -> leak ||D U_k|| / ||D||; in the soft form -> bound on the relative output change."""
@@ -287,7 +278,7 @@ class NullSpaceProjection(Callback):
         sharded: bool = False,
         progress: Callable[[str, int], None] | None = None,
     ) -> Calibration:
-        """Calibrate now, inside or outside fit.
+        """Return bases that are made now from calibration text, inside or outside fit.
 
         Args:
             pl_module: The module, on its device.
@@ -295,9 +286,6 @@ class NullSpaceProjection(Callback):
             trainer: Its precision is used; None = the module's own.
             sharded: Each rank has batches of its own; else they are the same on all, and dealt out.
             progress: Called with (stage, done).
-
-        Returns:
-            The calibration, with its fingerprint.
         """
         if isinstance(batches, CalibrationJob):
             job = batches
@@ -324,13 +312,13 @@ class NullSpaceProjection(Callback):
         if self.calibration is not None and self.calibration.layer_names() == set(modules):
             return self.calibration
         found = self.source.find(trainer, pl_module, modules, self._resumed)
-        if isinstance(found, CalibrationJob):
-            self.calibration = self.calibrate(pl_module, found, trainer=trainer)
-            show_bases(self.calibration)
-            self.source.keep(trainer, found, self.calibration)
-        else:
+        if isinstance(found, Calibration):
             self.calibration = found
-        return self.calibration
+            return found
+        made = self.calibrate(pl_module, found, trainer=trainer)
+        show_bases(made)
+        self.source.keep(trainer, found, made)
+        return made
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool = False) -> LayerPlan:
         elsewhere: set[int] = set()
@@ -338,7 +326,3 @@ class NullSpaceProjection(Callback):
             if isinstance(other, NullSpaceProjection) and other is not self and other.enabled:
                 elsewhere |= plan_layers(pl_module, other.target_modules, resumed=True).held()
         return plan_layers(pl_module, self.target_modules, covered_elsewhere=frozenset(elsewhere), resumed=resumed)
-
-    def _release(self) -> None:
-        if self._hold is not None:
-            self._hold.release()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -13,6 +15,8 @@ from nspo_lightning import ranks
 from nspo_lightning.nullspace import Basis, Calibration, LayerCertificate, ProtectedLayer
 from nspo_lightning.nullspace.keeper import GradientEnergy, NullSpaceKeeper
 
+_RESUME_LEAK = 1e-4  # a resumed adapter sits at about 1e-7; anything above this was trained without this basis
+
 
 class Hold:
     """Keepers of a run's optimizers, and parameters that do not train.
@@ -20,25 +24,27 @@ class Hold:
     Args:
         optimizers: The run's optimizers; a layer belongs to the first one that trains it.
         layers: What to hold.
-        calibration: Has a basis for each layer.
+        calibration: Has a basis for each layer; None = nothing is held.
         project_gradients: See `NullSpaceKeeper`.
         project_displacement: See `NullSpaceKeeper`.
     """
 
     def __init__(
         self,
-        optimizers: Sequence[Optimizer],
-        layers: Sequence[ProtectedLayer],
-        calibration: Calibration,
+        optimizers: Sequence[Optimizer] = (),
+        layers: Sequence[ProtectedLayer] = (),
+        calibration: Calibration | None = None,
         *,
-        project_gradients: bool,
-        project_displacement: bool,
+        project_gradients: bool = True,
+        project_displacement: bool = True,
     ) -> None:
         self._optimizers = list(optimizers)
-        self._output_energy = calibration.output_energy
+        self._output_energy = {} if calibration is None else calibration.output_energy
         self._keepers: dict[int, NullSpaceKeeper] = {}
         self._handles: list[RemovableHandle] = []
         self._dropped: list[nn.Parameter] = []
+        if calibration is None:
+            return
         on_device: dict[tuple[int, torch.device], Basis] = {}
         remaining = list(layers)
         for optimizer in optimizers:
@@ -84,8 +90,24 @@ class Hold:
         """Project the gradients of an optimizer's matrices, and drop those of frozen parameters."""
         for parameter in self._dropped:
             parameter.grad = None
-        keeper = self._keepers.get(id(optimizer))
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        keeper = self._keepers.get(id(inner))
         return None if keeper is None else keeper.project_gradients_(measure=measure)
+
+    def refuse_leaks(self) -> None:
+        """Refuse a checkpoint's adapter that does not lie in the null space.
+
+        Raises:
+            MisconfigurationException: Naming the layer with the largest leak.
+        """
+        leaking = [c for c in self.certificates() if c.leak > _RESUME_LEAK]
+        if leaking:
+            worst = max(leaking, key=lambda c: c.leak)
+            raise MisconfigurationException(
+                f"The checkpoint's adapter does not lie in the null space of this basis: {len(leaking)} layers leak, "
+                f"{worst.name} by {worst.leak:.2g}. It was trained with another basis or without projection. Give "
+                "`calibration` the basis file of that run, or merge the adapter and start a new one."
+            )
 
     def certificates(self) -> list[LayerCertificate]:
         """Return each layer's certificate."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -10,15 +10,17 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from nspo_lightning.nullspace import LayerPlan
 
 Unprotected = Literal["error", "warn", "freeze"]
 _SHOWN = 12  # parameters that a message names
-_RESUME_LEAK = 1e-4  # a resumed adapter sits at about 1e-7; anything above this was trained without this basis
 
 
-def report_unprotected(plan: LayerPlan, mode: Unprotected, target_modules: str | Sequence[str] | None) -> bool:
+def report_unprotected(
+    plan: LayerPlan, mode: Unprotected, target_modules: str | Sequence[str] | None
+) -> list[nn.Parameter]:
     """Act on a plan's refusals.
 
     Args:
@@ -27,7 +29,7 @@ def report_unprotected(plan: LayerPlan, mode: Unprotected, target_modules: str |
         target_modules: Named in the message when nothing at all is held.
 
     Returns:
-        True if the refused parameters are to be frozen.
+        Refused parameters that are to be frozen.
 
     Raises:
         MisconfigurationException: In mode ``error``, or if there is nothing to hold.
@@ -48,7 +50,7 @@ def report_unprotected(plan: LayerPlan, mode: Unprotected, target_modules: str |
             + (f" among target_modules={target_modules!r}" if target_modules is not None else "")
             + ". Check that the module's trainable parameters have `requires_grad=True` before fit."
         )
-    return bool(plan.refusals) and mode == "freeze"
+    return [refusal.parameter for refusal in plan.refusals] if mode == "freeze" else []
 
 
 def refuse_strategy(trainer: pl.Trainer) -> None:
@@ -67,22 +69,6 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
                 "here would have no effect on the real weights. Use ModelParallelStrategy (FSDP2: shards whole "
                 "rows, which is projected exactly) or 'ddp'."
             )
-
-
-def refuse_leaks(certificate: Mapping[str, float]) -> None:
-    """Refuse a checkpoint's adapter that does not lie in the null space.
-
-    Raises:
-        MisconfigurationException: Naming the layer with the largest leak.
-    """
-    leaking = {name: leak for name, leak in certificate.items() if leak > _RESUME_LEAK}
-    if leaking:
-        name = max(leaking, key=lambda n: leaking[n])
-        raise MisconfigurationException(
-            f"The checkpoint's adapter does not lie in the null space of this basis: {len(leaking)} layers leak, "
-            f"{name} by {leaking[name]:.2g}. It was trained with another basis or without projection. Give "
-            "`calibration` the basis file of that run, or merge the adapter and start a new one."
-        )
 
 
 def require_float32(plan: LayerPlan) -> None:

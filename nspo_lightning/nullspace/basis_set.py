@@ -111,12 +111,6 @@ class Calibration:
     def recombined(self, settings: BasisSettings) -> Calibration:
         """Return bases for other settings (another criterion, a domain left out) from the kept moments.
 
-        Args:
-            settings: The new settings.
-
-        Returns:
-            A new calibration, without a second pass over the data.
-
         Raises:
             ValueError: If the moments were not kept.
         """
@@ -141,17 +135,7 @@ _LEAST_ENERGY = 1e-10  # below it rounding decides what is left of a trace, and 
 
 
 def decompose_for(settings: BasisSettings, moment: Tensor, *, tokens: int, resolution: float) -> Spectrum:
-    """Return as much of a moment's spectrum as the settings need (see `decompose`).
-
-    Args:
-        settings: Criterion and form.
-        moment: Shape ``(width, width)``.
-        tokens: Rows that it was taken over.
-        resolution: Relative rounding noise in it.
-
-    Returns:
-        The eigenpairs.
-    """
+    """Return as much of a moment's spectrum as the settings need; see `decompose` for the arguments."""
     threshold = check_threshold(settings.criterion, settings.threshold)
     least = {"energy": _LEAST_ENERGY, "bound": math.sqrt(_LEAST_ENERGY)}.get(settings.criterion, 0.0)
     leading = settings.criterion in _LEADING and settings.form == "hard" and settings.subspace != "protected"
@@ -167,11 +151,7 @@ def decompose_for(settings: BasisSettings, moment: Tensor, *, tokens: int, resol
 
 
 class BasisBuilder:
-    """Makes the basis of one input after another, and refuses together those that keep no null direction.
-
-    Args:
-        settings: Criterion and form.
-    """
+    """Makes the basis of one input after another, and refuses together those that keep no null direction."""
 
     def __init__(self, settings: BasisSettings) -> None:
         self.settings = settings

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -35,6 +34,10 @@ class RunningSum(Protocol):
 
 
 Sum = TypeVar("Sum", bound=RunningSum)
+
+
+class RepeatBatch(RuntimeError):
+    """Layers that shared an input at one call did not share it at another: run the batch again."""
 
 
 class SharedInputs:
@@ -116,8 +119,10 @@ class InputCollector(Generic[Sum]):
         self._only = None if only is None else frozenset(only)
         self._new_sum = new_sum
         self._shared = SharedInputs()
-        self._leaders = None if groups is None else {name: first for first, names in groups.items() for name in names}
-        self._groups = None if groups is None else {first: list(names) for first, names in groups.items()}
+        self._leaders: dict[str, str] = {}
+        self._groups: dict[str, list[str]] | None = None
+        if groups is not None:
+            self._settle({first: list(names) for first, names in groups.items()})
         self._handles: list[Any] = []
         self._mask: Tensor | None = None
         self._kept = 0
@@ -132,7 +137,7 @@ class InputCollector(Generic[Sum]):
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -156,13 +161,16 @@ class InputCollector(Generic[Sum]):
             RepeatBatch: If the pass must be run again, now that it is known who shares inputs.
         """
         if self._groups is None and self._shared.groups():
-            self._groups = self._shared.groups()
-            self._leaders = {name: first for first, names in self._groups.items() for name in names}
+            self._settle(self._shared.groups())
             conflict = self._shared.partly_shared()
             if conflict and self._counting:
                 self.moments.clear()
                 self.output_energy.clear()
-                raise RepeatBatch(conflict)
+                raise RepeatBatch(f"inputs shared in part by {conflict}")
+
+    def _settle(self, groups: dict[str, list[str]]) -> None:
+        self._groups = groups
+        self._leaders = {name: first for first, names in groups.items() for name in names}
 
     def over_ranks(self, name: str) -> dict[str, Sum]:
         """Return an input's sums by domain, added up over ranks (cross-rank synchronisation).
@@ -202,11 +210,11 @@ class InputCollector(Generic[Sum]):
 
     @torch.no_grad()
     def _collect(self, name: str, inputs: Tensor, output: Any) -> None:
-        if self._leaders is None:
+        if self._groups is None:
             leader = self._shared.see(name, inputs)
         else:
             leader = self._leaders.setdefault(name, name)  # first called in a later batch: a group of its own
-            if leader == name and self._groups is not None:
+            if leader == name:
                 self._groups.setdefault(name, [name])
         if not self._counting or (self._only is not None and leader not in self._only):
             return
@@ -233,11 +241,3 @@ class InputCollector(Generic[Sum]):
             index = torch.tensor([i for i, d in enumerate(self._domains) if d == domain], device=inputs.device)
             mask = None if self._mask is None else self._mask.to(inputs.device)[index]
             yield domain, mask, inputs[index]
-
-
-class RepeatBatch(RuntimeError):
-    """Layers that shared an input at one call did not share it at another: run the batch again."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        super().__init__(f"inputs shared in part by {names}")

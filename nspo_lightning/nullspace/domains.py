@@ -6,6 +6,7 @@ domain with more text does not drown the others.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -82,16 +83,13 @@ def domain_report(moments: Mapping[str, Tensor], share: float = 0.99) -> dict[st
         count = max(int((energy_left(values.flip(0)) > 1 - share).sum()), 1)
         leading[name] = vectors.flip(1)[:, :count]
     report: dict[str, dict[str, float]] = {}
-    for a in moments:
-        for b in moments:
-            if a == b:
-                continue
-            other = moments[b].to(torch.float64)
-            held = (leading[a].T @ other @ leading[a]).trace() / other.trace().clamp_min(1e-300)
-            cosines = principal_cosines(leading[a], leading[b])
-            report[f"{a} -> {b}"] = {
-                "covered": float(held),
-                "mean_cosine": float(cosines.mean()),
-                "largest_angle_deg": float(torch.rad2deg(torch.arccos(cosines[-1]))),
-            }
+    for a, b in itertools.permutations(moments, 2):
+        other = moments[b].to(torch.float64)
+        held = (leading[a].T @ other @ leading[a]).trace() / other.trace().clamp_min(1e-300)
+        cosines = principal_cosines(leading[a], leading[b])
+        report[f"{a} -> {b}"] = {
+            "covered": float(held),
+            "mean_cosine": float(cosines.mean()),
+            "largest_angle_deg": float(torch.rad2deg(torch.arccos(cosines[-1]))),
+        }
     return report

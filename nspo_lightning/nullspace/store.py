@@ -24,15 +24,7 @@ from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, differences
 
 
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:
-    """Write a calibration; the file appears complete or not at all.
-
-    Args:
-        calibration: What to write.
-        path: File name, conventionally ending in ``.safetensors``.
-
-    Returns:
-        The path written.
-    """
+    """Write a calibration, complete or not at all, and return the path (conventionally ``.safetensors``)."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -67,13 +59,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
 
 
 def load_calibration(path: str | Path) -> Calibration:
-    """Read a calibration written by `save_calibration`.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The calibration, on the CPU.
+    """Return a calibration that `save_calibration` wrote, on the CPU.
 
     Raises:
         FileNotFoundError: If there is no such file.
