@@ -1,4 +1,4 @@
-"""When a run fails, its other processes on this machine end too, and are no reason to kill it half-way."""
+"""When a run fails, end its other processes on this machine too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 from nspo_lightning.compat.lightning import started_processes
 
 GRACE_S = 10.0
-"""What processes get to end by themselves, which they do if the error is theirs too."""
+"""Time for the others to end by themselves, as they do if the error is theirs too."""
 
 
 class EndTogether(Callback):

@@ -107,7 +107,7 @@ class LastOnException(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        for number in self._handlers:  # what is begun here ends soon
+        for number in self._handlers:  # nothing interrupts the save
             signal.signal(number, signal.SIG_IGN)
         try:
             self._save(trainer, exception)
@@ -150,7 +150,7 @@ def _resume(trainer: pl.Trainer) -> ExactResume | None:
 
 
 def _is_settled(trainer: pl.Trainer, resume: ExactResume | None) -> bool:
-    """Whether a checkpoint of this moment would resume exactly: no weight or callback is half-way."""
+    """Return whether a checkpoint of this moment would resume exactly: no weight or callback is half-way."""
     if resume is None:
         return trainer.training
     if resume.moment in {"step", "validation"}:

@@ -12,26 +12,21 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from nspo_lightning.compat.lightning import take_back_step_
+from nspo_lightning.compat.lightning import BATCHES, COUNTERS, OPTIMIZERS, VALIDATION_BATCHES, take_back_step_
 
 Moment = Literal["step", "update", "batch_end", "validation", "validation_end", "epoch_end", "elsewhere"]
 """Where a run is: in a batch before any weight changes; from its backward pass to the end of the optimizer step; in
 the hooks that follow a batch; in a validation; in the hooks that end it; in the hooks that end an epoch."""
 
-_BATCHES = "epoch_loop.batch_progress"
-_OPTIMIZER = "epoch_loop.automatic_optimization.optim_progress"
-_VALIDATION = "epoch_loop.val_loop.batch_progress"
-_COUNTERS = ("ready", "started", "processed", "completed")
-
 
 def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> None:
     """Rewrite the counters of a checkpoint's ``loops.fit_loop`` in place, given where the run is."""
-    batches = fit_loop[_BATCHES]
+    batches = fit_loop[BATCHES]
     match moment:
         case "step":  # the batch that was begun is as if it had never been
             _set_all(batches, batches["total"]["completed"], batches["current"]["completed"])
             batches["is_last_batch"] = False
-            steps = fit_loop[_OPTIMIZER]["optimizer"]["step"]
+            steps = fit_loop[OPTIMIZERS]["optimizer"]["step"]
             for count in ("total", "current"):
                 steps[count]["ready"] = steps[count]["completed"]
             if validation_follows(trainer, batches["current"]["completed"], batches["total"]["completed"]):
@@ -77,13 +72,13 @@ def in_window(trainer: pl.Trainer) -> bool:
 
 def _validation_to_come(fit_loop: dict[str, Any]) -> None:
     """Make it look like a validation that was begun and has seen no batch: Lightning then runs it whole."""
-    progress = fit_loop[_VALIDATION]
+    progress = fit_loop[VALIDATION_BATCHES]
     done = progress["total"]["completed"]
     progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
-    progress["current"] |= dict.fromkeys(_COUNTERS, 0)
+    progress["current"] |= dict.fromkeys(COUNTERS, 0)
     progress["is_last_batch"] = False
 
 
 def _set_all(progress: dict[str, Any], total: int, current: int) -> None:
-    progress["total"] |= dict.fromkeys(_COUNTERS, total)
-    progress["current"] |= dict.fromkeys(_COUNTERS, current)
+    progress["total"] |= dict.fromkeys(COUNTERS, total)
+    progress["current"] |= dict.fromkeys(COUNTERS, current)

@@ -13,6 +13,12 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 _STEPPED = "_batches_that_stepped"
 """Entry of a checkpoint's ``epoch_loop.state_dict``, and attribute of the running loop."""
 
+BATCHES = "epoch_loop.batch_progress"
+OPTIMIZERS = "epoch_loop.automatic_optimization.optim_progress"
+VALIDATION_BATCHES = "epoch_loop.val_loop.batch_progress"
+"""Entries of a checkpoint's ``loops.fit_loop``: where the loops are, as counters."""
+COUNTERS = ("ready", "started", "processed", "completed")
+
 _CHECKPOINT_STATE = {
     "last_step": ("_last_global_step_saved", 0),
     "deferred": ("_defer_save_until_validation", False),

@@ -45,6 +45,17 @@ def test_the_loop_counts_batches_that_stepped_and_saves_the_count(run, tmp_path)
     assert fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] == before["_batches_that_stepped"] - 1
 
 
+def test_a_checkpoint_says_where_the_loops_are(run, tmp_path):
+    run(ModelCheckpoint(tmp_path, filename="end"), steps=6, max_epochs=2)
+    fit_loop = torch.load(tmp_path / "end.ckpt", weights_only=True)["loops"]["fit_loop"]
+    for name in (compat.BATCHES, compat.VALIDATION_BATCHES, "epoch_progress"):
+        for count in ("total", "current"):
+            assert set(compat.COUNTERS) <= set(fit_loop[name][count]), f"{VERSION}: see {name} in loops/progress.py"
+    assert "is_last_batch" in fit_loop[compat.BATCHES]
+    assert set(fit_loop[compat.OPTIMIZERS]["optimizer"]["step"]["total"]) == {"ready", "completed"}
+    assert fit_loop[compat.BATCHES]["total"]["completed"] == 6
+
+
 def test_model_checkpoint_remembers_its_last_save(run, tmp_path):
     callback = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
     attributes = {attribute for attribute, _ in compat._CHECKPOINT_STATE.values()}
