@@ -1,4 +1,8 @@
-"""Lightning callbacks: each needs torch, lightning and the torch-only null-space core."""
+"""Lightning callbacks, one a file.
+
+Importing them needs torch, lightning and torchmetrics, and none of the libraries of language models. Those at work in
+a run of `GRPOModule` ask the module for more, see `protocols`.
+"""
 
 from nspo_lightning.callbacks.capability_guard import CapabilityGuard
 from nspo_lightning.callbacks.end_together import EndTogether

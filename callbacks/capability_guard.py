@@ -1,7 +1,7 @@
 """A budget for forgetting: measure how far a policy moves from its base on held-out general text, and act in time.
 
 The callback works with any LightningModule. What it needs to know is a divergence: `module.text_sums(batch)`
-(`PolicyModule` has it), or two functions, see `logits` and `without_adapter`. Torch and lightning only.
+(`PolicyModule` has it), or two functions, see `logits` and `without_adapter`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -23,24 +22,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from nspo_lightning import ranks
+from nspo_lightning.callbacks.protocols import Evaluable, HasHeldOutText, LimitsContext, ScoresText
 from nspo_lightning.callbacks.resume.last_good import LastGood, scale_learning_rates_
+from nspo_lightning.compat.lightning import datamodule_of, logging_step
+from nspo_lightning.nullspace.modes import adapted_models, adapters_off, evaluation_mode
 from nspo_lightning.policy.divergence import TextSums, text_sums
 
 Action = Literal["halve", "stop"]
 ACCURACY = "general/accuracy"
 
 
-@runtime_checkable
-class ScoresText(Protocol):
-    """A LightningModule that compares itself with its base."""
-
-    def text_sums(self, batch: Any) -> TextSums:
-        """Return sums over one batch of this rank's text."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What one measurement found.
+class Measurement:
+    """How far the policy is from its base.
 
     Attributes:
         step: Optimizer steps so far.
@@ -84,7 +79,7 @@ class CapabilityGuard(Callback):
         logits: Function of (module, batch) to the logits of the positions that count, shape (..., classes), for a
             module without `text_sums`.
         without_adapter: Function of the module to a context manager in which it is its base; with `logits`. Default:
-            the module's `disable_adapter`.
+            `disable_adapter` of the module or of the models in it.
 
     Raises:
         ValueError: If an argument is out of range, or there is no budget at all.
@@ -132,7 +127,7 @@ class CapabilityGuard(Callback):
         self.rescues = 0
         self.lr_scale = 1.0
         self.base_accuracy: float | None = None
-        self.readings: list[Reading] = []
+        self.readings: list[Measurement] = []
         self.good = LastGood()
         self._batches: list[Any] = []
         self._last_sums = TextSums()
@@ -154,12 +149,7 @@ class CapabilityGuard(Callback):
                 f"CapabilityGuard cannot compare {type(pl_module).__name__} with its base: it has no `text_sums`. Give "
                 "`logits`, a function of (module, batch), and `without_adapter`."
             )
-        if self.logits is not None and self.without_adapter is None and not hasattr(pl_module, "disable_adapter"):
-            raise MisconfigurationException(
-                f"CapabilityGuard has `logits`, but cannot turn {type(pl_module).__name__} into its base. Give "
-                "`without_adapter`, a function of the module to a context manager."
-            )
-        if self.text is None and not hasattr(getattr(trainer, "datamodule", None), "text_dataloader"):
+        if self.text is None and not isinstance(datamodule_of(trainer), HasHeldOutText):
             raise MisconfigurationException(
                 "CapabilityGuard has no text to measure on: the datamodule has no `text_dataloader`. Give `text`, an "
                 "iterable of held-out batches."
@@ -167,14 +157,14 @@ class CapabilityGuard(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.logits is not None and self.without_adapter is None and not adapted_models(pl_module):
+            raise MisconfigurationException(
+                f"CapabilityGuard has `logits`, but cannot turn {type(pl_module).__name__} into its base. Give "
+                "`without_adapter`, a function of the module to a context manager."
+            )
         if not self._batches:
-            datamodule = getattr(trainer, "datamodule", None)
-            limit = getattr(pl_module, "context_tokens", None)
-            given = self.text
-            if given is None:
-                given = datamodule.text_dataloader("validation", self.text_rows, limit)  # type: ignore[union-attr]
-            self._batches = list(given)
-            if not self._anywhere(bool(self._batches), pl_module):
+            self._batches = list(self._held_out_text(trainer, pl_module))
+            if not ranks.any_rank(bool(self._batches)):
                 raise MisconfigurationException("CapabilityGuard's text is empty: give held-out general rows.")
         if self.max_accuracy_drop is not None and not trainer.enable_validation:
             raise MisconfigurationException(
@@ -184,18 +174,7 @@ class CapabilityGuard(Callback):
         if self.max_accuracy_drop is not None and self.base_accuracy is None:
             self.base_accuracy = self._measure_base_accuracy(trainer, pl_module)
         if self.good.step < 0:
-            reading = self._measure(trainer, pl_module, validation=False)
-            if math.isnan(reading.kl) and self.max_kl is not None:
-                raise MisconfigurationException(
-                    "CapabilityGuard: the KL to the base is not a number before training: either there is no adapter "
-                    "to switch off (`policy.lora: null`), or the base's logits are not finite on the text. Train an "
-                    "adapter, or set `max_kl: null` and give `max_accuracy_drop`."
-                )
-            if reading.over:
-                raise MisconfigurationException(
-                    f"CapabilityGuard: the run starts over budget ({reading.over}), so there is no good state to go "
-                    "back to. Raise the budget, or start from the base (a fresh adapter)."
-                )
+            self._check_start(self._measure(trainer, pl_module, validation=False))
 
     @override
     def on_train_batch_start(
@@ -227,23 +206,36 @@ class CapabilityGuard(Callback):
 
     # ------------------------------------------------------------------ decisions
 
+    def _check_start(self, found: Measurement) -> None:
+        if math.isnan(found.kl) and self.max_kl is not None:
+            raise MisconfigurationException(
+                "CapabilityGuard: the KL to the base is not a number before training: either there is no adapter "
+                "to switch off (`policy.lora: null`), or the base's logits are not finite on the text. Train an "
+                "adapter, or set `max_kl: null` and give `max_accuracy_drop`."
+            )
+        if found.over:
+            raise MisconfigurationException(
+                f"CapabilityGuard: the run starts over budget ({found.over}), so there is no good state to go "
+                "back to. Raise the budget, or start from the base (a fresh adapter)."
+            )
+
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, validation: bool = False) -> None:
         """Measure unless these very weights were measured, keep the state or go back; alike on all ranks."""
         if not validation and self.readings and self.readings[-1].step == trainer.global_step:
             return
-        reading = self._measure(trainer, pl_module, validation)
-        if reading.over:
-            self._rescue(trainer, pl_module, reading, self._stop_before_validation if validation else None)
+        found = self._measure(trainer, pl_module, validation)
+        if found.over:
+            self._rescue(trainer, pl_module, found, self._stop_before_validation if validation else None)
         elif self.good.step != trainer.global_step and (validation or self.max_accuracy_drop is None):
             # With a budget for accuracy only validation can tell whether a state is good.
             self.good.take(trainer, pl_module)
-        self._log(trainer, reading, validation)
+        self._log(trainer, found, validation)
 
     def _rescue(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, reading: Reading, stop_before: bool | None
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: Measurement, stop_before: bool | None
     ) -> None:
         self.good.put_back_(trainer, pl_module)
-        back = f"Guard: {reading.over} after update {reading.step}; back to the state of update {self.good.step}"
+        back = f"Guard: {found.over} after update {found.step}; back to the state of update {self.good.step}"
         if self.action == "stop" or self.rescues >= self.max_rescues:
             trainer.should_stop = True
             limit = "" if self.action == "stop" else f" (`max_rescues`: {self.max_rescues})"
@@ -256,41 +248,49 @@ class CapabilityGuard(Callback):
             trainer.should_stop = stop_before  # a goal that validation saw reached, over budget, is not reached
         rank_zero_info(f"{back}, learning rate halved to {self.lr_scale:g} of what was asked.")
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, validation: bool) -> Reading:
-        same = bool(self.readings) and self.readings[-1].step == trainer.global_step and not self.readings[-1].over
-        sums = self._last_sums if same else self._divergence(trainer, pl_module)
-        self._last_sums = sums
-        kl, drop = sums.mean_kl, None
+    # ------------------------------------------------------------------ measuring
+
+    def _held_out_text(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
+        if self.text is not None:
+            return self.text
+        datamodule = datamodule_of(trainer)
+        assert isinstance(datamodule, HasHeldOutText)  # setup made sure
+        limit = pl_module.context_tokens if isinstance(pl_module, LimitsContext) else None
+        return datamodule.text_dataloader("validation", self.text_rows, limit)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, validation: bool) -> Measurement:
+        last = self.readings[-1] if self.readings else None
+        if last is None or last.step != trainer.global_step or last.over:
+            self._last_sums = self._divergence(trainer, pl_module)
+        kl, drop = self._last_sums.mean_kl, None
         if validation and self.max_accuracy_drop is not None:
-            accuracy = trainer.callback_metrics.get(self.accuracy_metric)
-            if accuracy is None:
-                raise MisconfigurationException(
-                    f"CapabilityGuard: validation logged no `{self.accuracy_metric}`, which `max_accuracy_drop` is "
-                    "about. Give `accuracy_metric`, or leave that budget null."
-                )
-            if self.base_accuracy is None:
-                self.base_accuracy = float(accuracy)  # the first validation stands for the base
-            drop = self.base_accuracy - float(accuracy)
+            drop = self._accuracy_drop(trainer)
         reasons = []
         if self.max_kl is not None and not kl <= self.max_kl:  # NaN is over
             reasons.append(f"KL {kl:.3g} > {self.max_kl:g} nats")
         if drop is not None and drop > float(self.max_accuracy_drop or 0) + 1e-9:
             reasons.append(f"{self.accuracy_metric} {100 * drop:.1f} points below the base")
-        reading = Reading(step=trainer.global_step, kl=kl, accuracy_drop=drop, over=" and ".join(reasons))
-        self.readings.append(reading)
-        return reading
+        found = Measurement(step=trainer.global_step, kl=kl, accuracy_drop=drop, over=" and ".join(reasons))
+        self.readings.append(found)
+        return found
 
-    # ------------------------------------------------------------------ measuring
+    def _accuracy_drop(self, trainer: pl.Trainer) -> float:
+        accuracy = trainer.callback_metrics.get(self.accuracy_metric)
+        if accuracy is None:
+            raise MisconfigurationException(
+                f"CapabilityGuard: validation logged no `{self.accuracy_metric}`, which `max_accuracy_drop` is "
+                "about. Give `accuracy_metric`, or leave that budget null."
+            )
+        if self.base_accuracy is None:
+            self.base_accuracy = float(accuracy)  # the first validation stands for the base
+        return self.base_accuracy - float(accuracy)
 
     def _divergence(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TextSums:
         """Return sums over all ranks."""
-        was_training = pl_module.training
-        pl_module.eval()
         total = TextSums()
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(pl_module):
             for batch in self._batches:
                 total += self._batch_sums(trainer.strategy.batch_to_device(batch), pl_module)
-        pl_module.train(was_training)
         return total.over_ranks(pl_module.device)
 
     def _batch_sums(self, batch: Any, pl_module: pl.LightningModule) -> TextSums:
@@ -298,8 +298,7 @@ class CapabilityGuard(Callback):
             assert isinstance(pl_module, ScoresText)  # setup made sure
             return pl_module.text_sums(batch)
         policy = self.logits(pl_module, batch)
-        switch_off: Any = self.without_adapter or (lambda module: module.disable_adapter())
-        with switch_off(pl_module):
+        with (self.without_adapter or adapters_off)(pl_module):
             base = self.logits(pl_module, batch)
         classes = policy.shape[-1]
         policy, base = policy.reshape(-1, classes), base.reshape(-1, classes)
@@ -307,47 +306,38 @@ class CapabilityGuard(Callback):
         return text_sums(policy, targets, lambda logits: logits, base, vocab_size=classes)
 
     def _measure_base_accuracy(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
-        evaluate, datamodule = getattr(pl_module, "evaluate", None), getattr(trainer, "datamodule", None)
-        if not callable(evaluate) or datamodule is None or trainer.global_step > 0:
+        datamodule = datamodule_of(trainer)
+        if not isinstance(pl_module, Evaluable) or datamodule is None or trainer.global_step > 0:
             return None
         loaders = datamodule.val_dataloader()
         if not isinstance(loaders, (list, tuple)) or len(loaders) < 2:
             return None
         limit: Any = trainer.limit_val_batches
         general = loaders[1] if limit == 1.0 and isinstance(limit, float) else _first(loaders[1], limit)
-        rates: dict[str, float] = evaluate([[], general])
-        return rates.get(self.accuracy_metric)
-
-    @staticmethod
-    def _anywhere(flag: bool, pl_module: pl.LightningModule) -> bool:
-        if not (dist.is_available() and dist.is_initialized()):
-            return flag
-        found = torch.tensor(float(flag), device=pl_module.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
+        return pl_module.evaluate([[], general]).get(self.accuracy_metric)
 
     # ------------------------------------------------------------------ logs and state
 
-    def _log(self, trainer: pl.Trainer, reading: Reading, validation: bool) -> None:
+    def _log(self, trainer: pl.Trainer, found: Measurement, validation: bool) -> None:
         metrics = trainer.callback_metrics
         unsafe = metrics.get(self.unsafe_metric, metrics.get("unsafe"))
         values = {
-            "guard/kl": reading.kl,
+            "guard/kl": found.kl,
             "guard/perplexity": self._last_sums.perplexity,
-            "guard/over_budget": float(bool(reading.over)),
+            "guard/over_budget": float(bool(found.over)),
             "guard/rescues": float(self.rescues),
             "guard/lr_scale": self.lr_scale,
         }
-        if reading.accuracy_drop is not None:
-            values["guard/accuracy_drop"] = reading.accuracy_drop
+        if found.accuracy_drop is not None:
+            values["guard/accuracy_drop"] = found.accuracy_drop
         if unsafe is not None:
             values["guard/unsafe_rate"] = float(unsafe)
             if validation or self.unsafe_metric not in metrics:  # an older validation is not about these weights
-                values["guard/score"] = float(unsafe) + float(bool(reading.over))
+                values["guard/score"] = float(unsafe) + float(bool(found.over))
         # Not `self.log`, which a hook after validation may not call.
         metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(values, step=logging_step(trainer))
 
     @override
     def state_dict(self) -> dict[str, Any]:

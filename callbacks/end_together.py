@@ -1,18 +1,19 @@
-"""When a run fails, its other processes on this machine end too, and are no reason to kill it half-way."""
+"""When a run fails, end its other processes on this machine too."""
 
 from __future__ import annotations
 
 import subprocess
 import time
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from nspo_lightning.compat.lightning import started_processes
+
 GRACE_S = 10.0
-"""What processes get to end by themselves, which they do if the error is theirs too."""
+"""Time for the others to end by themselves, as they do if the error is theirs too."""
 
 
 class EndTogether(Callback):
@@ -31,11 +32,8 @@ class EndTogether(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        launcher: Any = trainer.strategy.launcher
-        started: list[subprocess.Popen[bytes]] = getattr(launcher, "procs", [])
+        started = started_processes(trainer)
         processes = list(started)
-        if not all(isinstance(process, subprocess.Popen) for process in processes):
-            return  # forked ones are joined by their launcher
         for number, process in enumerate(processes, start=1):
             if process.poll():
                 rank_zero_info(f"Process {number} of this run ended first, with exit code {process.returncode}.")

@@ -9,27 +9,18 @@ the data are in there anyway.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from nspo_lightning import ranks
+from nspo_lightning.callbacks.protocols import KeepsStepState
 from nspo_lightning.callbacks.resume.loop_progress import Moment, in_window, settle
 from nspo_lightning.callbacks.resume.random_state import random_state, set_random_state
-
-
-@runtime_checkable
-class KeepsStepState(Protocol):
-    """A LightningModule with state that a training step changes before the weights change (a buffer, counters)."""
-
-    step_state_to_save: dict[str, Any] | None
-    """What a checkpoint shall hold instead of the present state, once; the module sets it back to None."""
-
-    def step_state(self) -> dict[str, Any]:
-        """Return a copy of that state, cheap and in memory."""
+from nspo_lightning.compat.lightning import checkpoint_state, model_checkpoints, restore_checkpoint_state_
 
 
 class ExactResume(Callback):
@@ -71,9 +62,9 @@ class ExactResume(Callback):
         trainer.should_stop = trainer.should_stop or state["should_stop"]
         trainer.callback_metrics.update(state["callback_metrics"])
         _restore_checkpoint_callbacks(trainer, state)
-        ranks = state["ranks"]
-        if len(ranks) == trainer.world_size:  # with another number of ranks there is no same run
-            self._random, self._gradients = ranks[trainer.global_rank]["random"], ranks[trainer.global_rank]["grads"]
+        if len(state["ranks"]) == trainer.world_size:  # with another number of ranks there is no same run
+            mine = state["ranks"][trainer.global_rank]
+            self._random, self._gradients = mine["random"], mine["grads"]
 
     def _enter(self, pl_module: pl.LightningModule) -> None:
         """Set the generators where the interrupted run had them, after everything that happens before training."""
@@ -138,18 +129,12 @@ class ExactResume(Callback):
         settle(checkpoint["loops"]["fit_loop"], trainer, self.moment)
         window = self.moment in {"step", "batch_end", "validation", "validation_end"} and in_window(trainer)
         mine = {"random": noise, "grads": _gradients(pl_module) if window else {}}
-        ranks: list[Any] = [mine]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            dist.all_gather_object(ranks, mine)
         checkpoint[type(self).__name__] = {
             "should_stop": trainer.should_stop,
             "callback_metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
-            "checkpoint_callbacks": {
-                callback.state_key: _callback_state(callback) for callback in _checkpoint_callbacks(trainer)
-            },
+            "checkpoint_callbacks": {c.state_key: checkpoint_state(c) for c in model_checkpoints(trainer)},
             "saved_on_exception": self.saved_on_exception,
-            "ranks": ranks,
+            "ranks": ranks.gather_objects(mine),
         }
 
 
@@ -161,30 +146,14 @@ def _gradients(pl_module: pl.LightningModule) -> dict[str, Tensor]:
     }
 
 
-def _checkpoint_callbacks(trainer: pl.Trainer) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-
-
-def _callback_state(callback: ModelCheckpoint) -> dict[str, Any]:
-    """What `ModelCheckpoint.state_dict` lacks and its next decision needs."""
-    return {
-        "last_step": getattr(callback, "_last_global_step_saved", 0),
-        "deferred": getattr(callback, "_defer_save_until_validation", False),
-        "last_file": str(getattr(callback, "_last_checkpoint_saved", "")),
-    }
-
-
 def _restore_checkpoint_callbacks(trainer: pl.Trainer, state: dict[str, Any]) -> None:
-    for callback in _checkpoint_callbacks(trainer):
+    for callback in model_checkpoints(trainer):
         saved = state["checkpoint_callbacks"].get(callback.state_key)
         if saved is None:
             continue
-        callback._last_global_step_saved = saved["last_step"]
-        callback._defer_save_until_validation = saved["deferred"]
-        callback._last_checkpoint_saved = saved["last_file"]
         own = {callback.last_model_path, callback.best_model_path, *callback.best_k_models}
         resumed = Path(str(trainer.ckpt_path)).resolve()
         if not state["saved_on_exception"] and any(path and Path(path).resolve() == resumed for path in own):
             # It noted what it wrote only after the file was complete, so the file doesn't know.
-            callback._last_global_step_saved = trainer.global_step
-            callback._last_checkpoint_saved = str(trainer.ckpt_path)
+            saved = saved | {"last_step": trainer.global_step, "last_file": str(trainer.ckpt_path)}
+        restore_checkpoint_state_(callback, saved)

@@ -9,13 +9,15 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from nspo_lightning import ranks
 from nspo_lightning.callbacks.exact_resume import ExactResume
 from nspo_lightning.checkpoints import LAST_FILE
+from nspo_lightning.compat.lightning import callbacks_of, model_checkpoints
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -71,10 +73,9 @@ class LastOnException(Callback):
     def _stop(self, trainer: pl.Trainer) -> None:
         """Stop if a signal has come, here or on another rank (cross-rank synchronisation, at moments all come to)."""
         if self._shared:
-            any_rank = trainer.strategy.reduce_boolean_decision
-            if not any_rank(self._waiting is not None, all=False):
+            if not ranks.any_rank(self._waiting is not None):
                 return
-            self._waiting = signal.SIGTERM if any_rank(self._waiting == signal.SIGTERM, all=False) else signal.SIGINT
+            self._waiting = signal.SIGTERM if ranks.any_rank(self._waiting == signal.SIGTERM) else signal.SIGINT
         self._raise(together=self._shared)
 
     @override
@@ -107,7 +108,7 @@ class LastOnException(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        for number in self._handlers:  # what is begun here ends soon
+        for number in self._handlers:  # nothing interrupts the save
             signal.signal(number, signal.SIG_IGN)
         try:
             self._save(trainer, exception)
@@ -118,8 +119,8 @@ class LastOnException(Callback):
     def _save(trainer: pl.Trainer, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException):
             exception.code = exception.code or SIGTERM_EXIT_CODE  # Lightning's own has none: 0, as if all were done
-        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        alone = trainer.world_size == 1 or getattr(exception, "raised_on_all_ranks", False)
+        callbacks = [callback for callback in model_checkpoints(trainer) if callback.dirpath]
+        alone = trainer.world_size == 1 or ranks.raised_on_all_ranks(exception)
         if trainer.state.fn != "fit" or not callbacks or trainer.global_step == 0 or not alone:
             return  # nothing was learnt yet, or other ranks may never come to the collective save
         path = Path(str(callbacks[0].dirpath)) / LAST_FILE
@@ -146,11 +147,11 @@ class LastOnException(Callback):
 
 
 def _resume(trainer: pl.Trainer) -> ExactResume | None:
-    return next((c for c in trainer.callbacks if isinstance(c, ExactResume)), None)  # type: ignore[attr-defined]
+    return next((c for c in callbacks_of(trainer) if isinstance(c, ExactResume)), None)
 
 
 def _is_settled(trainer: pl.Trainer, resume: ExactResume | None) -> bool:
-    """Whether a checkpoint of this moment would resume exactly: no weight or callback is half-way."""
+    """Return whether a checkpoint of this moment would resume exactly: no weight or callback is half-way."""
     if resume is None:
         return trainer.training
     if resume.moment in {"step", "validation"}:

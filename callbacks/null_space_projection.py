@@ -1,14 +1,8 @@
 """Training in the null space of general ability, for any Lightning project.
 
-The callback finds the trainable matrices (LoRA adapters, linear layers), learns which input directions general text
-uses, and keeps every update out of them. Hooks, in the order in which Lightning runs them:
-
-    setup                     refuse strategies whose gradients or weights cannot be reached
-    on_train_start            plan, calibrate or load, project A once, register the post-step hooks
-    on_before_optimizer_step  project gradients (before clipping, after unscaling)
-    optimizer post-step hook  project parameters, once for each step that really happened
-    on_train_batch_end        log, at the Trainer's logging interval only
-    on_train_end              certificate
+At the start of training the callback finds the trainable matrices (LoRA adapters, linear layers), learns which input
+directions general text uses, and projects adapters once. Gradients are projected in `on_before_optimizer_step`, after
+unscaling and before clipping; parameters in a hook of the optimizer, after each step that really happens.
 """
 
 from __future__ import annotations
@@ -20,71 +14,70 @@ from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from typing_extensions import override
 
 from nspo_lightning import ranks
-from nspo_lightning.callbacks.null_space.basis_source import BasisSource
-from nspo_lightning.callbacks.null_space.batches import BatchToInputs
-from nspo_lightning.callbacks.null_space.inference import OutputCheck, reshard
-from nspo_lightning.callbacks.null_space.logs import log_start, logs_now, step_metrics
-from nspo_lightning.callbacks.null_space.unprotected import Unprotected, report_unprotected, require_float32
+from nspo_lightning.callbacks.null_space.basis_source import BasisSource, CalibrationJob
+from nspo_lightning.callbacks.null_space.batches import BatchToInputs, move_call
+from nspo_lightning.callbacks.null_space.hold import Hold
+from nspo_lightning.callbacks.null_space.inference import OutputCheck, inference
+from nspo_lightning.callbacks.null_space.logs import log_start, show_bases, show_certificate, step_metrics
+from nspo_lightning.callbacks.null_space.unprotected import (
+    Unprotected,
+    refuse_strategy,
+    report_unprotected,
+    require_float32,
+)
+from nspo_lightning.compat.lightning import callbacks_of, logs_this_batch
 from nspo_lightning.nullspace import (
-    Basis,
     BasisSettings,
     Calibration,
     LayerCertificate,
     LayerPlan,
-    ProtectedLayer,
+    calibrate_modules,
     plan_layers,
     save_calibration,
 )
 from nspo_lightning.nullspace.basis import Form, Subspace
 from nspo_lightning.nullspace.criteria import Criterion
-from nspo_lightning.nullspace.keeper import GradientEnergy, NullSpaceKeeper
+from nspo_lightning.nullspace.keeper import GradientEnergy
 from nspo_lightning.nullspace.store import check_fingerprint
-
-_RESUME_LEAK = 1e-4  # a resumed adapter sits at about 1e-7; anything above this was trained without this basis
 
 
 class NullSpaceProjection(Callback):
     """Keep updates out of the input directions that general text uses.
 
     Args:
-        calibration: a basis file; an iterable of batches; or None = the datamodule's ``calibration_dataloader()`` (or
-            the module's).
-        criterion: what decides how many directions are protected, see `nspo_lightning.nullspace.criteria`.
-        threshold: of the criterion; None = its default.
-        target_modules: layers to hold: None = all trained ones, a regular expression, or a list of names, name endings
+        calibration: A basis file, batches, or None = the ``calibration_dataloader()`` of datamodule or module.
+        criterion: What decides how many directions are protected, see `nspo_lightning.nullspace.criteria`.
+        threshold: Of the criterion; None = its default.
+        target_modules: Layers to hold: None = all trained ones, a regular expression, or a list of names, name endings
             or parent modules.
-        unprotected: what to do about trained parameters that cannot be held: ``error``, ``warn`` (they train freely),
+        unprotected: What to do about trained parameters that cannot be held: ``error``, ``warn`` (they train freely),
             ``freeze`` (they do not train).
-        batch_to_inputs: function from a calibration batch to (forward arguments, mask).
-        limit_batches: use at most this many calibration batches (of each process, where a sampler deals them out).
+        batch_to_inputs: Function from a calibration batch to (forward arguments, mask).
+        limit_batches: Use at most this many calibration batches (of each process, where a sampler deals them out).
         form: ``hard`` cuts directions off, ``soft`` damps them (no cut).
-        softness: of the soft form, in units of the mean eigenvalue; larger is freer.
+        softness: Of the soft form, in units of the mean eigenvalue; larger is freer.
         subspace: ``null``; for comparisons ``random`` (as many random directions) or ``protected`` (the opposite).
-        project_initialization: step 1, A <- A P before training.
-        project_gradients: step 2, before each optimizer step.
-        project_displacement: step 3, after each optimizer step.
-        freeze_down: train B only, A stays where step 1 put it.
-        min_null_share: with ``auto``, keep at least this share of the directions free.
-        max_output_change: with ``auto``, protect at least until an update of norm 1 moves general outputs by at most
+        project_initialization: Step 1, A <- A P before training.
+        project_gradients: Step 2, before each optimizer step.
+        project_displacement: Step 3, after each optimizer step.
+        freeze_down: Train B only, A stays where step 1 put it.
+        min_null_share: With ``auto``, keep at least this share of the directions free.
+        max_output_change: With ``auto``, protect at least until an update of norm 1 moves general outputs by at most
             this much (relative to the inputs).
-        domain_weights: weight of each calibration domain; None = equal.
-        without_domains: domains to leave out.
-        memory_budget_gb: limit for second moments held at one time; more passes are made, wide inputs are sketched.
-        keep_moments: store the second moments by domain in the basis file.
-        cache_dir: keeps calibrations by fingerprint: "auto" = ``<default_root_dir>/nullspace``, None = nowhere.
-        seed: of the random subspace and the sketch.
+        domain_weights: Weight of each calibration domain; None = equal.
+        without_domains: Domains to leave out.
+        memory_budget_gb: Limit for second moments held at one time; more passes are made, wide inputs are sketched.
+        keep_moments: Store the second moments by domain in the basis file.
+        cache_dir: Keeps calibrations by fingerprint: "auto" = ``<default_root_dir>/nullspace``, None = nowhere.
+        seed: Of the random subspace and the sketch.
         enabled: False = do nothing (plain training), so that one configuration runs both.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -148,124 +141,90 @@ class NullSpaceProjection(Callback):
         self.calibration: Calibration | None = None
         self.output_change: float | None = None
         """Largest change of the model's output on the first calibration batch, relative to its largest entry."""
-        self._keepers: dict[int, NullSpaceKeeper] = {}
-        self._handles: list[Any] = []
-        self._dropped: list[nn.Parameter] = []
+        self._hold = Hold()
+        self._check: OutputCheck | None = None
         self._energy: list[GradientEnergy] = []
         self._resumed: dict[str, Any] = {}
         self._started = False
-        self._check: OutputCheck | None = None
 
     @property
     def state_key(self) -> str:
         """Two instances on different modules keep their states apart."""
         targets = self.target_modules
         scope = targets if isinstance(targets, str) or targets is None else sorted(targets)
-        return self._generate_state_key(target_modules=scope)
+        return f"{type(self).__qualname__}{dict(target_modules=scope)!r}"
 
-    # ------------------------------------------------------------------------------------------------ Lightning hooks
-
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse strategies that hide weights or gradients; freeze early, before a distributed wrapper looks.
-
-        Raises:
-            MisconfigurationException: under FSDP1 and DeepSpeed.
-        """
         if stage != "fit" or not self.enabled:
             return
-        for strategy, why in (
-            (FSDPStrategy, "FSDP1 keeps weights and gradients as slices of a flat buffer"),
-            (DeepSpeedStrategy, "DeepSpeed's engine owns the gradients and the master weights"),
-        ):
-            if isinstance(trainer.strategy, strategy):
-                raise MisconfigurationException(
-                    f"NullSpaceProjection cannot run under {type(trainer.strategy).__name__}: {why}, so a projection "
-                    "here would have no effect on the real weights. Use ModelParallelStrategy (FSDP2: shards whole "
-                    "rows, which is projected exactly) or 'ddp'."
-                )
+        refuse_strategy(trainer)
+        # Freeze early, before a distributed wrapper looks.
         if self.unprotected == "freeze" and any(p.requires_grad for p in pl_module.parameters()):
             plan = self._plan(trainer, pl_module)
-            report_unprotected(plan, self.unprotected, self.target_modules)
-            for refusal in plan.refusals:
-                refusal.parameter.requires_grad_(False)
+            for parameter in report_unprotected(plan, self.unprotected, self.target_modules):
+                parameter.requires_grad_(False)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Plan, obtain the bases, project the adapters once and hook into the optimizers."""
+        self._hold.release()
+        self._hold, self._check = Hold(), None
         if not self.enabled:
             return
-        self._remove_hooks()
-        reshard(pl_module)
+        ranks.reshard(pl_module)
         resumed = self._started or bool(self._resumed)
         plan = self._plan(trainer, pl_module, resumed=resumed)
-        if report_unprotected(plan, self.unprotected, self.target_modules):
-            self._freeze([refusal.parameter for refusal in plan.refusals])
+        to_freeze = report_unprotected(plan, self.unprotected, self.target_modules)
         require_float32(plan)
-        names = {layer.name: layer.module for layer in plan.layers}
-        if self.calibration is None or self.calibration.layer_names() != set(names):
-            self.calibration = self.source.obtain(trainer, pl_module, names, self._resumed)
-        self._build_keepers(trainer, plan)
-        first_call = self.source.first_call(trainer, pl_module)
-        self._check = None if first_call is None else OutputCheck(first_call)
-        if self._check is not None:
-            self._check.remember(trainer, pl_module)
-        if resumed:
-            self._check_resumed()
-        elif self.project_initialization:
-            for keeper in self._keepers.values():
-                keeper.start_()
+        calibration = self._obtain_bases(trainer, pl_module, plan)
+        self._hold = Hold(
+            trainer.optimizers,
+            plan.layers,
+            calibration,
+            project_gradients=self.project_gradients,
+            project_displacement=self.project_displacement,
+        )
+        self._hold.freeze_(to_freeze)
+        self._check = OutputCheck.before_training(self.source.first_call(trainer, pl_module), trainer, pl_module)
+        if not resumed and self.project_initialization:
+            self._hold.start_()
+        elif self.settings.form == "hard" and self.project_displacement and self.project_initialization:
+            self._hold.refuse_leaks()
         if self.freeze_down:
-            self._freeze([layer.matrix for layer in plan.layers if layer.kind == "lora"])
-        for optimizer in trainer.optimizers:
-            keeper = self._keepers[id(optimizer)]
-            self._handles.append(optimizer.register_step_post_hook(lambda *_, k=keeper: k.reproject_()))
+            self._hold.freeze_([layer.matrix for layer in plan.layers if layer.kind == "lora"])
+        self._hold.hook()
         self._started, self._resumed = True, {}
-        log_start(trainer, self.calibration)
+        log_start(trainer, calibration)
 
+    @override
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Project the gradients; Lightning clips afterwards, so the clipped norm is the projected one."""
-        if not self.enabled:
-            return
-        for parameter in self._dropped:
-            parameter.grad = None
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        keeper = self._keepers.get(id(inner))
-        if keeper is not None:
-            energy = keeper.project_gradients_(measure=logs_now(trainer))
-            if energy is not None:
-                self._energy.append(energy)
+        # Lightning clips afterwards, so the clipped norm is the projected one.
+        energy = self._hold.project_gradients_(optimizer, measure=logs_this_batch(trainer))
+        if energy is not None:
+            self._energy.append(energy)
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log at the Trainer's interval; nothing is read from the device in between."""
-        if not self._energy:
-            return
-        pl_module.log_dict(step_metrics(self._energy, self.certificates()), on_step=True, on_epoch=False)
-        self._energy.clear()
+        if self._energy:  # at the Trainer's logging interval; nothing is read from the device in between
+            pl_module.log_dict(step_metrics(self._energy, self.certificates()), on_step=True, on_epoch=False)
+            self._energy.clear()
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Certify the result and let go of the optimizers."""
-        if not self.enabled or self.calibration is None:
-            return
-        self._remove_hooks()
-        certificates = self.certificates()
+        self._hold.release()
         self.output_change = None if self._check is None else self._check.change(trainer, pl_module)
-        if certificates:
-            worst = max(certificates, key=lambda c: c.leak)
-            change = "not measured" if self.output_change is None else f"{self.output_change:.2g}"
-            rank_zero_info(
-                f"Null-space certificate: {len(certificates)} layers, largest leak {worst.leak:.2g} ({worst.name}), "
-                f"largest bound on a layer's output change {max(c.output_change for c in certificates):.2g}, largest "
-                f"change of outputs on the first calibration batch {change} (relative)."
-            )
+        show_certificate(self.certificates(), self.output_change)
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave no hooks on the optimizers."""
-        self._remove_hooks()
+        self._hold.release()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return settings, fingerprint and path; the bases themselves stay in their file."""
         if not self._started or self.calibration is None:
@@ -277,26 +236,23 @@ class NullSpaceProjection(Callback):
             "path": self.source.path,
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Note that training goes on: A lies in the null space already and B is not zero.
 
         Raises:
-            MisconfigurationException: if the checkpoint was made with other settings.
+            ValueError: If the checkpoint was made with other settings.
         """
         if not state_dict.get("started"):
             return
         if self.enabled:
-            check_fingerprint(
-                {"settings": state_dict["settings"]}, {"settings": self.settings.as_dict()}, "the checkpoint"
-            )
+            ours = {"settings": self.settings.as_dict()}
+            check_fingerprint({"settings": state_dict["settings"]}, ours, "the checkpoint")
         self._resumed = dict(state_dict)
-
-    # ----------------------------------------------------------------------------------------------------- public API
 
     def certificates(self) -> list[LayerCertificate]:
         """Return each layer's certificate: leak, update norm, bound on the output change."""
-        energy = self.calibration.output_energy if self.calibration is not None else {}
-        return [c for keeper in self._keepers.values() for c in keeper.certificates(energy)]
+        return self._hold.certificates()
 
     def certificate(self) -> dict[str, float]:
         """Return layer name -> leak ||D U_k|| / ||D||; in the soft form -> bound on the relative output change."""
@@ -307,7 +263,7 @@ class NullSpaceProjection(Callback):
         """Return the path of a basis file written there, which `calibration` takes.
 
         Raises:
-            RuntimeError: before fit has calibrated.
+            RuntimeError: Before fit has calibrated.
         """
         if self.calibration is None:
             raise RuntimeError("There is no basis to save yet: it is made at the start of fit.")
@@ -316,85 +272,57 @@ class NullSpaceProjection(Callback):
     def calibrate(
         self,
         pl_module: pl.LightningModule,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | CalibrationJob,
         *,
         trainer: pl.Trainer | None = None,
         sharded: bool = False,
         progress: Callable[[str, int], None] | None = None,
     ) -> Calibration:
-        """Calibrate now, outside fit.
+        """Return bases that are made now from calibration text, inside or outside fit.
 
         Args:
-            pl_module: the module, on its device.
-            batches: calibration batches.
-            trainer: for its precision; None = the module's own.
-            sharded: each rank has batches of its own; else they are the same on all, and dealt out.
-            progress: called with (stage, done).
-
-        Returns:
-            The calibration, with its fingerprint.
+            pl_module: The module, on its device.
+            batches: Calibration batches, or a job that `BasisSource.find` returned.
+            trainer: Its precision is used; None = the module's own.
+            sharded: Each rank has batches of its own; else they are the same on all, and dealt out.
+            progress: Called with (stage, done).
         """
-        plan = plan_layers(pl_module, self.target_modules, resumed=True)
-        modules = {layer.name: layer.module for layer in plan.layers}
-        calls = self.source.calls(batches)
-        fingerprint = self.source.fingerprint(modules, calls)
-        self.calibration = self.source.calibrate(
-            trainer, pl_module, modules, calls, fingerprint, sharded=sharded, progress=progress
-        )
+        if isinstance(batches, CalibrationJob):
+            job = batches
+        else:
+            layers = plan_layers(pl_module, self.target_modules, resumed=True).layers
+            job = self.source.job({layer.name: layer.module for layer in layers}, batches, sharded=sharded)
+        with inference(trainer, pl_module):
+            self.calibration = calibrate_modules(
+                job.modules,
+                pl_module,
+                lambda: (move_call(call, pl_module.device) for call in job.calls),
+                self.settings,
+                memory_budget_gb=self.source.memory_budget_gb,
+                keep_moments=self.source.keep_moments,
+                sharded=job.sharded,
+                progress=progress,
+            )
+        self.calibration.fingerprint = job.fingerprint
         return self.calibration
+
+    def _obtain_bases(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: LayerPlan) -> Calibration:
+        """Keep the bases of an earlier fit, load them, or make them now."""
+        modules = {layer.name: layer.module for layer in plan.layers}
+        if self.calibration is not None and self.calibration.layer_names() == set(modules):
+            return self.calibration
+        found = self.source.find(trainer, pl_module, modules, self._resumed)
+        if isinstance(found, Calibration):
+            self.calibration = found
+            return found
+        made = self.calibrate(pl_module, found, trainer=trainer)
+        show_bases(made)
+        self.source.keep(trainer, found, made)
+        return made
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool = False) -> LayerPlan:
         elsewhere: set[int] = set()
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
+        for other in callbacks_of(trainer):
             if isinstance(other, NullSpaceProjection) and other is not self and other.enabled:
-                theirs = plan_layers(pl_module, other.target_modules, resumed=True).layers
-                elsewhere |= {id(layer.matrix) for layer in theirs}
-                elsewhere |= {id(layer.output) for layer in theirs if layer.output is not None}
+                elsewhere |= plan_layers(pl_module, other.target_modules, resumed=True).held()
         return plan_layers(pl_module, self.target_modules, covered_elsewhere=frozenset(elsewhere), resumed=resumed)
-
-    def _freeze(self, parameters: Sequence[nn.Parameter]) -> None:
-        if ranks.world_size() == 1:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-        else:
-            # DDP waits for the gradient of every parameter it has seen: let it come, and drop it before the step.
-            self._dropped = list(parameters)
-
-    def _build_keepers(self, trainer: pl.Trainer, plan: LayerPlan) -> None:
-        assert self.calibration is not None
-        on_device: dict[tuple[int, torch.device], Basis] = {}
-        self._keepers = {}
-        remaining: list[ProtectedLayer] = list(plan.layers)
-        for optimizer in trainer.optimizers:
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            layers = [m for m in remaining if ids & {id(m.matrix), id(m.output)}]
-            remaining = [m for m in remaining if m not in layers]
-            bases = []
-            for layer in layers:
-                basis = self.calibration.basis_of(layer.name)
-                key = (id(basis), layer.matrix.device)
-                bases.append(on_device.setdefault(key, basis.to(layer.matrix.device)))
-            self._keepers[id(optimizer)] = NullSpaceKeeper(
-                layers,
-                bases,
-                project_gradients=self.project_gradients,
-                project_displacement=self.project_displacement,
-            )
-
-    def _check_resumed(self) -> None:
-        if self.settings.form == "soft" or not (self.project_displacement and self.project_initialization):
-            return
-        leaking = {name: leak for name, leak in self.certificate().items() if leak > _RESUME_LEAK}
-        if leaking:
-            name = max(leaking, key=lambda n: leaking[n])
-            raise MisconfigurationException(
-                f"The checkpoint's adapter does not lie in the null space of this basis: {len(leaking)} layers leak, "
-                f"{name} by {leaking[name]:.2g}. It was trained with another basis or without projection. Give "
-                "`calibration` the basis file of that run, or merge the adapter and start a new one."
-            )
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()

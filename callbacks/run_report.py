@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
+from nspo_lightning.callbacks.protocols import Certifies, Evaluable
 from nspo_lightning.checkpoints import best_of, read_checkpoint
+from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, is_fast_dev_run, model_checkpoints
+from nspo_lightning.evaluation.tables import rich_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 HEADLINES = (
     "safety/unsafe_rate",
@@ -22,17 +29,6 @@ HEADLINES = (
     "general/accuracy",
     "general/over_refusal_rate",
 )
-
-
-@runtime_checkable
-class Evaluable(Protocol):
-    """What the report needs of a LightningModule."""
-
-    def evaluate(self, dataloaders: Any) -> dict[str, float]:
-        """Return metrics by name."""
-
-    def save_adapter(self, folder: str | Path) -> None:
-        """Write what was trained."""
 
 
 class RunReport(Callback):
@@ -68,88 +64,86 @@ class RunReport(Callback):
             if trainer.global_step > 0:
                 rank_zero_info("RunReport: resumed, but the checkpoint holds no figures from before the run.")
             rank_zero_info("Measuring the policy before training ...")
-            self.before = self._measure(trainer, pl_module)
+            self.before = _measure(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_fast_dev_run(trainer) or not isinstance(pl_module, Evaluable):
             return
-        module = cast(Evaluable, pl_module)
-        best = self._load_best(trainer, pl_module)
+        best = _load_best(trainer, pl_module)
         after: dict[str, float] = {}
         if self.evaluate:
             rank_zero_info("Measuring the policy after training ...")
-            after = self._measure(trainer, pl_module)
-        # Without a start, training was over in the checkpoint already.
-        seconds = self._seconds + (time.monotonic() - self._start if self._start else 0.0)
+            after = _measure(trainer, pl_module)
         summary: dict[str, Any] = {
             **{f"before/{name}": value for name, value in self.before.items()},
             **{f"after/{name}": value for name, value in after.items()},
             "nullspace/leak_max": _leak_max(trainer),
-            "seconds": round(seconds, 1),
+            "seconds": round(self._elapsed(), 1),
             "updates": trainer.global_step,
             "checkpoint": best,
         }
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            module.save_adapter(folder / "adapter")
+            pl_module.save_adapter(folder / "adapter")
             write_json(summary, folder / "summary.json")
-        self._print(self.before, after, summary, folder)
+            _print(_change_table(self.before, after), summary, folder)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        elapsed = time.monotonic() - self._start if self._start else 0.0
-        return {"before": self.before, "seconds": self._seconds + elapsed}
+        return {"before": self.before, "seconds": self._elapsed()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = dict(state_dict["before"])
         self._seconds = float(state_dict["seconds"])
 
-    @staticmethod
-    def _measure(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        datamodule = getattr(trainer, "datamodule", None)
-        if datamodule is None:
-            raise MisconfigurationException(
-                "RunReport measures on the datamodule's `test_dataloader()`, and there is none."
-            )
-        loaders = datamodule.test_dataloader()
-        rates = cast(Evaluable, pl_module).evaluate(loaders if isinstance(loaders, (list, tuple)) else [loaders])
-        return dict(sorted(rates.items()))
+    def _elapsed(self) -> float:
+        """Seconds of training; without a start, training was over in the checkpoint already."""
+        return self._seconds + (time.monotonic() - self._start if self._start else 0.0)
 
-    @staticmethod
-    def _load_best(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
-        path = best_of(c.state_dict() for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
-        if path is None:
-            return None
-        pl_module.load_state_dict(read_checkpoint(path)["state_dict"], strict=False)
-        return path.name
 
-    @rank_zero_only
-    def _print(self, before: dict[str, float], after: dict[str, float], summary: dict[str, Any], folder: Path) -> None:
-        from rich.console import Console
-        from rich.table import Table
+def _measure(trainer: pl.Trainer, module: Evaluable | pl.LightningModule) -> dict[str, float]:
+    datamodule = datamodule_of(trainer)
+    if datamodule is None:
+        raise MisconfigurationException(
+            "RunReport measures on the datamodule's `test_dataloader()`, and there is none."
+        )
+    assert isinstance(module, Evaluable)  # setup made sure
+    loaders = datamodule.test_dataloader()
+    return dict(sorted(module.evaluate(loaders if isinstance(loaders, (list, tuple)) else [loaders]).items()))
 
-        table = Table(title="Held-out prompts, before and after", title_justify="left")
-        for column in ("metric", "before", "after", "change"):
-            table.add_column(column, justify="left" if column == "metric" else "right")
-        names = [n for n in HEADLINES if n in after] + sorted(n for n in after if n not in HEADLINES)
-        for name in names:
-            old, new = before.get(name), after[name]
-            change = "" if old is None else f"{100 * (new - old):+.1f}"
-            table.add_row(name, "" if old is None else f"{100 * old:.1f} %", f"{100 * new:.1f} %", change)
-        console = Console()
-        console.print(table)
-        leak = summary["nullspace/leak_max"]
-        promise = "no projection" if leak is None else f"largest leak into the protected space {leak:.1e}"
-        console.print(f"{promise}; {summary['updates']} updates in {summary['seconds']:.0f} s; written to {folder}")
+
+def _load_best(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+    """Load the checkpoint that the last monitoring `ModelCheckpoint` calls best, and return its name."""
+    path = best_of(callback.state_dict() for callback in model_checkpoints(trainer))
+    if path is None:
+        return None
+    pl_module.load_state_dict(read_checkpoint(path)["state_dict"], strict=False)
+    return path.name
 
 
 def _leak_max(trainer: pl.Trainer) -> float | None:
-    leaks: list[float] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        certificate = getattr(callback, "certificate", None)
-        if callable(certificate):
-            leaks += certificate().values()
-    return max(leaks) if leaks else None
+    certifying = [callback for callback in callbacks_of(trainer) if isinstance(callback, Certifies)]
+    return max((leak for callback in certifying for leak in callback.certificate().values()), default=None)
+
+
+def _change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    rows = []
+    for name in [n for n in HEADLINES if n in after] + sorted(n for n in after if n not in HEADLINES):
+        old, new = before.get(name), after[name]
+        change = "" if old is None else f"{100 * (new - old):+.1f}"
+        rows.append((name, "" if old is None else f"{100 * old:.1f} %", f"{100 * new:.1f} %", change))
+    columns = ["metric", "before", "after", "change"]
+    return rich_table("Held-out prompts, before and after", columns, rows, align="lrrr")
+
+
+def _print(table: Table, summary: Mapping[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(table)
+    leak = summary["nullspace/leak_max"]
+    promise = "no projection" if leak is None else f"largest leak into the protected space {leak:.1e}"
+    console.print(f"{promise}; {summary['updates']} updates in {summary['seconds']:.0f} s; written to {folder}")

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-
-class HasRows(Protocol):
-    """A judged rollout."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return a dict a completion, with `prompt` and `completion`."""
-
-
-@runtime_checkable
-class KeepsRollout(Protocol):
-    """A LightningModule that keeps what it rolled out last."""
-
-    last_rollout: HasRows | None
+from nspo_lightning.callbacks.protocols import KeepsRollout
+from nspo_lightning.evaluation.tables import markdown_table
 
 
 class SampleCompletions(Callback):
-    """Log a few completions of the LightningModule's `last_rollout` every so many training steps.
+    """Log a few completions every so many training steps.
+
+    Reads the LightningModule's `last_rollout`, see `KeepsRollout`; does nothing for other modules.
 
     Args:
         every_n_steps: Training steps between two samples.
@@ -61,20 +52,13 @@ class SampleCompletions(Callback):
             return
         rows = rollout.rows()
         rows = rows[:: max(len(rows) // self.number, 1)][: self.number]
+        if not rows:
+            return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("completions", _markdown(rows), trainer.global_step)
+                cells = [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+                logger.experiment.add_text("completions", markdown_table(list(rows[0]), cells), trainer.global_step)
         if self.jsonl and self._folder is not None:
             with (self._folder / "completions.jsonl").open("a", encoding="utf-8") as file:
                 for row in rows:
                     file.write(json.dumps({"step": trainer.global_step, **row}, ensure_ascii=False) + "\n")
-
-
-def _markdown(rows: list[dict[str, Any]]) -> str:
-    def cell(value: Any) -> str:
-        text = f"{value:.3g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "\\|").replace("\n", "<br>").replace("<|", "&lt;|")
-
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([cell(row[key]) for key in head] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

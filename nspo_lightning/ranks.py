@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -72,6 +72,55 @@ def local_part(tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             return tensor.to_local()
     return tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor put together (cross-rank synchronisation), any other tensor as it is."""
+    if dist.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(tensor, DTensor):
+            return tensor.full_tensor()
+    return tensor
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor, the same on all ranks, cut as another one is; as it is where that one is not sharded."""
+    if dist.is_available():
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(like, DTensor):
+            return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's sharded parameters back in place after forwards without a backward.
+
+    The outermost sharded modules keep their gathered weights after a forward, waiting for a backward that validation
+    and calibration never run; whoever looks up ``module.weight`` then gets a copy that is thrown away.
+
+    Args:
+        model: The model; nothing happens to modules that are not sharded.
+    """
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@runtime_checkable
+class RaisedTogether(Protocol):
+    """An exception that says whether all ranks raise it at the same moment."""
+
+    raised_on_all_ranks: bool
+
+
+def raised_on_all_ranks(error: BaseException) -> bool:
+    """Return whether an exception is known to be raised on every rank, which may then go on together."""
+    return isinstance(error, RaisedTogether) and error.raised_on_all_ranks
 
 
 def _on_backend_device(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -15,20 +15,26 @@ BatchToInputs = Callable[[Any], tuple[Any, Tensor | None]]
 """From a batch to (forward arguments, mask); arguments are a tensor, a tuple or a dict; mask True = counts."""
 
 
-def to_call(batch: Any, batch_to_inputs: BatchToInputs | None, device: torch.device) -> ForwardCall:
-    """Turn a calibration batch into a forward call on a device.
+@runtime_checkable
+class HasLogits(Protocol):
+    """The output of a model of transformers."""
+
+    logits: Any
+
+
+def to_call(batch: Any, batch_to_inputs: BatchToInputs | None) -> ForwardCall:
+    """Turn a calibration batch into a forward call on the CPU.
 
     Args:
-        batch: a dict with ``input_ids`` and ``attention_mask`` of shape ``(batch, seq)`` and optionally ``domain``, a
+        batch: A dict with ``input_ids`` and ``attention_mask`` of shape ``(batch, seq)`` and optionally ``domain``, a
             list of names; or a tensor; or a tuple whose first entry is the input.
-        batch_to_inputs: the user's own layout.
-        device: where the model is.
+        batch_to_inputs: The user's own layout.
 
     Returns:
         The call.
 
     Raises:
-        TypeError: if the batch has none of the known layouts.
+        TypeError: If the batch has none of the known layouts.
     """
     domains = batch.get("domain") if isinstance(batch, Mapping) else None
     if batch_to_inputs is not None:
@@ -41,16 +47,20 @@ def to_call(batch: Any, batch_to_inputs: BatchToInputs | None, device: torch.dev
     elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         inputs, mask = batch[0], None
     else:
+        got = f"a {type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            got = f"a dict with the keys {sorted(map(str, batch))}"
         raise TypeError(
             "A calibration batch must be a dict with `input_ids` (and `attention_mask`), a tensor, or a tuple that "
-            f"starts with the input tensor, got {_describe(batch)}. Pass `batch_to_inputs`, a function from a batch to "
+            f"starts with the input tensor, got {got}. Pass `batch_to_inputs`, a function from a batch to "
             "(forward arguments, mask)."
         )
-    inputs, mask = move_data_to_device((inputs, mask), device)
     if isinstance(inputs, Mapping):
-        return ForwardCall(kwargs=inputs, mask=mask, domains=domains)
-    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    return ForwardCall(args=args, mask=mask, domains=domains)
+        call = ForwardCall(kwargs=inputs, mask=mask, domains=domains)
+    else:
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        call = ForwardCall(args=args, mask=mask, domains=domains)
+    return move_call(call, torch.device("cpu"))
 
 
 def move_call(call: ForwardCall, device: torch.device) -> ForwardCall:
@@ -61,23 +71,14 @@ def move_call(call: ForwardCall, device: torch.device) -> ForwardCall:
 
 def tensors_of(call: ForwardCall) -> Iterable[Tensor]:
     """Yield the tensors of a call, for the data fingerprint."""
-    for value in (*call.args, *call.kwargs.values(), call.mask):
-        if isinstance(value, Tensor):
-            yield value
+    yield from (v for v in (*call.args, *call.kwargs.values(), call.mask) if isinstance(v, Tensor))
 
 
 def first_floating(output: Any) -> Tensor | None:
     """Return the logits of a model's output (or its first floating-point tensor)."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
+    if isinstance(output, HasLogits) and isinstance(output.logits, Tensor):
+        return output.logits
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     return next((found for part in parts if (found := first_floating(part)) is not None), None)
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        return f"a dict with the keys {sorted(map(str, batch))}"
-    return f"a {type(batch).__name__}"

@@ -1,22 +1,19 @@
-"""What the null-space callback writes to loggers, and when."""
+"""What the null-space callback says and writes to loggers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from nspo_lightning.nullspace import Calibration, LayerCertificate
+from nspo_lightning.evaluation.tables import as_text, rich_table
+from nspo_lightning.nullspace import Calibration, LayerCertificate, table_rows
+from nspo_lightning.nullspace.basis_set import mean_null_share
 from nspo_lightning.nullspace.keeper import GradientEnergy
-
-
-def logs_now(trainer: pl.Trainer) -> bool:
-    """Return whether the Trainer writes metrics at this step (the same rule as its logger connector)."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(trainer.loggers) and every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 
 def step_metrics(energy: Sequence[GradientEnergy], certificates: Sequence[LayerCertificate]) -> dict[str, Tensor]:
@@ -35,30 +32,46 @@ def step_metrics(energy: Sequence[GradientEnergy], certificates: Sequence[LayerC
     return values
 
 
+def show_bases(calibration: Calibration) -> None:
+    """Print the table of bases that were just made."""
+    rows = table_rows(calibration)
+    table = rich_table("", list(rows[0]), [list(row.values()) for row in rows], align="lrrrrrl")
+    rank_zero_info("Null space of the layers' inputs:\n" + as_text(table))
+
+
+def show_certificate(certificates: Sequence[LayerCertificate], output_change: float | None) -> None:
+    """Print the certificate of a fit in one sentence."""
+    if not certificates:
+        return
+    worst = max(certificates, key=lambda c: c.leak)
+    change = "not measured" if output_change is None else f"{output_change:.2g}"
+    rank_zero_info(
+        f"Null-space certificate: {len(certificates)} layers, largest leak {worst.leak:.2g} ({worst.name}), "
+        f"largest bound on a layer's output change {max(c.output_change for c in certificates):.2g}, largest "
+        f"change of outputs on the first calibration batch {change} (relative)."
+    )
+
+
 def log_start(trainer: pl.Trainer, calibration: Calibration) -> None:
-    """Log the dimensions once, and the spectrum as a figure where the logger takes figures (TensorBoard)."""
+    """Log the dimensions once, and the spectrum as a figure in TensorBoard."""
     bases = list(calibration.bases.values())
-    shares = [b.null_dims / b.width for b in bases]
     values = {
         "nullspace/null_dims_mean": sum(b.null_dims for b in bases) / len(bases),
         "nullspace/null_dims_min": float(min(b.null_dims for b in bases)),
-        "nullspace/null_share_mean": sum(shares) / len(shares),
+        "nullspace/null_share_mean": mean_null_share(calibration),
         "nullspace/energy_left_max": max(b.choice.energy_left for b in bases),
     }
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
-        add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
-        if add_figure is None or not trainer.is_global_zero:
-            continue
-        figure = _figure(calibration)
-        if figure is not None:
-            add_figure("nullspace/spectrum", figure, global_step=trainer.global_step, close=False)
+        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+            _log_spectrum(logger, calibration, trainer.global_step)
 
 
-def _figure(calibration: Calibration) -> Any:
+def _log_spectrum(logger: TensorBoardLogger, calibration: Calibration, step: int) -> None:
     try:
         from nspo_lightning.nullspace.picture import spectrum_figure
 
-        return spectrum_figure(calibration)
+        figure = spectrum_figure(calibration)
     except ImportError:  # matplotlib is optional here: the picture is left out, the numbers are logged
-        return None
+        return
+    logger.experiment.add_figure("nullspace/spectrum", figure, global_step=step, close=False)

@@ -1,33 +1,38 @@
-"""Trained parameters that cannot be held in the null space: refused, warned about or frozen, never ignored."""
+"""What cannot be held in the null space is refused, warned about or frozen: parameters, dtypes, strategies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from nspo_lightning.nullspace import LayerPlan
 
 Unprotected = Literal["error", "warn", "freeze"]
-_SHOWN = 12
+_SHOWN = 12  # parameters that a message names
 
 
-def report_unprotected(plan: LayerPlan, mode: Unprotected, target_modules: str | Sequence[str] | None) -> bool:
+def report_unprotected(
+    plan: LayerPlan, mode: Unprotected, target_modules: str | Sequence[str] | None
+) -> list[nn.Parameter]:
     """Act on a plan's refusals.
 
     Args:
-        plan: what can be held and what cannot.
-        mode: what the user wants.
-        target_modules: for the message when nothing at all is held.
+        plan: What can be held and what cannot.
+        mode: The callback's ``unprotected``.
+        target_modules: Named in the message when nothing at all is held.
 
     Returns:
-        True if the refused parameters are to be frozen.
+        Refused parameters that are to be frozen.
 
     Raises:
-        MisconfigurationException: in mode ``error``, or if there is nothing to hold.
+        MisconfigurationException: In mode ``error``, or if there is nothing to hold.
     """
     if plan.refusals:
         lines = "\n  ".join(str(refusal) for refusal in plan.refusals[:_SHOWN])
@@ -45,14 +50,32 @@ def report_unprotected(plan: LayerPlan, mode: Unprotected, target_modules: str |
             + (f" among target_modules={target_modules!r}" if target_modules is not None else "")
             + ". Check that the module's trainable parameters have `requires_grad=True` before fit."
         )
-    return bool(plan.refusals) and mode == "freeze"
+    return [refusal.parameter for refusal in plan.refusals] if mode == "freeze" else []
+
+
+def refuse_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies whose weights or gradients cannot be reached.
+
+    Raises:
+        MisconfigurationException: Under FSDP1 and DeepSpeed.
+    """
+    for strategy, why in (
+        (FSDPStrategy, "FSDP1 keeps weights and gradients as slices of a flat buffer"),
+        (DeepSpeedStrategy, "DeepSpeed's engine owns the gradients and the master weights"),
+    ):
+        if isinstance(trainer.strategy, strategy):
+            raise MisconfigurationException(
+                f"NullSpaceProjection cannot run under {type(trainer.strategy).__name__}: {why}, so a projection "
+                "here would have no effect on the real weights. Use ModelParallelStrategy (FSDP2: shards whole "
+                "rows, which is projected exactly) or 'ddp'."
+            )
 
 
 def require_float32(plan: LayerPlan) -> None:
     """Refuse trained matrices in half precision.
 
     Raises:
-        MisconfigurationException: naming the first one.
+        MisconfigurationException: Naming the first one.
     """
     low = [layer for layer in plan.layers if layer.matrix.dtype not in (torch.float32, torch.float64)]
     if low:

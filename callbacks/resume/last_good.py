@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from nspo_lightning.compat.torch import scale_scheduler_
+
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # the last two are OneCycleLR's
 
 
@@ -28,24 +30,14 @@ class LastGood:
 
     @torch.no_grad()
     def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the present state.
-
-        Args:
-            trainer: Has the optimizers.
-            pl_module: Has the weights.
-        """
+        """Remember the present state."""
         self.step = trainer.global_step
         self._weights = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
         self._optimizers = [deepcopy(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers]
 
     @torch.no_grad()
     def put_back_(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore weights and optimizer state; learning rates stay as they are, gradients are dropped.
-
-        Args:
-            trainer: Has the optimizers.
-            pl_module: Has the weights.
-        """
+        """Restore weights and optimizer state; learning rates stay as they are, gradients are dropped."""
         for name, parameter in pl_module.named_parameters():
             if name in self._weights:
                 parameter.copy_(self._weights[name].to(parameter.device))
@@ -58,37 +50,17 @@ class LastGood:
         return {"step": self.step, "weights": self._weights, "optimizers": self._optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned.
-
-        Args:
-            state_dict: From a checkpoint.
-        """
+        """Take over what `state_dict` returned."""
         self.step = int(state_dict["step"])
         self._weights, self._optimizers = dict(state_dict["weights"]), list(state_dict["optimizers"])
 
 
 def scale_learning_rates_(trainer: pl.Trainer, factor: float) -> None:
-    """Multiply every learning rate, and what schedulers make later ones from.
-
-    Args:
-        trainer: Has optimizers and schedulers.
-        factor: By what.
-    """
+    """Multiply every learning rate, and what schedulers make later ones from."""
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             for key in _RATES:
                 if key in group:
                     group[key] = group[key] * factor
     for config in trainer.lr_scheduler_configs:
-        _scale_scheduler_(config.scheduler, factor)
-
-
-def _scale_scheduler_(scheduler: Any, factor: float) -> None:
-    for name in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
-        values = getattr(scheduler, name, None)
-        if isinstance(values, list):
-            setattr(scheduler, name, [value * factor for value in values])
-    if isinstance(floor := getattr(scheduler, "eta_min", None), float):
-        scheduler.eta_min = floor * factor
-    for inner in getattr(scheduler, "_schedulers", ()):
-        _scale_scheduler_(inner, factor)
+        scale_scheduler_(config.scheduler, factor)

@@ -12,36 +12,26 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
+from nspo_lightning.compat.lightning import BATCHES, COUNTERS, OPTIMIZERS, VALIDATION_BATCHES, take_back_step_
+
 Moment = Literal["step", "update", "batch_end", "validation", "validation_end", "epoch_end", "elsewhere"]
 """Where a run is: in a batch before any weight changes; from its backward pass to the end of the optimizer step; in
 the hooks that follow a batch; in a validation; in the hooks that end it; in the hooks that end an epoch."""
 
-_EPOCH = "epoch_loop."
-_BATCHES = "epoch_loop.batch_progress"
-_OPTIMIZER = "epoch_loop.automatic_optimization.optim_progress"
-_VALIDATION = "epoch_loop.val_loop.batch_progress"
-_COUNTERS = ("ready", "started", "processed", "completed")
-
 
 def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> None:
-    """Rewrite a checkpoint's counters in place.
-
-    Args:
-        fit_loop: `checkpoint["loops"]["fit_loop"]`.
-        trainer: The Trainer, for its validation interval and accumulation.
-        moment: Where the run is.
-    """
-    batches = fit_loop[_BATCHES]
+    """Rewrite the counters of a checkpoint's ``loops.fit_loop`` in place, given where the run is."""
+    batches = fit_loop[BATCHES]
     match moment:
         case "step":  # the batch that was begun is as if it had never been
             _set_all(batches, batches["total"]["completed"], batches["current"]["completed"])
             batches["is_last_batch"] = False
-            steps = fit_loop[_OPTIMIZER]["optimizer"]["step"]
+            steps = fit_loop[OPTIMIZERS]["optimizer"]["step"]
             for count in ("total", "current"):
                 steps[count]["ready"] = steps[count]["completed"]
             if validation_follows(trainer, batches["current"]["completed"], batches["total"]["completed"]):
                 # Lightning goes through the end of the last batch again, to pass by its validation.
-                fit_loop[_EPOCH + "state_dict"]["_batches_that_stepped"] -= 1
+                take_back_step_(fit_loop)
         case "validation":
             _validation_to_come(fit_loop)
         case "batch_end" if validation_follows(trainer, batches["current"]["ready"], batches["total"]["ready"]):
@@ -53,40 +43,27 @@ def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> Non
             _set_all(batches, batches["total"]["completed"], 0)
             batches["is_last_batch"] = False
             if trainer.limit_val_batches and validation_follows(trainer, 0, batches["total"]["completed"]):
-                fit_loop[_EPOCH + "state_dict"]["_batches_that_stepped"] -= 1
+                take_back_step_(fit_loop)
         case _:
             pass
 
 
 def validation_follows(trainer: pl.Trainer, in_epoch: int, in_total: int) -> bool:
-    """Tell whether a validation comes after so many batches.
+    """Return whether a validation comes after so many batches of this epoch and of all epochs.
 
-    Args:
-        trainer: The Trainer.
-        in_epoch: Batches of this epoch.
-        in_total: Batches of all epochs.
-
-    Returns:
-        As Lightning decides it for intervals in batches; False for intervals in time, which no resumed run repeats.
+    As Lightning decides it for intervals in batches; False for intervals in time, which no resumed run repeats.
     """
     every = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
         return False
-    interval = getattr(trainer, "val_check_batch", None)
+    interval = trainer.val_check_batch
     if interval is None or interval == float("inf"):
         return False
     return (in_total if every is None else in_epoch) % int(interval) == 0
 
 
 def in_window(trainer: pl.Trainer) -> bool:
-    """Tell whether gradients of earlier batches wait for the rest of their accumulation window.
-
-    Args:
-        trainer: The Trainer, in a batch or in the hooks after one.
-
-    Returns:
-        True in the middle of a window.
-    """
+    """Return whether gradients of earlier batches wait for the rest of their accumulation window."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     done = progress.current.processed
     last = done == trainer.num_training_batches or (progress.is_last_batch and done == progress.current.ready)
@@ -95,13 +72,13 @@ def in_window(trainer: pl.Trainer) -> bool:
 
 def _validation_to_come(fit_loop: dict[str, Any]) -> None:
     """Make it look like a validation that was begun and has seen no batch: Lightning then runs it whole."""
-    progress = fit_loop[_VALIDATION]
+    progress = fit_loop[VALIDATION_BATCHES]
     done = progress["total"]["completed"]
     progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
-    progress["current"] |= dict.fromkeys(_COUNTERS, 0)
+    progress["current"] |= dict.fromkeys(COUNTERS, 0)
     progress["is_last_batch"] = False
 
 
 def _set_all(progress: dict[str, Any], total: int, current: int) -> None:
-    progress["total"] |= dict.fromkeys(_COUNTERS, total)
-    progress["current"] |= dict.fromkeys(_COUNTERS, current)
+    progress["total"] |= dict.fromkeys(COUNTERS, total)
+    progress["current"] |= dict.fromkeys(COUNTERS, current)

@@ -10,11 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Read Python's, NumPy's and torch's global generators.
-
-    Returns:
-        Plain values and tensors.
-    """
+    """Return the states of Python's, NumPy's and torch's global generators, as plain values and tensors."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -25,11 +21,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set the global generators.
-
-    Args:
-        state: From `random_state`.
-    """
+    """Set the global generators to what `random_state` returned."""
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers), gauss_next))
     name, keys, position, has_gauss, gauss = state["numpy"]

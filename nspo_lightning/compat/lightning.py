@@ -1,10 +1,86 @@
-"""Lightning: private names."""
+"""Lightning: private names, and public ones that its types do not know."""
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, cast
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+_STEPPED = "_batches_that_stepped"
+"""Entry of a checkpoint's ``epoch_loop.state_dict``, and attribute of the running loop."""
+
+BATCHES = "epoch_loop.batch_progress"
+OPTIMIZERS = "epoch_loop.automatic_optimization.optim_progress"
+VALIDATION_BATCHES = "epoch_loop.val_loop.batch_progress"
+"""Entries of a checkpoint's ``loops.fit_loop``: where the loops are, as counters."""
+COUNTERS = ("ready", "started", "processed", "completed")
+
+_CHECKPOINT_STATE = {
+    "last_step": ("_last_global_step_saved", 0),
+    "deferred": ("_defer_save_until_validation", False),
+    "last_file": ("_last_checkpoint_saved", ""),
+}
+"""What `ModelCheckpoint` remembers and its `state_dict` lacks: our name -> (attribute, value before any save)."""
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the Trainer's callbacks (public, but set by a connector that types do not see)."""
+    return cast("list[pl.Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """Return the Trainer's datamodule, None without one (likewise)."""
+    return cast("pl.LightningDataModule | None", trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def is_fast_dev_run(trainer: pl.Trainer) -> bool:
+    """Return whether the Trainer only tries the code out (likewise)."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def logging_step(trainer: pl.Trainer) -> int:
+    """Return the step that Lightning's loggers are given in training: batches after which an optimizer stepped."""
+    return int(vars(trainer.fit_loop.epoch_loop)[_STEPPED])
+
+
+def logs_this_batch(trainer: pl.Trainer) -> bool:
+    """Return whether the Trainer writes metrics at the end of this batch (the rule of its logger connector)."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(trainer.loggers) and every > 0 and (logging_step(trainer) + 1) % every == 0
+
+
+def take_back_step_(fit_loop: dict[str, Any]) -> None:
+    """Lower the count of batches that stepped by one in a checkpoint's ``loops.fit_loop``."""
+    fit_loop["epoch_loop.state_dict"][_STEPPED] -= 1
+
+
+def checkpoint_state(callback: ModelCheckpoint) -> dict[str, Any]:
+    """Return what the callback's next decision needs and its `state_dict` lacks, as plain values."""
+    values = {name: vars(callback).get(attribute, start) for name, (attribute, start) in _CHECKPOINT_STATE.items()}
+    return values | {"last_file": str(values["last_file"])}
+
+
+def restore_checkpoint_state_(callback: ModelCheckpoint, state: dict[str, Any]) -> None:
+    """Set what `checkpoint_state` returned; names that are missing stay as they are."""
+    for name, value in state.items():
+        setattr(callback, _CHECKPOINT_STATE[name][0], value)
+
+
+def started_processes(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    """Return the very list of processes that Lightning's script launcher started and watches; empty without any."""
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def model_checkpoints(trainer: pl.Trainer) -> Sequence[ModelCheckpoint]:
+    """Return the Trainer's checkpoint callbacks that are of Lightning's own kind."""
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
 def process_group_timeout(strategy: Strategy) -> timedelta | None:

@@ -1,13 +1,14 @@
-"""The null space of general ability: second moments, what to protect, and how to stay out of it. Needs torch alone."""
+"""The null space of general ability: second moments, what to protect, and how to stay out of it. Torch only."""
 
 from nspo_lightning.nullspace.basis import Basis, Spectrum, build_basis, build_soft_basis, decompose
 from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, bases_from_spectra
-from nspo_lightning.nullspace.calibration import ForwardCall, calibrate_modules
-from nspo_lightning.nullspace.covariance import SecondMoment, gram
+from nspo_lightning.nullspace.calibration import calibrate_modules
+from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.criteria import CRITERIA, NoNullDirections, RankChoice, choose_rank, energy_left
-from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify, format_table, table_rows
+from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify, table_rows
 from nspo_lightning.nullspace.domains import combine, domain_report, principal_cosines
 from nspo_lightning.nullspace.layers import LayerPlan, ProtectedLayer, Refusal, plan_layers
+from nspo_lightning.nullspace.passes import ForwardCall
 from nspo_lightning.nullspace.projection import apply, component, project_start
 from nspo_lightning.nullspace.store import load_calibration, save_calibration
 
@@ -37,8 +38,6 @@ __all__ = [
     "decompose",
     "domain_report",
     "energy_left",
-    "format_table",
-    "gram",
     "load_calibration",
     "plan_layers",
     "principal_cosines",

@@ -6,14 +6,13 @@ A basis keeps whichever is thinner, the protected directions U_k (width x k) or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nspo_lightning.nullspace.criteria import Criterion, NoNullDirections, RankChoice, choose_rank, value_leaving_one
+from nspo_lightning.nullspace.criteria import RankChoice
 from nspo_lightning.nullspace.partial import LEAST_WIDTH, MOST_WIDTH, FindCut, leading_eigenpairs
 
 Form = Literal["hard", "soft"]
@@ -84,10 +83,10 @@ class Basis:
         last = float(self.values[k - 1])
         return float(self.values[0]) / last if last > 0 else float("inf")
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Basis:
-        """Return the basis with its vectors on another device (and in another dtype, never below float32)."""
-        weights = None if self.weights is None else self.weights.to(device=device, dtype=dtype)
-        return replace(self, vectors=self.vectors.to(device=device, dtype=dtype), weights=weights)
+    def to(self, device: torch.device | str) -> Basis:
+        """Return the basis with its vectors on another device."""
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, vectors=self.vectors.to(device), weights=weights)
 
 
 def decompose(
@@ -105,19 +104,19 @@ def decompose(
     (see `partial`), unless they cannot be had as exactly as by the full decomposition.
 
     Args:
-        moment: symmetric, positive semi-definite up to rounding, shape ``(width, width)``.
-        tokens: rows that it was taken over.
-        resolution: relative rounding noise in it.
-        find_cut: from eigenvalues to the number of protected directions, where leading eigenvalues and the sum of the
+        moment: Symmetric, positive semi-definite up to rounding, shape ``(width, width)``.
+        tokens: Rows that it was taken over.
+        resolution: Relative rounding noise in it.
+        find_cut: From eigenvalues to the number of protected directions, where leading eigenvalues and the sum of the
             others decide it; None = all eigenpairs are wanted.
-        count: that number, where it is known beforehand.
+        count: That number, where it is known beforehand.
 
     Returns:
         The eigenpairs; eigenvalues under the rounding noise are set to zero, since their directions carry nothing.
         With ``find_cut`` possibly the protected ones only, and a tail that holds the energy of the others.
 
     Raises:
-        ValueError: if the moment is not a square matrix of finite numbers.
+        ValueError: If the moment is not a square matrix of finite numbers.
     """
     if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
         raise ValueError(f"A second moment must be a square matrix, got shape {tuple(moment.shape)}.")
@@ -145,11 +144,11 @@ def build_basis(spectrum: Spectrum, choice: RankChoice, *, subspace: Subspace = 
     """Keep the thinner of the protected and the null directions.
 
     Args:
-        spectrum: eigenpairs, leading first.
-        choice: how many directions are protected.
+        spectrum: Eigenpairs, leading first.
+        choice: How many directions are protected.
         subspace: ``null`` updates avoid the leading directions; ``random`` as many random ones; ``protected`` they
             are confined to the leading ones (a control, the opposite of the method).
-        seed: of the random subspace.
+        seed: Of the random subspace.
 
     Returns:
         The basis, in float32 (float32 rounding of orthonormal vectors leaks about 1e-7, bfloat16 2e-3).
@@ -184,14 +183,14 @@ def build_soft_basis(spectrum: Spectrum, softness: float) -> Basis:
     eigenvalues below 0.1 m are left alone (they obey the bound as they are), so that only a thin matrix is stored.
 
     Args:
-        spectrum: eigenpairs, leading first.
-        softness: m in units of the mean eigenvalue, larger is freer.
+        spectrum: Eigenpairs, leading first.
+        softness: The bound m in units of the mean eigenvalue; larger is freer.
 
     Returns:
         The basis of S = I - Z diag(w) Z^T with w_i = 1 - (1 + l_i/m)^(-1/2).
 
     Raises:
-        ValueError: if ``softness`` is not positive.
+        ValueError: If ``softness`` is not positive.
     """
     if not softness > 0:
         raise ValueError(f"`softness` must be positive (a share of the mean eigenvalue), got {softness}.")
@@ -221,47 +220,3 @@ def build_soft_basis(spectrum: Spectrum, softness: float) -> Basis:
         choice=choice,
         tokens=spectrum.tokens,
     )
-
-
-def choose_ranks(
-    spectra: Mapping[str, Tensor],
-    criterion: Criterion,
-    threshold: float | None,
-    *,
-    min_null_share: float = 0.0,
-    max_output_change: float | None = None,
-) -> dict[str, RankChoice]:
-    """Decide k for each input, and refuse together all inputs that keep no null (or no protected) direction.
-
-    Args:
-        spectra: name -> eigenvalues, descending.
-        criterion: see `choose_rank`.
-        threshold: see `choose_rank`.
-        min_null_share: see `choose_rank`.
-        max_output_change: see `choose_rank`.
-
-    Returns:
-        name -> choice.
-
-    Raises:
-        NoNullDirections: naming each layer, the criterion and the value that would leave one direction.
-    """
-    choices: dict[str, RankChoice] = {}
-    refused: list[str] = []
-    for name, values in spectra.items():
-        choice = choose_rank(
-            values, criterion, threshold, min_null_share=min_null_share, max_output_change=max_output_change
-        )
-        choices[name] = choice
-        if choice.protected >= values.numel():
-            refused.append(f"  {name} (width {values.numel()}): {value_leaving_one(values, criterion)}")
-        elif choice.protected == 0 and float(values[0]) > 0 and values.numel() > 1:
-            refused.append(f"  {name}: nothing would be protected, its largest eigenvalue is {float(values[0]):.3g}")
-    if refused:
-        shown = "\n".join(refused[:8]) + (f"\n  ... and {len(refused) - 8} more" if len(refused) > 8 else "")
-        raise NoNullDirections(
-            f"criterion={criterion!r}, threshold={threshold} leaves no null direction, or no protected one, in "
-            f"{len(refused)} of {len(spectra)} layer inputs. What would leave one:\n{shown}\n"
-            "criterion='auto' finds a cut for each layer; form='soft' needs none."
-        )
-    return choices

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,11 +17,20 @@ from nspo_lightning.nullspace.basis import (
     Subspace,
     build_basis,
     build_soft_basis,
-    choose_ranks,
     decompose,
 )
-from nspo_lightning.nullspace.criteria import Criterion, RankChoice, check_threshold, choose_rank, energy_left
+from nspo_lightning.nullspace.criteria import (
+    Criterion,
+    NoNullDirections,
+    RankChoice,
+    check_threshold,
+    choose_rank,
+    energy_left,
+    value_leaving_one,
+)
 from nspo_lightning.nullspace.domains import combine
+
+_SHOWN = 8  # inputs that a refusal names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +50,23 @@ class BasisSettings:
 
     def __post_init__(self) -> None:
         check_threshold(self.criterion, self.threshold)
-        for name, allowed in (("form", ("hard", "soft")), ("subspace", ("null", "random", "protected"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name, value, allowed in (("form", self.form, Form), ("subspace", self.subspace, Subspace)):
+            if value not in get_args(allowed):
+                raise ValueError(f"`{name}` must be one of {', '.join(get_args(allowed))}, got {value!r}.")
         if not 0 <= self.min_null_share < 1:
             raise ValueError(f"`min_null_share` must lie in [0, 1), got {self.min_null_share}.")
         if not self.softness > 0:
             raise ValueError(f"`softness` must be positive, got {self.softness}.")
+
+    def choose(self, values: Tensor) -> RankChoice:
+        """Return how many directions of a spectrum are protected, in the hard form."""
+        return choose_rank(
+            values,
+            self.criterion,
+            self.threshold,
+            min_null_share=self.min_null_share,
+            max_output_change=self.max_output_change,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for fingerprints and files."""
@@ -78,7 +97,7 @@ class Calibration:
         """Return the basis of a layer by its name.
 
         Raises:
-            KeyError: if the layer was not calibrated.
+            KeyError: If the layer was not calibrated.
         """
         for first, names in self.groups.items():
             if layer in names:
@@ -92,14 +111,8 @@ class Calibration:
     def recombined(self, settings: BasisSettings) -> Calibration:
         """Return bases for other settings (another criterion, a domain left out) from the kept moments.
 
-        Args:
-            settings: the new settings.
-
-        Returns:
-            A new calibration, without a second pass over the data.
-
         Raises:
-            ValueError: if the moments were not kept.
+            ValueError: If the moments were not kept.
         """
         if set(self.moments) != set(self.bases):
             raise ValueError("The moments of this calibration were not kept. Calibrate with `keep_moments=True`.")
@@ -108,14 +121,10 @@ class Calibration:
             tokens = sum(n for d, n in self.domain_tokens.items() if d not in settings.without_domains)
             mean = combine(by_domain, settings.domain_weights, without=settings.without_domains)
             spectra[name] = decompose_for(settings, mean, tokens=tokens, resolution=torch.finfo(torch.float32).eps)
-        bases = bases_from_spectra(spectra, settings)
-        return Calibration(
-            bases=bases,
-            groups=self.groups,
+        return replace(
+            self,
+            bases=bases_from_spectra(spectra, settings),
             settings=settings,
-            output_energy=self.output_energy,
-            domain_tokens=self.domain_tokens,
-            moments=self.moments,
             fingerprint=self.fingerprint | {"settings": settings.as_dict()},
         )
 
@@ -126,17 +135,7 @@ _LEAST_ENERGY = 1e-10  # below it rounding decides what is left of a trace, and 
 
 
 def decompose_for(settings: BasisSettings, moment: Tensor, *, tokens: int, resolution: float) -> Spectrum:
-    """Return as much of a moment's spectrum as the settings need (see `decompose`).
-
-    Args:
-        settings: criterion and form.
-        moment: shape ``(width, width)``.
-        tokens: rows that it was taken over.
-        resolution: relative rounding noise in it.
-
-    Returns:
-        The eigenpairs.
-    """
+    """Return as much of a moment's spectrum as the settings need; see `decompose` for the arguments."""
     threshold = check_threshold(settings.criterion, settings.threshold)
     least = {"energy": _LEAST_ENERGY, "bound": math.sqrt(_LEAST_ENERGY)}.get(settings.criterion, 0.0)
     leading = settings.criterion in _LEADING and settings.form == "hard" and settings.subspace != "protected"
@@ -144,67 +143,83 @@ def decompose_for(settings: BasisSettings, moment: Tensor, *, tokens: int, resol
         return decompose(moment, tokens=tokens, resolution=resolution)
 
     def find_cut(values: Tensor) -> int:
-        return choose_rank(values, settings.criterion, threshold).protected
+        return settings.choose(values).protected
 
     known = settings.criterion in ("rank", "null_share")
     count = find_cut(torch.ones(moment.shape[0], dtype=torch.float64)) if known else None
     return decompose(moment, tokens=tokens, resolution=resolution, find_cut=find_cut, count=count)
 
 
+class BasisBuilder:
+    """Makes the basis of one input after another, and refuses together those that keep no null direction."""
+
+    def __init__(self, settings: BasisSettings) -> None:
+        self.settings = settings
+        self.bases: dict[str, Basis] = {}
+        self.count = 0
+        """Inputs so far."""
+        self._refused: list[str] = []
+
+    def add(self, name: str, spectrum: Spectrum) -> None:
+        """Choose how much of an input is protected, and build its basis."""
+        settings, values = self.settings, spectrum.values
+        self.count += 1
+        if settings.form == "soft":
+            self.bases[name] = build_soft_basis(spectrum, settings.softness)
+            return
+        choice = settings.choose(values)
+        if choice.protected >= values.numel():
+            cure = value_leaving_one(values, settings.criterion)
+            self._refused.append(f"  {name} (width {values.numel()}): {cure}")
+        elif choice.protected == 0 and float(values[0]) > 0 and values.numel() > 1:
+            self._refused.append(f"  {name}: nothing would be protected, its largest eigenvalue is {values[0]:.3g}")
+        else:
+            held = _held_by_sketch(spectrum, choice)
+            seed = settings.seed + self.count - 1
+            self.bases[name] = build_basis(spectrum, held, subspace=settings.subspace, seed=seed)
+
+    def finish(self) -> dict[str, Basis]:
+        """Return input -> basis.
+
+        Raises:
+            NoNullDirections: Naming each input that keeps no null (or no protected) direction, the criterion and the
+                value that would leave one.
+        """
+        if self._refused:
+            shown = "\n".join(self._refused[:_SHOWN])
+            more = f"\n  ... and {len(self._refused) - _SHOWN} more" if len(self._refused) > _SHOWN else ""
+            raise NoNullDirections(
+                f"criterion={self.settings.criterion!r}, threshold={self.settings.threshold} leaves no null direction, "
+                f"or no protected one, in {len(self._refused)} of {self.count} layer inputs. What would leave one:\n"
+                f"{shown}{more}\ncriterion='auto' finds a cut for each layer; form='soft' needs none."
+            )
+        return self.bases
+
+
 def bases_from_spectra(spectra: Mapping[str, Spectrum], settings: BasisSettings) -> dict[str, Basis]:
-    """Decide k for each spectrum and build the bases.
-
-    Args:
-        spectra: input -> eigenpairs.
-        settings: criterion and form.
-
-    Returns:
-        input -> basis.
-
-    Raises:
-        NoNullDirections: naming every input that keeps no null direction.
-    """
-    bases = {
-        name: basis_from_spectrum(index, spectrum, settings) for index, (name, spectrum) in enumerate(spectra.items())
-    }
-    refuse_empty({name: s.values for name, s in spectra.items()}, settings)
-    return {name: basis for name, basis in bases.items() if basis is not None}
+    """Return input -> basis from input -> eigenpairs; see `BasisBuilder.finish` for what is refused."""
+    builder = BasisBuilder(settings)
+    for name, spectrum in spectra.items():
+        builder.add(name, spectrum)
+    return builder.finish()
 
 
-def basis_from_spectrum(index: int, spectrum: Spectrum, settings: BasisSettings) -> Basis | None:
-    """Return one input's basis (``index`` seeds a random subspace), None where no null direction is left."""
+def protected_count(spectrum: Spectrum, settings: BasisSettings) -> int:
+    """Return how many of a sketch's directions its basis would protect (in the soft form: damp)."""
     if settings.form == "soft":
-        return build_soft_basis(spectrum, settings.softness)
-    choice = choose_rank(
-        spectrum.values,
-        settings.criterion,
-        settings.threshold,
-        min_null_share=settings.min_null_share,
-        max_output_change=settings.max_output_change,
-    )
-    if choice.protected >= spectrum.values.numel():
-        return None
+        return build_soft_basis(spectrum, settings.softness).protected
+    return min(settings.choose(spectrum.values).protected, spectrum.vectors.shape[1])
+
+
+def _held_by_sketch(spectrum: Spectrum, choice: RankChoice) -> RankChoice:
+    """Return a choice with no more directions than a spectrum holds; one that is cut says so."""
     available = spectrum.vectors.shape[1]
-    if choice.protected > available:  # a sketch holds no more directions: protect those, and say so
-        left = float(energy_left(spectrum.values)[available])
-        share = 1 - available / spectrum.values.numel()
-        reason = f"{choice.reason}; held by the sketch's {available} directions"
-        choice = RankChoice(
-            protected=available, energy_left=left, null_share=share, gain=left / share**2, reason=reason
-        )
-    return build_basis(spectrum, choice, subspace=settings.subspace, seed=settings.seed + index)
-
-
-def refuse_empty(values: Mapping[str, Tensor], settings: BasisSettings) -> None:
-    """Refuse together all inputs whose eigenvalues leave no null direction (see `choose_ranks`)."""
-    if settings.form == "hard":
-        choose_ranks(
-            values,
-            settings.criterion,
-            settings.threshold,
-            min_null_share=settings.min_null_share,
-            max_output_change=settings.max_output_change,
-        )
+    if choice.protected <= available:
+        return choice
+    left = float(energy_left(spectrum.values)[available])
+    share = 1 - available / spectrum.values.numel()
+    reason = f"{choice.reason}; held by the sketch's {available} directions"
+    return RankChoice(protected=available, energy_left=left, null_share=share, gain=left / share**2, reason=reason)
 
 
 def mean_null_share(calibration: Calibration) -> float:

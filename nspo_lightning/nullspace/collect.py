@@ -9,15 +9,35 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning import ranks
 from nspo_lightning.nullspace.covariance import SecondMoment, select_rows
 
 DEFAULT_DOMAIN = "general"
+
+
+class RunningSum(Protocol):
+    """What is summed over the rows of one input: `SecondMoment`, or `RangeSketch` where that is too large."""
+
+    width: int
+    rows: int
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows of shape ``(n, width)``."""
+
+    def all_reduce(self) -> None:
+        """Add up over ranks (cross-rank synchronisation)."""
+
+
+Sum = TypeVar("Sum", bound=RunningSum)
+
+
+class RepeatBatch(RuntimeError):
+    """Layers that shared an input at one call did not share it at another: run the batch again."""
 
 
 class SharedInputs:
@@ -74,55 +94,50 @@ class OutputEnergy:
             self.rows += squares.numel()
         self.total = self.total + squares.sum(dtype=torch.float64)
 
-    @property
-    def mean(self) -> float:
-        """Mean squared norm of an output."""
-        return float(self.total) / max(self.rows, 1)
 
-
-class InputCollector:
+class InputCollector(Generic[Sum]):
     """Context manager that listens to modules and sums the second moments of what enters them.
 
-    Args:
-        modules: name -> module. Hooks see the first positional input of each call.
-        product_dtype: see `SecondMoment`.
-        groups: known groups of modules with one input (first -> all); None = find them in the first forward pass.
-        only: groups to sum in this pass; None = all.
-        make_moment: builds the accumulator of one input from its width (a sketch can stand in for `SecondMoment`).
-
     Use `begin` and `end` around each forward pass to say which rows count and which domain they belong to.
+
+    Args:
+        modules: Name -> module. Hooks see the first positional input of each call.
+        groups: Known groups of modules with one input (first -> all); None = find them in the first forward pass.
+        only: Groups to sum in this pass; None = all.
+        new_sum: Makes the running sum of one input from its width.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
         *,
-        product_dtype: torch.dtype | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
         only: Sequence[str] | None = None,
-        make_moment: Callable[[str, int], Any] | None = None,
+        new_sum: Callable[[int], Sum] = SecondMoment,  # type: ignore[assignment]
     ) -> None:
         self._modules = dict(modules)
         self._only = None if only is None else frozenset(only)
-        self._make = make_moment or (lambda _, width: SecondMoment(width, product_dtype=product_dtype))
+        self._new_sum = new_sum
         self._shared = SharedInputs()
-        self._leaders = None if groups is None else {name: first for first, names in groups.items() for name in names}
-        self._groups = None if groups is None else {first: list(names) for first, names in groups.items()}
+        self._leaders: dict[str, str] = {}
+        self._groups: dict[str, list[str]] | None = None
+        if groups is not None:
+            self._settle({first: list(names) for first, names in groups.items()})
         self._handles: list[Any] = []
         self._mask: Tensor | None = None
         self._kept = 0
         self._domains: list[str] | None = None
         self._counting = True
-        self.moments: dict[str, dict[str, Any]] = {}
-        """Input group (its first module) -> domain -> accumulator."""
+        self.moments: dict[str, dict[str, Sum]] = {}
+        """Input group (its first module) -> domain -> running sum."""
         self.output_energy: dict[str, OutputEnergy] = {}
 
-    def __enter__(self) -> InputCollector:
+    def __enter__(self) -> InputCollector[Sum]:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -132,7 +147,7 @@ class InputCollector:
 
         Args:
             mask: True (non-zero) = counts, shape ``(batch, ...)``; None = every row counts.
-            domains: the domain of each sample of the batch; None = one domain.
+            domains: The domain of each sample of the batch; None = one domain.
             counting: False = only find out who shares inputs, or keep a collective forward pass company.
         """
         self._mask, self._counting = mask, counting
@@ -143,20 +158,34 @@ class InputCollector:
         """Close a forward pass; after the first one the groups are settled.
 
         Raises:
-            RepeatBatch: if the pass must be run again, now that it is known who shares inputs.
+            RepeatBatch: If the pass must be run again, now that it is known who shares inputs.
         """
         if self._groups is None and self._shared.groups():
-            self._groups = self._shared.groups()
-            self._leaders = {name: first for first, names in self._groups.items() for name in names}
+            self._settle(self._shared.groups())
             conflict = self._shared.partly_shared()
             if conflict and self._counting:
                 self.moments.clear()
                 self.output_energy.clear()
-                raise RepeatBatch(conflict)
+                raise RepeatBatch(f"inputs shared in part by {conflict}")
 
-    def new_moment(self, name: str, width: int) -> Any:
-        """Return an empty accumulator for an input that this rank did not see."""
-        return self._make(name, width)
+    def _settle(self, groups: dict[str, list[str]]) -> None:
+        self._groups = groups
+        self._leaders = {name: first for first, names in groups.items() for name in names}
+
+    def over_ranks(self, name: str) -> dict[str, Sum]:
+        """Return an input's sums by domain, added up over ranks (cross-rank synchronisation).
+
+        A domain that this rank did not see counts as zeros.
+        """
+        local = self.moments.get(name, {})
+        if ranks.world_size() == 1:
+            return local
+        described = ranks.gather_objects({domain: moment.width for domain, moment in local.items()})
+        widths = {domain: width for found in described for domain, width in found.items()}
+        reduced = {domain: local.get(domain) or self._new_sum(widths[domain]) for domain in sorted(widths)}
+        for moment in reduced.values():
+            moment.all_reduce()
+        return reduced
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -181,11 +210,11 @@ class InputCollector:
 
     @torch.no_grad()
     def _collect(self, name: str, inputs: Tensor, output: Any) -> None:
-        if self._leaders is None:
+        if self._groups is None:
             leader = self._shared.see(name, inputs)
         else:
             leader = self._leaders.setdefault(name, name)  # first called in a later batch: a group of its own
-            if leader == name and self._groups is not None:
+            if leader == name:
                 self._groups.setdefault(name, [name])
         if not self._counting or (self._only is not None and leader not in self._only):
             return
@@ -196,7 +225,7 @@ class InputCollector:
         for domain, mask, part in self._split(inputs):
             by_domain = self.moments.setdefault(name, {})
             if domain not in by_domain:
-                by_domain[domain] = self._make(name, inputs.shape[-1])
+                by_domain[domain] = self._new_sum(inputs.shape[-1])
             by_domain[domain].update(select_rows(part, mask, layer=name).detach())
 
     def _split(self, inputs: Tensor) -> Iterable[tuple[str, Tensor | None, Tensor]]:
@@ -212,11 +241,3 @@ class InputCollector:
             index = torch.tensor([i for i, d in enumerate(self._domains) if d == domain], device=inputs.device)
             mask = None if self._mask is None else self._mask.to(inputs.device)[index]
             yield domain, mask, inputs[index]
-
-
-class RepeatBatch(RuntimeError):
-    """Layers that shared an input at one call did not share it at another: run the batch again."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-        super().__init__(f"inputs shared in part by {names}")

@@ -10,10 +10,13 @@ throughout, because a Gram matrix squares the condition number and float32 would
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from nspo_lightning import ranks
 
 _FLOAT64_PRODUCT_WIDTH = 256  # up to this width a float64 product costs less than the Python around it
 _FLOAT64_SUM_WIDTH = 8192  # beyond it, the running sum stays float32: 0.25 GB instead of 0.5 GB a layer
@@ -26,15 +29,15 @@ def select_rows(inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer
     """Return the rows of ``inputs`` that count, as a matrix.
 
     Args:
-        inputs: a layer's input, shape ``(..., width)``.
+        inputs: A layer's input, shape ``(..., width)``.
         mask: True (or non-zero) = counts, shape ``inputs.shape[:-1]`` or with as many elements; None = all count.
-        layer: name used in the error message.
+        layer: Name used in the error message.
 
     Returns:
         Shape ``(rows, width)``; may share memory with ``inputs``.
 
     Raises:
-        ValueError: if the mask cannot be laid over the input's rows.
+        ValueError: If the mask cannot be laid over the input's rows.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     if mask is None:
@@ -51,34 +54,21 @@ def select_rows(inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer
     )
 
 
-def gram(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return rows^T rows, computing only the upper triangle of column tiles and mirroring it.
-
-    Args:
-        rows: shape ``(n, width)``.
-        dtype: dtype of the product, float32 or float64.
-
-    Returns:
-        Symmetric, shape ``(width, width)``.
-
-    Example:
-        >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-        tensor([[10., 14.],
-                [14., 20.]])
-    """
-    return mirror_(add_gram_(rows.new_zeros(rows.shape[1], rows.shape[1], dtype=dtype), rows.to(dtype)))
-
-
 def add_gram_(total: Tensor, rows: Tensor) -> Tensor:
     """Add rows^T rows to the upper column tiles of ``total``, in place; `mirror_` fills in the rest.
 
     Args:
-        total: shape ``(width, width)``; in the rows' dtype the product adds up inside the matrix product, which saves
+        total: Shape ``(width, width)``; in the rows' dtype the product adds up inside the matrix product, which saves
             a pass over memory.
-        rows: shape ``(n, width)``; their dtype is the product's.
+        rows: Shape ``(n, width)``; their dtype is the product's.
 
     Returns:
         ``total``.
+
+    Example:
+        >>> mirror_(add_gram_(torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
+        tensor([[10., 14.],
+                [14., 20.]])
     """
     # TF32 or bf16x3 products would put 1e-3 of relative noise into the spectrum's tail: they are switched off here.
     with torch.autocast(device_type=rows.device.type, enabled=False), _full_precision_products(rows.device):
@@ -103,36 +93,31 @@ def _tiles(width: int) -> Iterable[tuple[int, int]]:
     return itertools.pairwise(width * i // count for i in range(count + 1))
 
 
-class _full_precision_products:
+@contextmanager
+def _full_precision_products(device: torch.device) -> Iterator[None]:
     """Switch TF32 matrix products off while a CUDA Gram is formed, and restore the user's setting."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._before = False
-
-    def __enter__(self) -> None:
-        if self._cuda:
-            self._before = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        if self._cuda:
-            torch.backends.cuda.matmul.allow_tf32 = self._before
+    before = torch.backends.cuda.matmul.allow_tf32
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class SecondMoment:
     """Running sum of x x^T over rows, and how many rows there were.
 
+    Products are float64 while the rows are fewer than ``width`` or the width is at most 256, float32 above.
+
     Args:
-        width: number of input features.
-        product_dtype: dtype of the products, None = float64 while the rows are fewer than ``width`` or the width is at
-            most 256, float32 above.
+        width: Number of input features.
     """
 
-    def __init__(self, width: int, *, product_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, width: int) -> None:
         self.width = width
         self.rows = 0
-        self._product_dtype = product_dtype
         self._sum: Tensor | None = None
         self._pending: list[Tensor] = []
         self._pending_rows = 0
@@ -166,17 +151,18 @@ class SecondMoment:
         """Relative size of rounding noise in the eigenvalues, in units of the largest."""
         return torch.finfo(torch.float32 if self._float32_product else torch.float64).eps
 
-    def all_reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Add up over ranks; ``reduce_sum`` returns the sum of a tensor over all ranks (in place or not)."""
-        device = self.total().device
-        counts = torch.tensor([self.rows, int(self._float32_product)], dtype=torch.float64, device=device)
-        self._sum = reduce_sum(self.total())
-        counts = reduce_sum(counts)
+    def all_reduce(self) -> None:
+        """Add up over ranks (cross-rank synchronisation)."""
+        total = self.total()
+        counts = torch.tensor([self.rows, int(self._float32_product)], dtype=torch.float64, device=total.device)
+        self._sum = ranks.all_reduce_sum(total)
+        counts = ranks.all_reduce_sum(counts)
         self.rows, self._float32_product = int(counts[0]), bool(counts[1] > 0)
 
     def _fold(self) -> None:
         """Add the product of the rows gathered to the sum."""
-        dtype = self._product_dtype or self._default_product_dtype()
+        exact = self.rows <= self.width or self.width <= _FLOAT64_PRODUCT_WIDTH
+        dtype = torch.float64 if exact else torch.float32
         parts = [part.to(dtype) for part in self._pending] or [torch.zeros(0, self.width, dtype=dtype)]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         total = self._total_on(rows.device)
@@ -190,7 +176,3 @@ class SecondMoment:
             dtype = torch.float64 if double else torch.float32
             self._sum = torch.zeros(self.width, self.width, dtype=dtype, device=device)
         return self._sum
-
-    def _default_product_dtype(self) -> torch.dtype:
-        exact = self.rows <= self.width or self.width <= _FLOAT64_PRODUCT_WIDTH
-        return torch.float64 if exact else torch.float32

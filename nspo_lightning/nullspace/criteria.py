@@ -63,7 +63,7 @@ def energy_left(eigenvalues: Tensor) -> Tensor:
     """Return e(0), e(1), ..., e(n): the share of the energy outside the k leading directions.
 
     Args:
-        eigenvalues: descending, shape ``(n,)``; negative rounding noise counts as zero.
+        eigenvalues: Descending, shape ``(n,)``; negative rounding noise counts as zero.
 
     Returns:
         float64, shape ``(n + 1,)``, from 1 (or 0 when all eigenvalues are zero) down to 0. Summed from the small end,
@@ -96,20 +96,20 @@ def choose_rank(
     """Decide how many leading directions are protected.
 
     Args:
-        eigenvalues: descending, shape ``(n,)``.
+        eigenvalues: Descending, shape ``(n,)``.
         criterion: ``auto`` minimises rho; ``energy``: e(k) <= threshold; ``relative``: l < threshold * l_1 is null;
             ``absolute``: l < threshold is null; ``rank``: k itself, as a count (int) or a share of n (float below 1);
             ``bound``: sqrt(e(k)) <= threshold, so that an update of spectral norm 1 moves general outputs by at most
             ``threshold`` times the root mean square of the inputs; ``null_share``: at least this share stays free.
-        threshold: see ``criterion``; None takes `DEFAULT_THRESHOLDS`.
-        min_null_share: with ``auto``, at least this share of the directions stays free.
-        max_output_change: with ``auto``, protect at least so much that ``bound`` holds for this value.
+        threshold: See ``criterion``; None takes `DEFAULT_THRESHOLDS`.
+        min_null_share: With ``auto``, at least this share of the directions stays free.
+        max_output_change: With ``auto``, protect at least so much that ``bound`` holds for this value.
 
     Returns:
         The choice; ``protected == n`` means that no null direction is left, which the caller must refuse.
 
     Raises:
-        ValueError: for an unknown criterion or a threshold out of range.
+        ValueError: For an unknown criterion or a threshold out of range.
     """
     threshold = check_threshold(criterion, threshold)
     values = eigenvalues.to(torch.float64).clamp_min(0)
@@ -143,7 +143,7 @@ def check_threshold(criterion: str, threshold: float | None) -> float | None:
     """Return the threshold to use for a criterion.
 
     Raises:
-        ValueError: for an unknown criterion or a value out of its range.
+        ValueError: For an unknown criterion or a value out of its range.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")

@@ -27,7 +27,7 @@ class LayerCertificate:
 
     name: str
     leak: float
-    """||D U_k||_F / ||D||_F; 0 for D = 0. In the soft form the damped directions count with their weights."""
+    """||D U_k||_F / ||D||_F; 0 for D = 0. In the soft form U_k are the damped directions."""
     update_norm: float
     """||D||_F."""
     output_change: float
@@ -58,12 +58,12 @@ def certify(
     """Measure one layer's update against its basis.
 
     Args:
-        name: the layer.
-        basis: of its inputs, on the update's device.
+        name: The layer.
+        basis: Of its inputs, on the update's device.
         update: A of an adapter, shape ``(r, width)``, or W - W_ref, shape ``(out, width)``.
         up: B of the adapter, shape ``(out, r)``; None for a full weight.
-        scale: s of the adapter.
-        output_energy: mean squared norm of the layer's outputs on general text.
+        scale: The adapter's factor s.
+        output_energy: Mean squared norm of the layer's outputs on general text.
 
     Returns:
         The certificate. Its bound adds the exact share of the stored directions to ||D_rest||^2 times the largest
@@ -106,7 +106,7 @@ def _output_change(basis: Basis, update: Tensor, inside: Tensor, norm: NormFunct
 
 
 def table_rows(calibration: Calibration) -> list[dict[str, str]]:
-    """Return the calibration table, one row for each distinct input, as text cells."""
+    """Return the calibration table: one row for each distinct input, heading -> cell."""
     rows = []
     prefix = common_parent(calibration.layer_names())
     for first, basis in calibration.bases.items():
@@ -138,15 +138,3 @@ def common_parent(names: Iterable[str]) -> str:
     parts = [name.split(".")[:-1] for name in names]
     shared = list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
     return "".join(f"{column[0]}." for column in shared)
-
-
-def format_table(rows: list[dict[str, str]]) -> str:
-    """Return the rows as plain text with aligned columns."""
-    if not rows:
-        return "(no layers)"
-    heads = list(rows[0])
-    widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in heads}
-    lines = ["  ".join(head.ljust(widths[head]) for head in heads).rstrip()]
-    lines.append("  ".join("-" * widths[head] for head in heads))
-    lines += ["  ".join(row[head].ljust(widths[head]) for head in heads).rstrip() for row in rows]
-    return "\n".join(lines)

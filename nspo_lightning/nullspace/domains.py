@@ -6,6 +6,7 @@ domain with more text does not drown the others.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,21 +20,19 @@ def combine(
     weights: Mapping[str, float] | None = None,
     *,
     without: Sequence[str] = (),
-    normalise: bool = False,
 ) -> Tensor:
     """Return the weighted mean of the domains' second moments.
 
     Args:
-        moments: domain -> C_d, shape ``(width, width)``.
-        weights: domain -> weight; None = equal.
-        without: domains to leave out.
-        normalise: divide each C_d by its trace first, so that a domain with large activations does not dominate.
+        moments: Domain -> C_d, shape ``(width, width)``.
+        weights: Domain -> weight; None = equal.
+        without: Domains to leave out.
 
     Returns:
         Shape ``(width, width)``.
 
     Raises:
-        ValueError: if a name is unknown or nothing is left to combine.
+        ValueError: If a name is unknown or nothing is left to combine.
     """
     unknown = (set(weights or {}) | set(without)) - set(moments)
     if unknown:
@@ -45,10 +44,7 @@ def combine(
     total = sum(share.values())
     result = torch.zeros_like(moments[names[0]])
     for name in names:
-        scale = share[name] / total
-        if normalise:
-            scale /= float(moments[name].trace().clamp_min(torch.finfo(torch.float64).tiny))
-        result.add_(moments[name], alpha=scale)
+        result.add_(moments[name], alpha=share[name] / total)
     return result
 
 
@@ -56,8 +52,8 @@ def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
     """Return the cosines of the principal angles between two subspaces, descending.
 
     Args:
-        first: orthonormal columns, shape ``(width, a)``.
-        second: orthonormal columns, shape ``(width, b)``.
+        first: Orthonormal columns, shape ``(width, a)``.
+        second: Orthonormal columns, shape ``(width, b)``.
 
     Returns:
         Shape ``(min(a, b),)``; 1 = a common direction, 0 = orthogonal.
@@ -74,8 +70,8 @@ def domain_report(moments: Mapping[str, Tensor], share: float = 0.99) -> dict[st
     """Compare domains pairwise: how much of one's energy lies in the leading directions of another.
 
     Args:
-        moments: domain -> C_d, shape ``(width, width)``.
-        share: energy share that a domain's leading directions hold.
+        moments: Domain -> C_d, shape ``(width, width)``.
+        share: Energy share that a domain's leading directions hold.
 
     Returns:
         ``"a -> b"`` -> ``covered`` (share of b's energy inside a's leading directions: what protecting a alone would
@@ -87,16 +83,13 @@ def domain_report(moments: Mapping[str, Tensor], share: float = 0.99) -> dict[st
         count = max(int((energy_left(values.flip(0)) > 1 - share).sum()), 1)
         leading[name] = vectors.flip(1)[:, :count]
     report: dict[str, dict[str, float]] = {}
-    for a in moments:
-        for b in moments:
-            if a == b:
-                continue
-            other = moments[b].to(torch.float64)
-            held = (leading[a].T @ other @ leading[a]).trace() / other.trace().clamp_min(1e-300)
-            cosines = principal_cosines(leading[a], leading[b])
-            report[f"{a} -> {b}"] = {
-                "covered": float(held),
-                "mean_cosine": float(cosines.mean()),
-                "largest_angle_deg": float(torch.rad2deg(torch.arccos(cosines[-1]))),
-            }
+    for a, b in itertools.permutations(moments, 2):
+        other = moments[b].to(torch.float64)
+        held = (leading[a].T @ other @ leading[a]).trace() / other.trace().clamp_min(1e-300)
+        cosines = principal_cosines(leading[a], leading[b])
+        report[f"{a} -> {b}"] = {
+            "covered": float(held),
+            "mean_cosine": float(cosines.mean()),
+            "largest_angle_deg": float(torch.rad2deg(torch.arccos(cosines[-1]))),
+        }
     return report

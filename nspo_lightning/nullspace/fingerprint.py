@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning import ranks
+from nspo_lightning.nullspace.shapes import base_of, weight_of
+
 FORMAT_VERSION = 1
 _SAMPLES = 64  # numbers of each weight that enter the fingerprint: enough to tell checkpoints apart, free to compute
 
@@ -18,16 +21,16 @@ def model_fingerprint(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return digests of the layers' names and shapes, and of a sample of their frozen weights.
 
     Args:
-        modules: layer name -> module (an adapter's base weight is sampled, never the adapter).
+        modules: Layer name -> module (an adapter's base weight is sampled, never the adapter).
 
     Returns:
         ``structure`` and ``weights``, hexadecimal.
     """
     structure, weights = hashlib.sha256(), hashlib.sha256()
     for name, module in modules.items():
-        weight = _base_weight(module)
-        width = getattr(module, "in_features", None)
-        structure.update(f"{name}|{width}|{type(_base(module)).__name__}\n".encode())
+        base = base_of(module)
+        weight = weight_of(base)
+        structure.update(f"{name}|{vars(module).get('in_features')}|{type(base).__name__}\n".encode())
         if weight is not None and weight.device.type != "meta":
             weights.update(_sample(weight))
     return {"structure": structure.hexdigest()[:32], "weights": weights.hexdigest()[:32]}
@@ -65,20 +68,9 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
     return found
 
 
-def _base(module: nn.Module) -> nn.Module:
-    base = getattr(module, "base_layer", None)
-    return _base(base) if isinstance(base, nn.Module) else module
-
-
-def _base_weight(module: nn.Module) -> Tensor | None:
-    weight = getattr(_base(module), "weight", None)
-    return weight if isinstance(weight, Tensor) else None
-
-
 def _sample(weight: Tensor) -> bytes:
     plain = weight.detach()
-    local = getattr(plain, "to_local", None)
-    if callable(local):
+    if ranks.local_part(plain) is not plain:
         return str(tuple(plain.shape)).encode()  # a sharded weight differs by rank: only its shape enters
     flat = plain.reshape(-1)
     step = max(flat.numel() // _SAMPLES, 1)

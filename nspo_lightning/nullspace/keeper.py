@@ -21,11 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nspo_lightning import ranks
+from nspo_lightning.compat.torch import copy_all_
 from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify
 from nspo_lightning.nullspace.layers import ProtectedLayer
 from nspo_lightning.nullspace.packing import build_packs
-from nspo_lightning.nullspace.projection import apply, project_start
+from nspo_lightning.nullspace.projection import project_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,10 @@ class NullSpaceKeeper:
     """Holds matrices in place; one for each optimizer.
 
     Args:
-        layers: what to hold.
-        bases: one for each layer, on the layer's device.
-        project_gradients: False = step 2 is left out.
-        project_displacement: False = step 3 is left out (leaks under every adaptive optimizer).
+        layers: What to hold.
+        bases: One for each layer, on the layer's device.
+        project_gradients: False = gradients are left alone.
+        project_displacement: False = matrices are not brought back after a step (leaks under adaptive optimizers).
     """
 
     def __init__(
@@ -63,13 +65,9 @@ class NullSpaceKeeper:
             for layer, anchored in zip(self.layers, self._anchored, strict=True)
         ]
         self._trained = [i for i, layer in enumerate(self.layers) if layer.matrix.requires_grad]
-        members = [self.layers[i] for i in self._trained]
-        keys = [
-            (_values(m).dtype, _values(m).device, self._anchored[i])
-            for i, m in zip(self._trained, members, strict=True)
-        ]
-        rows = [_values(layer).shape[0] for layer in members]
-        self._packs = build_packs(rows, [self.bases[i] for i in self._trained], keys)
+        values = self._matrices()
+        keys = [(v.dtype, v.device, self._anchored[i]) for i, v in zip(self._trained, values, strict=True)]
+        self._packs = build_packs([v.shape[0] for v in values], [self.bases[i] for i in self._trained], keys)
         self._before: list[Tensor] | None = None
 
     @torch.no_grad()
@@ -84,10 +82,10 @@ class NullSpaceKeeper:
         """Project the gradients in place; matrices without a gradient are passed over.
 
         Args:
-            measure: also return the squared norms.
+            measure: Also return the squared norms.
 
         Returns:
-            The squared norms, if asked for.
+            The squared norms, None unless asked for.
         """
         if self._soft and self._project_displacement:
             values = self._matrices()
@@ -95,16 +93,17 @@ class NullSpaceKeeper:
         if not (self._project_gradients or measure):
             return None
         gradients = self._gradients()
+        filled = [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, self._matrices(), strict=True)]
         before: list[Tensor] = []
         after: list[Tensor] = []
         for pack in self._packs:
-            stacked = pack.gather([g if g is not None else _values(m) * 0 for g, m in gradients])
+            stacked = pack.gather(filled)
             projected = pack.apply(stacked) if self._project_gradients else stacked
             if measure:
                 before.append(stacked.square().sum(dtype=torch.float32))
                 after.append(projected.square().sum(dtype=torch.float32))
             if self._project_gradients:
-                _write([gradients[slot.index][0] for slot in pack.slots], pack.split(projected))
+                _write([gradients[slot.index] for slot in pack.slots], pack.split(projected))
         if not measure or not before:
             return None
         return GradientEnergy(before=torch.stack(before).sum(), after=torch.stack(after).sum())
@@ -132,10 +131,10 @@ class NullSpaceKeeper:
         """Return a certificate of every layer's update since the start."""
         found = []
         for layer, basis, reference in zip(self.layers, self.bases, self._references, strict=True):
-            matrix, up = _whole(layer.rows(layer.matrix.detach())), None
-            update = matrix if reference is None else matrix - _like(layer, reference)
-            if layer.output is not None:
-                up = _whole(layer.output.detach())
+            update = layer.rows(ranks.whole(layer.matrix.detach()))
+            if reference is not None:
+                update = update - _whole_reference(layer, reference)
+            up = None if layer.output is None else ranks.whole(layer.output.detach())
             energy = (output_energy or {}).get(layer.name)
             found.append(certify(layer.name, basis, update, up=up, scale=layer.scale, output_energy=energy))
         return found
@@ -143,9 +142,9 @@ class NullSpaceKeeper:
     def _matrices(self) -> list[Tensor]:
         return [_values(self.layers[i]) for i in self._trained]
 
-    def _gradients(self) -> list[tuple[Tensor | None, ProtectedLayer]]:
+    def _gradients(self) -> list[Tensor | None]:
         members = [self.layers[i] for i in self._trained]
-        return [(None if m.matrix.grad is None else m.rows(_local(m.matrix.grad)), m) for m in members]
+        return [None if m.matrix.grad is None else m.rows(ranks.local_part(m.matrix.grad)) for m in members]
 
     def _reference(self, index: int) -> Tensor:
         reference = self._references[index]
@@ -160,47 +159,25 @@ def _needs_anchor(layer: ProtectedLayer) -> bool:
 
 
 def _start(layer: ProtectedLayer, basis: Basis) -> None:
-    matrix = layer.matrix
-    if type(matrix.data).__name__ != "DTensor":
-        matrix.copy_(project_start(basis, matrix.detach()))
-        return
-    # Rows are sharded: projecting acts row by row, only the norm is a sum over ranks (cross-rank synchronisation).
-    before = torch.linalg.vector_norm(_whole(matrix.detach()))
-    local = _local(matrix)
-    if local.numel():
-        once = apply(basis, local)
-        local.copy_(apply(basis, once) if basis.form == "hard" else once)
-    after = torch.linalg.vector_norm(_whole(matrix.detach()))
-    local.mul_(before / after.clamp_min(1e-30))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's rows, sharing memory with the parameter."""
-    tensor = tensor.detach()
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if callable(to_local) else tensor
+    """Project A; where its rows are sharded, on the whole of it, since its norm is one over all rows."""
+    matrix = layer.matrix.detach()
+    started = project_start(basis, ranks.whole(matrix))
+    matrix.copy_(ranks.sharded_like(started, matrix))
 
 
 def _values(layer: ProtectedLayer) -> Tensor:
-    return layer.rows(_local(layer.matrix))
+    """Return this rank's rows, sharing memory with the parameter."""
+    return layer.rows(ranks.local_part(layer.matrix.detach()))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    full = getattr(tensor, "full_tensor", None)
-    return full() if callable(full) else tensor
-
-
-def _like(layer: ProtectedLayer, reference: Tensor) -> Tensor:
+def _whole_reference(layer: ProtectedLayer, reference: Tensor) -> Tensor:
     """Return a whole reference matrix from this rank's rows of it."""
-    matrix = layer.matrix.detach()
-    if type(matrix).__name__ != "DTensor":
-        return reference
-    whole = matrix.clone()
-    _local(whole).copy_(reference)
-    return layer.rows(_whole(whole))
+    everywhere = layer.matrix.detach().clone()
+    layer.rows(ranks.local_part(everywhere)).copy_(reference)
+    return layer.rows(ranks.whole(everywhere))
 
 
 def _write(targets: list[Tensor | None], sources: list[Tensor]) -> None:
     pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t is not None]
     if pairs:
-        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+        copy_all_([t for t, _ in pairs], [s for _, s in pairs])

@@ -1,7 +1,6 @@
 """Which trainable matrices can be held inside a null space, and which parameters cannot.
 
-Adapters are recognised by their shape (``lora_A``, ``lora_B``: one bias-free linear for each adapter name), not by
-import, so that peft is not needed. Refusals name the parameter, say what it would move, and how to go on.
+Refusals name the parameter, say what it would move, and how to go on.
 """
 
 from __future__ import annotations
@@ -9,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
+
+from nspo_lightning.nullspace.shapes import Adapter, is_conv1d, weight_of
 
 Kind = Literal["lora", "dense", "dense_transposed"]
 
@@ -63,6 +64,10 @@ class LayerPlan:
     layers: tuple[ProtectedLayer, ...]
     refusals: tuple[Refusal, ...]
 
+    def held(self) -> set[int]:
+        """Return the ids of the parameters that the layers cover."""
+        return {id(p) for layer in self.layers for p in (layer.matrix, layer.output) if p is not None}
+
 
 def plan_layers(
     model: nn.Module,
@@ -74,11 +79,11 @@ def plan_layers(
     """Sort a model's trainable parameters into matrices to project and parameters to refuse.
 
     Args:
-        model: any module; names in the result are relative to it.
+        model: Any module; names in the result are relative to it.
         target_modules: None = every module; a string is a regular expression for the full module name; a list holds
             names, name endings or parents ("policy", "q_proj", "encoder.layers").
-        covered_elsewhere: ids of parameters that another callback protects.
-        resumed: adapters may have B != 0, because A lies in the null space already.
+        covered_elsewhere: Ids of parameters that another callback protects.
+        resumed: Adapters may have B != 0, because A lies in the null space already.
 
     Returns:
         Layers and refusals; together with ``covered_elsewhere`` they hold every trainable parameter once.
@@ -90,14 +95,14 @@ def plan_layers(
     for name, module in model.named_modules():
         if not matches(name, target_modules):
             continue
-        if _is_adapter(module):
-            found, refused = _adapter_layers(name, module, resumed)
+        if (adapter := Adapter.of(module)) is not None:
+            found, refused = _adapter_layers(name, adapter, resumed)
         elif _is_dense(module) and not _inside_adapter(name):
             found, refused = _dense_layer(name, module, owners)
         else:
             continue
-        taken = {id(layer.matrix) for layer in found} | {id(r.parameter) for r in refused}
-        taken |= {id(layer.output) for layer in found if layer.output is not None}
+        plan = LayerPlan(layers=tuple(found), refusals=tuple(refused))
+        taken = plan.held() | {id(refusal.parameter) for refusal in refused}
         if taken & seen:
             continue
         seen |= taken
@@ -120,16 +125,10 @@ def matches(name: str, target_modules: str | Sequence[str] | None) -> bool:
     )
 
 
-def _is_adapter(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and hasattr(module, "lora_B")
-
-
 def _is_dense(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.requires_grad:
-        return False
-    # GPT-2's Conv1D is told by what it has (nf, nx, a transposed weight), so that transformers is not needed.
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    weight = weight_of(module)
+    trained = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.requires_grad
+    return trained and (isinstance(module, nn.Linear) or is_conv1d(module))
 
 
 def _inside_adapter(name: str) -> bool:
@@ -144,33 +143,27 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _adapter_layers(name: str, module: Any, resumed: bool) -> tuple[list[ProtectedLayer], list[Refusal]]:
+def _adapter_layers(name: str, adapter: Adapter, resumed: bool) -> tuple[list[ProtectedLayer], list[Refusal]]:
     layers: list[ProtectedLayer] = []
     refusals: list[Refusal] = []
-    trained = [
-        key for key in module.lora_A if key in module.lora_B and _trainable(module.lora_A[key], module.lora_B[key])
-    ]
+    trained = [key for key, down, up in adapter.pairs() if _trainable(down, up)]
     for key in trained:
-        down, up = module.lora_A[key], module.lora_B[key]
-        reason = _adapter_obstacle(module, key, down, up, resumed)
-        if reason is not None:
-            for part, inner in (("lora_A", down), ("lora_B", up)):
-                for parameter_name, parameter in inner.named_parameters():
-                    if parameter.requires_grad:
-                        full = f"{name}.{part}.{key}.{parameter_name}"
-                        refusals.append(Refusal(name=full, parameter=parameter, reason=reason[0], cure=reason[1]))
+        down, up = adapter.down[key], adapter.up[key]
+        obstacle = _adapter_obstacle(adapter, key, down, up, resumed)
+        if obstacle is None:
+            label = f"{name}[{key}]" if len(trained) > 1 else name
+            scale = adapter.scaling.get(key, 1.0)
+            a, b = down.get_parameter("weight"), up.get_parameter("weight")
+            layer = ProtectedLayer(name=label, module=adapter.module, kind="lora", matrix=a, output=b, scale=scale)
+            layers.append(layer)
             continue
-        label = f"{name}[{key}]" if len(trained) > 1 else name
-        layers.append(
-            ProtectedLayer(
-                name=label,
-                module=module,
-                kind="lora",
-                matrix=down.weight,
-                output=up.weight,
-                scale=float(module.scaling[key]) if key in getattr(module, "scaling", {}) else 1.0,
-            )
-        )
+        reason, cure = obstacle
+        refusals += [
+            Refusal(name=f"{name}.{part}.{key}.{parameter_name}", parameter=parameter, reason=reason, cure=cure)
+            for part, inner in (("lora_A", down), ("lora_B", up))
+            for parameter_name, parameter in inner.named_parameters()
+            if parameter.requires_grad
+        ]
     return layers, refusals
 
 
@@ -178,27 +171,29 @@ def _trainable(*modules: nn.Module) -> bool:
     return any(p.requires_grad for module in modules for p in module.parameters())
 
 
-def _adapter_obstacle(module: Any, key: str, down: nn.Module, up: nn.Module, resumed: bool) -> tuple[str, str] | None:
-    if hasattr(module, "parameter_name"):
+def _adapter_obstacle(
+    adapter: Adapter, key: str, down: nn.Module, up: nn.Module, resumed: bool
+) -> tuple[str, str] | None:
+    """Return why an adapter's update cannot be held, and the way out; None where nothing stands in the way."""
+    if adapter.raw_parameter is not None:
         return (
-            f"it adapts the raw parameter {module.parameter_name!r} (mixture-of-experts weights), whose inputs no "
+            f"it adapts the raw parameter {adapter.raw_parameter!r} (mixture-of-experts weights), whose inputs no "
             "module sees",
             "Target linear layers instead of `target_parameters`",
         )
     if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
         return ("it is an adapter of a convolution, not of a linear map", "Leave convolutions out of `target_modules`")
-    if getattr(module, "use_dora", {}).get(key) or key in getattr(module, "lora_magnitude_vector", {}):
+    if key in adapter.doras:
         return (
             "DoRA rescales whole rows of W + s B A, so outputs on protected inputs move with any A",
             "Train without `use_dora`",
         )
-    variant = getattr(module, "lora_variant", {}).get(key)
-    if variant is not None:
+    if (variant := adapter.variants.get(key)) is not None:
         return (
             f"it is the LoRA variant {type(variant).__name__}, whose update is not s B A",
             "Use vanilla LoRA or rsLoRA",
         )
-    if down.weight.shape[1] != getattr(module, "in_features", down.weight.shape[1]):
+    if adapter.in_features not in (None, down.weight.shape[1]):
         return ("A acts on a transformed input", "Use vanilla LoRA or rsLoRA")
     if not resumed and up.weight.requires_grad and _nonzero(up.weight):
         return (
@@ -220,7 +215,7 @@ def _dense_layer(
     name: str, module: nn.Module, owners: dict[int, list[str]]
 ) -> tuple[list[ProtectedLayer], list[Refusal]]:
     weight = module.weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, nn.Parameter)  # `_is_dense` made sure
     users = owners[id(weight)]
     if len(users) > 1:
         return [], [

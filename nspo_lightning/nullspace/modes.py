@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back to exactly the mix of modes that was found.
-
-    Args:
-        model: the model.
-
-    Yields:
-        Nothing.
-    """
+    """Switch dropout off, and back to exactly the mix of modes that was found."""
     modules = [module for module in model.modules() if module.training]
     for module in modules:
         module.training = False
@@ -29,13 +22,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def adapted_models(model: nn.Module) -> list[Any]:
-    """List the outermost models inside a model whose adapters can be switched off (PEFT's ``disable_adapter``)."""
-    found: list[Any] = []
+@runtime_checkable
+class Adapted(Protocol):
+    """A model whose adapters can be switched off for a while; PEFT's models are."""
+
+    def disable_adapter(self) -> AbstractContextManager[Any]:
+        """Run the base in this context."""
+
+
+def adapted_models(model: nn.Module) -> list[Adapted]:
+    """List the outermost models inside a model whose adapters can be switched off."""
+    found: list[Adapted] = []
     prefixes: list[str] = []
     for name, module in model.named_modules():
-        switch = getattr(module, "disable_adapter", None)
-        if callable(switch) and not any(name.startswith(p) for p in prefixes) and hasattr(module, "peft_config"):
+        if isinstance(module, Adapted) and not any(name.startswith(p) for p in prefixes):
             found.append(module)
             prefixes.append(name + "." if name else "")
     return found
@@ -43,13 +43,9 @@ def adapted_models(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Run the base: all adapters inside a model switched off. No parameter changes, nor what requires a gradient.
+    """Run the base: all adapters inside a model switched off, if there are any.
 
-    Args:
-        model: the model; nothing happens to one without adapters.
-
-    Yields:
-        Nothing.
+    No parameter changes, nor what requires a gradient.
     """
     with ExitStack() as stack:
         for adapted in adapted_models(model):

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nspo_lightning.nullspace.basis import Basis
+from nspo_lightning.nullspace.projection import along
 
 _PADDING_LIMIT = 1.25  # a stack may hold this much more than its bases ...
 _SMALL_STACK = 2_000_000  # ... unless it is smaller than this many numbers (8 MB), where launches cost more
@@ -21,25 +23,20 @@ _SMALL_STACK = 2_000_000  # ... unless it is smaller than this many numbers (8 M
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One matrix in a pack: where its rows are, and how to reach it."""
+    """One matrix in a pack."""
 
     index: int
     """Position in the caller's list of matrices."""
-    entry: int
-    """Which stacked basis."""
-    start: int
-    """First row within the entry."""
     rows: int
-    """Number of rows."""
 
 
 class Pack:
     """Matrices whose projections run as one batched product.
 
     Args:
-        slots: the matrices, in the order in which their rows are stacked.
-        bases: one for each entry, all of one width, form and kind.
-        rows: rows of each entry.
+        slots: The matrices, in the order in which their rows are stacked.
+        bases: One for each entry, all of one width, form and kind.
+        rows: Rows of each entry.
     """
 
     def __init__(self, slots: Sequence[Slot], bases: Sequence[Basis], rows: int) -> None:
@@ -50,18 +47,13 @@ class Pack:
         if len(bases) == 1:
             self._vectors = bases[0].vectors.unsqueeze(0)  # shares memory with the basis
         else:
-            most = max(b.vectors.shape[1] for b in bases)
-            self._vectors = bases[0].vectors.new_zeros(len(bases), self.width, most)
-            for entry, basis in enumerate(bases):
-                self._vectors[entry, :, : basis.vectors.shape[1]] = basis.vectors
-        if bases[0].weights is not None:
-            self._weights = self._vectors.new_zeros(len(bases), 1, self._vectors.shape[2])
-            for entry, basis in enumerate(bases):
-                assert basis.weights is not None
-                self._weights[entry, 0, : basis.weights.numel()] = basis.weights
+            self._vectors = pad_sequence([basis.vectors.T for basis in bases], batch_first=True).mT
+        weights = [basis.weights for basis in bases if basis.weights is not None]
+        if weights:
+            self._weights = pad_sequence(weights, batch_first=True).unsqueeze(1)
 
     def gather(self, matrices: Sequence[Tensor]) -> Tensor:
-        """Return this pack's matrices stacked, shape ``(entries, rows, width)``, float32 at least."""
+        """Return this pack's matrices stacked, shape ``(entries, rows, width)``."""
         parts = [matrices[slot.index] for slot in self.slots]
         stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
         return stacked.view(self.entries, self.rows, self.width)
@@ -73,15 +65,10 @@ class Pack:
 
     def component(self, stacked: Tensor) -> Tensor:
         """Return the part along the stored directions, weighted in the soft form."""
-        vectors = self._vectors.to(stacked.dtype)
-        if self.entries == 1:
-            vectors, flat = vectors[0], stacked[0]
-            coordinates = flat @ vectors
-            coordinates = coordinates if self._weights is None else coordinates * self._weights[0]
-            return (coordinates @ vectors.T).unsqueeze(0)
-        coordinates = torch.bmm(stacked, vectors)
-        coordinates = coordinates if self._weights is None else coordinates * self._weights
-        return torch.bmm(coordinates, vectors.transpose(1, 2))
+        vectors, weights = self._vectors.to(stacked.dtype), self._weights
+        if self.entries > 1:
+            return along(stacked, vectors, weights)
+        return along(stacked[0], vectors[0], None if weights is None else weights[0]).unsqueeze(0)
 
     def apply(self, stacked: Tensor) -> Tensor:
         """Return the projected (hard) or damped (soft) rows, shape ``(entries, rows, width)``."""
@@ -93,9 +80,9 @@ def build_packs(rows: Sequence[int], bases: Sequence[Basis], keys: Sequence[obje
     """Arrange matrices into few packs.
 
     Args:
-        rows: rows of each matrix; matrices without rows (an empty shard) are left out.
-        bases: the basis of each matrix.
-        keys: equal for matrices that share a basis; further distinguishes what may not be batched (device, dtype).
+        rows: Rows of each matrix; matrices without rows (an empty shard) are left out.
+        bases: The basis of each matrix.
+        keys: Matrices with different keys are never batched (device, dtype).
 
     Returns:
         Packs that cover every matrix with rows exactly once.
@@ -120,12 +107,7 @@ def build_packs(rows: Sequence[int], bases: Sequence[Basis], keys: Sequence[obje
 
 
 def _pack(members: list[list[int]], rows: Sequence[int], bases: Sequence[Basis]) -> Pack:
-    slots = []
-    for entry, indices in enumerate(members):
-        start = 0
-        for index in indices:
-            slots.append(Slot(index=index, entry=entry, start=start, rows=rows[index]))
-            start += rows[index]
+    slots = [Slot(index=index, rows=rows[index]) for indices in members for index in indices]
     return Pack(slots, [bases[indices[0]] for indices in members], sum(rows[i] for i in members[0]))
 
 

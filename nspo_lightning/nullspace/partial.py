@@ -33,9 +33,9 @@ def with_tail(leading: Tensor, trace: float, width: int) -> Tensor:
     """Return eigenvalues of full length: the leading ones, then what is left of the trace, spread evenly.
 
     Args:
-        leading: descending, shape ``(m,)``.
-        trace: sum of all eigenvalues.
-        width: number of all eigenvalues.
+        leading: Descending, shape ``(m,)``.
+        trace: Sum of all eigenvalues.
+        width: Number of all eigenvalues.
 
     Returns:
         Descending, shape ``(width,)``, float64. Leading values that lie below the mean of what follows them (lower
@@ -61,10 +61,10 @@ def leading_eigenpairs(
 
     Args:
         moment: C, symmetric, positive semi-definite, finite, float64, shape ``(width, width)``.
-        find_cut: from eigenvalues to k.
-        count: k, where it is known beforehand.
-        accuracy: bound of the sine of the largest angle to the exact subspace.
-        seed: of the start.
+        find_cut: From eigenvalues to k.
+        count: The number k, where it is known beforehand.
+        accuracy: Bound of the sine of the largest angle to the exact subspace.
+        seed: Of the random start.
 
     Returns:
         ``values``, shape ``(width,)``, float64 on the CPU: k eigenvalues, an upper bound of the next one, and others

@@ -21,15 +21,7 @@ _FLOOR = 1e-16  # what is drawn for an energy of zero
 
 
 def spectrum_figure(calibration: Calibration, title: str = "Energy of layer inputs") -> Any:
-    """Draw the spectra of a calibration.
-
-    Args:
-        calibration: what to draw.
-        title: above the picture.
-
-    Returns:
-        A matplotlib figure that belongs to no window (nothing needs closing).
-    """
+    """Return the spectra of a calibration as a matplotlib figure that belongs to no window (nothing needs closing)."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

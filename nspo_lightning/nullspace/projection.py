@@ -13,15 +13,34 @@ from torch import Tensor
 from nspo_lightning.nullspace.basis import Basis
 
 
-def apply(basis: Basis, matrix: Tensor) -> Tensor:
-    """Return ``matrix`` P (hard) or ``matrix`` S (soft).
+def along(matrix: Tensor, vectors: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return M Z diag(w) Z^T, the part of the rows of M along the columns of Z.
 
     Args:
-        basis: of the inputs that the matrix acts on.
-        matrix: shape ``(rows, width)``.
+        matrix: M, shape ``(..., rows, width)``.
+        vectors: Z, shape ``(..., width, m)``, orthonormal columns.
+        weights: Factors w, shape ``(m,)`` or ``(..., 1, m)``; None = ones.
 
     Returns:
-        Same shape and dtype; computed in the basis's dtype or the matrix's, whichever is wider.
+        Same shape as ``matrix``.
+
+    Example:
+        >>> along(torch.tensor([[3.0, 4.0]]), torch.eye(2)[:, :1], torch.tensor([0.5]))
+        tensor([[1.5000, 0.0000]])
+    """
+    coordinates = matrix @ vectors
+    return (coordinates if weights is None else coordinates * weights) @ vectors.mT
+
+
+def apply(basis: Basis, matrix: Tensor) -> Tensor:
+    """Return ``matrix`` P (hard) or ``matrix`` S (soft), computed in the wider of the two dtypes.
+
+    Args:
+        basis: Of the inputs that the matrix acts on.
+        matrix: Shape ``(rows, width)``.
+
+    Returns:
+        Same shape and dtype as ``matrix``.
     """
     inside = component(basis, matrix)
     return inside if basis.complement else matrix - inside
@@ -30,22 +49,19 @@ def apply(basis: Basis, matrix: Tensor) -> Tensor:
 def component(basis: Basis, matrix: Tensor) -> Tensor:
     """Return ``matrix`` Z diag(w) Z^T, the part along the stored directions, shape ``(rows, width)``."""
     dtype = torch.promote_types(matrix.dtype, basis.vectors.dtype)
-    vectors = basis.vectors.to(dtype)
-    coordinates = matrix.to(dtype) @ vectors
-    if basis.weights is not None:
-        coordinates = coordinates * basis.weights.to(dtype)
-    return (coordinates @ vectors.T).to(matrix.dtype)
+    weights = None if basis.weights is None else basis.weights.to(dtype)
+    return along(matrix.to(dtype), basis.vectors.to(dtype), weights).to(matrix.dtype)
 
 
 def protected_component(basis: Basis, matrix: Tensor) -> Tensor:
     """Return ``matrix`` (I - P): what of the rows lies along the protected directions, shape ``(rows, width)``.
 
     With the null directions stored this is M - (M V) V^T, evaluated twice: subtracting two nearly equal matrices once
-    leaves rounding noise inside the null space, the second pass removes it.
+    leaves rounding noise inside the null space, the second pass removes it. In the soft form every damped direction
+    counts in full, whatever its weight.
     """
     if not basis.complement:
-        vectors = basis.vectors.to(torch.promote_types(matrix.dtype, basis.vectors.dtype))
-        return (matrix @ vectors) @ vectors.T
+        return along(matrix, basis.vectors.to(torch.promote_types(matrix.dtype, basis.vectors.dtype)))
     rest = matrix - component(basis, matrix)
     return rest - component(basis, rest)
 
@@ -57,7 +73,7 @@ def project_start(basis: Basis, matrix: Tensor) -> Tensor:
     mostly in the protected space leaves float32 rounding noise of that part behind.
 
     Args:
-        basis: of the adapter's inputs.
+        basis: Of the adapter's inputs.
         matrix: A, shape ``(rank, width)``.
 
     Returns:

@@ -9,11 +9,12 @@ on with Q <- orth(Z) until the protected energy has settled. Memory: a few width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from nspo_lightning import ranks
 from nspo_lightning.nullspace.basis import Spectrum
 from nspo_lightning.nullspace.partial import with_tail
 
@@ -28,7 +29,7 @@ def sketch_columns(width: int, budget_bytes: float) -> int:
     """Return how many sketch columns fit into a budget: Q, Z and the workspace of a QR decomposition, float32 each.
 
     Raises:
-        ValueError: if fewer than 16 fit.
+        ValueError: If fewer than 16 fit.
     """
     columns = int(min(budget_bytes / (4.0 * 5 * width), width, _MAX_COLUMNS))
     if columns < 16:
@@ -43,7 +44,7 @@ class RangeSketch:
     """Running Z = sum x (x^T Q), the trace sum ||x||^2, and how many rows there were.
 
     Args:
-        width: input features.
+        width: Input features.
         test: Q, shape ``(width, s)``, float32; the same on all ranks and for all domains.
     """
 
@@ -74,10 +75,10 @@ class RangeSketch:
         """Sum of ||x||^2."""
         return float(self._trace)
 
-    def all_reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Add up over ranks."""
-        self._sum = reduce_sum(self.total())
-        counts = reduce_sum(torch.stack([self._trace, torch.tensor(float(self.rows), dtype=torch.float64)]))
+    def all_reduce(self) -> None:
+        """Add up over ranks (cross-rank synchronisation)."""
+        self._sum = ranks.all_reduce_sum(self.total())
+        counts = ranks.all_reduce_sum(torch.tensor([float(self._trace), float(self.rows)], dtype=torch.float64))
         self._trace, self.rows = counts[0].cpu(), int(counts[1])
 
 
@@ -103,8 +104,8 @@ def sketch_spectrum(test: Tensor, image: Tensor, *, trace: float, tokens: int) -
     Args:
         test: Q, orthonormal columns, shape ``(width, s)``.
         image: C Q, same shape.
-        trace: of C.
-        tokens: rows that C was taken over.
+        trace: The trace of C.
+        tokens: Rows that C was taken over.
 
     Returns:
         ``values`` of full length: the Ritz values, then the energy outside Q spread evenly over the other directions;
@@ -125,10 +126,10 @@ def settled(values: Tensor, before: Tensor | None, protected: int, columns: int)
     """Return whether another pass could hardly add to the protected energy.
 
     Args:
-        values: eigenvalues of this pass, full length.
-        before: of the pass before it.
-        protected: k.
-        columns: s.
+        values: Eigenvalues of this pass, full length.
+        before: Of the pass before it.
+        protected: The number k.
+        columns: The number s.
 
     Returns:
         True if next to nothing is left outside the range (the k leading eigenvalues of a matrix sum up to at most those

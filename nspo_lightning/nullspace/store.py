@@ -24,15 +24,7 @@ from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, differences
 
 
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:
-    """Write a calibration; the file appears complete or not at all.
-
-    Args:
-        calibration: what to write.
-        path: file name, conventionally ending in ``.safetensors``.
-
-    Returns:
-        The path written.
-    """
+    """Write a calibration, complete or not at all, and return the path (conventionally ``.safetensors``)."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -67,17 +59,11 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
 
 
 def load_calibration(path: str | Path) -> Calibration:
-    """Read a calibration written by `save_calibration`.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The calibration, on the CPU.
+    """Return a calibration that `save_calibration` wrote, on the CPU.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a basis file, or one of another format version.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a basis file, or one of another format version.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -107,12 +93,12 @@ def check_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any], sour
     """Refuse a basis that was made for something else.
 
     Args:
-        stored: the file's fingerprint.
-        wanted: what this run expects; keys that one side lacks are not compared.
-        source: file name for the message.
+        stored: The file's fingerprint.
+        wanted: What this run expects; keys that one side lacks are not compared.
+        source: File name for the message.
 
     Raises:
-        ValueError: saying what differs.
+        ValueError: Saying what differs.
     """
     found = differences(stored, wanted)
     if found:

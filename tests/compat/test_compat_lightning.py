@@ -2,14 +2,97 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
 from datetime import timedelta
 
 import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nspo_lightning.compat import lightning as compat
 
 VERSION = f"lightning {pl.__version__}"
+
+
+@pytest.fixture
+def run(tmp_path):
+    def fit(*callbacks, steps=3, **options):
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=list(callbacks),
+            **options,
+        )
+        trainer.fit(BoringModel())
+        return trainer
+
+    return fit
+
+
+def test_the_loop_counts_batches_that_stepped_and_saves_the_count(run, tmp_path):
+    trainer = run(ModelCheckpoint(tmp_path, filename="end"), steps=6, accumulate_grad_batches=2, max_epochs=2)
+    assert compat.logging_step(trainer) == 6, f"{VERSION}: see `_batches_that_stepped` in training_epoch_loop.py"
+    fit_loop = torch.load(tmp_path / "end.ckpt", weights_only=True)["loops"]["fit_loop"]
+    before = dict(fit_loop["epoch_loop.state_dict"])
+    compat.take_back_step_(fit_loop)
+    assert fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] == before["_batches_that_stepped"] - 1
+
+
+def test_a_checkpoint_says_where_the_loops_are(run, tmp_path):
+    run(ModelCheckpoint(tmp_path, filename="end"), steps=6, max_epochs=2)
+    fit_loop = torch.load(tmp_path / "end.ckpt", weights_only=True)["loops"]["fit_loop"]
+    for name in (compat.BATCHES, compat.VALIDATION_BATCHES, "epoch_progress"):
+        for count in ("total", "current"):
+            assert set(compat.COUNTERS) <= set(fit_loop[name][count]), f"{VERSION}: see {name} in loops/progress.py"
+    assert "is_last_batch" in fit_loop[compat.BATCHES]
+    assert set(fit_loop[compat.OPTIMIZERS]["optimizer"]["step"]["total"]) == {"ready", "completed"}
+    assert fit_loop[compat.BATCHES]["total"]["completed"] == 6
+
+
+def test_model_checkpoint_remembers_its_last_save(run, tmp_path):
+    callback = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    attributes = {attribute for attribute, _ in compat._CHECKPOINT_STATE.values()}
+    assert attributes <= set(vars(callback)), f"{VERSION}: see ModelCheckpoint.__init__ in model_checkpoint.py"
+    assert compat.checkpoint_state(callback) == {"last_step": 0, "deferred": False, "last_file": ""}
+    trainer = run(callback, steps=3)
+    assert compat.model_checkpoints(trainer) == [callback]
+    state = compat.checkpoint_state(callback)
+    assert state["last_step"] == 2
+    assert state["last_file"].startswith(str(tmp_path))
+    other = ModelCheckpoint(tmp_path)
+    compat.restore_checkpoint_state_(other, state)
+    assert compat.checkpoint_state(other) == state
+    source = inspect.getsource(ModelCheckpoint)
+    for attribute in attributes:  # set, and decided by
+        assert source.count(f"self.{attribute}") > 2, f"{VERSION}: `{attribute}` is no longer used"
+
+
+def test_the_script_launcher_lists_what_it_started(run):
+    assert compat.started_processes(run(steps=1)) == []
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    trainer.strategy._configure_launcher()
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        trainer.strategy.launcher.procs.append(process)
+        assert compat.started_processes(trainer) == [process], f"{VERSION}: see launchers/subprocess_script.py"
+        assert compat.started_processes(trainer) is trainer.strategy.launcher.procs
+
+
+def test_what_connectors_set_on_the_trainer(run):
+    callback = pl.Callback()
+    trainer = run(callback, steps=1)
+    assert callback in compat.callbacks_of(trainer)
+    assert compat.datamodule_of(trainer) is None
+    assert not compat.is_fast_dev_run(trainer)
+    assert not compat.logs_this_batch(trainer)  # no logger
 
 
 def test_ddp_keeps_the_timeout_of_its_process_group():

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nspo_lightning.nullspace import choose_rank, energy_left
-from nspo_lightning.nullspace.basis import choose_ranks
+from nspo_lightning.nullspace import BasisSettings, bases_from_spectra, choose_rank, energy_left
+from nspo_lightning.nullspace.basis import Spectrum
 from nspo_lightning.nullspace.criteria import NoNullDirections, rho
 
 SPECTRUM = torch.tensor([60.0, 30.0, 9.0, 1.0])  # energy left: 1, 0.4, 0.1, 0.01, 0
@@ -123,10 +123,15 @@ def test_bad_settings_are_refused(criterion, threshold, message):
         choose_rank(SPECTRUM, criterion, threshold)
 
 
+def build(values, criterion, threshold):
+    spectra = {n: Spectrum(values=v.double(), vectors=torch.eye(len(v)), tokens=9) for n, v in values.items()}
+    return bases_from_spectra(spectra, BasisSettings(criterion=criterion, threshold=threshold))
+
+
 def test_inputs_without_null_directions_are_named_together_with_a_value_that_leaves_one():
     spectra = {"a": SPECTRUM, "b": torch.tensor([1.0, 1.0]), "c": torch.tensor([1.0, 0.0])}
     with pytest.raises(NoNullDirections, match=r"2 of 3 layer inputs") as caught:
-        choose_ranks(spectra, "energy", 1e-6)
+        build(spectra, "energy", 1e-6)
     assert "a (width 4): threshold >= 0.01" in str(caught.value)
     assert "b (width 2): threshold >= 0.5" in str(caught.value)
     assert choose_rank(SPECTRUM, "energy", 0.0101).protected == 3  # the advice holds
@@ -134,4 +139,4 @@ def test_inputs_without_null_directions_are_named_together_with_a_value_that_lea
 
 def test_a_criterion_that_protects_nothing_is_refused():
     with pytest.raises(NoNullDirections, match="nothing would be protected, its largest eigenvalue is 60"):
-        choose_ranks({"a": SPECTRUM}, "absolute", 100.0)
+        build({"a": SPECTRUM}, "absolute", 100.0)

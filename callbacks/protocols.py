@@ -1,0 +1,110 @@
+"""What callbacks ask of modules, datamodules and other callbacks; whoever has the methods may take part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from nspo_lightning.evaluation.rates import Answers
+from nspo_lightning.policy.divergence import TextSums
+
+
+@runtime_checkable
+class Evaluable(Protocol):
+    """A module that measures itself and saves what was trained."""
+
+    def evaluate(self, dataloaders: Any) -> dict[str, float]:
+        """Return metrics by name."""
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write what was trained."""
+
+
+@runtime_checkable
+class ScoresText(Protocol):
+    """A module that compares itself with its base on given text."""
+
+    def text_sums(self, batch: Mapping[str, Any]) -> TextSums:
+        """Return sums over one batch of this rank's text."""
+
+
+@runtime_checkable
+class LimitsContext(Protocol):
+    """A module that says how long its texts may be."""
+
+    context_tokens: int | None
+
+
+@runtime_checkable
+class AnswersTests(ScoresText, Protocol):
+    """A module whose `test_step` returns ``{"answers": Answers}``, and whose base answers too."""
+
+    def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
+        """Answer a batch as the base does; None without an adapter."""
+
+
+@runtime_checkable
+class AnswersPrompts(Protocol):
+    """A module that answers prompts for calibration."""
+
+    def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
+        """Return one answer a prompt."""
+
+
+class HasRows(Protocol):
+    """A judged rollout."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a dict a completion, with `prompt` and `completion`."""
+
+
+@runtime_checkable
+class KeepsRollout(Protocol):
+    """A module that remembers what it rolled out last."""
+
+    last_rollout: HasRows | None
+    """None before the first rollout."""
+
+
+@runtime_checkable
+class KeepsStepState(Protocol):
+    """A module with state that a training step changes before the weights change (a buffer, counters)."""
+
+    step_state_to_save: dict[str, Any] | None
+    """What a checkpoint shall hold instead of the present state, once; the module sets it back to None."""
+
+    def step_state(self) -> dict[str, Any]:
+        """Return a copy of that state, cheap and in memory."""
+
+
+@runtime_checkable
+class HasCalibrationText(Protocol):
+    """A datamodule or module with text to protect."""
+
+    def calibration_dataloader(self) -> Iterable[Any]:
+        """Return batches; may take ``answer_fn``, see `AnswersPrompts`."""
+
+
+@runtime_checkable
+class HasHeldOutText(Protocol):
+    """A datamodule with general text that training does not see."""
+
+    def text_dataloader(self, split: str, rows: int | None = None, max_tokens: int | None = None) -> Iterable[Any]:
+        """Return batches of the ``validation`` or ``test`` split."""
+
+
+@runtime_checkable
+class HasEvalRows(Protocol):
+    """A datamodule that can name the rows it evaluates on."""
+
+    def eval_rows(self, split: str) -> Sequence[Sequence[Any]]:
+        """Return the rows of each evaluation loader."""
+
+
+@runtime_checkable
+class Certifies(Protocol):
+    """A callback that promises to keep updates out of something."""
+
+    def certificate(self) -> dict[str, float]:
+        """Return layer -> leak."""

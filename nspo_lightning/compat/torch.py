@@ -1,0 +1,39 @@
+"""torch: private names. Multi-tensor functions have no public form; schedulers keep what they compute from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
+"""Lists of learning rates that torch's schedulers compute later ones from."""
+
+
+def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy many tensors in place, in one launch where the device allows it."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def multiply_all_(tensors: Sequence[Tensor], factor: float) -> None:
+    """Multiply many tensors in place, in one launch where the device allows it."""
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, ...]:
+    """Return each tensor's norm, in one launch where the device allows it."""
+    return tuple(torch._foreach_norm(list(tensors), order))
+
+
+def scale_scheduler_(scheduler: Any, factor: float) -> None:
+    """Multiply all rates that a learning-rate scheduler computes with, those of the schedulers in it too."""
+    state = vars(scheduler)
+    for name in _RATES:
+        if isinstance(values := state.get(name), list):
+            setattr(scheduler, name, [value * factor for value in values])
+    if isinstance(floor := state.get("eta_min"), float):
+        scheduler.eta_min = floor * factor
+    for inner in state.get("_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        scale_scheduler_(inner, factor)

@@ -1,0 +1,52 @@
+"""Names of torch that no promise covers. A failure here says which one is gone and where it was used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from nspo_lightning.compat import torch as compat
+
+
+def test_multi_tensor_functions():
+    tensors = [torch.ones(3), torch.full((2, 2), 2.0)]
+    compat.multiply_all_(tensors, 3.0)
+    assert [float(norm) for norm in compat.norms(tensors, float("inf"))] == [3.0, 6.0]
+    compat.copy_all_(tensors, [torch.zeros(3), torch.ones(2, 2)])
+    assert torch.equal(tensors[0], torch.zeros(3))
+    assert torch.equal(tensors[1], torch.ones(2, 2))
+
+
+def constant(optimizer):
+    return lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        constant,
+        lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 8, eta_min=0.01),
+        lambda o: lr_scheduler.SequentialLR(o, [constant(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]),
+        lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3, cycle_momentum=False),
+    ],
+)
+def test_every_later_rate_of_a_scheduler_is_scaled(make):
+    def rates(scaled_at):
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+        scheduler, found = make(optimizer), []
+        for step in range(8):
+            if step == scaled_at:
+                for group in optimizer.param_groups:
+                    group.update({k: group[k] / 2 for k in ("lr", "initial_lr") if k in group})
+                compat.scale_scheduler_(scheduler, 0.5)
+            optimizer.step()
+            scheduler.step()
+            found.append(scheduler.get_last_lr()[0])
+        return found
+
+    message = f"torch {torch.__version__}: see `_last_lr`, `_schedulers` and the lists of rates in lr_scheduler.py"
+    expected = [rate if step < 4 else rate / 2 for step, rate in enumerate(rates(None))]
+    assert rates(4) == pytest.approx(expected), message
