@@ -87,7 +87,7 @@ class Marks(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Mark: a rollout, or the next update of one."""
-        buffer = getattr(pl_module, "_buffer", None)
+        buffer = pl_module.progress.buffer
         self.mark("rollout" if buffer is None or buffer.is_empty else "between updates")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -34,7 +34,7 @@ def build_processors(
     """
     from transformers.generation import logits_process as hf  # heavy: imported where it is used
 
-    chain: list[Callable[[Tensor, Tensor], Tensor]] = []
+    chain: list[Callable[..., Tensor]] = []
     if config.repetition_penalty != 1.0:
         chain.append(hf.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
     if config.min_new_tokens > 0 and eos_token_ids:
