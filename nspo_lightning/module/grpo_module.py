@@ -33,7 +33,7 @@ from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
 from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
-from nspo_lightning.module.judging import JudgedRollout, judge_of
+from nspo_lightning.module.judging import JudgedRollout
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.rollouts import make_rollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
@@ -44,8 +44,8 @@ from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import score_text
-from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
-from nspo_lightning.rewards.protocol import prepare
+from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
+from nspo_lightning.rewards.protocol import judge_in, prepare
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server_config import ServerSettings
 
@@ -121,7 +121,7 @@ class GRPOModule(pl.LightningModule):
         )
         self.strict_loading = False  # checkpoints hold trained parameters only
         self.reward = reward if isinstance(reward, RewardSet) else RewardSet([reward])
-        self.judge = judge or judge_of(reward)
+        self.judge = judge or judge_in(self.reward) or RulesJudge()
         self.policy_settings = policy
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler

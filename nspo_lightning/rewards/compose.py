@@ -20,7 +20,7 @@ from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.arguments import accepted_arguments, is_async, reward_name
 from nspo_lightning.rewards.function import as_reward
 from nspo_lightning.rewards.messages import match_format
-from nspo_lightning.rewards.protocol import Outcome, Reward, RewardError, Text
+from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Text, judge_in
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
 from nspo_lightning.rewards.validate import score_tensor
 
@@ -164,6 +164,11 @@ class RewardSet:
             for part in (reward, *(getattr(reward, name, None) for name in ("judge", "helpful_reward"))):
                 if callable(prepare := getattr(part, "prepare", None)):
                     prepare()
+
+    @property
+    def judge(self) -> Judge | None:
+        """The first judge in the set: a reward that can judge, or the judge whose outcomes a reward is made from."""
+        return next((judge for reward in self.rewards if (judge := judge_in(reward)) is not None), None)
 
     def close(self) -> None:
         """End the threads. Calling the set again starts them anew."""

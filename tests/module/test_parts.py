@@ -12,7 +12,8 @@ import torch
 from nspo_lightning.grpo import Normaliser, Rollout
 from nspo_lightning.module.experience import Experience, ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import NonFiniteError
-from nspo_lightning.module.judging import JudgedRollout, judge_of, outcomes_of
+from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.module.judging import JudgedRollout, outcomes_of
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.update_window import UpdateWindow
 from nspo_lightning.rewards import OutcomeReward, RewardResult, RewardSet, RulesJudge
@@ -140,9 +141,11 @@ def length(prompts: Any, completions: Any, **_: Any) -> list[float]:
 
 def test_the_judge_is_that_of_the_first_reward_that_has_one():
     judge = RulesJudge()
-    assert judge_of(RewardSet({"length": length, "safety": OutcomeReward(judge)})) is judge
-    assert judge_of(OutcomeReward(judge)) is judge
-    assert isinstance(judge_of(length), RulesJudge)
+    assert GRPOModule(RewardSet({"length": length, "safety": OutcomeReward(judge)})).judge is judge
+    assert GRPOModule(OutcomeReward(judge)).evaluator.judge is judge
+    assert isinstance(GRPOModule(length).judge, RulesJudge)
+    other = RulesJudge()
+    assert GRPOModule(OutcomeReward(judge), judge=other).judge is other
 
 
 def test_outcomes_of_the_reward_stand():
