@@ -148,7 +148,6 @@ class GRPOModule(pl.LightningModule):
         self.progress = Progress(max_nonfinite=max_nonfinite_updates)
         self.last_rollout: JudgedRollout | None = None
         self.step_state_to_save: dict[str, Any] | None = None
-        self._resumed: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ start
 
@@ -194,9 +193,7 @@ class GRPOModule(pl.LightningModule):
     def on_train_start(self) -> None:
         # transformers loads in eval mode, and everything that evaluates leaves the mode as it found it.
         self.require_policy().train()
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            self.progress.load_buffer(resumed, self.device)
+        self.progress.load_buffer(self.device)
 
     # ------------------------------------------------------------------ training
 
@@ -323,7 +320,6 @@ class GRPOModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         check_checkpoint(checkpoint, self.text_policy)
-        self._resumed = checkpoint[STATE_KEY]
         self.progress.load_state_dict(checkpoint[STATE_KEY])
 
     # ------------------------------------------------------------------ what callbacks, data and commands ask for

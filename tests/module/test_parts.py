@@ -91,7 +91,7 @@ def test_a_snapshot_is_of_before_and_comes_back():
     state = progress.state_dict(snapshot)
     again = Progress(max_nonfinite=2)
     again.load_state_dict(state)
-    again.load_buffer(state, torch.device("cpu"))
+    again.load_buffer(torch.device("cpu"))
     assert (again.seed, again.rollouts, again.window) == (5, 3, UpdateWindow())
     assert again.noise_seed == 5 * 1_000_003 + 3
     assert again.buffer is not None
