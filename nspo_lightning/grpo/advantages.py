@@ -63,17 +63,13 @@ def group_advantages(
 
 
 def groups_with_signal(advantages: Tensor, group_size: int) -> Tensor:
-    """Tell which groups can teach anything.
+    """Return which groups can teach anything, shape (P,), bool: those with an advantage that is not zero.
 
     Without a KL term, a group whose advantages are all zero has a zero gradient: leaving it out of the forward and
     backward passes changes no number.
 
-    Args:
-        advantages: Shape (P * G,).
-        group_size: G.
-
     Returns:
-        Shape (P,), bool, True = at least one advantage of the group is not zero.
+        True = at least one advantage of the group is not zero.
     """
     return (advantages.reshape(-1, group_size) != 0).any(dim=1)
 

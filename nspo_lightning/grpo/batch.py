@@ -38,11 +38,7 @@ class Rollout:
     finished: Tensor
 
     def __post_init__(self) -> None:
-        """Check the shapes once, where they are made.
-
-        Raises:
-            ValueError: If prompts, rows and group size do not fit together.
-        """
+        """Check once that prompts, rows and group size fit together; else raise ValueError."""
         prompts, rows = self.prompt_ids.shape[0], self.completion_ids.shape[0]
         if self.prompt_ids.shape != self.prompt_mask.shape or self.completion_ids.shape != self.completion_mask.shape:
             raise ValueError(
@@ -71,29 +67,14 @@ class Rollout:
         return map_tensors(self, lambda tensor: tensor.to(device))
 
     def select(self, prompts: slice | Sequence[int] | Tensor) -> Rollout:
-        """Keep whole groups.
-
-        Args:
-            prompts: Which prompts, as a slice, a list of indices, or an index or bool tensor of shape (P,).
-
-        Returns:
-            A rollout of these prompts with all their completions, padding unchanged.
-        """
+        """Keep whole groups: a slice, a list of indices, or an index or bool tensor of shape (P,)."""
         index = torch.arange(self.num_prompts, device=self.prompt_ids.device)
         index = index[prompts if isinstance(prompts, slice) else torch.as_tensor(prompts, device=index.device)]
         offsets = torch.arange(self.group_size, device=index.device)
         return self._take(index, (index[:, None] * self.group_size + offsets).flatten(), self.group_size)
 
     def select_rows(self, prompt: int, rows: Tensor) -> Rollout:
-        """Keep some completions of one prompt (part of a group).
-
-        Args:
-            prompt: The prompt's index in [0, P).
-            rows: Shape (g,), indices in [0, P * G) of completions of that prompt.
-
-        Returns:
-            A rollout of one prompt and g completions.
-        """
+        """Keep one prompt and some of its completions: `rows` has shape (g,), indices in [0, P * G)."""
         return self._take(torch.tensor([prompt], device=self.prompt_ids.device), rows, len(rows))
 
     def trim(self) -> Rollout:

@@ -111,17 +111,7 @@ class ObjectiveMetrics:
 
     @classmethod
     def merge(cls, parts: Sequence[ObjectiveMetrics]) -> ObjectiveMetrics:
-        """Add up micro-batches, at least one.
-
-        Args:
-            parts: Of each the metrics; all were measured with the same optional tensors.
-
-        Returns:
-            Their sums and extremes.
-
-        Raises:
-            ValueError: If there is no part.
-        """
+        """Add up the metrics of micro-batches, at least one; all were measured with the same optional tensors."""
         if not parts:
             raise ValueError("Expected the metrics of at least one micro-batch, got none.")
 

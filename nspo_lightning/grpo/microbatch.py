@@ -26,14 +26,7 @@ class MicroBatch:
     rows: Tensor
 
     def take(self, values: Tensor) -> Tensor:
-        """Slice a tensor of the whole rollout.
-
-        Args:
-            values: Shape (R,) or (R, C).
-
-        Returns:
-            Shape (r,) or (r, c) with the micro-batch's own padded length c.
-        """
+        """Slice a tensor of the whole rollout, (R,) or (R, C), to (r,) or (r, c) with its own length c."""
         picked = values[self.rows.to(values.device)]
         return picked if picked.ndim == 1 else picked[:, : self.rollout.completion_ids.shape[1]]
 

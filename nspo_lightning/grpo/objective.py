@@ -58,11 +58,7 @@ class ObjectiveConfig:
     mask_truncated: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: If a value is out of its range.
-        """
+        """Check the values; one that is out of its range raises ValueError."""
         if self.loss_type not in get_args(LossType):
             raise ValueError(f"`loss_type` must be one of {get_args(LossType)}, got {self.loss_type!r}.")
         if self.ratio_level not in get_args(RatioLevel):
@@ -104,15 +100,7 @@ class Normaliser:
 
     @classmethod
     def of(cls, completion_mask: Tensor, max_new_tokens: int) -> Normaliser:
-        """Count a mask.
-
-        Args:
-            completion_mask: Shape (R, C), bool, of the whole step.
-            max_new_tokens: The length limit of the sampler.
-
-        Returns:
-            The counts of that mask.
-        """
+        """Count a mask of shape (R, C), that of the whole step."""
         return cls(
             num_rows=completion_mask.shape[0],
             num_tokens=float(completion_mask.sum()),
@@ -134,16 +122,7 @@ class Objective:
 
 
 def loss_mask(completion_mask: Tensor, finished: Tensor, config: ObjectiveConfig) -> Tensor:
-    """Tell which tokens are trained on.
-
-    Args:
-        completion_mask: Shape (R, C), bool, True = generated token.
-        finished: Shape (R,), bool, True = ended by EOS.
-        config: `mask_truncated` drops the rows that are not finished.
-
-    Returns:
-        Shape (R, C), bool.
-    """
+    """Return which tokens are trained on, shape (R, C); `mask_truncated` drops rows that are not finished."""
     return completion_mask & finished[:, None] if config.mask_truncated else completion_mask
 
 

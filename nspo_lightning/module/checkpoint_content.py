@@ -21,11 +21,7 @@ def keep_trained_(checkpoint: dict[str, Any], policy: TextPolicy) -> None:
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
-    """Refuse a checkpoint that is not of this loaded policy.
-
-    Raises:
-        PolicyError: If another project wrote it, or base or adapter are others.
-    """
+    """Refuse a checkpoint of another project, or of another base or adapter than this loaded policy's."""
     state = checkpoint.get(STATE_KEY)
     if state is None:
         raise PolicyError("The checkpoint was not written by this project. Give one from a run's `checkpoints/`.")

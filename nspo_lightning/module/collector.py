@@ -49,16 +49,7 @@ class Collector:
     scorer: Scorer
 
     def collect(self, batch: Mapping[str, Any], seed: int, update: int) -> Collected:
-        """Turn a batch of P prompts into experience of P * G completions; all ranks call it together.
-
-        Args:
-            batch: See `Rollouts.draw`; `prompt` holds the texts or chats, `columns` further ones for the rewards.
-            seed: Of the noise, the same on all ranks.
-            update: Number of the optimizer's updates so far.
-
-        Returns:
-            The experience in a buffer, and what is shown of it.
-        """
+        """Turn a batch of P prompts, with the rewards' other `columns`, into experience of P * G completions."""
         settings, group = self.settings, self.settings.group_size
         drawn = self.rollouts.draw(batch, seed, update)
         prompts = _repeat(batch["prompt"], group)

@@ -81,15 +81,7 @@ class Evaluator:
         return answers
 
     def measure(self, dataloaders: Sequence[Iterable[Any]], to_device: Callable[[Any], Any]) -> dict[str, float]:
-        """Answer all batches outside of an epoch.
-
-        Args:
-            dataloaders: Harmful prompts, then general prompts.
-            to_device: Moves a batch.
-
-        Returns:
-            Metric name to rate, reduced over ranks.
-        """
+        """Answer all batches outside of an epoch, harmful prompts and then general ones; return rates over ranks."""
         rates = RateTable()
         for index, loader in enumerate(dataloaders):
             for batch_idx, batch in enumerate(loader):
@@ -97,11 +89,7 @@ class Evaluator:
         return rates.compute(self.policy.device)
 
     def predict(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> list[dict[str, Any]]:
-        """Answer a batch and score the answers; see `answer`.
-
-        Returns:
-            A dict a prompt; its `reward` is None where nothing scored.
-        """
+        """Answer a batch and score the answers: a dict a prompt, whose `reward` is None where nothing scored."""
         prompts, columns = batch["prompt"], batch.get("columns", {})
         rollout, texts = self._complete(batch, dataloader_idx, batch_idx)
         result = self.reward(prompts, texts, columns, completion_ids=rollout.completion_tokens())

@@ -128,9 +128,7 @@ class ExperienceBuffer:
     def keep_old_log_probs(self, log_probs: Tensor, rows: Tensor) -> None:
         """Keep the log-probabilities of an on-policy step over the rollout, for the passes that follow.
 
-        Args:
-            log_probs: Shape (rows that count, C), detached.
-            rows: Shape (R,), True = the step scored this row; the others (groups without signal) are never learnt from.
+        `rows` says which the step scored; the others (groups without signal) are never learnt from.
         """
         whole = log_probs.new_zeros(len(rows), log_probs.shape[1])
         whole[rows] = log_probs

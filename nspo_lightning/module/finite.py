@@ -24,7 +24,7 @@ class NonFiniteError(ValueError):
 
 
 def on_any_rank(seen: str, what: str) -> str:
-    """Return what this rank saw, or that another one saw something; "" if nobody did (cross-rank synchronisation)."""
+    """Return what this rank saw, or that another one did; "" if nobody saw anything (cross-rank synchronisation)."""
     return (seen or f"another rank's {what}") if ranks.any_rank(bool(seen)) else ""
 
 

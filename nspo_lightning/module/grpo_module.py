@@ -33,7 +33,7 @@ from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
 from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
-from nspo_lightning.module.judging import JudgedRollout, judge_of
+from nspo_lightning.module.judging import JudgedRollout
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.rollouts import make_rollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
@@ -44,8 +44,8 @@ from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import score_text
-from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
-from nspo_lightning.rewards.protocol import prepare
+from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
+from nspo_lightning.rewards.protocol import judge_in, prepare
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server_config import ServerSettings
 
@@ -121,7 +121,7 @@ class GRPOModule(pl.LightningModule):
         )
         self.strict_loading = False  # checkpoints hold trained parameters only
         self.reward = reward if isinstance(reward, RewardSet) else RewardSet([reward])
-        self.judge = judge or judge_of(reward)
+        self.judge = judge or judge_in(self.reward) or RulesJudge()
         self.policy_settings = policy
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -148,7 +148,6 @@ class GRPOModule(pl.LightningModule):
         self.progress = Progress(max_nonfinite=max_nonfinite_updates)
         self.last_rollout: JudgedRollout | None = None
         self.step_state_to_save: dict[str, Any] | None = None
-        self._resumed: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ start
 
@@ -194,9 +193,7 @@ class GRPOModule(pl.LightningModule):
     def on_train_start(self) -> None:
         # transformers loads in eval mode, and everything that evaluates leaves the mode as it found it.
         self.require_policy().train()
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            self.progress.load_buffer(resumed, self.device)
+        self.progress.load_buffer(self.device)
 
     # ------------------------------------------------------------------ training
 
@@ -323,7 +320,6 @@ class GRPOModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         check_checkpoint(checkpoint, self.text_policy)
-        self._resumed = checkpoint[STATE_KEY]
         self.progress.load_state_dict(checkpoint[STATE_KEY])
 
     # ------------------------------------------------------------------ what callbacks, data and commands ask for

@@ -1,4 +1,4 @@
-"""Judged completions: which judge names them, how all ranks ask it, and what is shown and sent of them."""
+"""Judged completions: how all ranks ask a judge together, and what is shown of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult, RewardSet, RulesJudge
+from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
-from nspo_lightning.rewards.protocol import judge_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +36,6 @@ class JudgedRollout:
         }
         columns |= {name: values for name, values in self.result.extra.items() if len(values) == len(self.prompts)}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def judge_of(reward: Any) -> Judge:
-    """Return the first judge in a reward or a set of them, and without one, refusal patterns."""
-    parts = reward.rewards if isinstance(reward, RewardSet) else [reward]
-    return next((judge for part in parts if (judge := judge_in(part)) is not None), None) or RulesJudge()
 
 
 def outcomes_of(

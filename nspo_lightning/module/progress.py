@@ -33,6 +33,7 @@ class Progress:
         nonfinite_in_a_row: Of those, the ones since the last update that was taken.
         window: What the batches since the last update have come to.
         buffer: What is left of the last rollout.
+        saved_buffers: The buffers of all ranks in a checkpoint, until `load_buffer` takes this rank's.
     """
 
     max_nonfinite: int
@@ -44,6 +45,7 @@ class Progress:
     nonfinite_in_a_row: int = 0
     window: UpdateWindow = field(default_factory=UpdateWindow)
     buffer: ExperienceBuffer | None = None
+    saved_buffers: list[dict[str, Any] | None] = field(default_factory=list)
 
     @property
     def noise_seed(self) -> int:
@@ -78,15 +80,15 @@ class Progress:
         return {"seed": self.seed, "buffers": ranks.gather_objects(mine), "counters": now["counters"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, but for its buffers: `load_buffer`."""
-        self.seed = int(state["seed"])
+        """Go on from a checkpoint; `load_buffer` follows when it is known where tensors shall be."""
+        self.seed, self.saved_buffers = int(state["seed"]), state["buffers"]
         for name in COUNTERS:
             setattr(self, name, state["counters"].get(name, 0))
         self.window = UpdateWindow.from_counters(state["counters"])
 
-    def load_buffer(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on with this rank's rollout of a checkpoint, if it was made with as many ranks."""
-        buffers = state["buffers"]
+    def load_buffer(self, device: torch.device) -> None:
+        """Go on with this rank's rollout of a checkpoint, if there was one that was made with as many ranks."""
+        buffers, self.saved_buffers = self.saved_buffers, []
         mine = buffers[ranks.rank()] if len(buffers) == ranks.world_size() else None
         if mine is not None:
             self.buffer = ExperienceBuffer.from_state_dict(mine, device)

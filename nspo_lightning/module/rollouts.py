@@ -45,12 +45,9 @@ class Rollouts(Protocol):
         return
 
     def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
-        """Answer each prompt of a batch with a group.
+        """Answer each prompt of a batch (`prompt_ids` (P, L), left-padded, and `prompt_mask`) with a group.
 
-        Args:
-            batch: `prompt_ids` (P, L) left-padded and `prompt_mask` (P, L), True = real token.
-            seed: Of the noise, the same on all ranks.
-            update: Number of the optimizer's updates so far.
+        `seed` is that of the noise, the same on all ranks; `update` the number of the optimizer's updates so far.
         """
 
     def check_means(self, means: Mapping[str, Tensor]) -> None:
@@ -144,11 +141,7 @@ class ServerRollouts(Rollouts):
         return name
 
     def check_means(self, means: Mapping[str, Tensor]) -> None:
-        """See whether the server's log-probabilities are those of this policy.
-
-        Raises:
-            RolloutServerError: If they can't be.
-        """
+        """See whether the server's log-probabilities are those of this policy."""
         if SAMPLER_DIFFERENCE not in means:  # drawn before the run was resumed with a server
             return
         settings, difference = self.server.settings, float(means[SAMPLER_DIFFERENCE])

@@ -76,16 +76,7 @@ class Scorer:
             return self.log_probs(rollout)
 
     def loss(self, minibatch: Minibatch, normaliser: Normaliser, loss_scale: float) -> PolicyLoss:
-        """Build one scalar whose backward hands out the gradients of all micro-batches.
-
-        Args:
-            minibatch: What is learnt from.
-            normaliser: Counts of the whole step, over all ranks.
-            loss_scale: The gradient scaler's, 1 without one.
-
-        Returns:
-            The loss; its metrics are those of all ranks, which must ask together.
-        """
+        """Build one scalar whose backward hands out the gradients of all micro-batches; all ranks ask together."""
         experience, mask, config = minibatch.experience, minibatch.mask, self.settings.objective
         server = self.settings.rollout_server
         weights = token_weights(mask, config.loss_type, normaliser)

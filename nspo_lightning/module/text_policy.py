@@ -137,15 +137,7 @@ class TextPolicy:
         return {"prompt_ids": encoded["input_ids"], "prompt_mask": encoded["attention_mask"].bool()}
 
     def check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Refuse prompts that leave no room for completions in the policy's context.
-
-        Args:
-            prompt_tokens: The longest prompt.
-            max_new_tokens: The length limit of completions.
-
-        Raises:
-            PolicyError: If the two don't fit together.
-        """
+        """Refuse prompts that leave no room for completions in the policy's context."""
         limit = self.context_tokens
         if limit is None or prompt_tokens + max_new_tokens <= limit:
             return

@@ -24,11 +24,7 @@ class TrainingSettings:
     rollout_server: ServerSettings | None
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: If a number is out of its range.
-        """
+        """Check the values; one that is out of its range raises ValueError."""
         if self.group_size < 2:
             raise ValueError(
                 f"`group_size` must be at least 2, got {self.group_size}: an advantage compares a completion with the "

@@ -34,7 +34,7 @@ def build_processors(
     """
     from transformers.generation import logits_process as hf  # heavy: imported where it is used
 
-    chain: list[Callable[[Tensor, Tensor], Tensor]] = []
+    chain: list[Callable[..., Tensor]] = []
     if config.repetition_penalty != 1.0:
         chain.append(hf.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
     if config.min_new_tokens > 0 and eos_token_ids:
@@ -81,15 +81,7 @@ def noise(steps: int, rows: int, config: SamplingConfig, generator: torch.Genera
 
 
 def without_padding(ids: Tensor, mask: Tensor) -> Tensor:
-    """Fill left padding with each row's first real token: to a repetition penalty it then says nothing new.
-
-    Args:
-        ids: Shape (R, L), left-padded.
-        mask: Shape (R, L), bool, True = real token.
-
-    Returns:
-        Shape (R, L).
-    """
+    """Fill left padding with each row's first real token, (R, L): to a repetition penalty it then says nothing new."""
     return torch.where(mask, ids, ids.gather(1, mask.int().argmax(1, keepdim=True)))
 
 

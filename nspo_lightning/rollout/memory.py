@@ -24,12 +24,7 @@ _FIRST_CAPACITY = 32  # tokens a row; doubled whenever full
 
 
 class SharedMemory:
-    """Prompts once, completions a row each.
-
-    Args:
-        parts: The policy.
-        group_size: G.
-    """
+    """Prompts once, completions a row each."""
 
     def __init__(self, parts: PolicyParts, group_size: int) -> None:
         self._parts = parts
@@ -38,15 +33,7 @@ class SharedMemory:
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Run the prompts.
-
-        Args:
-            ids: Shape (P, L), left-padded.
-            mask: Shape (P, L), bool.
-
-        Returns:
-            Logits of each row's first token, shape (P * G, V).
-        """
+        """Run prompts (P, L), left-padded, and return the logits of each row's first token, shape (P * G, V)."""
         group_pass = GroupPass(mask, memory=self._prompts)
         with group_attention(self._parts.model):
             states, _ = self._parts.decode(

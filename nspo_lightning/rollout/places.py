@@ -48,12 +48,5 @@ def places(counts: Sequence[int], rank: int) -> Places:
 
 
 def places_among_ranks(prompts: int) -> Places:
-    """Find the places of this rank's prompts; all ranks must ask together (cross-rank synchronisation).
-
-    Args:
-        prompts: How many this rank has.
-
-    Returns:
-        Their places; 0, 1, ... in a single process.
-    """
+    """Find the places of this rank's prompts; all ranks must ask together (cross-rank synchronisation)."""
     return places(ranks.gather_objects(prompts), ranks.rank())

@@ -26,11 +26,7 @@ _SEEDS_A_CALL = 2**20  # prompts and completions of one call count up from its s
 
 
 class RolloutServer:
-    """Draws groups of completions on a server.
-
-    Args:
-        settings: The server.
-    """
+    """Draws groups of completions on a server."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
@@ -39,14 +35,7 @@ class RolloutServer:
         self.reloads = 0
 
     def check(self, sampling: SamplingConfig) -> None:
-        """See that the server is there, serves the base, and will load adapters.
-
-        Args:
-            sampling: How completions will be drawn.
-
-        Raises:
-            RolloutServerError: Saying what is wrong and how to mend it.
-        """
+        """See that the server is there, serves the base, and will load adapters, or say how to mend it."""
         models = self.client.models(patient=False)
         bases = [str(model["id"]) for model in models if not model.get("parent")]
         if self.settings.model not in bases:

@@ -56,14 +56,7 @@ class AdapterShelf:
         return name
 
     def load(self, name: str) -> None:
-        """Have the server load a written adapter, and see that it did.
-
-        Args:
-            name: Of the adapter.
-
-        Raises:
-            RolloutServerError: If it can't.
-        """
+        """Have the server load a written adapter, and see that it did."""
         path = str(self.server_folder / name)
         try:
             self.client.post("/load_lora_adapter", {"lora_name": name, "lora_path": path})

@@ -42,11 +42,7 @@ class ServerSettings:
     max_logp_difference: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: If a value is out of its range, or the address or the key's name is none.
-        """
+        """Check the values; one that is out of its range raises ValueError."""
         check_address("rollout_server.base_url", self.base_url)
         check_key_name("rollout_server.api_key_env", self.api_key_env)
         values = vars(self)

@@ -22,12 +22,7 @@ from nspo_lightning.rollout.server_client import RolloutServerError
 
 @dataclass(frozen=True)
 class ServedCompletion:
-    """One completion as the server drew it.
-
-    Attributes:
-        ids: Its tokens, the closing EOS included.
-        log_probs: One a token, of the distribution that it was drawn from.
-    """
+    """One completion as the server drew it: tokens with the closing EOS, and the log-probability of each."""
 
     ids: list[int]
     log_probs: list[float]
@@ -36,19 +31,7 @@ class ServedCompletion:
 def completion_request(
     model: str, prompt: Sequence[int], group_size: int, config: SamplingConfig, stop_ids: Sequence[int], seed: int
 ) -> dict[str, Any]:
-    """Ask for one prompt's group.
-
-    Args:
-        model: The adapter's name on the server.
-        prompt: Token ids.
-        group_size: Completions.
-        config: How they are drawn.
-        stop_ids: Tokens that end one.
-        seed: Of the noise; completion g of the group uses seed + g.
-
-    Returns:
-        The request's body.
-    """
+    """Ask a model for one prompt's group; completion g uses the noise of seed + g."""
     return {
         "model": model,
         "prompt": list(prompt),
@@ -154,18 +137,7 @@ def as_rollout(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> tuple[Rollout, Tensor]:
-    """Pad what the server drew.
-
-    Args:
-        prompt_ids: Shape (P, L), left-padded.
-        prompt_mask: Shape (P, L), bool.
-        groups: P groups of G completions.
-        stop_ids: Tokens that end a completion.
-        pad_id: Fills up.
-
-    Returns:
-        The rollout, and the server's log-probabilities, shape (P * G, C), float32, zero at padding.
-    """
+    """Pad P groups of completions: the rollout, and their log-probabilities, shape (P * G, C), zero at padding."""
     rows = [completion for group in groups for completion in group]
     lengths = torch.tensor([len(row.ids) for row in rows])
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True, padding_value=pad_id)

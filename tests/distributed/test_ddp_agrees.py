@@ -85,7 +85,7 @@ def test_groups_stay_on_one_rank_and_every_prompt_is_trained_on_once(runs):
     steps = [(runs / "runs" / "fit-2" / f"prompts-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     alone = (runs / "runs" / "fit-1" / "prompts-0.txt").read_text().splitlines()
     assert len(steps[0]) == len(steps[1]) == len(alone) == 4
-    trained = Counter()
+    trained: Counter[str] = Counter()
     for together, *ranks in zip(alone, *steps, strict=True):
         rows = [line.split("\t") for line in ranks]
         for row in rows:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from processes import CONFIGS
 
@@ -91,7 +92,7 @@ def test_processes_that_wait_for_ever_are_ended(instantiate):
     trainer.strategy._configure_launcher()
     trainer.strategy.launcher.procs.append(waiting)
     try:
-        EndTogether(grace_s=0.2).on_exception(trainer, None, RuntimeError())
+        EndTogether(grace_s=0.2).on_exception(trainer, LightningModule(), RuntimeError())
         assert waiting.wait(10) == -9
         assert trainer.strategy.launcher.procs == []
     finally:

@@ -1,11 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from nspo_lightning.grpo import group_advantages, groups_with_signal
 
-EXACT = {"rtol": 1e-6, "atol": 1e-7}
+EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
 
 
 def test_group_scale_by_hand():
@@ -52,4 +53,4 @@ def test_wrong_shapes_and_scales_are_refused():
     with pytest.raises(ValueError, match="multiple of group_size=2"):
         group_advantages(torch.zeros(3), group_size=2)
     with pytest.raises(ValueError, match="`scale` must be"):
-        group_advantages(torch.zeros(4), group_size=2, scale="max")
+        group_advantages(torch.zeros(4), group_size=2, scale="max")  # type: ignore[arg-type]

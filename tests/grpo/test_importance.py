@@ -1,6 +1,7 @@
 """The truncated importance ratio against hand arithmetic."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,12 @@ def test_each_token_weighs_by_its_capped_ratio(beta):
 def test_the_ratio_is_that_of_the_policy_that_sampled_not_of_the_current_one():
     mask, log_probs, sampled, advantages = rows()
     old = log_probs.detach() + 0.1
-    common = {"mask": mask, "weights": mask.double(), "advantages": advantages, "config": ObjectiveConfig()}
+    common: dict[str, Any] = {
+        "mask": mask,
+        "weights": mask.double(),
+        "advantages": advantages,
+        "config": ObjectiveConfig(),
+    }
     common |= {"old_log_probs": old, "sampling_log_probs": sampled}
     metrics = objective(log_probs, **common).metrics.means()
     assert float(metrics["sampling/sampling_logp_difference/max"]) == pytest.approx(2.1)
@@ -57,7 +63,7 @@ def test_the_ratio_is_that_of_the_policy_that_sampled_not_of_the_current_one():
 
 def test_micro_batches_add_up():
     mask, log_probs, sampled, advantages = rows()
-    common = {"config": ObjectiveConfig(), "importance_cap": 2.0}
+    common: dict[str, Any] = {"config": ObjectiveConfig(), "importance_cap": 2.0}
 
     def part(chosen):
         return objective(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -122,7 +124,7 @@ def gradients_of(policy, folder, batch_size, accumulate):
         )
 
     policy.text_policy.generate = generate
-    kept = {}
+    kept: dict[str, torch.Tensor] = {}
 
     class Keep(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -136,7 +138,7 @@ def gradients_of(policy, folder, batch_size, accumulate):
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny_llama, tmp_path, loss_type):
     """For dapo too, whose mean runs over all tokens of the window, of which there are unequally many in each batch."""
-    kwargs = {"objective": ObjectiveConfig(loss_type=loss_type), "scale_rewards": "none"}
+    kwargs: dict[str, Any] = {"objective": ObjectiveConfig(loss_type=loss_type), "scale_rewards": "none"}
     pl.seed_everything(0)
     whole = gradients_of(module(tiny_llama, **kwargs), tmp_path, batch_size=4, accumulate=1)
     pl.seed_everything(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lora_server import BASE, LoraServer
@@ -40,7 +42,7 @@ def server(tiny_llama):
 
 
 def rollouts(server, folder, **settings):
-    defaults = {"retries": 3, "backoff_s": 0.01, "timeout_s": 20.0}
+    defaults: dict[str, Any] = {"retries": 3, "backoff_s": 0.01, "timeout_s": 20.0}
     return RolloutServer(
         ServerSettings(base_url=server.url, model=BASE, adapter_folder=str(folder / "shelf"), **(defaults | settings))
     )
@@ -156,7 +158,7 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(tiny_llama, policy, tok
 
     def come_back():
         time.sleep(0.3)
-        ready.__init__(tiny_llama, port)
+        LoraServer.__init__(ready, tiny_llama, port)
         ready.__enter__()
 
     back = threading.Thread(target=come_back)
@@ -264,7 +266,7 @@ def test_checks_at_the_start_say_what_is_wrong(server, tiny_llama, tmp_path, mon
     ],
 )
 def test_settings_are_checked(changes, message):
-    good = {"base_url": "http://localhost:8000/v1", "model": "m", "adapter_folder": "a"}
+    good: dict[str, Any] = {"base_url": "http://localhost:8000/v1", "model": "m", "adapter_folder": "a"}
     with pytest.raises(ValueError, match=message) as error:
         ServerSettings(**(good | changes))
     assert "secret" not in str(error.value)

@@ -136,5 +136,10 @@ def test_a_rollout_in_the_buffer_keeps_its_samplers_log_probs(server, tiny_llama
     trainer(tmp_path, steps=1).fit(policy, datamodule(repeat_batches=2))
     state = policy.progress.buffer.state_dict()
     again = ExperienceBuffer.from_state_dict(state, torch.device("cpu"))
-    assert torch.equal(again.experience.sampling_log_probs, policy.progress.buffer.experience.sampling_log_probs)
-    assert again.next().sampling_log_probs.shape == again.experience.select(slice(1, 2)).old_log_probs.shape
+    kept = again.experience.sampling_log_probs
+    assert kept is not None
+    assert torch.equal(kept, policy.progress.buffer.experience.sampling_log_probs)
+    drawn, old = again.next().sampling_log_probs, again.experience.select(slice(1, 2)).old_log_probs
+    assert drawn is not None
+    assert old is not None
+    assert drawn.shape == old.shape

@@ -11,6 +11,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -102,7 +103,9 @@ class LoraServer:
 
     def draw(self, model, body, index):
         generator = torch.Generator().manual_seed(body["seed"] + index)
-        prompt, ids, log_probs, tops = body["prompt"], [], [], []
+        prompt, tops = body["prompt"], []
+        ids: list[int] = []
+        log_probs: list[float] = []
         stop, text_end = set(body["stop_token_ids"]), "length"
         for step in range(body["max_tokens"]):
             raw = model(torch.tensor([prompt + ids])).logits[0, -1].float()
@@ -135,6 +138,7 @@ class LoraServer:
 
 
 class _Http(ThreadingHTTPServer):
+    owner: LoraServer
     daemon_threads = True
     allow_reuse_address = True
 
@@ -144,6 +148,7 @@ class _Http(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    server: _Http
 
     def do_GET(self):
         self.answer("GET", {})
@@ -155,6 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server.owner
         if self.path == "/v1/completions":
             time.sleep(server.delay_s)
+        status: int
+        reply: Any
         with server.lock:
             if server.key and self.headers.get("authorization") != f"Bearer {server.key}":
                 status, reply = 401, {"error": f"wrong key {self.headers.get('authorization')}"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -43,7 +45,7 @@ def datamodule(batch_size=2, repeat_batches=1):
 
 
 def module(path, reward=even_tokens, lr=1e-2, quantization="none", **kwargs):
-    settings = {
+    settings: dict[str, Any] = {
         "policy": PolicySettings(
             path=str(path), quantization=quantization, dtype="float32", lora=LoraSettings(r=4, alpha=8)
         ),
@@ -57,7 +59,7 @@ def module(path, reward=even_tokens, lr=1e-2, quantization="none", **kwargs):
 
 
 def trainer(folder, steps=4, kind=pl.Trainer, **kwargs):
-    settings = {
+    settings: dict[str, Any] = {
         "max_steps": steps,
         "limit_val_batches": 0,
         "enable_progress_bar": False,
