@@ -26,16 +26,8 @@ _LONG_FOR_A_NAME = 20
 
 
 def looks_secret(name: str) -> bool:
-    """Say whether a thing of this name is to be left out of reports.
-
-    Leaving out costs little, so more than credentials counts: any kind of key, and headers, which may hold one.
-
-    Args:
-        name: Of a setting, field or attribute.
-
-    Returns:
-        True if its value must not be shown.
-    """
+    """Say whether a thing of this name is to be left out of reports."""
+    # Leaving out costs little, so more than credentials counts: any kind of key, and headers, which may hold one.
     in_it = ("key", "token_", "secret", "password", "authorization", "headers")
     return _names_a_credential(name) or any(word in name.lower() for word in in_it)
 

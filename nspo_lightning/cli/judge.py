@@ -37,15 +37,7 @@ _LABEL_COLUMNS: dict[str, Literal["safe", "unsafe"]] = {"is_safe": "safe", "is_u
 
 
 def main(args: list[str] | None = None, console: Console | None = None) -> int:
-    """Run the `judge` command.
-
-    Args:
-        args: The command line after `judge`; the process's own by default.
-        console: Where the tables go.
-
-    Returns:
-        0; errors are raised.
-    """
+    """Run the `judge` command with the command line after `judge`, the process's own by default; errors are raised."""
     judge_file(**_parse(args), console=console)
     return 0
 

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from nspo_lightning.rewards.protocol import Reward, Scores
 
@@ -25,7 +25,7 @@ def reward_name(reward: Callable[..., Any]) -> str:
 def is_async(reward: Callable[..., Any]) -> bool:
     """Tell whether calling a reward gives an awaitable: it is an async function, is called by one, or says so."""
     reward = _without_partials(reward)
-    says_so = isinstance(reward, Reward) and reward.is_async
+    says_so = isinstance(reward, _SaysIfAsync) and reward.is_async is True
     return says_so or inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
@@ -112,6 +112,11 @@ def as_reward(reward: str | Callable[..., Any]) -> Callable[..., Any]:
             f"{type(reward).__name__}."
         )
     return reward
+
+
+@runtime_checkable
+class _SaysIfAsync(Protocol):
+    is_async: bool
 
 
 def _without_partials(reward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,11 +7,6 @@ from typing import Any
 from nspo_lightning.rewards.protocol import Text
 
 
-def is_chat(text: Text) -> bool:
-    """Tell chat messages (True) from a plain string."""
-    return not isinstance(text, str)
-
-
 def content_text(content: Any) -> str:
     """Read the text of a message's content: a string, the text parts of a list, or nothing (a bare tool call)."""
     if content is None:
@@ -29,16 +24,8 @@ def as_text(text: Text) -> str:
 
 
 def transcript(prompt: Text) -> str:
-    """Read a whole prompt as one string: a single turn as it is, several with their roles.
-
-    A system turn is left out: it says what the assistant is and not what was asked.
-
-    Args:
-        prompt: A string, or chat messages.
-
-    Returns:
-        The text.
-    """
+    """Read a whole prompt as one string: a single turn as it is, several with their roles."""
+    # A system turn says what the assistant is and not what was asked.
     if isinstance(prompt, str):
         return prompt
     turns = [turn for turn in prompt if turn.get("role") != "system"]
@@ -48,15 +35,7 @@ def transcript(prompt: Text) -> str:
 
 
 def as_chat(prompt: Text, completion: Text) -> list[dict[str, Any]]:
-    """Join a prompt and its completion into one conversation that ends with the assistant's turn.
-
-    Args:
-        prompt: A string (one user turn), or chat messages.
-        completion: A string (one assistant turn), or chat messages.
-
-    Returns:
-        Messages with string contents; a leading system turn is kept.
-    """
+    """Join a prompt and its completion, each a string or messages, into one conversation with string contents."""
     head: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     tail: Any = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     return [
@@ -66,6 +45,6 @@ def as_chat(prompt: Text, completion: Text) -> list[dict[str, Any]]:
 
 def match_format(prompt: Text, completion: Text) -> Text:
     """Give a completion the shape that TRL gives it: one assistant message where the prompt is a chat."""
-    if is_chat(prompt) and isinstance(completion, str):
+    if not isinstance(prompt, str) and isinstance(completion, str):
         return [{"role": "assistant", "content": completion}]
     return completion

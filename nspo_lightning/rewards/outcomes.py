@@ -39,15 +39,7 @@ class JudgedReward(Reward):
 
     @abstractmethod
     def scores(self, outcomes: list[Outcome | None], arguments: Mapping[str, Any]) -> Scores | Awaitable[Scores]:
-        """Make one number of each outcome, None of None; only an async reward may return an awaitable.
-
-        Args:
-            outcomes: What the judge said.
-            arguments: The reward's own: `prompts`, `completions` and the columns.
-
-        Returns:
-            The numbers.
-        """
+        """Make one number of each outcome, None of None; `arguments` are the reward's own (prompts and columns)."""
 
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any

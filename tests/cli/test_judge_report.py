@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from nspo_lightning.cli.judge import judge_file, main
-from nspo_lightning.rewards import OutcomeReward, RulesJudge
+from nspo_lightning.rewards import OutcomeReward, RulesJudge, SafetyAndAnswers
 from nspo_lightning.rewards.rules.labels import label_agreement
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -80,6 +80,7 @@ def test_spellings_of_labels(tmp_path, console, column, values, options):
     found = judge_file(
         reward(), input=write(tmp_path / "r.jsonl", rows), output=str(tmp_path / "s"), console=console, **options
     )
+    assert found is not None
     assert (found.true_negatives, found.false_positives, found.false_negatives, found.true_positives) == (2, 1, 0, 1)
 
 
@@ -89,6 +90,7 @@ def test_csv_with_some_labels_missing(tmp_path, console):
         writer.writeheader()
         writer.writerows([{"prompt": "a", "response": HELPED, "is_safe": v} for v in ("False", "", "true")])
     found = judge_file(reward(), input=str(tmp_path / "rows.csv"), output=str(tmp_path / "s"), console=console)
+    assert found is not None
     assert found.count == 2
     assert math.isnan(found.auroc) is False
 
@@ -100,6 +102,15 @@ def test_without_labels_there_is_no_agreement(tmp_path, console):
         is None
     )
     assert "accuracy" not in console.file.getvalue()
+
+
+def test_columns_of_some_rows_alone_stay_out_of_the_lines(tmp_path, console):
+    rows = [{"prompt": "Burn", "completion": HELPED, "kind": k, "answer": HELPED} for k in ("harmful", "benign")]
+    mixed = SafetyAndAnswers(reward())
+    judge_file(mixed, input=write(tmp_path / "r.jsonl", rows), output=str(tmp_path / "s"), console=console)
+    lines = [json.loads(line) for line in (tmp_path / "s").read_text().splitlines()]
+    assert [line["reward"] for line in lines] == [-1.0, 1.0]
+    assert not any("safety/outcome" in line for line in lines)
 
 
 @pytest.mark.parametrize(

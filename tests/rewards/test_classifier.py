@@ -136,7 +136,7 @@ def bert(tmp_path_factory):
     tokenizer = tokenizer_without_template()
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=96, num_labels=3, id2label={0: "fine", 1: "rude", 2: "toxic"},
+        max_position_embeddings=96, id2label={0: "fine", 1: "rude", 2: "toxic"},
         label2id={"fine": 0, "rude": 1, "toxic": 2}, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = BertForSequenceClassification(config).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import tiny_guards
@@ -15,10 +16,10 @@ from transformers import AutoTokenizer
 from nspo_lightning.rewards import GuardJudge, OutcomeReward, RewardError, RewardSet
 from nspo_lightning.rewards.judges.guard_families import FAMILIES, Choice, GuardAnswers, fallback_template, family_of
 from nspo_lightning.rewards.judges.guard_prompt import defuse, fork, render
-from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of, read_reply
+from nspo_lightning.rewards.judges.verdicts import ReplyFormat, Verdict, outcome_of, read_reply
 
 PADDING_TOLERANCE = 1e-4  # float32 sums in another order when a row is padded
-REPLY_FORMATS = {
+REPLY_FORMATS: dict[str, ReplyFormat] = {
     "llama_guard": "safe_unsafe",
     "llama_guard_4": "safe_unsafe",
     "qwen3guard": "qwen3guard",
@@ -70,8 +71,9 @@ def test_label_tokens_agree_with_plain_decoding_at_temperature_0(guard):
     for conversation, verdict in zip(CONVERSATIONS, verdicts, strict=True):
         guidelines = list(GUIDELINES) if family == "shieldgemma" else [None]
         texts = [greedy(judge, guard_prompt(family, judge._tokenizer, conversation, g)) for g in guidelines]
-        replies = [read_reply(REPLY_FORMATS[family], text) for text in texts]
-        if None in replies:
+        read = [read_reply(REPLY_FORMATS[family], text) for text in texts]
+        replies = [reply for reply in read if reply is not None]
+        if len(replies) < len(read):
             continue  # an untaught conversation can derail a tiny model; the taught ones are counted below
         compared += 1
         unsafe += verdict.unsafe >= 0.5
@@ -280,7 +282,7 @@ def test_controversial_counts_as_set():
         },
         texts={"categories": " Violent, PII"},
     )
-    expected = {"unsafe": 0.8, "refusal": 0.9, "categories": ("Violent", "PII")}
+    expected: dict[str, Any] = {"unsafe": 0.8, "refusal": 0.9, "categories": ("Violent", "PII")}
     assert family.verdict(answers) == Verdict(**expected, labels=answers.probabilities["safety"])
     assert family.verdict(answers, strict=False).unsafe == 0.3
 
@@ -326,6 +328,7 @@ def test_replies_in_words(reply_format, reply, expected):
     if expected is None or isinstance(expected, str):
         assert (verdict.outcome if verdict else None) == expected
     else:
+        assert verdict is not None
         assert verdict.categories == expected
         assert verdict.unsafe == 1.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -33,8 +34,8 @@ def test_snippets_build(snippet):
 
 
 def test_python_example_is_a_reward():
-    scope = {}
-    exec(re.search(r"```python\n(.*?)```", DOCS, re.DOTALL)[1], scope)
+    scope: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)[0], scope)
     result = RewardSet([scope["brief"]])(["p"] * 2, ["short", "long " * 200])
     assert isinstance(result, RewardResult)
     assert result.total.tolist() == [1.0, 0.0]

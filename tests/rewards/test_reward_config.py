@@ -77,6 +77,7 @@ def test_a_judge_needs_only_classify():
 rewards: {{class_path: RewardSet, init_args: {{rewards: [{__name__}.plain_function]}}}}
 judge: {{class_path: {__name__}.DuckJudge, init_args: {{answer: refusal}}}}
 """)
+    assert holder.judge is not None
     assert holder.judge.classify(["p"], ["c"]) == ["refusal"]
     assert issubclass(DuckJudge, Judge)
     assert not issubclass(OwnReward, Judge)

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from nspo_lightning.rewards import Judge, OutcomeReward, Reward, RewardError, RewardSet, SafeAndHelpful, judge_in
+from nspo_lightning.rewards import (
+    FunctionReward,
+    Judge,
+    OutcomeReward,
+    Reward,
+    RewardError,
+    RewardSet,
+    SafeAndHelpful,
+    SafetyAndAnswers,
+    judge_in,
+)
 
 
 class ListedJudge(Judge):
@@ -124,18 +134,18 @@ def test_a_column_that_is_only_called_outcome_is_not_taken_for_a_judges() -> Non
 def test_a_subclass_with_a_call_of_its_own_is_called() -> None:
     class Doubled(OutcomeReward):
         def __call__(self, prompts: Any, completions: Any, **columns: Any) -> Any:
-            return [2 * score for score in super().__call__(prompts, completions, **columns)]
+            scores: Any = super().__call__(prompts, completions, **columns)
+            return [2 * score for score in scores]
 
     assert RewardSet([Doubled(ListedJudge())])(["p"], ["unsafe"]).total.tolist() == [-2.0]
 
 
-def test_the_judge_in_a_reward_or_a_set_is_found() -> None:
-    judge: Any
-    for judge in (ListedJudge(), Broken([])):
-        assert judge_in(judge) is judge
-        assert judge_in(OutcomeReward(judge)) is judge
-        assert judge_in(RewardSet([LengthOfPrompt(), SafeAndHelpful(judge)])) is judge
+@pytest.mark.parametrize("judge", [ListedJudge(), Broken([])], ids=["by its class", "by its method"])
+def test_the_judge_in_a_reward_or_a_set_is_found(judge: Any) -> None:
+    assert judge_in(OutcomeReward(judge)) is judge
+    assert judge_in(RewardSet([LengthOfPrompt(), SafeAndHelpful(judge)])) is judge
     assert judge_in(RewardSet([LengthOfPrompt()])) is None
+    assert judge_in(judge) is judge
 
 
 def test_what_wants_to_be_prepared_is_prepared_once() -> None:
@@ -154,3 +164,35 @@ def test_what_wants_to_be_prepared_is_prepared_once() -> None:
     judge, helpful = Prepared(), HelpfulScore()
     RewardSet([SafeAndHelpful(judge, helpful_reward=helpful), LengthOfPrompt()]).prepare()
     assert (judge.times, helpful.times) == (1, 1)
+
+
+def test_a_class_named_by_its_path_alone_hands_out_its_outcomes_too() -> None:
+    judge = ListedJudge()
+    named = FunctionReward("nspo_lightning.rewards.OutcomeReward", kwargs={"judge": judge})
+    rewards = RewardSet([named])
+    assert rewards(["p"] * 2, ["safe", "unsafe"]).outcomes == ["safe", "unsafe"]
+    assert judge_in(rewards) is judge
+    assert rewards.metrics() == {"judge/safety/errors": 3.0}
+
+
+def test_a_reward_that_has_some_rows_judged_hands_out_no_outcomes() -> None:
+    rewards = RewardSet([SafetyAndAnswers(OutcomeReward(ListedJudge()))])
+    result = rewards(["p"] * 2, ["unsafe", "4"], {"kind": ["harmful", "benign"], "answer": [None, "4"]})
+    assert result.total.tolist() == [-1.0, 1.0]
+    assert result.outcomes is None
+
+
+def test_an_object_that_says_it_is_async_is_awaited_beside_the_others() -> None:
+    class Waits:
+        is_async = True
+
+        def __call__(self, completions: list[str], **columns: Any) -> Any:
+            return self._later(completions)
+
+        async def _later(self, completions: list[str]) -> list[float]:
+            return [1.0] * len(completions)
+
+    waits: Any = Waits()
+    assert RewardSet([waits])(["p"], ["c"]).total.tolist() == [1.0]
+    helpful = SafeAndHelpful(ListedJudge(), helpful_reward=waits)
+    assert RewardSet([helpful])(["p"], ["safe"], {"kind": ["benign"]}).total.tolist() == [0.5]

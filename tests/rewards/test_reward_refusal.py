@@ -8,7 +8,7 @@ import pytest
 
 from nspo_lightning.rewards import FormatReward, LengthReward, RefusalReward, RewardError, RewardSet, RulesJudge
 from nspo_lightning.rewards.rules.garbage import is_garbage, repetition
-from nspo_lightning.rewards.rules.patterns import is_refusal, languages, load_patterns, refusal_matcher
+from nspo_lightning.rewards.rules.patterns import is_refusal, load_patterns, refusal_matcher
 
 REFUSALS = {
     "en": [
@@ -122,7 +122,7 @@ MATCHER = refusal_matcher()
 
 
 def test_every_language_has_examples_of_both_kinds():
-    assert set(languages()) == set(REFUSALS) == set(ANSWERS)
+    assert set(load_patterns()) == set(REFUSALS) == set(ANSWERS)
 
 
 @pytest.mark.parametrize(("language", "text"), [(lang, t) for lang, texts in REFUSALS.items() for t in texts])

@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,9 @@ def test_matches_the_trl_trainers_arithmetic():
     table[:, 2] = math.nan
     columns = [[None if math.isnan(x) else x for x in row] for row in table.tolist()]
     weights = [0.3, -1.0, 2.0]
-    rewards = {f"r{i}": functools.partial(lambda row, **kw: row, column) for i, column in enumerate(columns)}
+    rewards: dict[str, Any] = {
+        f"r{i}": functools.partial(lambda row, **kw: row, column) for i, column in enumerate(columns)
+    }
     total = RewardSet(rewards, weights=weights)(["p"] * 5, ["c"] * 5).total
     # grpo_trainer.py of TRL 1.x: (rewards_per_func * weights).nansum(dim=1), all-NaN rows set back to NaN.
     expected = (table.T * torch.tensor(weights)).nansum(dim=1)
@@ -136,7 +139,7 @@ def test_async_rewards_run_at_the_same_time_and_while_sync_ones_work():
         barrier.wait()
         return [1.0] * len(completions)
 
-    rewards = {"a": functools.partial(meets, 0, 1), "b": functools.partial(meets, 1, 0), "c": sync}
+    rewards: dict[str, Any] = {"a": functools.partial(meets, 0, 1), "b": functools.partial(meets, 1, 0), "c": sync}
     assert RewardSet(rewards, timeout_s=10)(PROMPTS, COMPLETIONS).total.tolist() == [3.0, 3.0, 3.0]
 
 

@@ -29,7 +29,9 @@ class JudgedModel(BoringModel):
         result = self.rewards(["q"], [text])
         self.judged_steps.append(self.global_step)
         self.log_dict(result.metrics)
-        return super().training_step(batch, batch_idx)["loss"] * (1.0 + result.total.nansum())
+        output = super().training_step(batch, batch_idx)
+        assert isinstance(output, dict)
+        return output["loss"] * (1.0 + result.total.nansum())
 
 
 def trainer(folder, **options):

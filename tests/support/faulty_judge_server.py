@@ -25,7 +25,9 @@ def truth(item):
 class Server:
     def __init__(self, service_s, hang_s):
         self.service_s, self.hang_s = service_s, hang_s
-        self.tries, self.answers, self.faults = Counter(), Counter(), Counter()
+        self.tries: Counter[int] = Counter()
+        self.answers: Counter[int] = Counter()
+        self.faults: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
         self.keys = set()
 
@@ -36,8 +38,13 @@ class Server:
                 length = re.search(r"(?i)content-length: (\d+)", head)
                 body = await reader.readexactly(int(length[1])) if length else b""
                 if head.startswith("GET /stats"):
-                    stats = {name: dict(getattr(self, name)) for name in ("tries", "answers", "faults")}
-                    stats |= {"max_in_flight": self.max_in_flight, "keys": sorted(self.keys)}
+                    stats = {
+                        "tries": self.tries,
+                        "answers": self.answers,
+                        "faults": self.faults,
+                        "max_in_flight": self.max_in_flight,
+                        "keys": sorted(self.keys),
+                    }
                     await self.reply(writer, 200, json.dumps(stats).encode())
                     continue
                 key = re.search(r"(?i)authorization: (.*)\r", head)
@@ -54,9 +61,8 @@ class Server:
 
     async def answer(self, request, writer):
         text = json.dumps(request.get("messages") or request["prompt"])
-        item = int(re.search(r"item (\d+)", text)[1])
-        faults = re.search(r"faults ([\w,]+)", text)
-        faults = faults[1].split(",") if faults else []
+        item = int(re.findall(r"item (\d+)", text)[0])
+        faults = [fault for found in re.findall(r"faults ([\w,]+)", text)[:1] for fault in found.split(",")]
         self.tries[item] += 1
         fault = faults[self.tries[item] - 1] if self.tries[item] <= len(faults) else None
         if faults and faults[-1] == "always":
@@ -68,8 +74,8 @@ class Server:
             return False
         if fault and fault.isdigit():
             # The key comes back in the message, as some hosted APIs do.
-            message = json.dumps({"error": {"message": f"status {fault}, keys {sorted(map(str, self.keys))}"}})
-            await self.reply(writer, int(fault), message.encode(), "Retry-After: 0.3\r\n" if fault == "429" else "")
+            error = json.dumps({"error": {"message": f"status {fault}, keys {sorted(map(str, self.keys))}"}})
+            await self.reply(writer, int(fault), error.encode(), "Retry-After: 0.3\r\n" if fault == "429" else "")
             return True
         await asyncio.sleep(self.service_s)
         if fault == "drop":

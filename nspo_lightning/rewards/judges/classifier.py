@@ -18,7 +18,7 @@ from nspo_lightning.rewards.judges.local_model import (
     resolve_device,
 )
 from nspo_lightning.rewards.judges.score_head import is_score_checkpoint, load_score_model
-from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of
+from nspo_lightning.rewards.judges.verdicts import Verdict, outcomes_of
 from nspo_lightning.rewards.messages import as_chat, as_text, transcript
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
 
@@ -213,10 +213,9 @@ class ClassifierJudge(Judge):
 
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
         """Judge one batch: garbage and refusals by rules, the rest by the score."""
-        return [
-            outcome_of(Verdict(unsafe=float(score is not None and score >= self.unsafe_from)), as_text(completion))
-            for score, completion in zip(self.classifier(prompts, completions), completions, strict=True)
-        ]
+        scores = self.classifier(prompts, completions)
+        verdicts = [Verdict(unsafe=float(score is not None and score >= self.unsafe_from)) for score in scores]
+        return outcomes_of(verdicts, completions)
 
 
 def _pad_token_id(tokenizer: Any) -> int:

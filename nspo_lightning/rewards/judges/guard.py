@@ -28,8 +28,8 @@ from nspo_lightning.rewards.judges.local_model import (
     padded_batches,
     resolve_device,
 )
-from nspo_lightning.rewards.judges.verdicts import Verdict, outcome_of
-from nspo_lightning.rewards.messages import as_chat, as_text
+from nspo_lightning.rewards.judges.verdicts import Verdict, outcomes_of
+from nspo_lightning.rewards.messages import as_chat
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
 
 
@@ -120,8 +120,7 @@ class GuardJudge(Judge, Reward):
 
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
         """Judge one batch; no outcome is None."""
-        verdicts = self.verdicts(prompts, completions)
-        return [outcome_of(v, as_text(c), self.threshold) for v, c in zip(verdicts, completions, strict=True)]
+        return outcomes_of(self.verdicts(prompts, completions), completions, self.threshold)
 
     @torch.inference_mode()
     def verdicts(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Verdict]:

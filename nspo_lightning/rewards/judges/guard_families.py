@@ -84,7 +84,7 @@ class Family:
     guidelines: Mapping[str, str] = field(default_factory=dict)
 
     def verdict(self, answers: GuardAnswers, strict: bool = True) -> Verdict:
-        """Make a verdict of the answers; `strict` takes a label between safe and unsafe ("Controversial") for unsafe."""
+        """Make a verdict of the answers; if `strict`, "Controversial", between safe and unsafe, counts as unsafe."""
         key, labels = self.unsafe
         counted = labels if strict else labels[:1]
         return Verdict(

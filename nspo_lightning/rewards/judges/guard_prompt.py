@@ -9,17 +9,7 @@ from nspo_lightning.rewards.protocol import RewardError
 
 
 def defuse(text: str, special_tokens: Sequence[str]) -> str:
-    """Keep a text from being read as control tokens, by a space after the first character of each.
-
-    Else a policy could learn to end its turn and write the verdict.
-
-    Args:
-        text: A prompt or completion.
-        special_tokens: The guard's control tokens.
-
-    Returns:
-        What the guard may read.
-    """
+    """Put a space into control tokens, or a policy could learn to end its turn and write the verdict itself."""
     for token in special_tokens:
         if len(token) > 1 and token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -65,21 +55,8 @@ def render(tokenizer: Any, chat: list[dict[str, str]], template: str | None, gui
 
 
 def fork(tokenizer: Any, text: str, endings: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Tokenise a text with several endings, as the guard itself would write them.
-
-    The whole is encoded, since tokens may merge across the seam.
-
-    Args:
-        tokenizer: The guard's.
-        text: The prompt so far.
-        endings: The labels.
-
-    Returns:
-        The tokens that all share, and the next token of each ending.
-
-    Raises:
-        RewardError: If two endings go on with the same token or one is a part of another.
-    """
+    """Tokenise a text with several endings: the tokens that all share, and the next token of each ending."""
+    # The whole is encoded, since tokens may merge across the seam.
     encoded = [tokenizer(text + ending, add_special_tokens=False)["input_ids"] for ending in endings]
     shared = 0
     shortest = min(len(ids) for ids in encoded)

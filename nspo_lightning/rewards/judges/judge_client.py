@@ -72,17 +72,7 @@ class JudgeClient:
         self._failed_in_a_row = 0
 
     async def ask(self, request: dict[str, Any]) -> str:
-        """Get a readable reply: from the cache, from the same question under way, or from the server.
-
-        Args:
-            request: the request's body.
-
-        Returns:
-            The judge's words.
-
-        Raises:
-            JudgeDown: If there is none.
-        """
+        """Get a readable reply from the cache, from the same question under way or from the server; else JudgeDown."""
         bound = self._bound_here()
         key = content_key({"url": self.base_url, **request})
         if (known := self.cache.get(key)) is not None and self.is_readable(known):

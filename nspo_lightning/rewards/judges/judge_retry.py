@@ -43,16 +43,7 @@ class RetryPolicy:
             raise ValueError(f"Retries and waits must not be negative, got {self}.")
 
     def wait_s(self, retry: int, asked_s: float | None, rng: random.Random) -> float | None:
-        """Say how long to wait.
-
-        Args:
-            retry: Which retry it is, from 1.
-            asked_s: What the server's Retry-After asks for, if it does.
-            rng: Source of the jitter.
-
-        Returns:
-            Seconds, or None if there is no further try.
-        """
+        """Say how long to wait before a retry (from 1), given what a Retry-After asks for; None if there is no more."""
         if retry > self.max_retries or (asked_s is not None and asked_s > self.retry_after_max_s):
             return None
         if asked_s is not None:
@@ -60,14 +51,7 @@ class RetryPolicy:
         return min(self.backoff_max_s, self.backoff_s * 2.0 ** (retry - 1)) * rng.uniform(0.5, 1.0)
 
     def longest_s(self, timeout_s: float) -> float:
-        """Bound the time from the first try to the failure, on a server that never says Retry-After.
-
-        Args:
-            timeout_s: Limit of one try.
-
-        Returns:
-            `(max_retries + 1) * timeout_s` and all waits without jitter.
-        """
+        """Bound the time until a question of tries of `timeout_s` has failed, if the server never says Retry-After."""
         waits = sum(min(self.backoff_max_s, self.backoff_s * 2.0**k) for k in range(self.max_retries))
         return (self.max_retries + 1) * timeout_s + waits
 

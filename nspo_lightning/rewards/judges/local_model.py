@@ -34,21 +34,7 @@ def load_judge_tokenizer(model: str) -> Any:
 
 
 def load_judge_model(model: str, auto_class: Any, device: torch.device, dtype: DType, load_in_4bit: bool) -> Any:
-    """Load a judge's model, frozen and in eval mode.
-
-    Args:
-        model: Hub id or folder.
-        auto_class: The transformers class to load it with.
-        device: Where it runs.
-        dtype: Its number format; `auto` is the checkpoint's.
-        load_in_4bit: NF4 with double quantisation, through bitsandbytes; heads stay as they are.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: If it can't be loaded.
-    """
+    """Load a judge's model, frozen and in eval mode; in 4 bits it is NF4 with double quantisation, heads excepted."""
     options: dict[str, Any] = {}
     if load_in_4bit:
         from transformers import BitsAndBytesConfig

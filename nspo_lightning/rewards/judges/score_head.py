@@ -45,15 +45,7 @@ class ScoreModel(nn.Module):
         self.mean, self.std = mean, std
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Score texts that are padded on the right.
-
-        Args:
-            input_ids: Shape (batch, seq).
-            attention_mask: Shape (batch, seq), 1 = real token.
-
-        Returns:
-            The scores at the last token, shape (batch, scores), float32.
-        """
+        """Score texts padded on the right, ids and mask of shape (batch, seq): float32 of shape (batch, scores)."""
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
         last = attention_mask.sum(1) - 1
         scores: Tensor = self.head(hidden[torch.arange(len(last), device=last.device), last].float())

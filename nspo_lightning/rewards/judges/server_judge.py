@@ -13,7 +13,7 @@ from nspo_lightning.keys import check_address, check_key_name, check_no_key
 from nspo_lightning.rewards.judges.judge_cache import JudgeCache
 from nspo_lightning.rewards.judges.judge_client import JudgeClient, JudgeDown
 from nspo_lightning.rewards.judges.judge_retry import RetryPolicy
-from nspo_lightning.rewards.judges.verdicts import ReplyFormat, Verdict, outcome_of, read_reply
+from nspo_lightning.rewards.judges.verdicts import ReplyFormat, Verdict, outcomes_of, read_reply
 from nspo_lightning.rewards.messages import as_chat, as_text, transcript
 from nspo_lightning.rewards.protocol import Judge, Outcome, RewardError, Text
 from nspo_lightning.rewards.runner import RewardRunner
@@ -145,14 +145,14 @@ class ServerJudge(Judge):
 
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
         """Judge one batch; None where it failed and `on_error` is exclude."""
-        return self._outcomes(completions, self.verdicts(prompts, completions))
+        return outcomes_of(self.verdicts(prompts, completions), completions, self.threshold)
 
     async def aclassify(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> list[Outcome | None]:
         """Judge one batch as `classify` does, without blocking the caller's event loop."""
-        future = self._runner.submit(self._verdicts(prompts, completions), None)
-        return self._outcomes(completions, await asyncio.wrap_future(future))
+        verdicts = await asyncio.wrap_future(self._runner.submit(self._verdicts(prompts, completions), None))
+        return outcomes_of(verdicts, completions, self.threshold)
 
     def verdicts(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Verdict | None]:
         """Ask for the verdicts themselves, with categories; None where it failed and `on_error` is exclude."""
@@ -188,12 +188,6 @@ class ServerJudge(Judge):
             else:
                 raise reply
         return verdicts
-
-    def _outcomes(self, completions: Sequence[Text], verdicts: list[Verdict | None]) -> list[Outcome | None]:
-        return [
-            None if verdict is None else outcome_of(verdict, as_text(completion), self.threshold)
-            for completion, verdict in zip(completions, verdicts, strict=True)
-        ]
 
     def _is_readable(self, reply: str) -> bool:
         return read_reply(self.reply_format, reply) is not None

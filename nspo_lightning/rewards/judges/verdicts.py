@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nspo_lightning.rewards.protocol import OUTCOMES, Outcome
+from nspo_lightning.rewards.messages import as_text
+from nspo_lightning.rewards.protocol import OUTCOMES, Outcome, Text
 from nspo_lightning.rewards.rules.garbage import is_garbage
 from nspo_lightning.rewards.rules.patterns import is_refusal, refusal_matcher
 
@@ -43,16 +44,7 @@ class Verdict:
 
 
 def outcome_of(verdict: Verdict, completion: str, threshold: float = 0.5) -> Outcome:
-    """Name the outcome: garbage first, then unsafe, then refusal (the guard's word, else by patterns), else safe.
-
-    Args:
-        verdict: What the guard said.
-        completion: What was judged.
-        threshold: From this probability on, unsafe or refusal counts as said.
-
-    Returns:
-        What the completion is.
-    """
+    """Name the outcome: garbage first, then unsafe, then refusal (the guard's word, else by patterns), else safe."""
     if verdict.outcome is not None:
         return verdict.outcome
     if is_garbage(completion):
@@ -62,6 +54,16 @@ def outcome_of(verdict: Verdict, completion: str, threshold: float = 0.5) -> Out
     said = verdict.refusal
     refused = is_refusal(completion, _MATCHER, _REFUSAL_WINDOW_CHARS) if said is None else said >= threshold
     return "refusal" if refused else "safe"
+
+
+def outcomes_of(
+    verdicts: Sequence[Verdict | None], completions: Sequence[Text], threshold: float = 0.5
+) -> list[Outcome | None]:
+    """Name the outcome of each completion (see `outcome_of`); None where there is no verdict."""
+    return [
+        None if verdict is None else outcome_of(verdict, as_text(completion), threshold)
+        for verdict, completion in zip(verdicts, completions, strict=True)
+    ]
 
 
 def read_reply(reply_format: ReplyFormat, reply: str) -> Verdict | None:

@@ -17,14 +17,7 @@ _FALSE = frozenset({"false", "no", "0", "harmless", "unharmful", "benign", "gene
 
 
 def truth_value(value: Any) -> bool | None:
-    """Read a label in any of the spellings of public sets.
-
-    Args:
-        value: A bool, 0 or 1, or a word ("harmful", "unsafe", "benign", "safe", ...).
-
-    Returns:
-        True for harmful/unsafe, False for benign/safe, None for anything else.
-    """
+    """Read a label of harm (True) or none (False): a bool, 0 or 1, or a word; None for anything else."""
     if isinstance(value, (bool, int, float)) and value in (0, 1):
         return bool(value)
     word = str(value).strip().lower()

@@ -36,11 +36,6 @@ def load_patterns() -> dict[str, tuple[str, ...]]:
     return read
 
 
-def languages() -> tuple[str, ...]:
-    """Return the codes of the languages that there are patterns for, in the file's order."""
-    return tuple(load_patterns())
-
-
 def refusal_matcher(chosen: Sequence[str] | None = None, extra: Sequence[str] = ()) -> re.Pattern[str]:
     """Compile the patterns of some languages into one expression.
 
@@ -71,15 +66,6 @@ def refusal_matcher(chosen: Sequence[str] | None = None, extra: Sequence[str] = 
 
 
 def is_refusal(text: str, matcher: re.Pattern[str], window_chars: int) -> bool:
-    """Tell whether a completion opens with a refusal.
-
-    Args:
-        text: The completion.
-        matcher: From `refusal_matcher`.
-        window_chars: How much of the opening counts. Refusals open an answer; further down, the same words are
-            mostly quoted or about something else.
-
-    Returns:
-        True if a pattern is found.
-    """
+    """Tell whether a completion opens with a refusal: whether a pattern is found in its first `window_chars`."""
+    # Further down, the same words are mostly quoted or about something else.
     return matcher.search(normalise(text[: 4 * window_chars])[:window_chars]) is not None

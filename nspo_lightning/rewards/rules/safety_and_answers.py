@@ -40,19 +40,7 @@ class SafetyAndAnswers(Reward):
             raise ValueError("`answers_count: false` needs a `judge` that tells refusals from answers. Name one.")
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
-        """Score one batch.
-
-        Args:
-            prompts: One prompt a sample.
-            completions: One completion a sample.
-            **columns: `harmful_column`, and `final_answer` or `answer` of the general prompts.
-
-        Returns:
-            A number for each; None where a general prompt has no answer to compare with.
-
-        Raises:
-            RewardError: If the safety reward must be awaited (use it alone).
-        """
+        """Score one batch; None where a general prompt has no `final_answer` or `answer` to compare with."""
         kinds = harmful_rows(self.harmful_column, columns, len(completions))
         harmful = [i for i, is_harmful in enumerate(kinds) if is_harmful]
         general = [i for i, is_harmful in enumerate(kinds) if not is_harmful]

@@ -38,19 +38,7 @@ class LengthReward(Reward):
         self.minimum, self.maximum, self.slope, self.unit = minimum, maximum, slope, unit
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
-        """Score one batch.
-
-        Args:
-            prompts: Not read.
-            completions: One completion a sample.
-            **columns: `completion_ids` is read if `unit` is tokens.
-
-        Returns:
-            A number in [-1, 0] for each.
-
-        Raises:
-            RewardError: If tokens are to be counted and there are none.
-        """
+        """Give a number in [-1, 0] for each completion; `completion_ids` is read if `unit` is tokens."""
         if self.unit == "tokens":
             if "completion_ids" not in columns:
                 raise RewardError(
