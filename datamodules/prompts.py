@@ -29,14 +29,7 @@ class HasTokenizer(Protocol):
 
 
 def check_at_least_one(**sizes: int | None) -> None:
-    """Check sizes by the names of their settings; None means that there is no limit.
-
-    Args:
-        **sizes: The settings.
-
-    Raises:
-        ValueError: If one is below 1.
-    """
+    """Refuse sizes below 1, given by the names of their settings; None means that there is no limit."""
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")

@@ -75,10 +75,6 @@ class DomainRows:
 def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows:
     """Read a domain.
 
-    Args:
-        sources: What to read.
-        reject: Gives the reasons why rows are left out.
-
     Returns:
         Its rows. No training row has a held-out row's prompt.
 

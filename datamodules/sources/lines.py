@@ -19,9 +19,6 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Decode a file line by line.
 
-    Args:
-        path: The file, gzipped where its name ends in `.gz`.
-
     Yields:
         The line number, from 1, and the line with its end.
 

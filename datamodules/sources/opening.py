@@ -44,9 +44,6 @@ class Origin:
 def origin_of(source: PromptSource) -> Origin:
     """Say where a source's rows come from, without reading any.
 
-    Args:
-        source: The configured source.
-
     Returns:
         Its origin.
 

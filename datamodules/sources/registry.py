@@ -16,9 +16,6 @@ _PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*GENERAL_PRESE
 def register(preset: Preset) -> Preset:
     """Add a preset to those that configurations may name.
 
-    Args:
-        preset: The entry.
-
     Returns:
         The same entry.
 
