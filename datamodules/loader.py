@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.order import Stop, batch_count, epoch_order, mixture_sizes, rank_batches
 from nspo_lightning.datamodules.sources.rows import PromptRow
 

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.domain import DomainRows, DomainSources, download, load_domain
-from nspo_lightning.datamodules.sources.errors import DataError
 from nspo_lightning.datamodules.sources.order import Stop
 from nspo_lightning.datamodules.sources.read import announce
 from nspo_lightning.datamodules.sources.rows import PromptRow

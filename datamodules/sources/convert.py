@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.rows import Message, Prompt, PromptRow, RawRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from nspo_lightning.datamodules.sources.errors import DataError, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.readers import SUFFIXES, file_format
 
 _SPLIT_WORDS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nspo_lightning.compat.datasets import SAVED_INDICES, opens_files, saved_parts
-from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.files import check_inside
 from nspo_lightning.datamodules.sources.presets import Preset
 from nspo_lightning.datamodules.sources.rows import RawRow

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 
 MAX_LINE_BYTES = 64 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"

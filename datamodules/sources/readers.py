@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.lines import MAX_LINE_BYTES, numbered_lines
 from nspo_lightning.datamodules.sources.rows import RawRow
 

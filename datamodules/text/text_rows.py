@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.order import shares
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, hash_rank, rank_all, take_ranked
 
