@@ -13,9 +13,9 @@ from nspo_lightning.datamodules.sources.read import SourceReport
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Sources
 from nspo_lightning.datamodules.sources.splits import HeldOutName
-from nspo_lightning.datamodules.text.calibration import AnswerFn, choose_text_rows
 from nspo_lightning.datamodules.text.collate import CalibrationText, Side, collate_text
 from nspo_lightning.datamodules.text.render import Tokenizer
+from nspo_lightning.datamodules.text.text_rows import AnswerFn, choose_text_rows
 
 TEXT_BATCH_SIZE = 16
 """Rows of text scored at once, at most."""

@@ -6,18 +6,18 @@ from typing import Protocol, runtime_checkable
 
 from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.datamodules.prompts import PromptDataModule, check_at_least_one
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.read import SourceReport, announce
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
 from nspo_lightning.datamodules.sources.source import Sources
-from nspo_lightning.datamodules.text.calibration import (
+from nspo_lightning.datamodules.text.collate import CalibrationText, Side, calibration_text, collate_calibration
+from nspo_lightning.datamodules.text.render import Tokenizer
+from nspo_lightning.datamodules.text.text_rows import (
     AnswerFn,
     choose_calibration_rows,
     mix_batches,
     with_model_answers,
 )
-from nspo_lightning.datamodules.text.collate import CalibrationText, Side, calibration_text, collate_calibration
-from nspo_lightning.datamodules.text.render import Tokenizer
 
 
 @runtime_checkable

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.order import Stop, batch_count, epoch_order, mixture_sizes, rank_batches
 from nspo_lightning.datamodules.sources.rows import PromptRow
 
@@ -24,6 +25,7 @@ _STATE_MEANINGS = {
 }
 
 
+@dataclass
 class Place:
     """Where a loader stands.
 
@@ -33,10 +35,9 @@ class Place:
         given: The batches of this epoch that were handed out.
     """
 
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.start = 0
-        self.given = 0
+    epoch: int = 0
+    start: int = 0
+    given: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch; a place that was restored in that same epoch stays."""
@@ -140,9 +141,6 @@ class PromptLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
-
-        Args:
-            state: From `state_dict`.
 
         Raises:
             DataError: If the place is in the middle of an epoch of other data or other batches.

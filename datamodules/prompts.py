@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.domain import DomainRows, DomainSources, download, load_domain
-from nspo_lightning.datamodules.sources.errors import DataError
 from nspo_lightning.datamodules.sources.order import Stop
 from nspo_lightning.datamodules.sources.read import announce
 from nspo_lightning.datamodules.sources.rows import PromptRow
@@ -29,14 +29,7 @@ class HasTokenizer(Protocol):
 
 
 def check_at_least_one(**sizes: int | None) -> None:
-    """Check sizes by the names of their settings; None means that there is no limit.
-
-    Args:
-        **sizes: The settings.
-
-    Raises:
-        ValueError: If one is below 1.
-    """
+    """Refuse sizes below 1, given by the names of their settings; None means that there is no limit."""
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.rows import Message, Prompt, PromptRow, RawRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
@@ -53,10 +53,6 @@ class RowPlan:
 
 def convert(plan: RowPlan, raw: RawRow) -> PromptRow | str:
     """Turn one raw row into a prompt row.
-
-    Args:
-        plan: How the source's rows are read.
-        raw: The row as it was read.
 
     Returns:
         The row, or the reason why the preset leaves it out.
@@ -161,9 +157,6 @@ def _text(value: Any) -> str:
 
 def check_prompt(value: Any) -> str:
     """Make sure that what stands in the prompt's column can be a prompt.
-
-    Args:
-        value: Anything.
 
     Returns:
         The text, unchanged.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.hub import read_hub
 from nspo_lightning.datamodules.sources.opening import is_builtin, origin_of
 from nspo_lightning.datamodules.sources.order import shares
@@ -74,10 +74,6 @@ class DomainRows:
 
 def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows:
     """Read a domain.
-
-    Args:
-        sources: What to read.
-        reject: Gives the reasons why rows are left out.
 
     Returns:
         Its rows. No training row has a held-out row's prompt.

@@ -6,7 +6,7 @@ import difflib
 import re
 from pathlib import Path
 
-from nspo_lightning.datamodules.sources.errors import DataError, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.readers import SUFFIXES, file_format
 
 _SPLIT_WORDS = {
@@ -61,15 +61,7 @@ def find_files(path: str, split: str) -> list[Path]:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """Refuse a file of a data folder that leads out of it, through a link or through `..`.
-
-    Args:
-        file: The file, as the folder names it.
-        folder: The folder, resolved.
-
-    Raises:
-        DataError: If it does.
-    """
+    """Refuse a file that leads out of a (resolved) data folder, through a link or through `..`."""
     if not file.resolve().is_relative_to(folder):
         raise DataError(
             str(file),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nspo_lightning.compat.datasets import opens_files
-from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
+from nspo_lightning.compat.datasets import SAVED_INDICES, opens_files, saved_parts
+from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.files import check_inside
 from nspo_lightning.datamodules.sources.presets import Preset
 from nspo_lightning.datamodules.sources.rows import RawRow
@@ -17,16 +16,7 @@ from nspo_lightning.datamodules.sources.source import PromptSource
 
 
 def hub_arguments(source: PromptSource, preset: Preset | None, hub_id: str) -> dict[str, Any]:
-    """Collect what `datasets.load_dataset` is called with.
-
-    Args:
-        source: The configured source.
-        preset: Its preset, which supplies configuration, revision and the names of splits.
-        hub_id: The dataset's id.
-
-    Returns:
-        Keyword arguments.
-    """
+    """Collect what `load_dataset` is called with; the preset gives configuration, revision and names of splits."""
     name = source.name or (preset.hub_name if preset else None)
     split = source.split
     if preset is not None and source.name not in preset.kind_of_part:  # another part has splits of its own
@@ -40,11 +30,6 @@ def hub_arguments(source: PromptSource, preset: Preset | None, hub_id: str) -> d
 
 def read_hub(source: PromptSource, preset: Preset | None, hub_id: str) -> Iterator[RawRow]:
     """Read a hub dataset row by row.
-
-    Args:
-        source: The configured source.
-        preset: Its preset, if any.
-        hub_id: The dataset's id.
 
     Yields:
         One row at a time.
@@ -69,16 +54,11 @@ def read_hub(source: PromptSource, preset: Preset | None, hub_id: str) -> Iterat
 
 def is_saved(path: str) -> bool:
     """Whether a folder holds the files that mark one written by `save_to_disk`."""
-    folder = Path(path).expanduser()
-    return any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+    return any((Path(path).expanduser() / mark).is_file() for mark in SAVED_INDICES)
 
 
 def read_saved(path: str, split: str) -> Iterator[RawRow]:
     """Read a folder that `Dataset.save_to_disk` wrote.
-
-    Args:
-        path: The folder.
-        split: The split, where it holds several.
 
     Yields:
         One row at a time.
@@ -110,15 +90,10 @@ def _check_saved(folder: Path) -> None:
     inside = folder.resolve()
     for file in sorted(folder.rglob("*")):
         check_inside(file, inside)
-        if file.name not in ("state.json", "dataset_dict.json"):
+        if file.name not in SAVED_INDICES:
             continue
         try:
-            index = json.loads(file.read_text("utf-8"))
-            if file.name == "state.json":
-                names = [entry["filename"] for entry in index["_data_files"]]
-            else:
-                names = index["splits"]
-            targets = [file.parent / name for name in names]
+            targets = saved_parts(file)
         except (ValueError, KeyError, TypeError) as error:
             found = f"not the index of a saved dataset ({type(error).__name__}: {clip(str(error), 80)})"
             raise DataError(str(file), found, "Write the folder again with `save_to_disk`.") from error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 
 MAX_LINE_BYTES = 64 * 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -18,9 +18,6 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Decode a file line by line.
-
-    Args:
-        path: The file, gzipped where its name ends in `.gz`.
 
     Yields:
         The line number, from 1, and the line with its end.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nspo_lightning.datamodules.sources.convert import RowPlan
-from nspo_lightning.datamodules.sources.errors import DataError, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.files import find_files, looks_local
 from nspo_lightning.datamodules.sources.hub import is_saved, read_hub, read_saved
 from nspo_lightning.datamodules.sources.presets import Preset
@@ -33,19 +33,18 @@ class Origin:
     Attributes:
         place: A function of the user's, a built-in world, local files or the hub.
         path: The path, world or hub id; empty for a function.
+        part: The part of a built-in world.
         preset: The preset that the source or its hub id names.
     """
 
     place: Literal["function", "world", "local", "hub"]
     path: str = ""
+    part: str = ""
     preset: Preset | None = None
 
 
 def origin_of(source: PromptSource) -> Origin:
     """Say where a source's rows come from, without reading any.
-
-    Args:
-        source: The configured source.
 
     Returns:
         Its origin.
@@ -60,7 +59,7 @@ def origin_of(source: PromptSource) -> Origin:
     if path is None:
         raise DataError(f"preset {source.preset!r}", "it has no hub id of its own", "Set `path` to the files.")
     if is_builtin(source):
-        return Origin(place="world", path=path, preset=preset)
+        return Origin(place="world", path=path, part=path.partition("/")[2] or source.name or "", preset=preset)
     if looks_local(path):
         return Origin(place="local", path=path, preset=preset)
     if preset is None and not (source.prompt_column or source.messages_column):
@@ -88,40 +87,34 @@ def open_source(source: PromptSource, default_kind: Kind, notes: list[str]) -> t
         DataError: If there is nothing to read, or no way to read it.
     """
     origin = origin_of(source)
-    preset, plain = origin.preset, bool(source.prompt_column or source.messages_column)
-    match origin.place:
-        case "function":
-            assert source.rows is not None
-            raw_rows, skill = _number(source.rows(source.split), source.label), source.label
-        case "world":
-            world, _, part = origin.path.partition("/")
-            part = part or source.name or ""
-            raw_rows, skill = _builtin(world, part, source.split), f"{world}_{part}"
-            default_kind, plain = _BUILTIN_KINDS.get(part, default_kind), True
-        case "local":
-            raw_rows, skill = _local(source, origin, notes), Path(origin.path).name.split(".")[0]
-        case "hub":
-            raw_rows, skill = read_hub(source, preset, origin.path), origin.path.rpartition("/")[2]
+    raw_rows, skill = _start(source, origin, notes)
     first = next(raw_rows, None)
     if first is None:
         raise DataError(source.label, "it holds no rows", "Fetch or write it again, or choose another split.")
     raw_rows = itertools.chain([first], raw_rows)
+    preset, default_kind = origin.preset, _BUILTIN_KINDS.get(origin.part, default_kind)
+    plain = origin.place == "world" or source.prompt_column or source.messages_column
     if preset is None and not plain and (preset := recognise(first.data)) is not None:
         notes.append(f"preset {preset.name} recognised by its columns")
     if preset is None:
         return raw_rows, _plain_plan(source, first, default_kind, skill)
-    recognised = source.preset is None and preset_of_hub_id(origin.path) is not preset
-    if recognised and preset.shared_layout and source.kind is None and default_kind == "harmful":
-        notes.append("taken as harmful, as it stands among safety prompts; set `kind: benign` if it is not")
-    parts = (source.name, source.split, Path(origin.path).name.split(".")[0])
-    return raw_rows, RowPlan(
-        source=source,
-        preset=preset,
-        default_kind=default_kind,
-        default_skill=preset.name,
-        recognised=recognised,
-        part_kind=next((preset.kind_of_part[part] for part in parts if part in preset.kind_of_part), None),
-    )
+    return raw_rows, _preset_plan(source, origin, preset, default_kind, notes)
+
+
+def _start(source: PromptSource, origin: Origin, notes: list[str]) -> tuple[Iterator[RawRow], str]:
+    """Start reading; also give the skill of rows that name none."""
+    name = Path(origin.path).name
+    match origin.place:
+        case "function":
+            assert source.rows is not None
+            return _number(source.rows(source.split), source.label), source.label
+        case "world":
+            world = origin.path.split("/")[0]
+            return _builtin(world, origin.part, source.split), f"{world}_{origin.part}"
+        case "local":
+            return _local(source, origin, notes), name.split(".")[0]
+        case "hub":
+            return read_hub(source, origin.preset, origin.path), name
 
 
 def _number(rows: Iterable[dict[str, Any]], label: str) -> Iterator[RawRow]:
@@ -174,6 +167,21 @@ def _with_subject(file: Path, preset: Preset | None) -> Iterator[RawRow]:
     subject = file.stem.rpartition("_")[0] or file.stem
     for row in read_file(file, preset.csv_header):
         yield RawRow(where=row.where, data={**row.data, "subject": subject})
+
+
+def _preset_plan(source: PromptSource, origin: Origin, preset: Preset, default_kind: Kind, notes: list[str]) -> RowPlan:
+    recognised = source.preset is None and preset_of_hub_id(origin.path) is not preset
+    if recognised and preset.shared_layout and source.kind is None and default_kind == "harmful":
+        notes.append("taken as harmful, as it stands among safety prompts; set `kind: benign` if it is not")
+    parts = (source.name, source.split, Path(origin.path).name.split(".")[0])
+    return RowPlan(
+        source=source,
+        preset=preset,
+        default_kind=default_kind,
+        default_skill=preset.name,
+        recognised=recognised,
+        part_kind=next((preset.kind_of_part[part] for part in parts if part in preset.kind_of_part), None),
+    )
 
 
 def _plain_plan(source: PromptSource, row: RawRow, default_kind: Kind, default_skill: str) -> RowPlan:

@@ -31,16 +31,7 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
 
 
 def mixture_sizes(sizes: Sequence[int], weights: Sequence[float], stop: Stop) -> list[int]:
-    """Decide how many rows of each source an epoch visits.
-
-    Args:
-        sizes: The rows of each source.
-        weights: Their shares.
-        stop: When the epoch ends; with `longest`, smaller sources repeat.
-
-    Returns:
-        Rows an epoch from each source, at least one each.
-    """
+    """Decide how many rows of each source an epoch visits, at least one each; `longest` repeats smaller sources."""
     choose = min if stop == "shortest" else max
     unit = choose(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [max(1, round(unit * weight)) for weight in weights]
@@ -83,12 +74,6 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
 
     Every row lands on exactly one rank, and all ranks have equally many batches. The last batch of a rank may be
     smaller; when fewer rows than ranks remain for it, they make some of the last full batches one row larger.
-
-    Args:
-        order: The epoch's rows.
-        batch_size: Prompts a batch and rank.
-        rank: This rank.
-        world_size: The number of ranks.
 
     Returns:
         The rows of each batch.

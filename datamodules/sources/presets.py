@@ -79,10 +79,6 @@ def first_of(*columns: str) -> Callable[[Row], Any]:
 def text_of(row: Row, column: str) -> str:
     """Get text from a row, for prompts that are put together from several columns.
 
-    Args:
-        row: The row's columns.
-        column: The column.
-
     Returns:
         The text.
 

@@ -61,15 +61,8 @@ def _hh_prompt(row: Row) -> list[Message]:
     return turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
 
 
-_PKU_OLD = (
-    "prompt",
-    "response_0",
-    "response_1",
-    "is_response_0_safe",
-    "is_response_1_safe",
-    "better_response_id",
-    "safer_response_id",
-)
+_PKU_JUDGED = ("is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id")
+_PKU_OLD = ("prompt", "response_0", "response_1", *_PKU_JUDGED)
 
 _harmful = partial(Preset, kind="harmful")
 
@@ -77,7 +70,7 @@ SAFETY_PRESETS = (
     _harmful(
         name="pku_saferlhf",
         requires=((*_PKU_OLD, "prompt_source", "response_0_severity_level", "response_1_severity_level"), _PKU_OLD),
-        keep=("prompt_source", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"),
+        keep=("prompt_source", *_PKU_JUDGED),
         hub_id="PKU-Alignment/PKU-SafeRLHF",
         note="CC BY-NC 4.0. Configurations default, alpaca-7b, alpaca2-7b, alpaca3-8b; splits train, test.",
     ),
@@ -107,10 +100,7 @@ SAFETY_PRESETS = (
     ),
     _harmful(
         name="harmbench",
-        requires=(
-            ("Behavior", "FunctionalCategory", "SemanticCategory", "BehaviorID"),
-            ("prompt", "category"),
-        ),
+        requires=(("Behavior", "FunctionalCategory", "SemanticCategory", "BehaviorID"), ("prompt", "category")),
         recognise=lambda row: "Behavior" in row,  # prompt and category alone could be anything
         prompt=_harmbench_prompt,
         keep=("FunctionalCategory", "SemanticCategory", "BehaviorID", "category"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from lightning.pytorch.utilities import rank_zero_info
 
 from nspo_lightning.datamodules.sources.convert import BadRow, convert
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.opening import open_source
 from nspo_lightning.datamodules.sources.rows import PromptRow, RawRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource

@@ -13,9 +13,9 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from nspo_lightning.datamodules.sources.errors import DataError, clip, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.lines import MAX_LINE_BYTES, numbered_lines
 from nspo_lightning.datamodules.sources.rows import RawRow
 
@@ -132,24 +132,23 @@ def _json_array(path: Path, text: str, start: int) -> Iterator[RawRow]:
     # Walked item by item, so that each row knows its line.
     decoder = json.JSONDecoder()
     position, line, counted = start + 1, 1 + text.count("\n", 0, start), start
-    expect_item, after_comma = True, False
+    previous: Literal["[", ",", "row"] = "["
     while True:
-        while position < len(text) and text[position] in " \t\r\n":
+        while text[position : position + 1] in (" ", "\t", "\r", "\n"):
             position += 1
         line, counted = line + text.count("\n", counted, position), position
-        where = f"{path}, line {line}"
-        if position >= len(text):
+        where, char = f"{path}, line {line}", text[position : position + 1]
+        if not char:
             raise DataError(where, "the JSON list is cut short: no closing `]`", "Fetch the file again.")
-        char = text[position]
-        if char == "]" and not after_comma:
+        if char == "]" and previous != ",":
             if text[position + 1 :].strip():
                 raise DataError(where, "more data follows the JSON list", _json_cure(text))
             return
-        if char == "," and not expect_item:
-            position, expect_item, after_comma = position + 1, True, True
+        if previous == "row":
+            if char != ",":
+                raise DataError(where, f"expected `,` or `]` between rows, got {char!r}", "Mend the JSON at that line.")
+            position, previous = position + 1, ","
             continue
-        if not expect_item:
-            raise DataError(where, f"expected `,` or `]` between rows, got {char!r}", "Mend the JSON at that line.")
         try:
             item, end = decoder.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -160,7 +159,7 @@ def _json_array(path: Path, text: str, start: int) -> Iterator[RawRow]:
                 "Mend the JSON at that line, or fetch the file again.",
             ) from error
         yield RawRow(where=where, data=_as_object(item, where))
-        position, expect_item, after_comma = end, False, False
+        position, previous = end, "row"
 
 
 def _nested_questions(path: Path, document: dict[str, Any]) -> Iterator[RawRow]:
@@ -182,25 +181,15 @@ def _read_csv(path: Path, header: Sequence[str] | None, delimiter: str) -> Itera
     previous_limit = csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in numbered_lines(path)), delimiter=delimiter, strict=True)
     names = list(header) if header is not None else None
+    next_line = 1
     try:
-        while True:
-            first_line = reader.line_num + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise DataError(
-                    f"{path}, line {first_line}",
-                    f"broken csv ({error})",
-                    "Quote fields that hold commas, quotes or line breaks, and double the quotes inside.",
-                ) from error
+        for fields in reader:
+            where, next_line = f"{path}, line {next_line}", reader.line_num + 1  # a row may span several lines
             if not fields:
                 continue
             if names is None:
                 names = _checked_header(path, fields, delimiter)
                 continue
-            where = f"{path}, line {first_line}"
             if len(fields) != len(names):
                 raise DataError(
                     where,
@@ -208,6 +197,12 @@ def _read_csv(path: Path, header: Sequence[str] | None, delimiter: str) -> Itera
                     "Quote fields that hold the separator, or set the preset whose columns these are.",
                 )
             yield RawRow(where=where, data=dict(zip(names, fields, strict=True)))
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {next_line}",
+            f"broken csv ({error})",
+            "Quote fields that hold commas, quotes or line breaks, and double the quotes inside.",
+        ) from error
     finally:
         csv.field_size_limit(previous_limit)
 

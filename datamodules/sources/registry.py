@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from nspo_lightning.datamodules.sources.errors import DataError, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.presets import Preset, Row
 from nspo_lightning.datamodules.sources.presets_general import GENERAL_PRESETS
 from nspo_lightning.datamodules.sources.presets_safety import SAFETY_PRESETS
@@ -15,9 +15,6 @@ _PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*GENERAL_PRESE
 
 def register(preset: Preset) -> Preset:
     """Add a preset to those that configurations may name.
-
-    Args:
-        preset: The entry.
 
     Returns:
         The same entry.

@@ -37,12 +37,6 @@ def hold_out(
     The choice follows a hash of each row's text: adding rows, reordering them or asking for a smaller `fraction` moves
     no row from one side to the other, except at the border.
 
-    Args:
-        rows: The usable rows.
-        validation: How many become validation rows.
-        test: How many become test rows.
-        seed: Decides which.
-
     Returns:
         The training rows, which have none of the held-out prompts even when rows repeat, and the held-out rows.
     """

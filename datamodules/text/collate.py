@@ -43,10 +43,6 @@ def gather_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
 def collate_prompts(rows: Sequence[PromptRow], renderer: ChatRenderer) -> dict[str, Any]:
     """Build a batch of prompts for rollouts and evaluation.
 
-    Args:
-        rows: The rows.
-        renderer: Applies the chat template.
-
     Returns:
         `prompt` (text or chats), `prompt_ids` and `prompt_mask` (True = real token) of shape (rows, prompt tokens),
         left-padded, and `columns`.
@@ -61,16 +57,7 @@ def collate_prompts(rows: Sequence[PromptRow], renderer: ChatRenderer) -> dict[s
 
 
 def calibration_text(row: PromptRow, text: CalibrationText, renderer: ChatRenderer) -> str:
-    """Render a calibration row.
-
-    Args:
-        row: The row.
-        text: What it consists of.
-        renderer: Applies the chat template.
-
-    Returns:
-        The prompt with the generation prompt, or the whole exchange where an answer is wanted and there is one.
-    """
+    """Render the prompt for an answer to come, or the whole exchange where one is wanted and there is one."""
     return renderer.text(row.prompt, row.answer if text != "prompt" and row.answer else None)
 
 
@@ -78,12 +65,6 @@ def collate_calibration(
     rows: Sequence[PromptRow], text: CalibrationText, renderer: ChatRenderer, side: Side
 ) -> dict[str, Any]:
     """Build a calibration batch.
-
-    Args:
-        rows: The rows.
-        text: What each text consists of.
-        renderer: Applies the chat template.
-        side: Where short rows are padded.
 
     Returns:
         `input_ids` and `attention_mask` (1 = real token) of shape (rows, tokens), and `domain`, one name a row.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from nspo_lightning.datamodules.sources.errors import DataError, clip
+from nspo_lightning.datamodules.sources.data_error import DataError, clip
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
 
 

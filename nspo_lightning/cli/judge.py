@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from nspo_lightning.atomic import replacing
-from nspo_lightning.datamodules.sources.errors import DataError, listing
+from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.readers import read_file
 from nspo_lightning.datamodules.sources.rows import RawRow
 from nspo_lightning.evaluation.tables import rich_table

@@ -1,8 +1,28 @@
-"""What `datasets` has no public name for: which columns open files when a row is read."""
+"""What `datasets` has no public name for: the index of a saved dataset, and which columns open files when read."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+SAVED_INDICES = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` writes into the folder of a DatasetDict and into that of a Dataset."""
+
+
+def saved_parts(index: Path) -> list[Path]:
+    """List the files or folders that an index of a saved dataset names.
+
+    Args:
+        index: One of `SAVED_INDICES`.
+
+    Returns:
+        The paths as they are written, seen from the index's folder; they may lead anywhere.
+    """
+    content = json.loads(index.read_text("utf-8"))
+    if index.name == "state.json":
+        return [index.parent / entry["filename"] for entry in content["_data_files"]]
+    return [index.parent / name for name in content["splits"]]
 
 
 def opens_files(feature: Any) -> bool:

@@ -21,7 +21,7 @@ from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.function import as_reward
 from nspo_lightning.rewards.messages import match_format
 from nspo_lightning.rewards.part import RewardPart
-from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Text, judge_in
+from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Text
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
 
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
@@ -166,11 +166,6 @@ class RewardSet:
         """Load models and check settings now, so that what is wrong with them ends a run before it trains."""
         for part in self._parts:
             part.prepare()
-
-    @property
-    def judge(self) -> Judge | None:
-        """The first judge in the set: a reward that can judge, or the judge whose outcomes a reward is made from."""
-        return next((judge for reward in self.rewards if (judge := judge_in(reward)) is not None), None)
 
     def close(self) -> None:
         """End the threads. Calling the set again starts them anew."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import datasets
 import pytest
 from datasets import features
 
-from nspo_lightning.compat.datasets import opens_files
+from nspo_lightning.compat.datasets import SAVED_INDICES, opens_files, saved_parts
 
 PLAIN = ("Value", "ClassLabel", "Array2D", "Translation", "TranslationVariableLanguages", "Json")
 BUILT = {
@@ -34,3 +36,13 @@ def test_columns_of_media_open_files(name: str) -> None:
     feature = decoder()
     for nested in (feature, [feature], {"a": feature}, datasets.List(feature), datasets.LargeList({"a": feature})):
         assert opens_files(nested)
+
+
+def test_the_indices_of_a_saved_dataset_name_all_of_its_parts(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"prompt": ["a"]})
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path))
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.name in SAVED_INDICES)
+    looked_at = "`save_to_disk` writes other indices now: see datasets.arrow_dataset and mend `saved_parts`"
+    assert found == ["dataset_dict.json", "test/state.json", "train/state.json"], looked_at
+    assert saved_parts(tmp_path / "dataset_dict.json") == [tmp_path / "train", tmp_path / "test"], looked_at
+    assert saved_parts(tmp_path / "train" / "state.json") == sorted((tmp_path / "train").glob("*.arrow")), looked_at

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, GeneralDataModule, PromptSource
+from nspo_lightning.datamodules.sources.source import Sources
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def files(tmp_path):
 def make(files, tokenizer):
     def build(**options):
         options = {"tokenizer": tokenizer, "batch_size": 4, "eval_batch_size": 3} | options
-        general = [str(files / "maths.jsonl"), str(files / "tasks.json")]
+        general: Sources = [str(files / "maths.jsonl"), str(files / "tasks.json")]
         return AlignmentDataModule(str(files / "harmful.csv"), general, **options)
 
     return build
@@ -131,7 +132,8 @@ def test_every_rank_is_given_all_calibration_text(make):
 def test_calibration_mixes_sources_equally_unless_weighted(make, tokenizer, files):
     equal = make(calibration_size=40).general.calibration_rows()
     assert [row.skill for row in equal].count("gsm8k") == 20
-    sources = [PromptSource(path=str(files / "maths.jsonl"), weight=3), PromptSource(path=str(files / "tasks.json"))]
+    maths = PromptSource(path=str(files / "maths.jsonl"), weight=3)
+    sources: Sources = [maths, PromptSource(path=str(files / "tasks.json"))]
     weighted = GeneralDataModule(sources, calibration_size=40, tokenizer=tokenizer).calibration_rows()
     assert [row.skill for row in weighted].count("gsm8k") == 30
 

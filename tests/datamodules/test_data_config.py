@@ -108,4 +108,4 @@ def test_sources_must_be_paths_or_sources():
     with pytest.raises(ValueError, match="`safety` is an empty list"):
         as_sources([], "safety")
     with pytest.raises(TypeError, match="`safety` must hold paths or PromptSource entries, got int"):
-        as_sources([3], "safety")
+        as_sources([3], "safety")  # type: ignore[list-item]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any, cast
 
 import datasets
 import pytest
 
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, PromptSource, SafetyDataModule
 from nspo_lightning.datamodules.sources.rows import PromptRow
+from nspo_lightning.datamodules.sources.source import Sources
 from nspo_lightning.datamodules.sources.splits import choose, held_out_size, hold_out
 
 
@@ -92,7 +94,7 @@ def test_a_file_that_is_all_held_out_is_an_error(tmp_path, tokenizer):
 
 
 def test_benign_rows_among_safety_prompts_are_evaluated_as_general(tmp_path, tokenizer):
-    safety = [
+    safety: Sources = [
         PromptSource(path=write(tmp_path / "bad.jsonl", [f"Bad {i}" for i in range(20)])),
         PromptSource(path=write(tmp_path / "fine.jsonl", [f"Fine {i}" for i in range(20)]), kind="benign", weight=1),
     ]
@@ -177,6 +179,7 @@ def test_hub_names_of_presets(name, options, expected):
     from nspo_lightning.datamodules.sources.registry import get_preset
 
     preset = get_preset(name)
+    assert preset.hub_id is not None
     arguments = hub_arguments(PromptSource(preset=name, **options), preset, preset.hub_id)
     assert expected.items() <= arguments.items()
 
@@ -226,7 +229,9 @@ def test_rows_from_a_function(tokenizer):
     assert loaded.train[0][0].skill == "talk"
     assert loaded.train[0][0].columns == {"extra": 0}
     with pytest.raises(DataError, match="row 1: a row must be a dict"):
-        SafetyDataModule(PromptSource(rows=lambda split: ["a"]), tokenizer=tokenizer).setup()
+        SafetyDataModule(
+            PromptSource(rows=lambda split: cast("list[dict[str, Any]]", ["a"])), tokenizer=tokenizer
+        ).setup()
 
 
 def test_a_built_in_world_brings_its_own_splits(tokenizer):

@@ -22,7 +22,7 @@ from workspace import Planted, build, run, write_lines
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.checkpoints import AtomicCheckpointIO, CheckpointError
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.hub import read_saved
 from nspo_lightning.keys import mask_keys
 from nspo_lightning.nullspace import load_calibration

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from nspo_lightning.datamodules.sources.errors import DataError
+from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.order import shares
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, hash_rank, rank_all, take_ranked
 
@@ -64,11 +64,6 @@ def mix_batches(rows: Sequence[PromptRow], batch_size: int, seed: int) -> list[P
 
     Like lengths save padding; the alternation makes any first part of the batches a fair sample of the whole.
 
-    Args:
-        rows: The calibration rows.
-        batch_size: Rows a batch.
-        seed: Decides the order of the batches.
-
     Returns:
         The same rows.
     """
@@ -81,11 +76,6 @@ def mix_batches(rows: Sequence[PromptRow], batch_size: int, seed: int) -> list[P
 
 def with_model_answers(rows: Sequence[PromptRow], answer_fn: AnswerFn | None, batch_size: int) -> list[PromptRow]:
     """Put the policy's own answers in the place of the reference answers.
-
-    Args:
-        rows: The calibration rows.
-        answer_fn: Answers a list of prompts.
-        batch_size: Prompts a call.
 
     Returns:
         The rows with new answers.
