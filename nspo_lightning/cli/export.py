@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nspo_lightning.cli.run_config import policy_settings, read_config
+from nspo_lightning.cli.run_config import find_config, policy_settings, read_config
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
 from nspo_lightning.compat.peft import DOWN, UP, name_in_file
 from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences
 from nspo_lightning.export.merge import DTYPES, MergedLayer, certificates, merge_, unquantised_base
-from nspo_lightning.export.trained import PREFIX, ExportSource, export_source, find_config, read_trained
+from nspo_lightning.export.trained import PREFIX, ExportSource, export_source, read_trained
 from nspo_lightning.policy.adapter import lora_config
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer

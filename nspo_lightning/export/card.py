@@ -30,14 +30,7 @@ WORST = 5
 
 
 def leak_sentence(certificates: Sequence[LayerCertificate]) -> str:
-    """Say the largest leak of some layers.
-
-    Args:
-        certificates: At least one.
-
-    Returns:
-        One line.
-    """
+    """Say the largest leak of some layers."""
     worst = max(certificates, key=lambda c: c.leak)
     return f"largest leak {worst.leak:.2g} ({_short(worst.name)})"
 
@@ -75,14 +68,7 @@ def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str)
 
 
 def no_basis_sentence(source: ExportSource) -> str:
-    """Say why there is nothing to measure a leak against.
-
-    Args:
-        source: A checkpoint without a basis at hand.
-
-    Returns:
-        One line.
-    """
+    """Say why there is nothing to measure a leak against."""
     if source.basis_path is not None:
         return f"The leak was not measured: the basis is not at {source.basis_path}. Give it as `--basis`."
     if source.projection is None:

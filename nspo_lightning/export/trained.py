@@ -75,17 +75,7 @@ class ExportSource:
 
 
 def read_trained(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this project.
-
-    Args:
-        path: A file from a run's `checkpoints/`.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ValueError: If it is not there, or something else.
-    """
+    """Return a checkpoint's content; ValueError if the file is not there, or none of this project."""
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder: a sharded checkpoint can't be exported. Consolidate it into one file first "
@@ -97,27 +87,6 @@ def read_trained(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or STATE_KEY not in content or "state_dict" not in content:
         raise ValueError(f"{path} is not a checkpoint of this project. Give a file from a run's `checkpoints/`.")
     return content
-
-
-def find_config(checkpoint: Path) -> Path:
-    """Find the configuration of a checkpoint's run.
-
-    Args:
-        checkpoint: Its file.
-
-    Returns:
-        The `config.yaml` beside or above it.
-
-    Raises:
-        PolicyError: If there is none.
-    """
-    for folder in (checkpoint.absolute().parent, checkpoint.absolute().parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    raise PolicyError(
-        f"There is no config.yaml beside or above {checkpoint}, so the model is not known. Give the one of its run as "
-        "`--config`."
-    )
 
 
 def export_source(

@@ -83,15 +83,7 @@ def merge_adapter(base: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def lora_config(lora: LoraSettings, **changes: Any) -> LoraConfig:
-    """Return PEFT's configuration of an adapter.
-
-    Args:
-        lora: Our settings.
-        changes: Further fields of PEFT's, or other values of some.
-
-    Returns:
-        The configuration.
-    """
+    """Return PEFT's configuration of an adapter, with further or other values of its fields."""
     from peft import LoraConfig
 
     values: dict[str, Any] = {

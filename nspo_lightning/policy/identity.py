@@ -137,14 +137,7 @@ def data_identity(datamodule: Any, split: str) -> dict[str, Any]:
 
 
 def describe(thing: Any) -> Any:
-    """Say which judge or setting an object is: its class and its plain attributes.
-
-    Args:
-        thing: Any object.
-
-    Returns:
-        What JSON can hold. Names that look like secrets are left out.
-    """
+    """Return what JSON can hold of a judge or settings: class and plain attributes, but none that look like secrets."""
     if thing is None or isinstance(thing, (str, int, float, bool)):
         return thing
     if isinstance(thing, dict):

@@ -71,15 +71,7 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Collect every token that ends a completion: the generation settings' EOS ids and the tokenizer's.
-
-    Args:
-        policy: The policy.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        Sorted token ids.
-    """
+    """Return every token that ends a completion, sorted: the generation settings' EOS ids and the tokenizer's."""
     model = causal_model(policy)
     found: set[int] = {int(tokenizer.eos_token_id)}
     for ids in (model.generation_config.eos_token_id, text_setting(model, "eos_token_id")):
