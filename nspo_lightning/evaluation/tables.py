@@ -1,0 +1,72 @@
+"""Tables: Markdown for files and TensorBoard, rich for the terminal, and the latter as text for logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> str:
+    r"""Return a Markdown table.
+
+    Args:
+        columns: Headings.
+        rows: One cell a column. Pipes are escaped and line breaks become ``<br>``.
+        align: One letter a column: ``l`` or ``r``; columns without a letter are left-aligned.
+
+    Returns:
+        The table, without a line break at its end.
+
+    Example:
+        >>> print(markdown_table(["layer", "leak"], [["q|k", 1e-7]], align="lr"))
+        | layer | leak |
+        |---|--:|
+        | q\|k | 1e-07 |
+    """
+    rule = "".join("--:|" if side == "r" else "---|" for side in align.ljust(len(columns)))
+    return "\n".join([_line(columns), f"|{rule}", *map(_line, rows)])
+
+
+def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> Table:
+    """Return a table for a rich console; whoever needs more (ratios, a full line) sets it on the result.
+
+    Args:
+        title: Above the table; may be empty.
+        columns: Headings.
+        rows: One cell a column, shown as it is: no markup.
+        align: One letter a column: ``l`` or ``r``; columns without a letter are left-aligned. Right-aligned ones
+            are never wrapped.
+
+    Returns:
+        The table.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left")
+    for column, side in zip(columns, align.ljust(len(columns)), strict=True):
+        right = side == "r"
+        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table
+
+
+def as_text(table: Table) -> str:
+    """Return a rich table as plain text of its full width, for a log."""
+    from rich import box
+    from rich.console import Console
+
+    table.box = box.SIMPLE_HEAD
+    console = Console(file=StringIO(), width=10_000)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
+
+
+def _line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"

@@ -1,0 +1,31 @@
+"""Tables as Markdown, on a narrow terminal, and as text for a log."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from nspo_lightning.evaluation.tables import as_text, markdown_table, rich_table
+
+COLUMNS = ["layer", "share"]
+ROWS = [["layers.0.[q,k]", "1.5 %"], ["layers.0.o", "20.0 %"]]
+
+
+def test_markdown_keeps_every_cell_in_its_column():
+    table = markdown_table(COLUMNS, [["a|b", "two\nlines"]], align="r")
+    assert table.splitlines() == ["| layer | share |", "|--:|---|", "| a\\|b | two<br>lines |"]
+
+
+def test_a_terminal_shows_brackets_and_whole_numbers():
+    out = io.StringIO()
+    Console(file=out, width=24).print(rich_table("Shares", COLUMNS, ROWS, align="lr"))
+    assert out.getvalue().startswith("Shares")
+    assert "│ layers.0.[q │" in out.getvalue()
+    assert "│ ,k]         │" in out.getvalue()
+    assert "20.0 %" in out.getvalue()
+
+
+def test_text_for_a_log_has_one_line_a_row():
+    lines = as_text(rich_table("", COLUMNS, ROWS, align="lr")).splitlines()
+    assert [line.split() for line in (lines[0], *lines[2:])] == [COLUMNS, *([*r[:1], *r[1].split()] for r in ROWS)]
