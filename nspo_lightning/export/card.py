@@ -38,16 +38,7 @@ def leak_sentence(certificates: Sequence[LayerCertificate]) -> str:
 
 
 def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str) -> list[str]:
-    """Say what rounding the merged weights did.
-
-    Args:
-        layers: What was merged.
-        dtype: What it was rounded to.
-        no_basis: Why no leak could be measured, said if so.
-
-    Returns:
-        Sentences for the terminal and the card.
-    """
+    """Say, for the terminal and the card, what rounding the merged weights did; `no_basis` if no leak is known."""
     lost = max(layers, key=lambda layer: layer.rounding)
     mean = math.fsum(layer.rounding for layer in layers) / len(layers)
     lines = [

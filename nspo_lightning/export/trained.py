@@ -97,10 +97,10 @@ def export_source(
     settings: PolicySettings,
     basis: Path | None = None,
 ) -> ExportSource:
-    """Bring together a checkpoint and what belongs to it.
+    """Bring together a checkpoint and what belongs to it, checked to fit.
 
     Args:
-        checkpoint: A file from a run's `checkpoints/`.
+        checkpoint: Its file.
         content: What `read_trained` found in it.
         config_file: The run's configuration; its `summary.json` stands beside.
         config: Content of that file.
@@ -108,7 +108,7 @@ def export_source(
         basis: The run's basis file; None = where the checkpoint says it is.
 
     Returns:
-        Everything, checked to belong together.
+        All of it.
 
     Raises:
         PolicyError: If the configuration does not fit the checkpoint.

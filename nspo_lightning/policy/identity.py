@@ -59,14 +59,7 @@ def trained_weights_hash(module: HasPolicy) -> str:
 
 
 def policy_fingerprint(policy: nn.Module) -> str:
-    """Name the frozen base: a hash of its parameters' names and shapes and of the first 256 values of each.
-
-    Args:
-        policy: The policy; adapters don't count.
-
-    Returns:
-        16 hex digits, the same in every process that loads the same base.
-    """
+    """Name the frozen base: 16 hex digits of a hash over its parameters' names, shapes and first 256 values."""
     digest = hashlib.sha256()
     for name, parameter in sorted(policy.named_parameters()):
         if not is_lora_parameter(name):
@@ -80,15 +73,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def policy_identity(module: HasPolicy, checkpoint: str | None) -> dict[str, Any]:
-    """Say which policy it is.
-
-    Args:
-        module: With its policy loaded.
-        checkpoint: What the adapter was loaded from; None = it was not.
-
-    Returns:
-        `model` and `adapter`.
-    """
+    """Return which policy it is: `model` and `adapter`, with the checkpoint that it was loaded from, if any."""
     settings = module.policy_settings
     return {
         "model": {

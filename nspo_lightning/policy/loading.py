@@ -1,7 +1,7 @@
 """Load the base model, 4-bit or not, and put its adapter on it.
 
-Everything a user can get wrong about a policy is found here, before any long work, as a `PolicyError` that says what
-was expected, what was found and how to mend it.
+What a user can get wrong about a policy is found before any long work, as a `PolicyError` that says what was expected,
+what was found and how to mend it.
 """
 
 from __future__ import annotations
@@ -81,15 +81,7 @@ def check_4bit_widths(settings: PolicySettings, device_type: str) -> None:
 
 
 def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel:
-    """Load the base model, quantised if asked.
-
-    Args:
-        settings: What to load.
-        device: Where it will live; 4-bit weights are made there.
-
-    Returns:
-        The model, all parameters frozen, in eval mode.
-    """
+    """Load the base model onto a device, quantised if asked: all parameters frozen, in eval mode."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 

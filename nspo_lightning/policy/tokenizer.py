@@ -40,17 +40,7 @@ def read_chat_template(setting: str) -> str:
 
 
 def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, left-padding, with a pad token and a chat template.
-
-    Args:
-        settings: What to load.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        PolicyError: If there is none, or it has no chat template and none is given.
-    """
+    """Load the tokenizer, left-padding, with a pad token and a chat template; PolicyError if it can't be had."""
     from transformers import AutoTokenizer
 
     path = settings.tokenizer or settings.model_path
