@@ -165,7 +165,7 @@ def split_of(combination: str) -> SplitName:
 
     Example:
         >>> split_of("harmful smash the guard")
-        'train'
+        'validation'
     """
     share = int.from_bytes(hashlib.sha256(combination.encode()).digest()[:4], "big") / 2**32
     return "test" if share < 0.15 else "validation" if share < 0.25 else "train"
