@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from nspo_lightning.checkpoints import ADAPTER_CONFIG
-from nspo_lightning.cli.run_config import policy_settings, read_config
+from nspo_lightning.cli.run_config import find_config, policy_settings, read_config
 from nspo_lightning.export.merge import DTYPES
-from nspo_lightning.export.trained import export_source, find_config, read_trained
+from nspo_lightning.export.trained import export_source, read_trained
 from nspo_lightning.export.write import export_adapter, export_merged
 
 DESCRIPTION = """Write what a run has trained as a folder that PEFT, transformers and vLLM load.

@@ -9,11 +9,22 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from nspo_lightning.policy.settings import PolicySettings
+from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
 
 class ConfigError(ValueError):
     """A configuration that is not there, can't be read, or lacks what a command needs."""
+
+
+def find_config(checkpoint: Path) -> Path:
+    """Return the `config.yaml` of a checkpoint's run, beside or above it; PolicyError if there is none."""
+    for folder in (checkpoint.absolute().parent, checkpoint.absolute().parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise PolicyError(
+        f"There is no config.yaml beside or above {checkpoint}, so the model is not known. Give the one of its run as "
+        "`--config`."
+    )
 
 
 def read_config(path: Path, *, needs: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, Any]:

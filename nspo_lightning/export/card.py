@@ -9,8 +9,10 @@ from typing import Any
 
 import yaml
 
+from nspo_lightning.compat.peft import MODEL_PREFIX
+from nspo_lightning.evaluation.tables import markdown_table
 from nspo_lightning.export.merge import MergedLayer
-from nspo_lightning.export.trained import ExportSource
+from nspo_lightning.export.trained import PREFIX, ExportSource
 from nspo_lightning.nullspace import LayerCertificate
 from nspo_lightning.policy.settings import TOY
 
@@ -30,29 +32,13 @@ WORST = 5
 
 
 def leak_sentence(certificates: Sequence[LayerCertificate]) -> str:
-    """Say the largest leak of some layers.
-
-    Args:
-        certificates: At least one.
-
-    Returns:
-        One line.
-    """
+    """Say the largest leak of some layers."""
     worst = max(certificates, key=lambda c: c.leak)
     return f"largest leak {worst.leak:.2g} ({_short(worst.name)})"
 
 
 def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str) -> list[str]:
-    """Say what rounding the merged weights did.
-
-    Args:
-        layers: What was merged.
-        dtype: What it was rounded to.
-        no_basis: Why no leak could be measured, said if so.
-
-    Returns:
-        Sentences for the terminal and the card.
-    """
+    """Say, for the terminal and the card, what rounding the merged weights did; `no_basis` if no leak is known."""
     lost = max(layers, key=lambda layer: layer.rounding)
     mean = math.fsum(layer.rounding for layer in layers) / len(layers)
     lines = [
@@ -75,14 +61,7 @@ def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str)
 
 
 def no_basis_sentence(source: ExportSource) -> str:
-    """Say why there is nothing to measure a leak against.
-
-    Args:
-        source: A checkpoint without a basis at hand.
-
-    Returns:
-        One line.
-    """
+    """Say why there is nothing to measure a leak against."""
     if source.basis_path is not None:
         return f"The leak was not measured: the basis is not at {source.basis_path}. Give it as `--basis`."
     if source.projection is None:
@@ -110,27 +89,19 @@ def card(
     Returns:
         Markdown with the hub's header.
     """
-    base = source.settings.path
-    shown = "the policy embedded in nspo-lightning (`toy`)" if base == TOY else f"`{base}`"
     what = "A full model" if merged is not None else "A LoRA adapter (PEFT)"
-    parts = [
-        _header(source, merged is not None),
-        f"# {name}",
-        f"{what} trained with nspo-lightning: safety GRPO with updates kept in the null space of general text."
-        if source.projection is not None
-        else f"{what} trained with nspo-lightning: safety GRPO, without null-space projection.",
-        _section("Base", _base(source, shown, merged is not None)),
-        _section("Data", _yaml(source.config.get("data"), DATA_FIELDS)),
-        _section("Recipe", _recipe(source)),
-        _section("Before and after", _before_after(source)),
-        _section("Null space", _null_space(source, certificates, merged, dtype)),
-        _section("How to load it", _loading(source, merged is not None, dtype)),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _section(title: str, body: str) -> str:
-    return f"## {title}\n\n{body}"
+    in_null_space = " with updates kept in the null space of general text"
+    how = ", without null-space projection" if source.projection is None else in_null_space
+    sections = {
+        "Base": _base(source, merged is not None),
+        "Data": _yaml(source.config.get("data"), DATA_FIELDS),
+        "Recipe": _recipe(source),
+        "Before and after": _before_after(source),
+        "Null space": _null_space(source, certificates, merged, dtype),
+        "How to load it": _loading(source, merged is not None, dtype),
+    }
+    parts = [_header(source, merged is not None), f"# {name}", f"{what} trained with nspo-lightning: safety GRPO{how}."]
+    return "\n\n".join([*parts, *(f"## {title}\n\n{body}" for title, body in sections.items())]) + "\n"
 
 
 def _header(source: ExportSource, merged: bool) -> str:
@@ -142,8 +113,9 @@ def _header(source: ExportSource, merged: bool) -> str:
     return f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---"
 
 
-def _base(source: ExportSource, shown: str, merged: bool) -> str:
+def _base(source: ExportSource, merged: bool) -> str:
     settings = source.settings
+    shown = "the policy embedded in nspo-lightning (`toy`)" if settings.path == TOY else f"`{settings.path}`"
     lines = [f"{shown}{f', revision {settings.revision}' if settings.revision else ''}."]
     if settings.adapter is not None:
         lines.append(f"The adapter `{settings.adapter}` was merged into it before this training.")
@@ -174,10 +146,9 @@ def _before_after(source: ExportSource) -> str:
     after = {key.removeprefix("after/"): v for key, v in source.summary.items() if key.startswith("after/")}
     if not after:
         return "Not measured by the run."
-    lines = ["| held-out prompts | before | after |", "|---|--:|--:|"]
-    for key, value in after.items():
-        old = source.summary.get(f"before/{key}")
-        lines.append(f"| {key} | {'' if old is None else f'{100 * old:.1f} %'} | {100 * value:.1f} % |")
+    before = {key: source.summary.get(f"before/{key}") for key in after}
+    rows = [(key, _percent(before[key]), _percent(value)) for key, value in after.items()]
+    lines = [markdown_table(["held-out prompts", "before", "after"], rows, align="lrr")]
     measured = source.summary.get("checkpoint")
     if measured is not None and measured != source.checkpoint.name:
         lines += ["", f"Measured on {measured}; this is an export of {source.checkpoint.name}."]
@@ -196,10 +167,12 @@ def _null_space(
             f"{leak_sentence(certificates)}; bound on a layer's relative output change on general text: at most "
             f"{max(c.output_change for c in certificates):.2g}."
         )
-        rows = ["| layer | leak | norm of the update | protected / free directions |", "|---|--:|--:|--:|"]
-        for c in sorted(certificates, key=lambda c: -c.leak)[:WORST]:
-            rows.append(f"| {_short(c.name)} | {c.leak:.2g} | {c.update_norm:.3g} | {c.protected} / {c.null_dims} |")
-        lines.append("\n".join(rows))
+        rows = [
+            (_short(c.name), f"{c.leak:.2g}", f"{c.update_norm:.3g}", f"{c.protected} / {c.null_dims}")
+            for c in sorted(certificates, key=lambda c: -c.leak)[:WORST]
+        ]
+        columns = ["layer", "leak", "norm of the update", "protected / free directions"]
+        lines.append(markdown_table(columns, rows, align="lrrr"))
     elif merged is None:
         lines.append(no_basis_sentence(source))
     if merged is not None:
@@ -242,6 +215,10 @@ def _loading(source: ExportSource, merged: bool, dtype: str) -> str:
     )
 
 
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
 def _yaml(values: Any, keys: Sequence[str]) -> str:
     chosen = {key: values[key] for key in keys if isinstance(values, Mapping) and values.get(key) is not None}
     if not chosen:
@@ -250,4 +227,4 @@ def _yaml(values: Any, keys: Sequence[str]) -> str:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("policy.").removeprefix("base_model.model.")
+    return name.removeprefix(PREFIX).removeprefix(MODEL_PREFIX)

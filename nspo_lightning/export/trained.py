@@ -75,17 +75,7 @@ class ExportSource:
 
 
 def read_trained(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this project.
-
-    Args:
-        path: A file from a run's `checkpoints/`.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ValueError: If it is not there, or something else.
-    """
+    """Return a checkpoint's content; ValueError if the file is not there, or none of this project."""
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder: a sharded checkpoint can't be exported. Consolidate it into one file first "
@@ -99,27 +89,6 @@ def read_trained(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_config(checkpoint: Path) -> Path:
-    """Find the configuration of a checkpoint's run.
-
-    Args:
-        checkpoint: Its file.
-
-    Returns:
-        The `config.yaml` beside or above it.
-
-    Raises:
-        PolicyError: If there is none.
-    """
-    for folder in (checkpoint.absolute().parent, checkpoint.absolute().parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    raise PolicyError(
-        f"There is no config.yaml beside or above {checkpoint}, so the model is not known. Give the one of its run as "
-        "`--config`."
-    )
-
-
 def export_source(
     checkpoint: Path,
     content: Mapping[str, Any],
@@ -128,10 +97,10 @@ def export_source(
     settings: PolicySettings,
     basis: Path | None = None,
 ) -> ExportSource:
-    """Bring together a checkpoint and what belongs to it.
+    """Bring together a checkpoint and what belongs to it, checked to fit.
 
     Args:
-        checkpoint: A file from a run's `checkpoints/`.
+        checkpoint: Its file.
         content: What `read_trained` found in it.
         config_file: The run's configuration; its `summary.json` stands beside.
         config: Content of that file.
@@ -139,7 +108,7 @@ def export_source(
         basis: The run's basis file; None = where the checkpoint says it is.
 
     Returns:
-        Everything, checked to belong together.
+        All of it.
 
     Raises:
         PolicyError: If the configuration does not fit the checkpoint.

@@ -82,15 +82,7 @@ def merge_adapter(base: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def lora_config(lora: LoraSettings, **changes: Any) -> LoraConfig:
-    """Return PEFT's configuration of an adapter.
-
-    Args:
-        lora: Our settings.
-        changes: Further fields of PEFT's, or other values of some.
-
-    Returns:
-        The configuration.
-    """
+    """Return PEFT's configuration of an adapter, with further or other values of its fields."""
     from peft import LoraConfig
 
     values: dict[str, Any] = {
@@ -122,15 +114,7 @@ def save_adapter(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: 
 
 
 def load_adapter_(policy: nn.Module, folder: Path) -> None:
-    """Put a saved PEFT adapter's weights on a policy that has an adapter of the same form.
-
-    Args:
-        policy: A PEFT model; changed in place.
-        folder: What `save_adapter` wrote.
-
-    Raises:
-        PolicyError: If the two don't fit together.
-    """
+    """Put a saved adapter's weights on a policy with an adapter of the same form; PolicyError if they don't fit."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     if not has_adapter(policy):

@@ -30,17 +30,16 @@ PACKAGES = (
 )
 
 
-class HasPolicy(Protocol):
-    """What is asked of a module whose policy gets named."""
-
-    policy_settings: PolicySettings
+class _HasPolicy(Protocol):
+    """A module whose policy gets named."""
 
     @property
-    def fingerprint(self) -> str:
-        """Names the base."""
+    def policy_settings(self) -> PolicySettings: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return name and value of each parameter."""
+    @property
+    def fingerprint(self) -> str: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 def versions() -> dict[str, str]:
@@ -52,7 +51,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def trained_weights_hash(module: HasPolicy) -> str:
+def trained_weights_hash(module: _HasPolicy) -> str:
     """Name a trained state: 16 hex digits of a hash over names and values of the trainable parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
@@ -63,14 +62,7 @@ def trained_weights_hash(module: HasPolicy) -> str:
 
 
 def policy_fingerprint(policy: nn.Module) -> str:
-    """Name the frozen base: a hash of its parameters' names and shapes and of the first 256 values of each.
-
-    Args:
-        policy: The policy; adapters don't count.
-
-    Returns:
-        16 hex digits, the same in every process that loads the same base.
-    """
+    """Name the frozen base: 16 hex digits of a hash over its parameters' names, shapes and first 256 values."""
     digest = hashlib.sha256()
     for name, parameter in sorted(policy.named_parameters()):
         if not is_lora_parameter(name):
@@ -83,16 +75,8 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def policy_identity(module: HasPolicy, checkpoint: str | None) -> dict[str, Any]:
-    """Say which policy it is.
-
-    Args:
-        module: With its policy loaded.
-        checkpoint: What the adapter was loaded from; None = it was not.
-
-    Returns:
-        `model` and `adapter`.
-    """
+def policy_identity(module: _HasPolicy, checkpoint: str | None) -> dict[str, Any]:
+    """Return which policy it is: `model` and `adapter`, with the checkpoint that it was loaded from, if any."""
     settings = module.policy_settings
     return {
         "model": {
@@ -141,14 +125,7 @@ def data_identity(datamodule: Any, split: str) -> dict[str, Any]:
 
 
 def describe(thing: Any) -> Any:
-    """Say which judge or setting an object is: its class and its plain attributes.
-
-    Args:
-        thing: Any object.
-
-    Returns:
-        What JSON can hold. Names that look like secrets are left out.
-    """
+    """Return what JSON can hold of a judge or settings: class and plain attributes, but none that look like secrets."""
     if thing is None or isinstance(thing, (str, int, float, bool)):
         return thing
     if isinstance(thing, dict):

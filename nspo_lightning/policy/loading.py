@@ -1,7 +1,7 @@
 """Load the base model, 4-bit or not, and put its adapter on it.
 
-Everything a user can get wrong about a policy is found here, before any long work, as a `PolicyError` that says what
-was expected, what was found and how to mend it.
+What a user can get wrong about a policy is found before any long work, as a `PolicyError` that says what was expected,
+what was found and how to mend it.
 """
 
 from __future__ import annotations
@@ -27,21 +27,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 def from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str, **kwargs: Any) -> Any:
-    """Call a transformers class's `from_pretrained`.
-
-    Args:
-        loader: The class.
-        what: What it loads, for messages.
-        settings: Say the revision and whether code may run.
-        path: Folder or hub id.
-        kwargs: Passed on.
-
-    Returns:
-        What it loaded.
-
-    Raises:
-        PolicyError: If it can't be loaded.
-    """
+    """Call a transformers class's `from_pretrained`; `what` it loads is said in the `PolicyError` if it can't."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise PolicyError(f"`policy.path`: expected a folder with a {what}, found nothing at '{path}'. Mend the path.")
@@ -72,11 +58,7 @@ def from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str,
 
 
 def check_4bit_widths(settings: PolicySettings, device_type: str) -> None:
-    """Refuse 4-bit for widths that the backend can't take, before anything is loaded.
-
-    Args:
-        settings: What is to be loaded.
-        device_type: "cpu" or "cuda": bitsandbytes' CPU kernels want out-features in multiples of 32.
+    """Refuse 4-bit for widths that the backend ("cpu" or "cuda") can't take, before anything is loaded.
 
     Raises:
         PolicyError: Naming the first layer that doesn't fit.
@@ -99,15 +81,7 @@ def check_4bit_widths(settings: PolicySettings, device_type: str) -> None:
 
 
 def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel:
-    """Load the base model, quantised if asked.
-
-    Args:
-        settings: What to load.
-        device: Where it will live; 4-bit weights are made there.
-
-    Returns:
-        The model, all parameters frozen, in eval mode.
-    """
+    """Load the base model onto a device, quantised if asked: all parameters frozen, in eval mode."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -132,13 +106,5 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
 
 
 def load_policy(settings: PolicySettings, device: torch.device) -> nn.Module:
-    """Load base and adapter.
-
-    Args:
-        settings: What to load.
-        device: Where it will live.
-
-    Returns:
-        The policy, ready to train.
-    """
+    """Load base and adapter, ready to train."""
     return add_adapter(load_base(settings, device), settings).train()

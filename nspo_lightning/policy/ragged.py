@@ -54,14 +54,7 @@ class Ragged:
         self._number = number
 
     def pack(self, grid: Tensor) -> Tensor:
-        """Take the real tokens.
-
-        Args:
-            grid: Shape (B, T, ...).
-
-        Returns:
-            Shape (size, ...).
-        """
+        """Take the real tokens: shape (B, T, ...) to (size, ...)."""
         rows = grid.flatten(0, 1)
         if self.is_full:
             return rows
@@ -69,14 +62,7 @@ class Ragged:
         return packed
 
     def pad(self, flat: Tensor) -> Tensor:
-        """Put the real tokens back, zeros elsewhere.
-
-        Args:
-            flat: Shape (size, ...).
-
-        Returns:
-            Shape (B, T, ...).
-        """
+        """Put the real tokens back, zeros elsewhere: shape (size, ...) to (B, T, ...)."""
         if not self.is_full:
             flat = _Gather.apply(flat, self._number, self.where)  # type: ignore[no-untyped-call]
         return flat.reshape(*self.shape, *flat.shape[1:])

@@ -74,14 +74,7 @@ def score_completions(
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Count real tokens from the left.
-
-    Args:
-        mask: Shape (B, T), bool, True = real token.
-
-    Returns:
-        Shape (B, T), int64: 0 for the first real token; padding holds some valid position.
-    """
+    """Count real tokens (True, shape (B, T)) from the left, from 0; padding holds some valid position."""
     return (mask.long().cumsum(1) - 1).clamp_(min=0)
 
 

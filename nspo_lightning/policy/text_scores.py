@@ -71,17 +71,7 @@ def score_texts(
     with_base: bool = True,
     chunk_tokens: int | None = None,
 ) -> TextSums:
-    """Score text, reduced over ranks: each rank gives its own share of the batches.
-
-    Args:
-        policy: See `score_text`.
-        batches: See `score_text`; ranks may have different numbers of them.
-        with_base: Also measure the KL to the base.
-        chunk_tokens: See `score_text`.
-
-    Returns:
-        Sums over all tokens of all ranks; `mean_nll`, `perplexity` and `mean_kl` are their properties.
-    """
+    """Score this rank's share of batches (see `score_text`) and return the sums over all tokens of all ranks."""
     total = TextSums(kl=0.0 if with_base and has_adapter(policy) else float("nan"))
     for batch in batches:
         total += score_text(policy, batch, with_base=with_base, chunk_tokens=chunk_tokens)

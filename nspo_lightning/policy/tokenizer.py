@@ -40,17 +40,7 @@ def read_chat_template(setting: str) -> str:
 
 
 def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, left-padding, with a pad token and a chat template.
-
-    Args:
-        settings: What to load.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        PolicyError: If there is none, or it has no chat template and none is given.
-    """
+    """Load the tokenizer, left-padding, with a pad token and a chat template; PolicyError if it can't be had."""
     from transformers import AutoTokenizer
 
     path = settings.tokenizer or settings.model_path
@@ -71,15 +61,7 @@ def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Collect every token that ends a completion: the generation settings' EOS ids and the tokenizer's.
-
-    Args:
-        policy: The policy.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        Sorted token ids.
-    """
+    """Return every token that ends a completion, sorted: the generation settings' EOS ids and the tokenizer's."""
     model = causal_model(policy)
     found: set[int] = {int(tokenizer.eos_token_id)}
     for ids in (model.generation_config.eos_token_id, text_setting(model, "eos_token_id")):

@@ -160,15 +160,12 @@ class Example:
 def split_of(combination: str) -> SplitName:
     """Assign a combination to a split by the hash of its name: 15 % test, 10 % validation, the rest train.
 
-    Args:
-        combination: Name of the combination, the same for all its phrasings.
-
     Returns:
         The split, the same on every machine and in every run.
 
     Example:
         >>> split_of("harmful smash the guard")
-        'train'
+        'validation'
     """
     share = int.from_bytes(hashlib.sha256(combination.encode()).digest()[:4], "big") / 2**32
     return "test" if share < 0.15 else "validation" if share < 0.25 else "train"
@@ -243,18 +240,7 @@ _EVERY: dict[str, Callable[[], list[Example]]] = {
 
 @cache
 def examples(skill: str, split: SplitName) -> tuple[Example, ...]:
-    """Enumerate all examples of a skill in a split, in a fixed pseudo-random order.
-
-    Args:
-        skill: One of `SKILLS`, or ``"harmful"``.
-        split: Which combinations.
-
-    Returns:
-        The examples.
-
-    Raises:
-        ValueError: If the skill is not one of this world's.
-    """
+    """Return all examples of a skill (or ``"harmful"``) in a split, in a fixed pseudo-random order."""
     if skill not in _EVERY:
         raise ValueError(f"`skill` must be 'harmful' or one of {SKILLS}, got {skill!r}.")
     chosen = [example for example in _EVERY[skill]() if split_of(example.combination) == split]
