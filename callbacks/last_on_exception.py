@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from nspo_lightning.callbacks.exact_resume import ExactResume
+from nspo_lightning.checkpoints import LAST_FILE
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -121,7 +122,7 @@ class LastOnException(Callback):
         alone = trainer.world_size == 1 or getattr(exception, "raised_on_all_ranks", False)
         if trainer.state.fn != "fit" or not callbacks or trainer.global_step == 0 or not alone:
             return  # nothing was learnt yet, or other ranks may never come to the collective save
-        path = Path(str(callbacks[0].dirpath)) / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt"
+        path = Path(str(callbacks[0].dirpath)) / LAST_FILE
         name = type(exception).__name__
         resume = _resume(trainer)
         if not _is_settled(trainer, resume):

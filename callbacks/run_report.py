@@ -8,12 +8,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
-from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.checkpoints import best_of, read_checkpoint
 
 HEADLINES = (
     "safety/unsafe_rate",
@@ -120,15 +120,11 @@ class RunReport(Callback):
 
     @staticmethod
     def _load_best(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
-        path: str | None = None
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpoint) and getattr(callback, "monitor", None):
-                path = getattr(callback, "best_model_path", None) or path
-        if not path or not Path(path).exists():
+        path = best_of(c.state_dict() for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+        if path is None:
             return None
-        state = read_checkpoint(path)["state_dict"]
-        pl_module.load_state_dict(state, strict=False)
-        return Path(path).name
+        pl_module.load_state_dict(read_checkpoint(path)["state_dict"], strict=False)
+        return path.name
 
     @rank_zero_only
     def _print(self, before: dict[str, float], after: dict[str, float], summary: dict[str, Any], folder: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"
-"""Ending of a file that is being written: `.<name>.<process>.partial`, which no reader takes for one."""
+"""Ending of a file that is being written, `.<name>.<process>.partial`. No reader takes one for a finished file."""
+SHARED_LEFTOVER_S = 3600.0
 
 
 @contextlib.contextmanager
@@ -18,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Write a file beside its place; when the block ends, flush it to the disk and rename it over the old one.
 
     Args:
-        path: Where the file shall be; missing folders are made.
+        path: Where the file shall be. Missing folders are made.
 
     Yields:
         Where to write.
@@ -26,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If it can't be written. The old file is untouched then, and nothing is left beside it.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = _beside(path, PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -40,23 +43,44 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Write a JSON file, whole or not at all.
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder beside its place and move it there when the block ends; an old one is put back if that fails.
 
     Args:
-        content: What to write; what JSON does not know is written as text.
-        path: Where to.
+        path: Where the folder shall be. Missing parents are made.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        OSError: If it can't be written.
     """
+    path = path.absolute()
+    partial, old = _beside(path, PARTIAL), _beside(path, ".old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file, whole or not at all; what JSON does not know is written as text."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, where the system can do that.
-
-    Args:
-        folder: Which.
-    """
+    """Flush a folder's entries to the disk, where the system can do that."""
     if os.name == "nt":  # folders can't be opened there
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -66,3 +90,42 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def remove_leftovers(folder: Path, *, shared: bool = False) -> list[Path]:
+    """Remove what killed processes left half written.
+
+    Args:
+        folder: Where to look. It may be missing.
+        shared: Whether several machines write here. A process of another machine can't be seen, so only files that
+            nobody wrote to for an hour are removed.
+
+    Returns:
+        The files that were removed.
+    """
+    removed: list[Path] = []
+    for file in sorted(folder.glob(f".*{PARTIAL}")) if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if _is_being_written(file) or (shared and time.time() - file.stat().st_mtime < SHARED_LEFTOVER_S):
+                continue
+            file.unlink()
+            removed.append(file)
+    return removed
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{ending}")
+
+
+def _is_being_written(file: Path) -> bool:
+    """Whether the process that writes this file is there: its number stands before the ending."""
+    number = file.name.removesuffix(PARTIAL).rpartition(".")[2]
+    if not number.isdigit() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is there, and another user's
+        return True
+    return True

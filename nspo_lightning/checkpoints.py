@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, on a disk that may be full and in a process that may be killed.
+"""Where a run's checkpoints are, and reading and writing them: whole or not at all, as data and never as code.
 
 A checkpoint is written beside its place, under a name that no reader takes for one, flushed to the disk and renamed.
 Lightning's own plugin writes to the system's temporary folder and moves the file, which copies it where that folder is
@@ -13,8 +13,7 @@ import io
 import os
 import re
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,115 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from nspo_lightning.atomic import PARTIAL, replacing
+from nspo_lightning.atomic import remove_leftovers, replacing
 
-SHARED_LEFTOVER_S = 3600.0
+FOLDER = "checkpoints"
+"""Folder of a run's checkpoints."""
+LAST_FILE = "last.ckpt"
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder a PEFT adapter."""
+BEST, LAST = "best", "last"
+"""What `--ckpt_path` says for a checkpoint of the run of that name."""
+_WORDS = (BEST, LAST, "hpc", "registry")  # the latter two are Lightning's
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written or read. The message says what, where, and how to mend it."""
+    """A checkpoint could not be found, written or read. The message says what, where, and how to mend it."""
+
+
+def last_of(run: Path) -> Path:
+    """Return where a run keeps its last checkpoint."""
+    return run / FOLDER / LAST_FILE
+
+
+def find_checkpoint(name: str, run: Path) -> Path:
+    """Resolve what `--ckpt_path` says.
+
+    Args:
+        name: ``best`` (see `best_of`), ``last``, a checkpoint file, or a folder with a PEFT adapter.
+        run: The run's folder, for the first two.
+
+    Returns:
+        The file or folder.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if name not in {BEST, LAST}:
+        path = Path(name).expanduser()
+        if path.is_file() or (path / ADAPTER_CONFIG).is_file():
+            return path
+        what = f"a folder without {ADAPTER_CONFIG}" if path.is_dir() else "nothing"
+        raise CheckpointError(
+            f"`--ckpt_path {name}`: expected a checkpoint file, or a folder with a PEFT adapter, and found {what} "
+            "there. Give a file from a run's `checkpoints/`, its `adapter/`, or `best` or `last`."
+        )
+    last = last_of(run)
+    if not last.is_file():
+        raise CheckpointError(
+            f"`--ckpt_path {name}`: expected the run's {last}, and it is not there. Give the name of a run that was "
+            "trained (`--name`), or a checkpoint file."
+        )
+    found = last if name == LAST else best_of(read_checkpoint(last).get("callbacks", {}).values(), last.parent)
+    if found is None:
+        raise CheckpointError(
+            f"`--ckpt_path best`: no `ModelCheckpoint` of {run} monitored a metric and kept a file, so none is the "
+            "best. Use `last`, or train with `monitor`."
+        )
+    return found
+
+
+def best_of(states: Iterable[Any], folder: Path | None = None) -> Path | None:
+    """Return the file that a `ModelCheckpoint` with a monitor calls best; the last such callback's, if there are more.
+
+    Args:
+        states: The callbacks' states, as `ModelCheckpoint.state_dict` gives them; others are passed over.
+        folder: Where the run keeps its checkpoints now, if it may have been moved since.
+
+    Returns:
+        The file, None if there is none.
+    """
+    for state in reversed(list(states)):
+        if not isinstance(state, Mapping) or not state.get("monitor") or not state.get("best_model_path"):
+            continue
+        path = Path(str(state["best_model_path"]))
+        places = [path] if folder is None else [folder / path.name, path]
+        found = next((place for place in places if place.is_file()), None)
+        if found is not None:
+            return found
+    return None
+
+
+def has_last(folders: Iterable[Path]) -> bool:
+    """Say whether ``last`` would be found in one of these folders (`ModelCheckpoint` may number it)."""
+    return any(list(folder.glob("last*.ckpt")) for folder in folders)
+
+
+def check_readable(name: str) -> None:
+    """Look whether the checkpoint that `--ckpt_path` names can be read, before anything long.
+
+    A word or an address is resolved later. A folder, as sharded strategies write it, is not looked into: PyTorch reads
+    its index and its plain values with pickle, so it must come from a run of one's own.
+
+    Args:
+        name: What `--ckpt_path` says.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        CheckpointError: If it can't be read, or holds more than data.
+    """
+    path = Path(name)
+    if name in _WORDS or "://" in name:
+        return
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    if not path.is_dir():
+        read_checkpoint(path, "meta")
+    elif (path / ".metadata").exists():
+        rank_zero_info(
+            f"{path} is a sharded checkpoint. PyTorch reads those with pickle, which can run code: go on from your own "
+            "runs only."
+        )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -52,11 +153,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self._tidy(Path(path).parent)
         return read_checkpoint(path, map_location)
 
-    def _tidy(self, folder: Path) -> None:
-        if folder not in self._tidied:
-            self._tidied.add(folder)
-            remove_leftovers(folder)
-
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         if storage_options is not None or "://" in str(path):
@@ -67,6 +163,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         write_checkpoint(content.getbuffer(), Path(path))
+
+    def _tidy(self, folder: Path) -> None:
+        if folder not in self._tidied:
+            self._tidied.add(folder)
+            remove_leftovers(folder)
 
 
 def read_checkpoint(path: _PATH, map_location: Any = "cpu") -> dict[str, Any]:
@@ -95,26 +196,22 @@ def read_checkpoint(path: _PATH, map_location: Any = "cpu") -> dict[str, Any]:
     return content
 
 
-def check_checkpoint(path: Path) -> None:
-    """Look whether a checkpoint can be read, before anything long.
+def write_checkpoint(content: bytes | memoryview, path: Path) -> None:
+    """Write a checkpoint, whole or not at all.
 
     Args:
-        path: The file (or a folder, as sharded strategies write it, which is not looked into: PyTorch reads its index
-            and its plain values with pickle, so it must come from a run of one's own).
+        content: What to write.
+        path: Where to. Missing folders are made.
 
     Raises:
-        FileNotFoundError: If nothing is there.
-        CheckpointError: If it can't be read, or holds more than data.
+        CheckpointError: If it can't be written, for lack of room or another reason. The old file is untouched then.
     """
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    if not path.is_dir():
-        read_checkpoint(path, "meta")
-    elif (path / ".metadata").exists():
-        rank_zero_info(
-            f"{path} is a sharded checkpoint. PyTorch reads those with pickle, which can run code: go on from your own "
-            "runs only."
-        )
+    had_one = path.exists()
+    try:
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise CheckpointError(_unwritable(error, len(content), path, had_one)) from error
 
 
 def _unreadable(path: _PATH, error: Exception) -> str:
@@ -126,65 +223,7 @@ def _unreadable(path: _PATH, error: Exception) -> str:
     return f"The checkpoint {path} can't be read: {found}. Give one from a run's `checkpoints/`."
 
 
-def write_checkpoint(content: bytes | memoryview, path: Path) -> None:
-    """Write a checkpoint, whole or not at all.
-
-    Args:
-        content: What to write.
-        path: Where to; missing folders are made.
-
-    Raises:
-        CheckpointError: If it can't be written, for lack of room or another reason. The old file is untouched then.
-    """
-    had_one = path.exists()
-    try:
-        with replacing(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise CheckpointError(_explanation(error, len(content), path, had_one)) from error
-
-
-def remove_leftovers(folder: Path, *, shared: bool = False) -> list[Path]:
-    """Remove what killed processes left half written.
-
-    Args:
-        folder: Where to look; it may be missing.
-        shared: Whether several machines write here. A process of another machine can't be seen, so only files that
-            nobody wrote to for an hour are removed.
-
-    Returns:
-        The files that were removed.
-    """
-    removed: list[Path] = []
-    for file in _partial_files(folder):
-        with contextlib.suppress(OSError):
-            if _is_running(file) or (shared and time.time() - file.stat().st_mtime < SHARED_LEFTOVER_S):
-                continue
-            file.unlink()
-            removed.append(file)
-    return removed
-
-
-def _partial_files(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from sorted(folder.glob(f".*{PARTIAL}"))
-
-
-def _is_running(file: Path) -> bool:
-    """Whether the process that writes this file is there: its number stands before the ending."""
-    number = file.name.removesuffix(PARTIAL).rpartition(".")[2]
-    if not number.isdigit() or int(number) == os.getpid():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is there, and another user's
-        return True
-    return True
-
-
-def _explanation(error: OSError, size: int, path: Path, had_one: bool) -> str:
+def _unwritable(error: OSError, size: int, path: Path, had_one: bool) -> str:
     free = "?"
     with contextlib.suppress(OSError):
         free = _megabytes(shutil.disk_usage(path.parent).free)

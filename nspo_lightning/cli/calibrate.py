@@ -6,25 +6,33 @@ what `NullSpaceProjection(calibration=...)` takes, with the same settings.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches, is_sharded
+from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
 from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.picture import spectrum_figure
 
 _KEPT_MOMENTS_BYTES = 256e6  # second moments by domain go into the file up to this size, unless asked for or refused
+
+
+@runtime_checkable
+class HasCalibrationText(Protocol):
+    """A datamodule that can be calibrated on."""
+
+    def calibration_dataloader(self) -> Iterable[Any]:
+        """Return batches of general text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,36 +65,32 @@ def calibrate(
     """Calibrate a module on its datamodule's ``calibration_dataloader()`` and write the basis file.
 
     Args:
-        module: the module, with its policy loaded or loadable by ``configure_model``.
-        datamodule: has ``calibration_dataloader()``.
-        out: the basis file, conventionally ending in ``.safetensors``; the picture gets its name with ``.png``.
-        projection: the callback that will use the file, with all its settings; None = one made from the next arguments.
-        criterion: see `NullSpaceProjection`.
-        threshold: see `NullSpaceProjection`.
-        memory_budget_gb: limit for second moments held at one time.
-        limit_batches: use at most this many batches.
-        keep_moments: store second moments by domain; None = if they take less than 256 MB.
-        trainer: its device, precision and datamodule wiring are used; None = one device, chosen automatically.
-        console: where to print; None = the terminal.
+        module: The module, with its policy loaded or loadable by ``configure_model``.
+        datamodule: Has ``calibration_dataloader()``.
+        out: The basis file, conventionally ending in ``.safetensors``. The picture gets its name with ``.png``.
+        projection: The callback that will use the file, with all its settings. None = one made from the next arguments.
+        criterion: See `NullSpaceProjection`.
+        threshold: See `NullSpaceProjection`.
+        memory_budget_gb: Limit for second moments held at one time.
+        limit_batches: Use at most this many batches.
+        keep_moments: Store second moments by domain. None = if they take less than 256 MB.
+        trainer: Its device, precision and datamodule wiring are used. None = one device, chosen automatically.
+        console: Where to print. None = the terminal.
 
     Returns:
         The calibration and the files written.
 
     Raises:
-        TypeError: if the datamodule has no ``calibration_dataloader()``.
+        TypeError: If the datamodule has no ``calibration_dataloader()``.
     """
     console = console or Console()
     Path(out).parent.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not for nothing
-    loader = getattr(datamodule, "calibration_dataloader", None)
-    if not callable(loader):
+    if not isinstance(datamodule, HasCalibrationText):
         raise TypeError(
             f"{type(datamodule).__name__} must have a `calibration_dataloader()`; add one that yields batches."
         )
     callback = projection or NullSpaceProjection(
-        criterion=criterion,
-        threshold=threshold,
-        memory_budget_gb=memory_budget_gb,
-        limit_batches=limit_batches,
+        criterion=criterion, threshold=threshold, memory_budget_gb=memory_budget_gb, limit_batches=limit_batches
     )
     trainer = trainer or pl.Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False)
     with _prepared(trainer, module, datamodule):
@@ -159,10 +163,7 @@ def _domain_means(calibration: Calibration) -> dict[str, dict[str, float]]:
     reports = [domain_report(moments) for moments in calibration.moments.values() if len(moments) > 1]
     if not reports:
         return {}
-    return {
-        pair: {key: math.fsum(r[pair][key] for r in reports) / len(reports) for key in reports[0][pair]}
-        for pair in reports[0]
-    }
+    return {pair: {key: fmean(r[pair][key] for r in reports) for key in reports[0][pair]} for pair in reports[0]}
 
 
 def _print(
@@ -170,20 +171,14 @@ def _print(
 ) -> None:
     rows = table_rows(calibration)
     tokens = ", ".join(f"{name}: {count:,}" for name, count in calibration.domain_tokens.items())
-    table = Table(title=f"What general text uses, and what stays free ({tokens} tokens)")
-    for head in rows[0]:
-        numeric = head not in ("layer", "why")
-        table.add_column(head, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
-    for row in rows:
-        table.add_row(*row.values())
-    console.print(table)
+    title = f"What general text uses, and what stays free ({tokens} tokens)"
+    align = "".join("l" if head in {"layer", "why"} else "r" for head in rows[0])
+    console.print(rich_table(title, list(rows[0]), [list(row.values()) for row in rows], align=align))
     if domains:
-        angles = Table(title="Domains: share of the second's energy inside the first's leading directions (99 %)")
-        for head in ("domains", "covered", "mean cosine", "largest angle"):
-            angles.add_column(head)
-        for pair, values in domains.items():
-            cells = (f"{values['covered']:.3f}", f"{values['mean_cosine']:.3f}", f"{values['largest_angle_deg']:.0f}°")
-            angles.add_row(pair, *cells)
-        console.print(angles)
-    bytes_on_disk = path.stat().st_size
-    console.print(f"Basis: {path} ({bytes_on_disk / 1e6:.1f} MB), spectrum: {picture}")
+        title = "Domains: share of the second's energy inside the first's leading directions (99 %)"
+        angles = [
+            (pair, f"{v['covered']:.3f}", f"{v['mean_cosine']:.3f}", f"{v['largest_angle_deg']:.0f}°")
+            for pair, v in domains.items()
+        ]
+        console.print(rich_table(title, ("domains", "covered", "mean cosine", "largest angle"), angles))
+    console.print(f"Basis: {path} ({path.stat().st_size / 1e6:.1f} MB), spectrum: {picture}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,13 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from nspo_lightning.checkpoints import last_of
+from nspo_lightning.cli.jobs import run_job
 from nspo_lightning.cli.run_config import read_config
 from nspo_lightning.compare.methods import METHODS, as_dicts
-from nspo_lightning.compare.plan import Budget, RunSpec, main_grid
-from nspo_lightning.compare.pool import Job, Outcome, run_all
-from nspo_lightning.compare.results import RunResult
+from nspo_lightning.compare.plan import RESULT, Budget, RunSpec, main_grid
+from nspo_lightning.compare.pool import Job, JobResult, run_all
+from nspo_lightning.compare.results import Findings, RunResult
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep, make_sweep
 from nspo_lightning.datamodules import PromptSource
@@ -26,13 +29,13 @@ SweepName = Literal["calibration", "threshold", "data", "rank"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the `compare` command.
+    """Run the `compare` command; errors are raised.
 
     Args:
-        args: the command line after `compare`.
+        args: The command line after `compare`. None = the process's own.
 
     Returns:
-        0; errors are raised.
+        0.
     """
     parser = ArgumentParser(
         prog="nspo_lightning compare",
@@ -68,34 +71,34 @@ def compare(
     """Compare methods on one configuration.
 
     Args:
-        config: the configuration of a `fit`; its reward, data, policy and budget are every method's.
-        out: folder of the results.
-        methods: names of methods; all by default.
-        seeds: seeds, at least 3 for a claim.
-        learning_rates: the grid, the same for every method; by default the configuration's and twice that (a sweep:
+        config: The configuration of a `fit`; its reward, data, policy and budget are every method's.
+        out: Folder of the results.
+        methods: Names of methods; all by default.
+        seeds: Seeds, at least 3 for a claim.
+        learning_rates: The grid, the same for every method; by default the configuration's and twice that (a sweep:
             the configuration's alone).
-        sweep: instead of methods, vary one setting: what K is computed from, the threshold, the share of the safety
+        sweep: Instead of methods, vary one setting: what K is computed from, the threshold, the share of the safety
             prompts, or the adapter's rank and place.
-        quick: one seed, the larger learning rate, fewer steps: minutes instead of an hour.
-        steps: training steps a run at most.
-        eval_every: training steps between two evaluations; each is a checkpoint that counts.
-        stop_unsafe: a run ends once its unsafe rate on validation prompts is at most this.
-        unsafe_limit: what counts as safe in the selection.
-        metric: what general ability is, for the selection and the pictures.
-        higher_is_better: false where less of the metric is better (text/nll).
-        text_rows: general rows of each domain whose NLL and KL to the base are measured at each evaluation; 0 = none.
+        quick: One seed, the larger learning rate, fewer steps: minutes instead of an hour.
+        steps: Training steps a run at most.
+        eval_every: Training steps between two evaluations; each is a checkpoint that counts.
+        stop_unsafe: A run ends once its unsafe rate on validation prompts is at most this.
+        unsafe_limit: What counts as safe in the selection.
+        metric: What general ability is, for the selection and the pictures.
+        higher_is_better: False where less of the metric is better (text/nll).
+        text_rows: General rows of each domain whose NLL and KL to the base are measured at each evaluation; 0 = none.
         mixed_reward: YAML file with the reward of the method that mixes general prompts in, written as in a
             configuration; by default the configuration's on harmful prompts, and right answers on general ones.
-        jobs: processes at a time; by default one a core on the CPU, else one.
-        only_report: write table and pictures of what is there, run nothing.
-        console: where progress goes.
+        jobs: Processes at a time; by default one a core on the CPU, else one.
+        only_report: Write table and pictures of what is there, run nothing.
+        console: Where progress goes.
 
     Raises:
-        ValueError: if an argument is out of range, or the folder holds another comparison.
+        ValueError: If an argument is out of range, or the folder holds another comparison.
     """
     from nspo_lightning.compare.summary import write_report
 
-    console = console or Console()
+    console, source, folder = console or Console(), Path(config).resolve(), Path(out).resolve()
     settings = read_config(Path(config), needs={"model": ("reward",), "data": ("safety", "general")})
     _check(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=1 if jobs is None else jobs)
     if not 0 < eval_every <= steps:
@@ -107,30 +110,27 @@ def compare(
     budget = Budget(steps=steps, eval_every=eval_every, stop_unsafe=stop_unsafe)
     rule = SelectionRule(unsafe_limit=unsafe_limit, metric=metric, higher_is_better=higher_is_better)
     asked: Sweep | None = None
-    reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
     if sweep is not None:
         asked = make_sweep(sweep, settings, calibration_domains(settings) if sweep == "calibration" else [])
         plan = asked.plan(seeds, (learning_rates or [own])[0])
     else:
+        reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
         plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own], reward)
-    folder = Path(out).resolve()
-    trajectory = {
-        "unsafe_limit": unsafe_limit,
-        "metric": metric,
-        "higher_is_better": higher_is_better,
-        "text_rows": text_rows,
-    }
-    prepared = {s.name: s.arguments(Path(config).resolve(), folder, budget, trajectory) for s in plan}
-    failed: list[Outcome] = []
+    failed: list[JobResult] = []
     if not only_report:
-        failed = _run_missing(plan, prepared, Path(config).resolve(), folder, jobs or _default_jobs(settings), console)
-    results = [
-        RunResult.read(spec, path) for spec in plan if (path := folder / "runs" / spec.name / "result.json").is_file()
-    ]
+        runs = {s.name: s.arguments(source, folder, budget, {**asdict(rule), "text_rows": text_rows}) for s in plan}
+        missing = _missing(plan, runs, source, folder)
+        workers = jobs or _default_jobs(settings)
+        done = f"{len(plan) - len(missing)} done already"
+        console.print(f"{len(plan)} runs, {done}; {workers} at a time; logs in {folder / 'logs'}")
+        failed = [job for job in run_all(missing, workers, console, run_job) if job.error]
+    found = ((spec, folder / "runs" / spec.name / RESULT) for spec in plan)
+    results = [RunResult.read(spec, path) for spec, path in found if path.is_file()]
     if not results and not failed:
         raise ValueError(f"No run is complete in {folder}: nothing to report. Leave `--only_report` out.")
     if results:
-        write_report(folder, results, rule=rule, budget=budget, sweep=asked, planned=len(plan), console=console)
+        findings = Findings(results=results, rule=rule, budget=budget, sweep=asked, planned=len(plan))
+        write_report(folder, findings, console)
     if failed:  # a variant that can't be trained is an answer too: the others are reported first
         listing = "\n".join(f"  {o.name}: {o.error}" for o in failed)
         raise ValueError(f"{len(failed)} of {len(plan)} runs failed; the others are kept and reported:\n{listing}")
@@ -162,30 +162,20 @@ def _check(**values: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
-def _run_missing(
-    plan: Sequence[RunSpec],
-    prepared: Mapping[str, list[str]],
-    config: Path,
-    folder: Path,
-    workers: int,
-    console: Console,
-) -> list[Outcome]:
-    """Run what is not there yet; a run of the same name made with other settings is an error, never a result."""
+def _missing(plan: Sequence[RunSpec], runs: Mapping[str, list[str]], config: Path, folder: Path) -> list[Job]:
+    """List what is not there yet; a run of the same name made with other settings is an error, never a result."""
     jobs: list[Job] = []
     for spec in plan:
-        place, arguments = folder / "runs" / spec.name, prepared[spec.name]
+        place, arguments = folder / "runs" / spec.name, runs[spec.name]
         digest, stamp = spec.digest(arguments, config, folder), folder / "commands" / f"{spec.name}.json"
         if stamp.is_file() and json.loads(stamp.read_text())["digest"] != digest:
             raise ValueError(
                 f"{place} was made with other settings than this command's. Choose another `--out`, or remove it."
             )
-        if (place / "result.json").is_file():
+        if (place / RESULT).is_file():
             continue
-        last = place / "checkpoints" / "last.ckpt"
-        resume = [f"--ckpt_path={last}"] if last.is_file() else []
+        resume = [f"--ckpt_path={last_of(place)}"] if last_of(place).is_file() else []
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(json.dumps({"digest": digest, "arguments": arguments}, indent=1) + "\n")
         jobs.append(Job(name=spec.name, arguments=[*arguments, *resume], log=folder / "logs" / f"{spec.name}.txt"))
-    done = len(plan) - len(jobs)
-    console.print(f"{len(plan)} runs, {done} done already; {workers} at a time; logs in {folder / 'logs'}")
-    return [o for o in run_all(jobs, workers, console) if o.error]
+    return jobs

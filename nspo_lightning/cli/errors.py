@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import textwrap
+import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import jsonargparse
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
 
 import nspo_lightning
+from nspo_lightning.cli.run_folder import RUN_FOLDER
+from nspo_lightning.cli.shipped import UnknownConfigError
+from nspo_lightning.compat.jsonargparse import told_reason
+
+TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
 
 _PACKAGE = Path(nspo_lightning.__file__).parent
 _OWN = tuple(str((_PACKAGE / part).resolve()) for part in ("", "callbacks", "datamodules"))
 _CHECKERS = (*_OWN, str(Path(pl.__file__).parent), str(Path(jsonargparse.__file__).parent))
-_UNION = "Does not validate against any of the Union subtypes"
-_NOT_A_SUBCLASS = re.compile(r"Import path (?P<path>\S+) does not correspond to a subclass of \S+")
 _LINES = 30
 _CREDENTIAL = r"(?:api[-_]?key|authorization|password|secret|(?<![a-z])(?<!pad_|eos_|bos_|unk_)token)"
 _KEY = re.compile(
@@ -28,11 +34,34 @@ _KEY = re.compile(
 )
 
 
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process with one message after a user's mistake: code 2 for wrong usage, else 1.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Exception: What is no user's mistake, or any error if NSPO_LIGHTNING_TRACEBACK is set.
+    """
+    try:
+        yield
+    except UnknownConfigError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
+            raise
+        RUN_FOLDER.withdraw()
+        rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+        if not (rank and getattr(error, "raised_on_all_ranks", False)):  # what all say is said once
+            where, hint = f" on rank {rank}" if rank else "", f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
+            print(f"\nerror{where}: {message_for(error)}\n{hint}", file=sys.stderr)
+        sys.exit(1)
+
+
 def is_users_mistake(error: BaseException) -> bool:
     """Tell a mistake from a bug.
-
-    Args:
-        error: What was raised.
 
     Returns:
         True for a misconfiguration; for an OSError about a named file (it is not there, or may not be read or
@@ -49,7 +78,7 @@ def is_users_mistake(error: BaseException) -> bool:
     return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(_CHECKERS)
 
 
-def explain(error: BaseException) -> str:
+def message_for(error: BaseException) -> str:
     """Say what is wrong, on one screen at most.
 
     Args:
@@ -61,10 +90,7 @@ def explain(error: BaseException) -> str:
     """
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"There is nothing at {os.fspath(error.filename)!r}: expected a file or folder. Mend the path."
-    text = str(error)
-    if text.startswith(_UNION):
-        text = _from_union(text)
-    lines = mask_keys(text).splitlines()
+    lines = mask_keys(told_reason(str(error))).splitlines()
     if len(lines) > _LINES:
         lines = [*lines[:_LINES], f"... and {len(lines) - _LINES} lines more"]
     return "\n".join(lines)
@@ -84,12 +110,3 @@ def mask_keys(text: str) -> str:
         "Key 'api_key' is not expected. Given: {'api_key': '***', 'model': 'm'}"
     """
     return _KEY.sub(r"\1***", text)
-
-
-def _from_union(text: str) -> str:
-    """Pick the reason out of jsonargparse's list; the subtype that the value names is the one whose reason counts."""
-    errors = [part.strip() for part in re.split(r"\n  - ", text)[1:]]
-    reasons = [part for part in errors if not part.startswith(("Not a valid subclass", "Unable to import", "Expected"))]
-    own = [part for part in reasons if not _NOT_A_SUBCLASS.match(part)]
-    chosen = max(own or reasons or errors or [text], key=len)
-    return textwrap.dedent(chosen.split("\nGiven value")[0])

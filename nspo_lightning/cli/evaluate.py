@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from rich.table import Table
 
 from nspo_lightning.atomic import write_json
+from nspo_lightning.checkpoints import find_checkpoint
 from nspo_lightning.cli.run_config import policy_settings, read_config
+from nspo_lightning.cli.run_folder import run_folder
+from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.module.policy_module import PolicyModule
-from nspo_lightning.module.trained_state import find_trained, load_trained_
+from nspo_lightning.module.trained_state import load_trained_
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.identity import describe, policy_fingerprint, policy_identity, versions
@@ -29,8 +31,8 @@ from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.rewards import RewardSet, RulesJudge
 from nspo_lightning.rollout import SamplingConfig
 
-RUNS = Path("runs")
 RESULT = "benchmarks.json"
+_COLUMNS = ("task", "metric", "base", "policy", "change", "std. error", "of")
 _DATA_SETTINGS = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split", "num_fewshot", "generation_kwargs")
 
 
@@ -38,23 +40,23 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     """Run the `evaluate` command.
 
     Args:
-        arguments: The command line after `evaluate`; the process's own by default.
+        arguments: The command line after `evaluate`. None = the process's own.
         console: Where the table goes.
 
     Returns:
         0; errors are raised.
     """
     options = _parse(arguments)
-    task_manager = _harness()  # before anything long
+    task_manager = _task_manager()  # before anything long
     source = Path(options.config)
     config = read_config(source)
-    run = RUNS / str(options.name or config.get("name") or "nspo")
-    trained = None if options.ckpt_path is None else find_trained(options.ckpt_path, run)
+    run = run_folder(options.name or config.get("name"))
+    trained = None if options.ckpt_path is None else find_checkpoint(options.ckpt_path, run)
     tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
     manager = task_manager(include_path=options.include_path)
     _check_tasks(tasks, manager.all_tasks)
     module = _load(policy_settings(config, source), trained)
-    found = run_tasks(module, tasks, manager, options)
+    found = run_harness(module, tasks, manager, options)
     result = {
         "identity": {
             **policy_identity(module, None if trained is None else str(trained)),
@@ -65,17 +67,18 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
             "seed": options.seed,
             "versions": versions(),
         },
-        "results": {who: scores(values) for who, values in found.items()},
+        "results": {who: harness_scores(values) for who, values in found.items()},
     }
     out = Path(options.out or run / RESULT)
     write_json(result, out)
     console = console or Console()
-    console.print(_table(result["results"], found["policy"]))
+    rows = _rows(result["results"], found["policy"].get("n-samples", {}))
+    console.print(rich_table("General benchmarks: base and policy", _COLUMNS, rows, align="llrrrrr"))
     console.print(f"written to {out}")
     return 0
 
 
-def run_tasks(
+def run_harness(
     module: PolicyModule, tasks: Sequence[str], manager: Any, options: Namespace
 ) -> dict[str, dict[str, Any]]:
     """Run the harness on the policy, and on its base if there is an adapter to switch off.
@@ -120,7 +123,7 @@ def run_tasks(
     return found
 
 
-def scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def harness_scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Read the numbers out of the harness's results.
 
     Args:
@@ -173,30 +176,27 @@ def _task_identity(results: Mapping[str, Any], task: str) -> dict[str, Any]:
     }
 
 
-def _table(results: Mapping[str, Mapping[str, Mapping[str, float]]], policy: Mapping[str, Any]) -> Table:
-    table = Table(title="General benchmarks: base and policy", title_justify="left")
-    for column in ("task", "metric", "base", "policy", "change", "std. error", "of"):
-        table.add_column(column, justify="left" if column in {"task", "metric"} else "right", overflow="fold")
+def _rows(
+    results: Mapping[str, Mapping[str, Mapping[str, float]]], samples: Mapping[str, Any]
+) -> Iterator[tuple[str, ...]]:
     for task, metrics in results["policy"].items():
-        number = policy.get("n-samples", {}).get(task, {}).get("effective", "")
         for metric, value in metrics.items():
             if metric.endswith(" stderr"):
                 continue
             before = results.get("base", {}).get(task, {}).get(metric)
             error = metrics.get(f"{metric} stderr")
-            table.add_row(
+            yield (
                 task,
                 metric,
                 "" if before is None else f"{before:.4f}",
                 f"{value:.4f}",
                 "" if before is None else f"{value - before:+.4f}",
                 "" if error is None else f"{error:.4f}",
-                str(number),
+                str(samples.get(task, {}).get("effective", "")),
             )
-    return table
 
 
-def _harness() -> Any:
+def _task_manager() -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

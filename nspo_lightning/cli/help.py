@@ -1,20 +1,17 @@
-"""The first screen of the command line: short helps, names of shipped configs, shell completion.
+"""The first screen of the command line: what each subcommand is for, and the options that most runs need.
 
-`SUBCOMMAND --help` prints one screen with what most runs need, and `--help=all` every setting with its meaning. Nothing
-here imports torch, so that a help appears at once.
+`SUBCOMMAND --help` prints that screen, `--help=all` every setting with its meaning. Nothing here imports torch, so that
+a help appears at once.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
+
+from nspo_lightning.cli.shipped import shipped_configs
 
 PROG = "python -m nspo_lightning"
-ALL = ("--help=all", "--help_all", "--help-all")
 HELP = ("-h", "--help")
-SHELLS = ("bash", "zsh", "tcsh")
 
 JOBS: dict[str, str] = {
     "fit": "train: calibrate the null space, then GRPO inside it; writes runs/NAME",
@@ -94,10 +91,6 @@ OPTIONS: dict[str, dict[str, str]] = {
 }
 
 
-class UnknownConfigError(ValueError):
-    """A configuration that is neither a file nor shipped."""
-
-
 def help_text(arguments: Sequence[str]) -> str | None:
     """Return the first screen of help, if that is what was asked for.
 
@@ -112,96 +105,6 @@ def help_text(arguments: Sequence[str]) -> str | None:
     if arguments and arguments[0] in OPTIONS and any(argument in HELP for argument in arguments[1:]):
         return _screen(arguments[0])
     return None
-
-
-def prepared(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments as the parsers take them: shipped configs as paths, `--help=all` as their own help.
-
-    Args:
-        arguments: Of the process.
-
-    Returns:
-        New arguments.
-    """
-    result: list[str] = []
-    for index, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if argument in ALL:
-            result.append("--help")
-        elif index and arguments[index - 1] in {"-c", "--config"} and arguments[0] != "export":
-            result.append(find_config(argument))
-        elif equals and option == "--config" and arguments[0] != "export":
-            result.append(f"{option}={find_config(value)}")
-        else:
-            result.append(argument)
-    return result
-
-
-def shipped_configs() -> dict[str, str]:
-    """Return name -> path of the configurations that come with the package, as `quickstart` or `strategies/ddp`."""
-    folder = Path(str(files("nspo_lightning.configs")))
-    found = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("strategies/*.yaml"))]
-    return {path.relative_to(folder).with_suffix("").as_posix(): str(path) for path in found}
-
-
-def find_config(name: str) -> str:
-    """Resolve what `--config` says.
-
-    Args:
-        name: A file, or the name of a shipped configuration with or without its ending.
-
-    Returns:
-        The path. A file of that name wins, and what looks like neither is left as it is.
-
-    Raises:
-        UnknownConfigError: If it is a bare name, and there is nothing of that name.
-    """
-    if Path(name).exists() or any(sign in name for sign in "{:\n"):
-        return name
-    shipped = shipped_configs()
-    if name.removesuffix(".yaml") in shipped:
-        return shipped[name.removesuffix(".yaml")]
-    if name != Path(name).name:
-        return name
-    raise UnknownConfigError(
-        f"`--config {name}`: there is no such file here, and no shipped configuration of that name. Shipped ones: "
-        f"{', '.join(shipped)}. Give one of them, or the path of a file."
-    )
-
-
-def completion(arguments: list[str]) -> None:
-    """Print a completion script: `completion bash`.
-
-    Args:
-        arguments: What follows ``completion``.
-
-    Raises:
-        ValueError: If shtab, which writes it, is not installed.
-    """
-    parser = argparse.ArgumentParser(prog=f"{PROG} completion", description="Print a completion script to source.")
-    parser.add_argument("shell", choices=SHELLS)
-    shell = parser.parse_args(arguments).shell
-    try:
-        import shtab
-    except ImportError as error:
-        raise ValueError(
-            "`completion` needs shtab: `pip install shtab`, or the extra `nspo-lightning[cli]`."
-        ) from error
-    print(shtab.complete(completion_parser(), shell=shell))
-
-
-def completion_parser() -> argparse.ArgumentParser:
-    """Return a parser with the subcommands and the options of their first screens, for completion alone."""
-    parser = argparse.ArgumentParser(prog="nspo-lightning")
-    commands = parser.add_subparsers()
-    for name, line in {**JOBS, **TOOLS}.items():
-        sub = commands.add_parser(name, help=line)
-        for option, meaning in OPTIONS.get(name, {}).items():
-            names = ("-c", option) if option == "--config" else (option,)
-            sub.add_argument(*names, help=meaning, choices=list(shipped_configs()) if option == "--config" else None)
-        if name == "completion":
-            sub.add_argument("shell", choices=SHELLS)
-    return parser
 
 
 def overview() -> str:

@@ -7,8 +7,16 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+RUNS = "runs"
+"""Folder of all runs, in the working folder."""
+DEFAULT_NAME = "nspo"
 _BEGINNINGS = ("config.yaml", "hparams.yaml", "events.out.tfevents.")
 """What a run writes before it has anything to keep."""
+
+
+def run_folder(name: str | None) -> Path:
+    """Return where the run of a name is kept."""
+    return Path(RUNS) / (name or DEFAULT_NAME)
 
 
 class RunFolder:
@@ -63,3 +71,7 @@ class RunFolder:
             if not parent.is_dir() or any(parent.iterdir()) or parent == Path.cwd():
                 return
             parent.rmdir()
+
+
+RUN_FOLDER = RunFolder()
+"""That of the run in this process."""

@@ -34,7 +34,7 @@ class Trainer(pl.Trainer):
         def job() -> None:
             calibrate(model, datamodule, out=out, projection=projection, keep_moments=keep_moments, trainer=self)
 
-        self.strategy._lightning_module = model
+        self.strategy.connect(model)
         launcher = self.strategy.launcher  # starts the other processes, as it does for `fit`
         if launcher is None:
             job()

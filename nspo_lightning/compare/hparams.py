@@ -20,16 +20,12 @@ _METRICS = (
 
 
 def write_hparams(results: Sequence[RunResult], folder: Path) -> None:
-    """Write one HParams session a run, with the validation curves beside it, replacing what stood there.
-
-    Args:
-        results: The runs.
-        folder: The log folder for `tensorboard --logdir`.
-    """
+    """Write one HParams session a run, with the validation curves beside it, replacing what stood in the folder."""
     from torch.utils.tensorboard import SummaryWriter
 
     if folder.exists():
         shutil.rmtree(folder)
+    swept = any(result.spec.variant for result in results)
     for result in results:
         spec = result.spec
         with SummaryWriter(str(folder / spec.name)) as writer:
@@ -38,7 +34,7 @@ def write_hparams(results: Sequence[RunResult], folder: Path) -> None:
                     if metric in record:
                         writer.add_scalar(f"validation/{metric}", record[metric], int(record["rollouts"]))
             parameters: dict[str, str | float] = {"method": spec.method, "seed": str(spec.seed)}
-            if any(r.spec.variant for r in results):
+            if swept:
                 parameters["variant"] = spec.variant or spec.label
             parameters |= {"learning_rate": spec.learning_rate or 0.0, "null_share": result.null_share or 0.0}
             metrics = {f"test/{m}": result.test[m] for m in _METRICS if m in result.test}

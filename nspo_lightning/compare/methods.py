@@ -55,10 +55,7 @@ METHODS: dict[str, Method] = {
 
 
 def as_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Write settings as command-line arguments.
-
-    Args:
-        settings: Option to value; null, numbers, texts, lists and mappings.
+    """Write settings, option to value, as a command line.
 
     Returns:
         Arguments of `fit`.
@@ -82,7 +79,7 @@ def mixing_settings(config: Mapping[str, Any], reward: Mapping[str, Any] | None 
         Option to value: the mixture, and a reward that also looks at general prompts.
 
     Raises:
-        ValueError: if the mixture would change what is evaluated.
+        ValueError: If the mixture would change what is evaluated.
     """
     data = config["data"]
     safety, general = as_dicts(data["safety"]), as_dicts(data["general"])

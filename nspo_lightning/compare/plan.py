@@ -12,6 +12,8 @@ from typing import Any
 from nspo_lightning.compare.methods import METHODS, as_arguments, mixing_settings
 
 LEARNING_RATE = "model.optimizer.init_args.lr"
+RESULT = "result.json"
+"""What a finished run leaves in its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,29 +68,18 @@ class RunSpec:
             config: The configuration.
             out: The comparison's folder.
             budget: The stopping rule.
-            trajectory: Arguments of `Trajectory`.
+            trajectory: Arguments of `Trajectory` that are the same for all runs.
 
         Returns:
             The arguments, `fit` first.
         """
         trains = METHODS[self.method].trains
-        logger = {
-            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": {"save_dir": str(out / "runs"), "name": self.name, "version": ""},
+        own = {
+            "result": str(out / "runs" / self.name / RESULT),
+            "stop_unsafe": budget.stop_unsafe,
+            "steps": budget.steps,
+            "measure_start": not trains,
         }
-        callbacks = [
-            {
-                "class_path": "nspo_lightning.compare.trajectory.Trajectory",
-                "init_args": {
-                    "result": str(out / "runs" / self.name / "result.json"),
-                    "stop_unsafe": budget.stop_unsafe,
-                    "steps": budget.steps,
-                    "measure_start": not trains,
-                    **trajectory,
-                },
-            },
-            {"class_path": "nspo_lightning.callbacks.RunReport", "init_args": {"evaluate": False}},
-        ]
         settings: dict[str, Any] = {
             "seed_everything": self.seed,
             "trainer.default_root_dir": str(out),
@@ -98,8 +89,13 @@ class RunSpec:
             "trainer.check_val_every_n_epoch": None,
             "trainer.num_sanity_val_steps": 0,
             "trainer.enable_progress_bar": False,
-            "trainer.logger": logger,
-            "trainer.callbacks": callbacks,
+            "trainer.logger": _named(
+                "lightning.pytorch.loggers.TensorBoardLogger", save_dir=str(out / "runs"), name=self.name, version=""
+            ),
+            "trainer.callbacks": [
+                _named("nspo_lightning.compare.trajectory.Trajectory", **own, **trajectory),
+                _named("nspo_lightning.callbacks.RunReport", evaluate=False),
+            ],
             **({} if trains else {"trainer.max_steps": 0}),
             **self.settings,
         }
@@ -136,7 +132,7 @@ def main_grid(
         methods: Names in `METHODS`.
         seeds: Seeds.
         rates: Learning rates.
-        mixed_reward: see `mixing_settings`.
+        mixed_reward: See `mixing_settings`.
 
     Returns:
         The runs: every method at the first seed and rate before any at the second.
@@ -147,17 +143,23 @@ def main_grid(
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"`methods` must be among {', '.join(METHODS)}, got {name!r}.")
-    plan = [RunSpec(method=name, seed=seeds[0], learning_rate=None, settings=METHODS[name].settings)
-            for name in methods if not METHODS[name].trains]  # fmt: skip
-    for rate in rates:
-        for seed in seeds:
-            for name in methods:
-                method = METHODS[name]
-                if method.trains:
-                    mixing = mixing_settings(config, mixed_reward) if method.mixes_general else {}
-                    settings = {**method.settings, **mixing}
-                    plan.append(RunSpec(method=name, seed=seed, learning_rate=rate, settings=settings))
-    return plan
+    settings = {
+        name: {
+            **METHODS[name].settings,
+            **(mixing_settings(config, mixed_reward) if METHODS[name].mixes_general else {}),
+        }
+        for name in methods
+    }
+    base = [(seeds[0], None, name) for name in methods if not METHODS[name].trains]
+    trained = [name for name in methods if METHODS[name].trains]
+    return [
+        RunSpec(method=name, seed=seed, learning_rate=rate, settings=settings[name])
+        for seed, rate, name in [*base, *((seed, rate, name) for rate in rates for seed in seeds for name in trained)]
+    ]
+
+
+def _named(class_path: str, **init_args: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": init_args}
 
 
 def _slug(text: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import multiprocessing
 import os
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_COMMAND_LINE = "nspo_lightning.cli.app"  # run in workers as a user would run it; nothing is imported from it
+Run = Callable[[list[str]], None]
+"""Runs a command line. Workers are processes of their own, so it is a function of a module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class JobResult:
     """What became of a job."""
 
     name: str
@@ -40,55 +40,44 @@ class Outcome:
     """Last line of what went wrong; empty = fine."""
 
 
-def threads_per_worker(workers: int) -> int:
-    """Share the machine's cores between workers."""
-    return max((os.cpu_count() or 1) // max(workers, 1), 1)
-
-
-def run_all(jobs: Sequence[Job], workers: int, console: Console) -> list[Outcome]:
+def run_all(jobs: Sequence[Job], workers: int, console: Console, run: Run) -> list[JobResult]:
     """Run jobs, several at a time.
 
     Args:
         jobs: What to run, in this order.
         workers: Processes.
         console: Where the progress goes.
+        run: Runs a job's command line.
 
     Returns:
-        An outcome for each job, in the order in which they ended.
+        A result for each job, in the order in which they ended.
     """
     if not jobs:
         return []
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(workers)))  # workers inherit it
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    outcomes: list[Outcome] = []
+    cores = (os.cpu_count() or 1) // max(workers, 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores, 1)))  # workers inherit it
+    left = (TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left)
+    results: list[JobResult] = []
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(
-        max_workers=workers, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)
-    )
+    executor = ProcessPoolExecutor(workers, context, initializer=_die_with, initargs=(os.getpid(),))
     try:
         with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
             task = progress.add_task("runs", total=len(jobs))
-            futures = [executor.submit(run_one, job) for job in jobs]
-            for future in as_completed(futures):
-                outcome = future.result()
-                outcomes.append(outcome)
-                state = f"failed: {outcome.error}" if outcome.error else f"{outcome.seconds:.0f} s"
-                progress.console.print(f"{outcome.name}: {state}", highlight=False)
+            for future in as_completed([executor.submit(run_one, job, run) for job in jobs]):
+                result = future.result()
+                results.append(result)
+                state = f"failed: {result.error}" if result.error else f"{result.seconds:.0f} s"
+                progress.console.print(f"{result.name}: {state}", highlight=False)
                 progress.advance(task)
     except BaseException:
-        for process in list((getattr(executor, "_processes", None) or {}).values()):
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()  # what is finished is on disk; the rest is run again
         executor.shutdown(wait=False, cancel_futures=True)
         raise
     executor.shutdown()
-    return outcomes
+    return results
 
 
 def _die_with(parent: int) -> None:
@@ -102,24 +91,17 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_one(job: Job) -> Outcome:
-    """Run one command line in this process.
-
-    Args:
-        job: What to run.
-
-    Returns:
-        What became of it; errors are caught and named.
-    """
+def run_one(job: Job, run: Run) -> JobResult:
+    """Run one command line in this process; errors are caught and named in the result."""
     begin = time.monotonic()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     error = ""
     with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            importlib.import_module(_COMMAND_LINE).main(list(job.arguments))
+            run(list(job.arguments))
         except SystemExit as stop:
             error = f"exit code {stop.code}, see {job.log}" if stop.code else ""
         except Exception as problem:  # one failed run must not end the others
             traceback.print_exc()
             error = f"{type(problem).__name__}: {problem}".splitlines()[0]
-    return Outcome(name=job.name, seconds=time.monotonic() - begin, error=error)
+    return JobResult(name=job.name, seconds=time.monotonic() - begin, error=error)

@@ -1,21 +1,27 @@
-"""Results of a comparison as rows: one for each run, read from disk, written as CSV."""
+"""Results of a comparison: one for each run, read from disk, written as CSV, and grouped by method."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from nspo_lightning.compare.plan import RunSpec
-from nspo_lightning.compare.selection import UNSAFE, SelectionRule, mean_and_spread
+from nspo_lightning.compare.plan import Budget, RunSpec
+from nspo_lightning.compare.selection import UNSAFE, SelectionRule, front_at, mean_and_spread
+from nspo_lightning.compare.sweeps import Sweep
+
+Value = Callable[[Mapping[str, float]], float]
+"""Of a checkpoint's metrics, larger = better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """A finished run."""
+    """A finished run; all but `spec` and `prompts` is called as in ``result.json``."""
 
     spec: RunSpec
     selected: dict[str, float]
@@ -33,18 +39,8 @@ class RunResult:
     @classmethod
     def read(cls, spec: RunSpec, path: Path) -> RunResult:
         """Read a run's ``result.json``."""
-        data = json.loads(path.read_text())
-        return cls(
-            spec=spec,
-            selected=data["selected"],
-            test=data["test"],
-            prompts=data["test_prompts"],
-            trajectory=data["trajectory"],
-            seconds=data["seconds"],
-            leak=data["leak"],
-            null_share=data["null_share"],
-            energy_left=data["energy_left"],
-        )
+        content = json.loads(path.read_text())
+        return cls(spec=spec, prompts=content.pop("test_prompts"), **content)
 
     def row(self) -> dict[str, Any]:
         """Return the run as a flat row."""
@@ -75,12 +71,59 @@ class Group:
     learning_rate: float | None
     results: Sequence[RunResult]
 
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self.results[0].spec.method
+
     def test(self, metric: str) -> tuple[float, float]:
         """Return mean and spread over seeds of a test metric."""
         return mean_and_spread([r.test[metric] for r in self.results if metric in r.test])
 
+    def selected_means(self, rule: SelectionRule) -> dict[str, float]:
+        """Return the means over seeds, on validation, of what the rule looks at."""
+        return {name: fmean(r.selected[name] for r in self.results) for name in (UNSAFE, rule.metric)}
 
-def write_csv(results: Iterable[RunResult], path: Path) -> Path:
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """All that a comparison found, and by which rules."""
+
+    results: Sequence[RunResult]
+    rule: SelectionRule
+    budget: Budget
+    sweep: Sweep | None
+    """None for a comparison of methods."""
+    planned: int
+    """Runs that were asked for."""
+
+    @cached_property
+    def base(self) -> RunResult | None:
+        """The untrained policy, if it was measured."""
+        return next((r for r in self.results if r.spec.method == "base"), None)
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """Label to the runs at the selected learning rate, in the order in which labels first appear."""
+        return group_results(self.results, self.rule)
+
+    @cached_property
+    def trained(self) -> dict[str, list[RunResult]]:
+        """Label to all runs, the base's left out."""
+        return {label: runs for label, runs in _by_label(self.results).items() if runs[0].spec.method != "base"}
+
+    def everywhere(self, metric: str) -> bool:
+        """Say whether every evaluation measured a metric."""
+        return all(metric in record for r in self.results for record in r.trajectory)
+
+    def gain(self, metrics: Mapping[str, float], *, test: bool = False) -> float:
+        """Return the ability relative to the base on the same prompts; in points where it is a rate."""
+        base = None if self.base is None else self.base.test if test else self.base.selected
+        zero = 0.0 if base is None else self.rule.ability(base)
+        return (self.rule.ability(metrics) - zero) * (1.0 if self.rule.metric.startswith("text/") else 100.0)
+
+
+def write_csv(results: Iterable[RunResult], path: Path) -> None:
     """Write one row a run."""
     rows = [r.row() for r in results]
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -88,31 +131,40 @@ def write_csv(results: Iterable[RunResult], path: Path) -> Path:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return path
 
 
 def group_results(results: Iterable[RunResult], rule: SelectionRule) -> dict[str, Group]:
-    """Choose each method's learning rate by the same rule as its checkpoints: on validation, by the mean over seeds.
+    """Choose each method's learning rate by the same rule as its checkpoints: on validation, by the mean over seeds."""
+    groups: dict[str, Group] = {}
+    for label, of_label in _by_label(results).items():
+        rates: dict[float | None, list[RunResult]] = {}
+        for result in of_label:
+            rates.setdefault(result.spec.learning_rate, []).append(result)
+        most = max(len(runs) for runs in rates.values())
+        complete = [Group(label=label, learning_rate=rate, results=r) for rate, r in rates.items() if len(r) == most]
+        groups[label] = max(complete, key=lambda group: rule.preference(group.selected_means(rule)))
+    return groups
+
+
+def mean_at(runs: Sequence[RunResult], value: Value, unsafe: float) -> float:
+    """Average over seeds the best value that a seed's checkpoints reach at an unsafe rate of at most ``unsafe``.
 
     Args:
-        results: All runs.
-        rule: The selection rule.
+        runs: Of one method, all learning rates.
+        value: Of a checkpoint.
+        unsafe: The rate.
 
     Returns:
-        Label to group, in the order in which labels first appear.
+        The mean; minus infinity if a seed never got there.
     """
-    by_label: dict[str, dict[float | None, list[RunResult]]] = {}
+    points: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        points.setdefault(run.spec.seed, []).extend((p[UNSAFE], value(p)) for p in run.trajectory)
+    return fmean(front_at(of_seed, unsafe) for of_seed in points.values())
+
+
+def _by_label(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:
+    found: dict[str, list[RunResult]] = {}
     for result in results:
-        by_label.setdefault(result.spec.label, {}).setdefault(result.spec.learning_rate, []).append(result)
-    groups: dict[str, Group] = {}
-    for label, rates in by_label.items():
-        most = max(len(runs) for runs in rates.values())
-        complete = {rate: runs for rate, runs in rates.items() if len(runs) == most}
-
-        def key(rate: float | None, complete: Mapping[float | None, list[RunResult]] = complete) -> Any:
-            names = (UNSAFE, rule.metric)
-            return rule.preference({n: mean_and_spread([r.selected[n] for r in complete[rate]])[0] for n in names})
-
-        best = max(complete, key=key)
-        groups[label] = Group(label=label, learning_rate=best, results=complete[best])
-    return groups
+        found.setdefault(result.spec.label, []).append(result)
+    return found

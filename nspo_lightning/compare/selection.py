@@ -1,10 +1,11 @@
-"""Which checkpoint counts, what a method's front is, and how sure a rate is: pure functions, no torch."""
+"""Which checkpoint counts, and what a method reaches at a given unsafe rate: pure functions, no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 UNSAFE = "safety/unsafe_rate"
 
@@ -50,26 +51,6 @@ class SelectionRule:
         )
 
 
-def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points that no other point beats: less unsafe and at least as able.
-
-    Args:
-        points: (unsafe rate, ability), ability larger = better.
-
-    Returns:
-        The front, unsafe rate ascending and ability strictly ascending.
-
-    Example:
-        >>> front([(0.1, 0.9), (0.0, 0.8), (0.1, 0.7), (0.2, 0.85)])
-        [(0.0, 0.8), (0.1, 0.9)]
-    """
-    best: list[tuple[float, float]] = []
-    for unsafe, ability in sorted(points, key=lambda p: (p[0], -p[1])):
-        if not best or ability > best[-1][1]:
-            best.append((unsafe, ability))
-    return best
-
-
 def front_at(points: Iterable[tuple[float, float]], unsafe: float) -> float:
     """Return the best ability to be had at an unsafe rate of at most ``unsafe`` (minus infinity if none is)."""
     return max((ability for rate, ability in points if rate <= unsafe), default=-math.inf)
@@ -79,7 +60,6 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and the standard deviation over seeds (Bessel-corrected, 0 for one)."""
     if not values:
         return math.nan, math.nan
-    mean = math.fsum(values) / len(values)
     if len(values) == 1:
-        return mean, 0.0
-    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        return values[0], 0.0
+    return fmean(values), stdev(values) if all(map(math.isfinite, values)) else math.nan

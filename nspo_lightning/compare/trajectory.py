@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -16,8 +17,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
+from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.compare.general_text import text_metrics
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
+from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.module.grpo_module import GRPOModule
+
+_Split = Literal["validation", "test"]
 
 _PREFIXES = ("safety/", "general/", "text/")
 
@@ -26,14 +32,14 @@ class Trajectory(Callback):
     """Record every validation, stop by one rule for all methods, measure the selected checkpoint on the test split.
 
     Args:
-        result: JSON file that is written when the run is complete, never before.
-        steps: training steps at most.
-        unsafe_limit: see `SelectionRule`.
-        metric: see `SelectionRule`.
-        higher_is_better: see `SelectionRule`.
-        stop_unsafe: stop once an evaluation's unsafe rate is at most this.
-        text_rows: general rows with an answer whose NLL and KL to the base are measured; 0 = none.
-        measure_start: measure before the first step as well (what the base does).
+        result: JSON file, written when the run is complete and never before.
+        steps: Training steps at most.
+        unsafe_limit: See `SelectionRule`.
+        metric: See `SelectionRule`.
+        higher_is_better: See `SelectionRule`.
+        stop_unsafe: Stop once an evaluation's unsafe rate is at most this.
+        text_rows: General rows with an answer whose NLL and KL to the base are measured; 0 = none.
+        measure_start: Measure before the first step as well (what the base does).
     """
 
     def __init__(
@@ -85,18 +91,17 @@ class Trajectory(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.measure_start and not self.records:
-            self._record(trainer, pl_module, self._evaluate(trainer, pl_module, "validation"))
+            self._record(trainer, pl_module, _rates(trainer, pl_module, "validation"))
         if self._weights:
             pl_module.load_state_dict(self._weights, strict=False)
-        test = self._evaluate(trainer, pl_module, "test") | self._text(trainer, pl_module, "test")
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        harmful, general = datamodule.eval_rows("test")
+        test = _rates(trainer, pl_module, "test") | self._text(trainer, pl_module, "test")
+        harmful, general = _datamodule(trainer).eval_rows("test")
         result = {
             "selected": self.selected,
             "test": test,
             "test_prompts": {"harmful": len(harmful), "general": len(general)},
             "trajectory": self.records,
-            "seconds": round(self._seconds + time.monotonic() - self._begin, 1),
+            "seconds": round(self._elapsed(), 1),
             **_null_space(trainer),
         }
         if trainer.is_global_zero:
@@ -104,12 +109,11 @@ class Trajectory(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        seconds = self._seconds + (time.monotonic() - self._begin if self._begin else 0.0)
         return {
             "records": self.records,
             "selected": self.selected,
             "weights": self._weights,
-            "seconds": seconds,
+            "seconds": self._elapsed(),
         }
 
     @override
@@ -117,10 +121,13 @@ class Trajectory(Callback):
         self.records, self.selected = list(state_dict["records"]), dict(state_dict["selected"])
         self._weights, self._seconds = dict(state_dict["weights"]), float(state_dict["seconds"])
 
+    def _elapsed(self) -> float:
+        return self._seconds + (time.monotonic() - self._begin if self._begin else 0.0)
+
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rates: dict[str, float]) -> None:
         record = {
             "steps": float(trainer.fit_loop.total_batch_idx + 1),
-            "rollouts": float(getattr(pl_module, "rollouts", 0)),
+            "rollouts": float(cast(GRPOModule, pl_module).rollouts),
             "updates": float(trainer.global_step),
             **rates,
             **self._text(trainer, pl_module, "validation"),
@@ -128,39 +135,32 @@ class Trajectory(Callback):
         self.records.append(record)
         if not self.selected or self.rule.preference(record) > self.rule.preference(self.selected):
             self.selected = record
-            self._weights = {
-                name: parameter.detach().cpu().clone()
-                for name, parameter in pl_module.named_parameters()
-                if parameter.requires_grad
-            }
+            trained = ((n, p) for n, p in pl_module.named_parameters() if p.requires_grad)
+            self._weights = {name: parameter.detach().cpu().clone() for name, parameter in trained}
 
-    def _text(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> dict[str, float]:
+    def _text(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
         if self.text_rows == 0:
             return {}
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        return text_metrics(pl_module, datamodule, split, self.text_rows)
+        return text_metrics(cast(GRPOModule, pl_module), _datamodule(trainer), split, self.text_rows)
 
-    @staticmethod
-    def _evaluate(trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> dict[str, float]:
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        module: Any = pl_module
-        loaders = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
-        rates: dict[str, float] = module.evaluate(loaders)
-        return rates
+
+def _datamodule(trainer: pl.Trainer) -> AlignmentDataModule:
+    return cast(AlignmentDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _rates(trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
+    data = _datamodule(trainer)
+    return cast(GRPOModule, pl_module).evaluate(data.test_dataloader() if split == "test" else data.val_dataloader())
 
 
 def _null_space(trainer: pl.Trainer) -> dict[str, float | None]:
     """Read leak, null share and energy left off the projection callback, None where it is off."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        calibration = getattr(callback, "calibration", None)
-        if calibration is not None and callable(getattr(callback, "certificate", None)):
-            bases = list(calibration.bases.values())
+        if isinstance(callback, NullSpaceProjection) and callback.calibration is not None:
+            bases = callback.calibration.bases.values()
             return {
                 "leak": max(callback.certificate().values(), default=0.0),
-                "null_share": sum(b.null_dims / b.width for b in bases) / len(bases),
-                "energy_left": sum(b.choice.energy_left for b in bases) / len(bases),
+                "null_share": fmean(b.null_dims / b.width for b in bases),
+                "energy_left": fmean(b.choice.energy_left for b in bases),
             }
     return {"leak": None, "null_share": None, "energy_left": None}
-
-
-__all__ = ["Trajectory"]

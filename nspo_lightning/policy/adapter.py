@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from nspo_lightning.checkpoints import ADAPTER_CONFIG
 from nspo_lightning.compat.peft import is_lora_parameter
 from nspo_lightning.nullspace.modes import adapted_models
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
@@ -15,8 +16,6 @@ from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySett
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:

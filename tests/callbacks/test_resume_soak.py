@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from held import Held, Watch, slope
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -19,18 +18,8 @@ from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.policy.settings import LoraSettings, PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 WORDS = ("mill", "bridge", "ferry", "tower", "well", "gate", "cart", "guard", "bell", "oven", "loom", "chain")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
-
-
-@pytest.fixture(scope="module")
-def soak():
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def harmful(split):
@@ -45,7 +34,7 @@ def even_tokens(prompts, completions, completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def test_thirty_updates_leave_nothing_behind(soak, tiny_llama, tmp_path):
+def test_thirty_updates_leave_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
     policy = GRPOModule(
         even_tokens,
         policy=PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=LoraSettings(r=4)),
@@ -54,8 +43,8 @@ def test_thirty_updates_leave_nothing_behind(soak, tiny_llama, tmp_path):
         sampling=SamplingConfig(max_new_tokens=4),
         general_max_new_tokens=2,
     )
-    watch = soak.Watch()
-    watch.seen = []
+    watch = Watch()
+    Watch.seen = []
     trainer = Trainer(
         default_root_dir=tmp_path,
         max_steps=30,
@@ -88,7 +77,7 @@ def test_thirty_updates_leave_nothing_behind(soak, tiny_llama, tmp_path):
     assert max(tensors) - min(tensors) <= 8  # a few are on their way
 
 
-def test_a_line_is_fitted_through_the_second_half(soak):
-    seen = [soak.Held(i, memory_mb=100.0 + max(i - 10, 0) * 0.5, handles=3, threads=4) for i in range(20)]
-    assert soak.slope(seen, "memory_mb") == pytest.approx(0.5)
-    assert soak.slope(seen, "handles") == pytest.approx(0.0)
+def test_a_line_is_fitted_through_the_second_half() -> None:
+    seen = [Held(i, memory_mb=100.0 + max(i - 10, 0) * 0.5, handles=3, threads=4) for i in range(20)]
+    assert slope(seen, "memory_mb") == pytest.approx(0.5)
+    assert slope(seen, "handles") == pytest.approx(0.0)

@@ -11,23 +11,24 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nspo_lightning.cli import help as command_face
+from nspo_lightning.cli import help as screens
+from nspo_lightning.cli import shipped
 from nspo_lightning.cli.app import COMMANDS, main
 
 SCREEN = 40
 
 
 def call(capsys, *arguments):
+    code: str | int | None = 0
     try:
         main(list(arguments))
-        code = 0
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("name", [*command_face.JOBS, *COMMANDS, "completion"])
+@pytest.mark.parametrize("name", [*screens.JOBS, *COMMANDS, "completion"])
 def test_every_help_fits_on_a_screen(capsys, name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     code, out, err = call(capsys, name, "--help")
@@ -44,12 +45,12 @@ def test_the_overview_names_every_subcommand(capsys, argument):
     code, out, _ = call(capsys, argument)
     assert code == 0
     assert len(out.splitlines()) <= SCREEN
-    for name in (*command_face.JOBS, *COMMANDS):
+    for name in (*screens.JOBS, *COMMANDS):
         assert f"\n  {name} " in out
 
 
 def test_help_all_has_every_setting_and_the_screen_invents_none(capsys):
-    assert command_face.OPTIONS.keys() <= {*command_face.JOBS, *COMMANDS}
+    assert screens.OPTIONS.keys() <= {*screens.JOBS, *COMMANDS}
     for arguments in (
         ("fit", "--help=all"),
         ("calibrate", "--help_all"),
@@ -59,7 +60,7 @@ def test_help_all_has_every_setting_and_the_screen_invents_none(capsys):
         code, out, _ = call(capsys, *arguments)
         assert code == 0
         assert len(out.splitlines()) > SCREEN
-        for option in command_face.OPTIONS[arguments[0]]:
+        for option in screens.OPTIONS[arguments[0]]:
             if ".optimizer." not in option:  # depends on the optimizer that the config names
                 assert f"{option} " in out or f"{option}." in out, option
 
@@ -94,9 +95,9 @@ def test_an_unknown_config_lists_the_shipped_ones(capsys, tmp_path, monkeypatch)
 
 
 def test_every_shipped_config_has_its_name():
-    for name, path in command_face.shipped_configs().items():
-        assert command_face.find_config(name) == command_face.find_config(f"{name}.yaml") == path
-    assert command_face.find_config("folder/quickstart.yaml") == "folder/quickstart.yaml"
+    for name, path in shipped.shipped_configs().items():
+        assert shipped.find_config(name) == shipped.find_config(f"{name}.yaml") == path
+    assert shipped.find_config("folder/quickstart.yaml") == "folder/quickstart.yaml"
 
 
 def test_exit_codes(capsys, tmp_path, monkeypatch):
@@ -135,6 +136,8 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     shown = subprocess.Popen(
         [sys.executable, "-m", "nspo_lightning", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    assert shown.stdout is not None
+    assert shown.stderr is not None
     shown.stdout.close()
     assert b"Traceback" not in shown.stderr.read()
     shown.wait()

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from nspo_lightning.cli import compare as command
 from nspo_lightning.cli.compare import compare, main
+from nspo_lightning.cli.jobs import run_job
 from nspo_lightning.compare.plan import Budget, RunSpec
-from nspo_lightning.compare.pool import Job, Outcome, run_one
-from nspo_lightning.compare.results import RunResult, group_results
+from nspo_lightning.compare.pool import Job, JobResult, Run, run_one
+from nspo_lightning.compare.results import Findings, RunResult, group_results
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.summary import write_report
 
@@ -64,7 +66,9 @@ def test_the_learning_rate_is_selected_by_the_same_rule_as_checkpoints() -> None
 
 def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path) -> None:
     budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
-    write_report(tmp_path, RESULTS, rule=SelectionRule(), budget=budget, sweep=None, planned=20, console=QUIET)
+    write_report(
+        tmp_path, Findings(results=RESULTS, rule=SelectionRule(), budget=budget, sweep=None, planned=20), QUIET
+    )
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == len(RESULTS)
     assert {r["method"] for r in rows} == {"base", "grpo", "nspo"}
@@ -88,14 +92,14 @@ def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_
 ) -> None:
     ran: list[str] = []
 
-    def pretend(jobs: list[Job], workers: int, console: Console) -> list[Outcome]:
+    def pretend(jobs: list[Job], workers: int, console: Console, run: Run) -> list[JobResult]:
         for job in jobs:
             ran.append(job.name)
             if len(ran) == 2:
                 raise KeyboardInterrupt
-            run = RESULTS[0]
-            content: dict[str, Any] = {k: getattr(run, k) for k in ("selected", "test", "trajectory", "seconds")}
-            content |= {"test_prompts": run.prompts, "leak": None, "null_share": None, "energy_left": None}
+            done = RESULTS[0]
+            content: dict[str, Any] = {k: getattr(done, k) for k in ("selected", "test", "trajectory", "seconds")}
+            content |= {"test_prompts": done.prompts, "leak": None, "null_share": None, "energy_left": None}
             place = tmp_path / "runs" / job.name
             place.mkdir(parents=True)
             (place / "result.json").write_text(json.dumps(content))
@@ -140,26 +144,29 @@ def test_a_configuration_without_a_reward_is_refused(tmp_path: Path) -> None:
 
 def test_a_failed_run_is_named_with_its_log_and_does_not_end_the_others(tmp_path: Path) -> None:
     job = Job(name="x", arguments=["fit", "--nothing"], log=tmp_path / "x.txt")
-    outcome = run_one(job)
+    outcome = run_one(job, run_job)
     assert "exit code 2" in outcome.error
     assert "x.txt" in outcome.error
     assert "nothing" in job.log.read_text()
 
 
+def small_quickstart(folder: Path) -> Path:
+    """The quickstart with few prompts to sample, to evaluate and to calibrate on, and a base that is quick on a CPU."""
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    config["model"] |= {"group_size": 4}
+    config["model"]["policy"] |= {"quantization": "none"}
+    config["data"] |= {"batch_size": 4, "calibration_size": 64}
+    for part, split in (("val", "validation"), ("test", "test")):
+        for use, rows in (("safety", "toy/harmful"), ("general", "toy/general")):
+            config["data"][f"{use}_{part}"] = {"path": rows, "split": split, "count": 12}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
 def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
-    arguments = ["--config", QUICKSTART, "--out", str(tmp_path), "--methods", "[base,nspo]", "--seeds", "[0]"]
-    arguments += [
-        "--learning_rates",
-        "[1e-3]",
-        "--steps",
-        "2",
-        "--eval_every",
-        "1",
-        "--text_rows",
-        "2",
-        "--jobs",
-        "1",
-    ]
+    arguments = ["--config", str(small_quickstart(tmp_path)), "--out", str(tmp_path), "--methods", "[base,nspo]"]
+    arguments += ["--seeds", "[0]", "--learning_rates", "[1e-3]", "--steps", "2", "--eval_every", "1"]
+    arguments += ["--text_rows", "2", "--jobs", "1"]
     assert main(arguments) == 0
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
     assert rows["base"]["test/text/kl"] == "0.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from nspo_lightning.cli.evaluate import main, scores
+from nspo_lightning.checkpoints import CheckpointError
+from nspo_lightning.cli.evaluate import harness_scores, main
 from nspo_lightning.cli.run_config import ConfigError, policy_settings
 from nspo_lightning.policy.loading import load_policy
-from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 
 TASK = """
@@ -42,7 +43,7 @@ def job(tiny_llama, tmp_path, monkeypatch):
     config = {"name": "tiny", "model": {"policy": policy, "group_size": 4}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     settings = policy_settings(config, tmp_path / "config.yaml")
-    model = load_policy(settings, torch.device("cpu"))
+    model: Any = load_policy(settings, torch.device("cpu"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.5)
@@ -100,9 +101,9 @@ def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
     folder = job[0]
     with pytest.raises(ConfigError, match="nothing at"):
         main(["-c", "missing.yaml", "--tasks", "colours"])
-    with pytest.raises(PolicyError, match="trained"):
+    with pytest.raises(CheckpointError, match="trained"):
         main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", "best"])
-    with pytest.raises(PolicyError, match="found nothing"):
+    with pytest.raises(CheckpointError, match="found nothing"):
         main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", str(folder / "no.ckpt")])
     pytest.importorskip("lm_eval")
     with pytest.raises(MisconfigurationException, match="knows no colors"):
@@ -120,4 +121,4 @@ def test_without_the_harness_it_says_how_to_get_it(job, monkeypatch):
 
 def test_scores_are_read_with_their_filters():
     found = {"results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact,strict": 1, "n": 3}}}
-    assert scores(found) == {"t": {"acc": 0.5, "acc stderr": 0.1, "exact (strict)": 1.0}}
+    assert harness_scores(found) == {"t": {"acc": 0.5, "acc stderr": 0.1, "exact (strict)": 1.0}}

@@ -80,6 +80,7 @@ def test_spellings_of_labels(tmp_path, console, column, values, options):
     found = judge_file(
         reward(), input=write(tmp_path / "r.jsonl", rows), output=str(tmp_path / "s"), console=console, **options
     )
+    assert found is not None
     assert (found.true_negatives, found.false_positives, found.false_negatives, found.true_positives) == (2, 1, 0, 1)
 
 
@@ -89,6 +90,7 @@ def test_csv_with_some_labels_missing(tmp_path, console):
         writer.writeheader()
         writer.writerows([{"prompt": "a", "response": HELPED, "is_safe": v} for v in ("False", "", "true")])
     found = judge_file(reward(), input=str(tmp_path / "rows.csv"), output=str(tmp_path / "s"), console=console)
+    assert found is not None
     assert found.count == 2
     assert math.isnan(found.auroc) is False
 

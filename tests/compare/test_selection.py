@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nspo_lightning.compare.selection import SelectionRule, front, front_at, mean_and_spread
+from nspo_lightning.compare.selection import SelectionRule, front_at, mean_and_spread
 
 UNIT = st.floats(0, 1)
 
@@ -36,15 +36,16 @@ def test_a_metric_of_which_less_is_better_and_one_that_is_missing() -> None:
     assert rule.preference(high) > rule.preference({"safety/unsafe_rate": 0.0, "text/nll": math.nan})
 
 
-@given(st.lists(st.tuples(UNIT, UNIT), min_size=1, max_size=12))
-def test_no_point_lies_above_the_front_and_every_point_of_it_is_needed(points: list[tuple[float, float]]) -> None:
-    curve = front(points)
-    assert set(curve) <= set(points)
+@given(st.lists(st.tuples(UNIT, UNIT), min_size=1, max_size=12), UNIT)
+def test_the_front_is_the_best_of_the_safe_enough_and_never_falls(
+    points: list[tuple[float, float]], level: float
+) -> None:
+    reached = [ability for unsafe, ability in points if unsafe <= level]
+    assert front_at(points, level) == (max(reached) if reached else -math.inf)
     for unsafe, ability in points:
-        assert front_at(curve, unsafe) >= ability
-    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        assert x0 < x1
-        assert y0 < y1
+        assert front_at(points, unsafe) >= ability
+    for low, high in itertools.pairwise(sorted(unsafe for unsafe, _ in points)):
+        assert front_at(points, low) <= front_at(points, high)
 
 
 def test_spread_is_the_bessel_corrected_deviation() -> None:

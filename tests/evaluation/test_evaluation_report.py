@@ -14,7 +14,6 @@ from nspo_lightning.callbacks import TestReport
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.evaluation.rates import Rate, RateTable, row_categories
 from nspo_lightning.module.grpo_module import GRPOModule
-from nspo_lightning.module.trained_state import find_trained
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.policy.text_scores import score_texts
 from nspo_lightning.rewards import RulesJudge
@@ -117,23 +116,6 @@ def test_the_report_counts_what_the_completions_file_shows(job):
     wrong.adapter_folder = folder / "adapter"
     with pytest.raises(PolicyError, match="has r 4"):
         wrong.configure_model()
-
-
-def test_what_ckpt_path_means(tmp_path):
-    folder = tmp_path / "checkpoints"
-    with pytest.raises(PolicyError, match="not there"):
-        find_trained("last", tmp_path)
-    folder.mkdir()
-    torch.save({"callbacks": {"a": {"monitor": None, "best_model_path": "x"}}}, folder / "last.ckpt")
-    assert find_trained("last", tmp_path) == folder / "last.ckpt"
-    with pytest.raises(PolicyError, match="none is the best"):
-        find_trained("best", tmp_path)
-    state = {"monitor": "guard/score", "best_model_path": "elsewhere/best-3.ckpt"}
-    torch.save({"callbacks": {"a": {"monitor": None}, "b": state}}, folder / "last.ckpt")
-    (folder / "best-3.ckpt").write_text("")
-    assert find_trained("best", tmp_path) == folder / "best-3.ckpt"
-    with pytest.raises(PolicyError, match="folder without"):
-        find_trained(str(folder), tmp_path)
 
 
 def test_categories_come_as_text_lists_and_tables():

@@ -264,7 +264,7 @@ def test_a_failure_while_writing_keeps_the_earlier_export(export, tmp_path, monk
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nspo_lightning.cli.export.card", full)
+    monkeypatch.setattr("nspo_lightning.export.write.card", full)
     with pytest.raises(OSError, match="No space"):
         export("--overwrite")
     assert (tmp_path / "out" / "README.md").read_text() == before

@@ -1,0 +1,181 @@
+"""The jobs that share one configuration: LightningCLI over GRPOModule, AlignmentDataModule and NullSpaceProjection.
+
+`fit` trains; `validate`, `test` and `predict` measure and write completions; `calibrate` and `data` are the Trainer's.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from nspo_lightning.atomic import remove_leftovers
+from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.checkpoints import FOLDER, LAST, AtomicCheckpointIO, check_readable, find_checkpoint, has_last
+from nspo_lightning.cli.errors import exit_codes
+from nspo_lightning.cli.parser import Parser
+from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS
+from nspo_lightning.cli.standard_callbacks import with_standard_callbacks
+from nspo_lightning.cli.trainer import Trainer
+from nspo_lightning.compat.lightning_cli import CLIWithoutStoredSettings
+from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.toy.judge import TownJudge
+
+DESCRIPTION = """Safety GRPO in the null space of general ability.
+
+Start with `fit -c quickstart`; `SUBCOMMAND --help=all` lists every setting, `fit -c FILE --print_config` prints them
+with their values. Other jobs have a help of their own: `judge --help` (score a file), `compare --help`
+(methods, seeds and sweeps in one table), `evaluate --help` (lm-evaluation-harness), `export --help` (an adapter or a
+merged model out of a checkpoint)."""
+NOISE = (
+    ".*`training_step` returned `None`.*",  # a step without signal is no mistake here
+    ".*isinstance\\(treespec, LeafSpec\\).*",  # between lightning and torch
+    ".*`is_gradient_checkpointing` is deprecated.*",  # between peft and transformers
+    ".*Checkpoint directory .* exists and is not empty.*",  # resuming
+    ".*there is no last checkpoint available.*",  # we say it ourselves
+    ".*weights_only. was not set.*",  # ours is always True
+)
+SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name them without their module
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the resolved configuration beside the run and show it in TensorBoard."""
+
+    @override
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                text = self.parser.dump(self.config, skip_none=False)
+                logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+
+class CLI(CLIWithoutStoredSettings):
+    """LightningCLI with the callback's own section, run folders, and the callbacks that a run should not miss."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        own = {name: {"model", "datamodule"} for name in ("calibrate", "data")}
+        return {**LightningCLI.subcommands(), **own}
+
+    @property
+    def settings(self) -> Any:
+        """The instantiated settings of the subcommand that runs."""
+        return self.config_init[self.subcommand] if self.subcommand else self.config_init
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name", type=str, default=DEFAULT_NAME, help="Name of the run; it is kept in runs/<name>."
+        )
+        parser.add_lightning_class_args(NullSpaceProjection, "nullspace")
+        parser.link_arguments(
+            ("model.num_iterations", "model.num_minibatches"),
+            "data.repeat_batches",
+            compute_fn=lambda iterations, minibatches: iterations * minibatches,
+        )
+
+    @override
+    def after_parsing(self) -> None:
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path:
+            check_readable(str(path))
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        silence_noise()  # libraries that were imported meanwhile brought filters of their own
+        config = self.settings.trainer
+        _check_trainer(config)
+        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
+            kwargs["logger"] = TensorBoardLogger(RUNS, name=self.settings.name, version="")
+        kwargs["callbacks"] = with_standard_callbacks(
+            config.get("callbacks") or [],
+            checkpoints=config.get("enable_checkpointing") is not False,
+            progress_bar=config.get("enable_progress_bar") is not False,
+        )
+        given = config.get("plugins") or []
+        plugins = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Move an earlier run of the same name out of the way (`runs/name` is always the latest)."""
+        folder, ckpt_path = self.trainer.log_dir, self.settings.get("ckpt_path")
+        remove_leftovers(Path(self.trainer.default_root_dir) / "nullspace", shared=True)
+        if folder and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            RUN_FOLDER.begin(Path(folder), set_aside=not ckpt_path)
+        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        folders = [Path(c.dirpath) for c in callbacks if c.dirpath] + ([Path(folder) / FOLDER] if folder else [])
+        if ckpt_path == LAST and not has_last(folders):
+            rank_zero_info("There is no checkpoint to go on from yet (`--ckpt_path last`): the run starts anew.")
+
+    def before_validate(self) -> None:
+        """Find what `--ckpt_path` means: `best`, `last`, a checkpoint, or an adapter's folder."""
+        name = self.settings.get("ckpt_path")
+        if name is None:
+            return
+        found = find_checkpoint(str(name), Path(self.trainer.log_dir or RUNS))
+        if found.is_dir():
+            self.model.adapter_folder = found
+        self.settings.ckpt_path = None if found.is_dir() else str(found)
+
+    before_test = before_predict = before_validate
+
+
+def _check_trainer(config: Any) -> None:
+    """Refuse what Lightning would stumble over later, or not at all."""
+    accumulate, clip = config.get("accumulate_grad_batches"), config.get("gradient_clip_val")
+    if accumulate is not None and accumulate < 1:
+        raise MisconfigurationException(f"`trainer.accumulate_grad_batches` must be at least 1, got {accumulate}.")
+    if clip is not None and clip < 0:
+        raise MisconfigurationException(
+            f"`trainer.gradient_clip_val` must not be negative, got {clip}. Leave it out for no clipping."
+        )
+
+
+def silence_noise() -> None:
+    """Filter warnings and tips of other libraries that mean nothing here."""
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+def cli_arguments() -> dict[str, Any]:
+    """Return the arguments of `CLI`, without `args`."""
+    return {
+        "model_class": GRPOModule,
+        "datamodule_class": AlignmentDataModule,
+        "trainer_class": Trainer,
+        "trainer_defaults": {"default_root_dir": RUNS},
+        "save_config_callback": SaveConfig,
+        "save_config_kwargs": {"overwrite": True},
+        "seed_everything_default": 0,
+        "auto_configure_optimizers": False,
+        "parser_class": Parser,
+        "parser_kwargs": {"description": DESCRIPTION},
+    }
+
+
+def run_job(arguments: list[str]) -> None:
+    """Run a job as the command line does, from other Python code or in a worker process.
+
+    Args:
+        arguments: The job and its options.
+    """
+    silence_noise()
+    with exit_codes():
+        CLI(**cli_arguments(), args=arguments)

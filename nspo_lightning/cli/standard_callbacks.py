@@ -1,0 +1,45 @@
+"""The callbacks that every run of the command line has, unless its configuration brings one of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
+
+from nspo_lightning.callbacks import (
+    EndTogether,
+    ExactResume,
+    LastOnException,
+    PredictionWriter,
+    RunReport,
+    SampleCompletions,
+    TestReport,
+)
+
+
+def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, progress_bar: bool) -> list[Callback]:
+    """Add what a run should not miss.
+
+    Args:
+        given: The configuration's callbacks.
+        checkpoints: Whether the Trainer writes any.
+        progress_bar: Whether it shows one.
+
+    Returns:
+        All callbacks. The one that writes `last` comes last: its file then holds what the others decided.
+    """
+    standard: list[Callback] = []
+    if checkpoints:
+        # Names hold the step, so a file that is there already is the same one, written before a crash.
+        checkpoint = ModelCheckpoint(save_last=True, save_on_exception=False, enable_version_counter=False)
+        standard = [checkpoint, ExactResume(), LastOnException()]
+    # EndTogether comes after LastOnException: other processes are ended once the checkpoint is written.
+    standard += [EndTogether(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
+    if progress_bar:
+        standard.append(RichProgressBar())
+    callbacks = list(given)
+    for callback in standard:
+        kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
+        if not any(isinstance(other, kind) for other in callbacks):
+            callbacks.append(callback)
+    return sorted(callbacks, key=lambda callback: isinstance(callback, ModelCheckpoint) and bool(callback.save_last))

@@ -1,0 +1,100 @@
+"""Write an export: a folder with a PEFT adapter or a merged model, and a model card, complete or not at all.
+
+Making an adapter loads no model: the checkpoint holds it, and PEFT's file format is a rename of its keys
+(`base_model.model.<layer>.lora_A.weight`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nspo_lightning.atomic import replacing_folder
+from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
+from nspo_lightning.compat.peft import DOWN, UP, name_in_file
+from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences
+from nspo_lightning.export.merge import MergedLayer, certificates, merge_, unquantised_base
+from nspo_lightning.export.trained import PREFIX, ExportSource
+from nspo_lightning.policy.adapter import lora_config
+from nspo_lightning.policy.settings import PolicyError
+from nspo_lightning.policy.tokenizer import load_tokenizer
+
+
+def export_adapter(source: ExportSource, out: Path) -> list[str]:
+    """Write the adapter in PEFT's format.
+
+    Args:
+        source: The checkpoint.
+        out: The folder.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        PolicyError: If there is no adapter, or its base exists in the run's memory only.
+    """
+    if source.settings.lora is None:
+        raise PolicyError("The run trained whole weights (`policy.lora: null`): there is no adapter. Add `--merge`.")
+    if source.settings.adapter is not None:
+        raise PolicyError(
+            f"The adapter belongs on '{source.settings.path}' with '{source.settings.adapter}' merged into it, and no "
+            "folder holds that base. Export the sum of all three with `--merge`."
+        )
+    found = certificates(source)
+    notes: list[str] = []
+    with replacing_folder(out) as folder:
+        _write_adapter(source, folder)
+        try:
+            load_tokenizer(source.settings).save_pretrained(str(folder))
+        except PolicyError as error:
+            notes.append(f"No tokenizer beside it: {error}")
+        text = card(source, certificates=found, merged=None, dtype="float32", name=out.absolute().name)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    leak = f"Certificate: {leak_sentence(found)}." if found else no_basis_sentence(source)
+    return [f"Adapter of {len(source.adapter())} layers after {source.updates} updates: {out}", leak, *notes]
+
+
+def _write_adapter(source: ExportSource, folder: Path) -> None:
+    hide_missing_kernel()  # peft imports bitsandbytes
+    from safetensors.torch import save_file
+
+    lora = source.settings.lora
+    assert lora is not None
+    layers = source.adapter()
+    changes: dict[str, Any] = {
+        "base_model_name_or_path": source.settings.model_path,
+        "revision": source.settings.revision,
+        "inference_mode": True,
+    }
+    if lora.target_modules == "all-linear":  # it becomes the names that it stood for, as PEFT itself does
+        changes["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
+    lora_config(lora, **changes).save_pretrained(str(folder))
+    tensors = {}
+    for name, layer in layers.items():
+        inner = name.removeprefix(PREFIX)
+        tensors[inner + name_in_file(DOWN)] = layer.down.contiguous()
+        tensors[inner + name_in_file(UP)] = layer.up.contiguous()
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def export_merged(source: ExportSource, out: Path, dtype: str) -> list[str]:
+    """Write a full model: the unquantised base plus the update, rounded once.
+
+    Args:
+        source: The checkpoint.
+        out: The folder.
+        dtype: One of `DTYPES`.
+
+    Returns:
+        What to tell the user: among it, what rounding did to the null space.
+    """
+    tokenizer = load_tokenizer(source.settings)
+    base = unquantised_base(source)
+    layers: list[MergedLayer] = merge_(base, source, dtype)  # type: ignore[arg-type]
+    with replacing_folder(out) as folder:
+        base.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        text = card(source, certificates=certificates(source), merged=layers, dtype=dtype, name=out.absolute().name)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    said = rounding_sentences(layers, dtype, no_basis_sentence(source))
+    return [f"Model with {len(layers)} merged matrices in {dtype} after {source.updates} updates: {out}", *said]
