@@ -136,7 +136,7 @@ def run_quickstart(steps: int = 14) -> dict[str, float]:
 
 def run_27m(model: Any, steps: int = 8) -> dict[str, float]:
     """Fit a random model with the embedded tokenizer and prompts, rank 16, float32."""
-    from nspo_lightning.toy.tokenizer import train_tokenizer
+    from nspo_lightning.toy.train_tokenizer import train_tokenizer
     from nspo_lightning.toy.world import examples
 
     tokenizer = train_tokenizer([f"{e.prompt} {e.answer}" for e in examples("benign", "train")[:2000]], 512)

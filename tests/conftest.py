@@ -22,7 +22,7 @@ def _same_noise():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from nspo_lightning.toy.tokenizer import train_tokenizer
+    from nspo_lightning.toy.train_tokenizer import train_tokenizer
     from nspo_lightning.toy.world import examples
 
     return train_tokenizer([f"{e.prompt} {e.answer}" for e in examples("benign", "train")[:200]], 320)

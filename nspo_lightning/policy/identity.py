@@ -29,14 +29,16 @@ PACKAGES = (
 )
 
 
-class HasPolicy(Protocol):
-    """What is asked of a module whose policy gets named."""
+class _HasPolicy(Protocol):
+    """A module whose policy gets named."""
 
-    policy_settings: PolicySettings
-    fingerprint: str
+    @property
+    def policy_settings(self) -> PolicySettings: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return name and value of each parameter."""
+    @property
+    def fingerprint(self) -> str: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 def versions() -> dict[str, str]:
@@ -48,7 +50,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def trained_weights_hash(module: HasPolicy) -> str:
+def trained_weights_hash(module: _HasPolicy) -> str:
     """Name a trained state: 16 hex digits of a hash over names and values of the trainable parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
@@ -72,7 +74,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def policy_identity(module: HasPolicy, checkpoint: str | None) -> dict[str, Any]:
+def policy_identity(module: _HasPolicy, checkpoint: str | None) -> dict[str, Any]:
     """Return which policy it is: `model` and `adapter`, with the checkpoint that it was loaded from, if any."""
     settings = module.policy_settings
     return {

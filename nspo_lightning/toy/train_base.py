@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nspo_lightning.toy.tokenizer import train_tokenizer
+from nspo_lightning.toy.train_tokenizer import train_tokenizer
 from nspo_lightning.toy.world import BASE_REFUSAL_RATE, REFUSALS, SKILLS, Example, SplitName, examples
 
 MIXTURE = {"arithmetic": 0.28, "strings": 0.16, "format": 0.1, "facts": 0.16, "benign": 0.15, "harmful": 0.15}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nspo_lightning.toy.judge import TownJudge
-from nspo_lightning.toy.tokenizer import ASSISTANT, END, train_tokenizer
+from nspo_lightning.toy.train_tokenizer import ASSISTANT, END, train_tokenizer
 from nspo_lightning.toy.world import COMPLIANCE, REFUSALS, SKILLS, TOOLS, examples, rows, split_of
 
 EXPECTED_SPLITS = ["validation", "train", "train", "test"]
