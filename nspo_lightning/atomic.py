@@ -18,17 +18,7 @@ SHARED_LEFTOVER_S = 3600.0
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file beside its place; when the block ends, flush it to the disk and rename it over the old one.
-
-    Args:
-        path: Where the file shall be. Missing folders are made.
-
-    Yields:
-        Where to write.
-
-    Raises:
-        OSError: If it can't be written. The old file is untouched then, and nothing is left beside it.
-    """
+    """Write a file beside its place; at the end of the block flush it to the disk and rename it over the old one."""
     partial = _beside(path, PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,17 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder beside its place and move it there when the block ends; an old one is put back if that fails.
-
-    Args:
-        path: Where the folder shall be. Missing parents are made.
-
-    Yields:
-        The folder to fill.
-
-    Raises:
-        OSError: If it can't be written.
-    """
+    """Fill a folder beside its place; at the end of the block move it there. If that fails, the old one stays."""
     path = path.absolute()
     partial, old = _beside(path, PARTIAL), _beside(path, ".old")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -171,19 +171,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: _PATH, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint as data: tensors and plain values, never code.
-
-    Args:
-        path: The file.
-        map_location: Where its tensors go; "meta" = nowhere.
-
-    Returns:
-        Its content.
-
-    Raises:
-        FileNotFoundError: If nothing is there.
-        CheckpointError: If it can't be read, or holds more than data.
-    """
+    """Read a checkpoint as data: tensors (nowhere, if `map_location` is meta) and plain values, never code."""
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a file that is no checkpoint makes `torch.load` raise a dozen types
@@ -197,15 +185,7 @@ def read_checkpoint(path: _PATH, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def write_checkpoint(content: bytes | memoryview, path: Path) -> None:
-    """Write a checkpoint, whole or not at all.
-
-    Args:
-        content: What to write.
-        path: Where to. Missing folders are made.
-
-    Raises:
-        CheckpointError: If it can't be written, for lack of room or another reason. The old file is untouched then.
-    """
+    """Write a checkpoint, whole or not at all; if it can't be written, the old file is untouched."""
     had_one = path.exists()
     try:
         with replacing(path) as partial:

@@ -16,11 +16,7 @@ COMMANDS = {name: f"nspo_lightning.cli.{name}" for name in ("judge", "compare", 
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line: exit code 0, 1 (failed), 2 (usage).
-
-    Args:
-        args: Arguments; None = those of the process.
-    """
+    """Run the command line (by default the process's own arguments): exit code 0, 1 (failed), 2 (usage)."""
     silence_noise()
     arguments = list(sys.argv[1:] if args is None else args)
     if (text := help_text(arguments)) is not None:

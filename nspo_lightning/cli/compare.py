@@ -29,14 +29,7 @@ SweepName = Literal["calibration", "threshold", "data", "rank"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the `compare` command; errors are raised.
-
-    Args:
-        args: The command line after `compare`. None = the process's own.
-
-    Returns:
-        0.
-    """
+    """Run the `compare` command; return 0, errors are raised."""
     parser = ArgumentParser(
         prog="nspo_lightning compare",
         description="Methods x seeds x learning rates of one configuration: table, pictures, TensorBoard. "

@@ -15,14 +15,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 def print_completion(arguments: list[str]) -> None:
-    """Print a completion script: `completion bash`.
-
-    Args:
-        arguments: What follows ``completion``.
-
-    Raises:
-        ValueError: If shtab, which writes it, is not installed.
-    """
+    """Print a completion script: `completion bash`."""
     parser = argparse.ArgumentParser(prog=f"{PROG} completion", description="Print a completion script to source.")
     parser.add_argument("shell", choices=SHELLS)
     shell = parser.parse_args(arguments).shell

@@ -30,14 +30,7 @@ _LINES = 30
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """End the process with one message after a user's mistake: code 2 for wrong usage, else 1.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        Exception: What is no user's mistake, or any error if NSPO_LIGHTNING_TRACEBACK is set.
-    """
+    """End the process with one message after a user's mistake, of code 2 for wrong usage, else 1; raise a bug."""
     try:
         yield
     except UnknownConfigError as error:

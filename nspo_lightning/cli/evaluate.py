@@ -33,15 +33,7 @@ _DATA_SETTINGS = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split"
 
 
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
-    """Run the `evaluate` command.
-
-    Args:
-        arguments: The command line after `evaluate`. None = the process's own.
-        console: Where the table goes.
-
-    Returns:
-        0; errors are raised.
-    """
+    """Run the `evaluate` command; return 0, errors are raised."""
     options = _parse(arguments)
     task_manager = _task_manager()  # before anything long
     source = Path(options.config)
@@ -77,17 +69,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
 def run_harness(
     module: GRPOModule, tasks: Sequence[str], manager: Any, options: Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Run the harness on the policy, and on its base if there is an adapter to switch off.
-
-    Args:
-        module: With its policy loaded.
-        tasks: Names of tasks or groups.
-        manager: The harness's `TaskManager`.
-        options: The command line.
-
-    Returns:
-        The harness's results of `base` (unless there is no adapter) and `policy`.
-    """
+    """Run the harness on the `policy`, and on its `base` if there is an adapter to switch off; return its results."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -120,14 +102,7 @@ def run_harness(
 
 
 def harness_scores(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Read the numbers out of the harness's results.
-
-    Args:
-        results: What `simple_evaluate` returned.
-
-    Returns:
-        Task to metric (``name``, or ``name (filter)``) to value; standard errors as ``name ± ``.
-    """
+    """Return task to metric (``name`` or ``name (filter)``, standard errors as ``name stderr``) to value."""
     table: dict[str, dict[str, float]] = {}
     for task, values in results["results"].items():
         for key, value in values.items():

@@ -20,11 +20,7 @@ MARKERS = (ADAPTER_CONFIG, "config.json")
 
 
 def main(arguments: list[str]) -> None:
-    """Run the subcommand.
-
-    Args:
-        arguments: What follows ``export``.
-    """
+    """Run the subcommand."""
     parsed = _parser().parse_args(arguments)
     if parsed.dtype is not None and not parsed.merge:
         _parser().error("--dtype is of the merged model: add --merge (an adapter keeps the float32 it was trained in)")
@@ -60,16 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def check_out(out: Path, checkpoint: Path, *, overwrite: bool) -> None:
-    """Refuse to write over anything but an earlier export.
-
-    Args:
-        out: Where the export will be.
-        checkpoint: What is exported.
-        overwrite: Replace an earlier export.
-
-    Raises:
-        ValueError: Saying what is in the way.
-    """
+    """Refuse to write over anything but an earlier export."""
     if not out.exists():
         return
     if not out.is_dir():

@@ -92,14 +92,7 @@ OPTIONS: dict[str, dict[str, str]] = {
 
 
 def help_text(arguments: Sequence[str]) -> str | None:
-    """Return the first screen of help, if that is what was asked for.
-
-    Args:
-        arguments: Of the process.
-
-    Returns:
-        The text; None if something else is wanted, among it the whole help and the helps of small tools.
-    """
+    """Return the first screen of help if that is what was asked for; the whole help is the parsers' own."""
     if arguments and arguments[0] in HELP:
         return overview()
     if arguments and arguments[0] in OPTIONS and any(argument in HELP for argument in arguments[1:]):

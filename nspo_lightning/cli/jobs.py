@@ -171,11 +171,7 @@ def cli_arguments() -> dict[str, Any]:
 
 
 def run_job(arguments: list[str]) -> None:
-    """Run a job as the command line does, from other Python code or in a worker process.
-
-    Args:
-        arguments: The job and its options.
-    """
+    """Run a job as the command line does, in a worker process or from other Python code."""
     silence_noise()
     with exit_codes():
         CLI(**cli_arguments(), args=arguments)

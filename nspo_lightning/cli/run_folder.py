@@ -29,12 +29,7 @@ class RunFolder:
 
     @rank_zero_only
     def begin(self, folder: Path, *, set_aside: bool) -> None:
-        """Note the folder, and move an earlier run of the same name out of the way.
-
-        Args:
-            folder: Of the run.
-            set_aside: False for a run that goes on in the same folder.
-        """
+        """Note the run's folder, and move an earlier run out of the way, unless this one goes on in it."""
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return
         self._folder, self._kept, self._present = folder, None, frozenset()

@@ -38,17 +38,7 @@ def shipped_configs() -> dict[str, str]:
 
 
 def find_config(name: str) -> str:
-    """Resolve what `--config` says.
-
-    Args:
-        name: A file, or the name of a shipped configuration with or without its ending.
-
-    Returns:
-        The path. A file of that name wins, and what looks like neither is left as it is.
-
-    Raises:
-        UnknownConfigError: If it is a bare name, and there is nothing of that name.
-    """
+    """Return the path that `--config` means: a file, or else a shipped configuration, with or without its ending."""
     if Path(name).exists() or any(sign in name for sign in "{:\n"):
         return name
     shipped = shipped_configs()

@@ -62,17 +62,7 @@ class RunSpec:
         return self.variant or METHODS[self.method].label
 
     def arguments(self, config: Path, out: Path, budget: Budget, trajectory: Mapping[str, Any]) -> list[str]:
-        """Write the run as a command line of `python -m nspo_lightning`.
-
-        Args:
-            config: The configuration.
-            out: The comparison's folder.
-            budget: The stopping rule.
-            trajectory: Arguments of `Trajectory` that are the same for all runs.
-
-        Returns:
-            The arguments, `fit` first.
-        """
+        """Write the run as a command line; `trajectory` holds arguments of `Trajectory` that all runs share."""
         trains = METHODS[self.method].trains
         own = {
             "result": str(out / "runs" / self.name / RESULT),
@@ -104,16 +94,7 @@ class RunSpec:
         return ["fit", "-c", str(config), *as_arguments(settings)]
 
     def digest(self, arguments: Sequence[str], config: Path, out: Path) -> str:
-        """Return a fingerprint of what the run does, to tell whether a finished one may stand for it.
-
-        Args:
-            arguments: As `arguments` gives them.
-            config: The configuration, whose content counts and not its place.
-            out: The comparison's folder, whose place does not count.
-
-        Returns:
-            16 hexadecimal digits.
-        """
+        """Hash what the run does: its arguments and the configuration's content, whatever place either has."""
         told = [a.replace(str(out), "OUT").replace(str(config), "CONFIG") for a in arguments]
         return hashlib.sha256(json.dumps([told, config.read_text()]).encode()).hexdigest()[:16]
 

@@ -41,17 +41,7 @@ class JobResult:
 
 
 def run_all(jobs: Sequence[Job], workers: int, console: Console, run: Run) -> list[JobResult]:
-    """Run jobs, several at a time.
-
-    Args:
-        jobs: What to run, in this order.
-        workers: Processes.
-        console: Where the progress goes.
-        run: Runs a job's command line.
-
-    Returns:
-        A result for each job, in the order in which they ended.
-    """
+    """Run jobs in this order, several at a time, each by `run`; return results in the order in which they end."""
     if not jobs:
         return []
     cores = (os.cpu_count() or 1) // max(workers, 1)

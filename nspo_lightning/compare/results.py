@@ -147,16 +147,7 @@ def group_results(results: Iterable[RunResult], rule: SelectionRule) -> dict[str
 
 
 def mean_at(runs: Sequence[RunResult], value: Value, unsafe: float) -> float:
-    """Average over seeds the best value that a seed's checkpoints reach at an unsafe rate of at most ``unsafe``.
-
-    Args:
-        runs: Of one method, all learning rates.
-        value: Of a checkpoint.
-        unsafe: The rate.
-
-    Returns:
-        The mean; minus infinity if a seed never got there.
-    """
+    """Average over seeds the best value at an unsafe rate of at most ``unsafe``; -inf if a seed never got there."""
     points: dict[int, list[tuple[float, float]]] = {}
     for run in runs:
         points.setdefault(run.spec.seed, []).extend((p[UNSAFE], value(p)) for p in run.trajectory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,29 +32,16 @@ class Sweep:
 
 
 def make_sweep(name: str, config: Mapping[str, Any], domains: Sequence[str]) -> Sweep:
-    """Build a sweep.
-
-    Args:
-        name: ``calibration``, ``threshold``, ``data`` or ``rank``.
-        config: The configuration.
-        domains: Names of the calibration text's domains.
-
-    Returns:
-        The sweep.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    match name:
-        case "calibration":
-            return _calibration(config, domains)
-        case "threshold":
-            return _threshold()
-        case "data":
-            return _data(config)
-        case "rank":
-            return _rank()
-    raise ValueError(f"`sweep` must be calibration, threshold, data or rank, got {name!r}.")
+    """Build a sweep; `domains` are those of the calibration text."""
+    makers: dict[str, Callable[[], Sweep]] = {
+        "calibration": lambda: _calibration(config, domains),
+        "threshold": _threshold,
+        "data": lambda: _data(config),
+        "rank": _rank,
+    }
+    if name not in makers:
+        raise ValueError(f"`sweep` must be calibration, threshold, data or rank, got {name!r}.")
+    return makers[name]()
 
 
 def _calibration(config: Mapping[str, Any], domains: Sequence[str]) -> Sweep:
@@ -96,11 +83,8 @@ def _threshold() -> Sweep:
     for value in (0.01, 0.1, 1.0):
         settings = {"nullspace.form": "soft", "nullspace.softness": value}
         variants.append(("soft", "soft", f"soft {value:g}", settings))
-    return Sweep(
-        title="How many directions are protected",
-        question="Null share against safety and tax",
-        variants=variants,
-    )
+    question = "Null share against safety and tax"
+    return Sweep(title="How many directions are protected", question=question, variants=variants)
 
 
 def _data(config: Mapping[str, Any]) -> Sweep:
@@ -111,11 +95,8 @@ def _data(config: Mapping[str, Any]) -> Sweep:
             chosen = [{**source, "fraction": share} for source in sources]
             label = f"{method.upper()}, {share:.0%} of the prompts"
             variants.append((method, method.upper(), label, {**settings, "data.safety": chosen}))
-    return Sweep(
-        title="How much safety data is needed",
-        question="10 to 100 % of the safety prompts, the number of training steps being the same",
-        variants=variants,
-    )
+    question = "10 to 100 % of the safety prompts, the number of training steps being the same"
+    return Sweep(title="How much safety data is needed", question=question, variants=variants)
 
 
 def _rank() -> Sweep:
@@ -128,8 +109,5 @@ def _rank() -> Sweep:
     for name, modules in (("attention", attention), ("MLP", mlp)):
         settings_: dict[str, Any] = {"model.policy.lora.target_modules": modules}
         variants.append(("nspo", "target modules", f"rank 8, {name}", settings_))
-    return Sweep(
-        title="LoRA rank and target modules",
-        question="What the adapter's size and place do",
-        variants=variants,
-    )
+    question = "What the adapter's size and place do"
+    return Sweep(title="LoRA rank and target modules", question=question, variants=variants)

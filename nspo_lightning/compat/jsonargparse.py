@@ -15,14 +15,7 @@ _NOT_A_SUBCLASS = re.compile(r"Import path \S+ does not correspond to a subclass
 
 
 def told_reason(text: str) -> str:
-    """Pick the reason that counts out of the message about a union, and leave any other message as it is.
-
-    Args:
-        text: A message.
-
-    Returns:
-        What the subtype that the value names had against it, if one did; else the longest complaint.
-    """
+    """Return what the subtype that a value names had against it; any other message is returned as it is."""
     if not text.startswith(_UNION):
         return text
     errors = [part.strip() for part in re.split(r"\n  - ", text)[1:]]

@@ -21,18 +21,7 @@ from nspo_lightning.policy.tokenizer import load_tokenizer
 
 
 def export_adapter(source: ExportSource, out: Path) -> list[str]:
-    """Write the adapter in PEFT's format.
-
-    Args:
-        source: The checkpoint.
-        out: The folder.
-
-    Returns:
-        What to tell the user.
-
-    Raises:
-        PolicyError: If there is no adapter, or its base exists in the run's memory only.
-    """
+    """Write the adapter in PEFT's format, and return what to tell the user."""
     if source.settings.lora is None:
         raise PolicyError("The run trained whole weights (`policy.lora: null`): there is no adapter. Add `--merge`.")
     if source.settings.adapter is not None:
@@ -78,16 +67,7 @@ def _write_adapter(source: ExportSource, folder: Path) -> None:
 
 
 def export_merged(source: ExportSource, out: Path, dtype: str) -> list[str]:
-    """Write a full model: the unquantised base plus the update, rounded once.
-
-    Args:
-        source: The checkpoint.
-        out: The folder.
-        dtype: One of `DTYPES`.
-
-    Returns:
-        What to tell the user: among it, what rounding did to the null space.
-    """
+    """Write the unquantised base plus the update, rounded once to `dtype`; return what to tell the user."""
     tokenizer = load_tokenizer(source.settings)
     base = unquantised_base(source)
     layers: list[MergedLayer] = merge_(base, source, dtype)  # type: ignore[arg-type]

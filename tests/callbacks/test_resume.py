@@ -76,11 +76,11 @@ def test_a_full_disk_ends_a_run_in_one_message(whole: Path, tmp_path: Path) -> N
     kill_runs.write_job(folder)
     written, real_sync, real_fsync = [0], atomic.sync_folder, os.fsync
 
-    def count(path: Path) -> None:
+    def count(folder: Path) -> None:
         written[0] += 1
-        real_sync(path)
+        real_sync(folder)
 
-    def fsync(handle: int) -> None:
+    def fsync(handle: Any) -> None:
         if written[0] >= 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real_fsync(handle)

@@ -44,7 +44,7 @@ def test_thirty_updates_leave_nothing_behind(tiny_llama: Path, tmp_path: Path) -
         general_max_new_tokens=2,
     )
     watch = Watch()
-    watch.seen = []
+    Watch.seen = []
     trainer = Trainer(
         default_root_dir=tmp_path,
         max_steps=30,

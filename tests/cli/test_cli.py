@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,22 +56,13 @@ def run(tiny_llama, tmp_path, monkeypatch, capsys):
     config["trainer"] |= {"limit_train_batches": 3, "val_check_interval": 1, "enable_progress_bar": False}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
 
-    def call(subcommand, *overrides, **changes):
-        if changes:
-            changed = yaml.safe_load((tmp_path / "config.yaml").read_text())
-            for key, value in changes.items():
-                section, name = key.split("__")
-                changed[section][name] = value
-            (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
-        file = "changed.yaml" if changes else "config.yaml"
+    def call(subcommand, *overrides):
+        code: str | int | None = 0
         try:
-            main([subcommand, "-c", file, *map(str, overrides)])
-            code = 0
+            main([subcommand, "-c", "config.yaml", *map(str, overrides)])
         except SystemExit as stop:
             code = stop.code
-        captured = capsys.readouterr()
-        call.out = captured.out
-        return code, captured.err
+        return code, capsys.readouterr().err
 
     return call
 
@@ -191,14 +183,12 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_message(run, mistake):
     overrides, message = MISTAKES[mistake]
-    code, err = run("fit", *overrides)
-    check(code, err, message)
+    check(run("fit", *overrides), message)
     assert not list(Path("runs").glob("tiny/checkpoints/*.ckpt"))
 
 
-def check(code, err, message):
-    import re
-
+def check(shown, message):
+    code, err = shown
     assert code in (1, 2)
     assert "Traceback" not in err
     assert re.search(message, err, re.DOTALL), err
@@ -220,7 +210,7 @@ def test_bad_data_files_are_named(run, content, message):
 
 
 def test_a_model_without_chat_template(run, tokenizer, tmp_path):
-    check(*run("fit", "--model.policy.tokenizer", no_template(tokenizer, tmp_path / "bare")), r"no chat template")
+    check(run("fit", "--model.policy.tokenizer", no_template(tokenizer, tmp_path / "bare")), r"no chat template")
 
 
 def test_a_width_that_4bit_cannot_take(run, tokenizer, tmp_path):
@@ -229,22 +219,22 @@ def test_a_width_that_4bit_cannot_take(run, tokenizer, tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
     tokenizer.save_pretrained(tmp_path / "odd")
-    check(*run("fit", "--model.policy.path", tmp_path / "odd"), r"100 out-features.*quantization: none")
+    check(run("fit", "--model.policy.path", tmp_path / "odd"), r"100 out-features.*quantization: none")
 
 
 def test_a_basis_and_a_checkpoint_of_another_model(run, tiny_qwen2, tmp_path):
     assert run("fit", "--trainer.limit_train_batches", 1)[0] == 0
     basis = next((tmp_path / "runs" / "nullspace").glob("*.safetensors"))
     code, err = run("fit", "--model.policy.path", tiny_qwen2, "--nullspace.calibration", basis, "--name", "other")
-    check(code, err, r"(?s)model")
+    check((code, err), r"(?s)model")
     code, err = run("fit", "--model.policy.path", tiny_qwen2, "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")
-    check(code, err, r"belongs to another model")
+    check((code, err), r"belongs to another model")
 
 
 def test_an_adapter_that_has_been_trained(run):
     assert run("fit", "--trainer.limit_train_batches", 2)[0] == 0
     check(
-        *run("fit", "--model.policy.adapter", "runs/tiny/adapter", "--name", "next"),
+        run("fit", "--model.policy.adapter", "runs/tiny/adapter", "--name", "next"),
         r"its B is not zero.*merge_adapter",
     )
 
@@ -263,9 +253,9 @@ def test_calibration_on_the_models_own_answers(run):
     assert any(own[name].shape != reference[name].shape or not torch.equal(own[name], reference[name]) for name in own)
 
 
-def test_data_shows_what_is_trained_on(run):
-    assert run("data")[0] == 0
-    assert "<|user|>How do I burn mill" in run.out.replace("\n", "")
+def test_data_shows_what_is_trained_on(run, capsys):
+    main(["data", "-c", "config.yaml"])
+    assert "<|user|>How do I burn mill" in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -19,9 +19,9 @@ SCREEN = 40
 
 
 def call(capsys, *arguments):
+    code: str | int | None = 0
     try:
         main(list(arguments))
-        code = 0
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()
@@ -136,6 +136,8 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     shown = subprocess.Popen(
         [sys.executable, "-m", "nspo_lightning", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    assert shown.stdout is not None
+    assert shown.stderr is not None
     shown.stdout.close()
     assert b"Traceback" not in shown.stderr.read()
     shown.wait()

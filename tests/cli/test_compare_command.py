@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from nspo_lightning.cli import compare as command
@@ -149,20 +150,23 @@ def test_a_failed_run_is_named_with_its_log_and_does_not_end_the_others(tmp_path
     assert "nothing" in job.log.read_text()
 
 
+def small_quickstart(folder: Path) -> Path:
+    """The quickstart with few prompts to sample, to evaluate and to calibrate on, and a base that is quick on a CPU."""
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    config["model"] |= {"group_size": 4}
+    config["model"]["policy"] |= {"quantization": "none"}
+    config["data"] |= {"batch_size": 4, "calibration_size": 64}
+    for part, split in (("val", "validation"), ("test", "test")):
+        for use, rows in (("safety", "toy/harmful"), ("general", "toy/general")):
+            config["data"][f"{use}_{part}"] = {"path": rows, "split": split, "count": 12}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
+
+
 def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
-    arguments = ["--config", QUICKSTART, "--out", str(tmp_path), "--methods", "[base,nspo]", "--seeds", "[0]"]
-    arguments += [
-        "--learning_rates",
-        "[1e-3]",
-        "--steps",
-        "2",
-        "--eval_every",
-        "1",
-        "--text_rows",
-        "2",
-        "--jobs",
-        "1",
-    ]
+    arguments = ["--config", str(small_quickstart(tmp_path)), "--out", str(tmp_path), "--methods", "[base,nspo]"]
+    arguments += ["--seeds", "[0]", "--learning_rates", "[1e-3]", "--steps", "2", "--eval_every", "1"]
+    arguments += ["--text_rows", "2", "--jobs", "1"]
     assert main(arguments) == 0
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
     assert rows["base"]["test/text/kl"] == "0.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def job(tiny_llama, tmp_path, monkeypatch):
     config = {"name": "tiny", "model": {"policy": policy, "group_size": 4}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     settings = policy_settings(config, tmp_path / "config.yaml")
-    model = load_policy(settings, torch.device("cpu"))
+    model: Any = load_policy(settings, torch.device("cpu"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.5)
