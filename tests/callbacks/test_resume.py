@@ -116,8 +116,8 @@ def test_a_full_disk_ends_a_run_in_one_message(trials: ModuleType, whole: Path, 
         real_fsync(handle)
 
     def fill_the_disk() -> None:  # in the child: it is full once five files are written, the basis and checkpoints
-        atomic.sync_folder = count
-        os.fsync = fsync
+        atomic.sync_folder = count  # type: ignore[assignment]
+        os.fsync = fsync  # type: ignore[assignment]
 
     child = trials.start(folder, before=fill_the_disk)
     assert trials.wait(child) == 1
