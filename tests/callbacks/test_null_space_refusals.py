@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,11 +77,8 @@ def test_half_precision_weights_are_refused(tmp_path, dtype):
 def test_strategies_that_hide_weights_are_refused_in_setup(strategy):
     import lightning.pytorch.strategies as strategies
 
-    class Pretend:
-        callbacks: tuple = ()
-        strategy = object.__new__(getattr(strategies, strategy))
-
-    pretend: Any = Pretend()
+    hiding = getattr(strategies, strategy)
+    pretend: Any = SimpleNamespace(callbacks=(), strategy=object.__new__(hiding))
     with pytest.raises(MisconfigurationException, match=f"cannot run under {strategy}.*ModelParallelStrategy"):
         projection().setup(pretend, Net(), "fit")
 
