@@ -78,16 +78,13 @@ class BasisSource:
         modules: Mapping[str, nn.Module],
         resumed: Mapping[str, Any],
     ) -> Calibration | CalibrationJob:
-        """Load the bases from a file or the cache.
+        """Return the bases from a file or the cache, or what is to be done where there are none yet.
 
         Args:
             trainer: For its datamodule and root folder.
-            pl_module: The module.
+            pl_module: May give the text.
             modules: Layer name -> module.
-            resumed: The checkpoint's state, empty at a fresh start.
-
-        Returns:
-            The bases, or what is to be done where there are none yet.
+            resumed: The callback's state in the checkpoint, empty at a fresh start.
         """
         if isinstance(self.source, (str, PathLike)):
             return self.load(Path(self.source), modules, resumed=bool(resumed))
@@ -104,18 +101,16 @@ class BasisSource:
         return job
 
     def load(self, path: Path, modules: Mapping[str, nn.Module], *, resumed: bool) -> Calibration:
-        """Read a basis file and check that it belongs here.
+        """Return the calibration in a basis file.
 
         Args:
             path: The file.
             modules: Layer name -> module.
             resumed: Weights may have been trained since, so only names and shapes of the model are compared.
 
-        Returns:
-            The calibration.
-
         Raises:
             MisconfigurationException: If layers are missing from it.
+            ValueError: If it was made for something else.
         """
         calibration = load_calibration(path)
         model: Mapping[str, str] = model_fingerprint(modules)
@@ -160,7 +155,7 @@ class BasisSource:
         return [to_call(batch, self.batch_to_inputs) for batch in itertools.islice(iter(batches), self.limit_batches)]
 
     def job(self, modules: Mapping[str, nn.Module], batches: Iterable[Any], *, sharded: bool) -> CalibrationJob:
-        """Read the text and name what is to be done."""
+        """Return what is to be done, with the text read."""
         calls = self.calls(batches)
         digests = ranks.gather_objects(data_fingerprint(tensor for call in calls for tensor in tensors_of(call)))
         same = len(set(digests)) == 1

@@ -23,15 +23,12 @@ class HasLogits(Protocol):
 
 
 def to_call(batch: Any, batch_to_inputs: BatchToInputs | None) -> ForwardCall:
-    """Turn a calibration batch into a forward call on the CPU.
+    """Return a calibration batch as a forward call on the CPU.
 
     Args:
         batch: A dict with ``input_ids`` and ``attention_mask`` of shape ``(batch, seq)`` and optionally ``domain``, a
             list of names; or a tensor; or a tuple whose first entry is the input.
         batch_to_inputs: The user's own layout.
-
-    Returns:
-        The call.
 
     Raises:
         TypeError: If the batch has none of the known layouts.

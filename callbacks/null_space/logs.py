@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from nspo_lightning.evaluation.tables import as_text, rich_table
+from nspo_lightning.evaluation.tables import rich_table, table_text
 from nspo_lightning.nullspace import Calibration, LayerCertificate, table_rows
 from nspo_lightning.nullspace.basis_set import mean_null_share
 from nspo_lightning.nullspace.keeper import GradientEnergy
@@ -36,7 +36,7 @@ def show_bases(calibration: Calibration) -> None:
     """Print the table of bases that were just made."""
     rows = table_rows(calibration)
     table = rich_table("", list(rows[0]), [list(row.values()) for row in rows], align="lrrrrrl")
-    rank_zero_info("Null space of the layers' inputs:\n" + as_text(table))
+    rank_zero_info("Null space of the layers' inputs:\n" + table_text(table))
 
 
 def show_certificate(certificates: Sequence[LayerCertificate], output_change: float | None) -> None:

@@ -21,15 +21,7 @@ _SHOWN = 12  # parameters that a message names
 def report_unprotected(
     plan: LayerPlan, mode: Unprotected, target_modules: str | Sequence[str] | None
 ) -> list[nn.Parameter]:
-    """Act on a plan's refusals.
-
-    Args:
-        plan: What can be held and what cannot.
-        mode: The callback's ``unprotected``.
-        target_modules: Named in the message when nothing at all is held.
-
-    Returns:
-        Refused parameters that are to be frozen.
+    """Return refused parameters that are to be frozen; the arguments are a plan and the callback's settings.
 
     Raises:
         MisconfigurationException: In mode ``error``, or if there is nothing to hold.

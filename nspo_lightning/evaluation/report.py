@@ -104,15 +104,7 @@ def text_summary(sums: TextSums) -> dict[str, Any]:
 
 
 def report_table(rates: Mapping[str, Mapping[str, Rate]], text: Mapping[str, Any]) -> Table:
-    """Return the table that `test` prints.
-
-    Args:
-        rates: Of ``policy`` and ``base``, by name.
-        text: From `text_summary`.
-
-    Returns:
-        For a rich console.
-    """
+    """Return the table that `test` prints, from rates of ``policy`` and ``base`` and a `text_summary`."""
     policy, base = rates["policy"], rates["base"]
     rows: list[tuple[str, str, str, str, str]] = []
     for name in [n for n in TITLES if n in policy] + sorted(n for n in policy if n not in TITLES):

@@ -56,7 +56,7 @@ def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     return table
 
 
-def as_text(table: Table) -> str:
+def table_text(table: Table) -> str:
     """Return a rich table as plain text of its full width, for a log."""
     from rich import box
     from rich.console import Console

@@ -105,14 +105,11 @@ class PassPlan:
 
 
 def plan_passes(text: CalibrationText, budget_bytes: float | None) -> PassPlan:
-    """Spread the inputs over as many passes as a memory budget asks for.
+    """Return the inputs spread over as many passes as a memory budget asks for.
 
     Args:
         text: Model and text.
         budget_bytes: Limit for second moments and the workspace of their decomposition; None = one pass.
-
-    Returns:
-        The plan.
     """
     if budget_bytes is None:
         return PassPlan()

@@ -15,7 +15,7 @@ from nspo_lightning.nullspace.basis_set import Calibration
 from nspo_lightning.nullspace.diagnostics import common_parent, joint_name
 
 _FEW = 6  # so many layers can be named one by one; more are read off a colour bar
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _LIGHTEST = 0.88  # of the colour map: the rest is too pale on white
 _FLOOR = 1e-16  # what is drawn for an energy of zero
 

@@ -17,7 +17,9 @@ class Dealt(Net):
     """Rank r takes every other row, so that two batches of 4 are the single process's batch of 8."""
 
     def train_dataloader(self) -> DataLoader:
-        rows = TensorDataset(*(t[self.global_rank :: 2] for t in super().train_dataloader().dataset.tensors))
+        rows = super().train_dataloader().dataset
+        assert isinstance(rows, TensorDataset)
+        rows = TensorDataset(*(t[self.global_rank :: 2] for t in rows.tensors))
         return DataLoader(rows, batch_size=4)
 
 

@@ -22,7 +22,7 @@ class Sharded(Dealt):
 
     def configure_model(self) -> None:
         """Shard once."""
-        if isinstance(self.first.lora_A["default"].weight, DTensor):
+        if isinstance(self.first.down.weight, DTensor):
             return
         for layer in (self.first, self.second):
             fully_shard(layer, mesh=self.device_mesh["data_parallel"])
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     options = {"num_sanity_val_steps": 1, "limit_val_batches": 1, "use_distributed_sampler": False}
     trainer(folder, callback, strategy=strategy, devices=2, **options).fit(model)
-    local = model.first.lora_A["default"].weight
+    local = model.first.down.weight
     assert isinstance(local, DTensor)
     whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
     result = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -76,8 +77,9 @@ def divergence(module):
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def guard(**changes):
-    return CapabilityGuard(**({"max_kl": BUDGET, "text": data(9), "logits": logits, "every_n_updates": 2} | changes))
+def guard(**changes: Any) -> CapabilityGuard:
+    settings: dict[str, Any] = {"max_kl": BUDGET, "text": data(9), "logits": logits, "every_n_updates": 2}
+    return CapabilityGuard(**(settings | changes))
 
 
 def fit(module, *callbacks, folder=None, ckpt_path=None, **options):
@@ -94,8 +96,8 @@ def fit(module, *callbacks, folder=None, ckpt_path=None, **options):
         callbacks=list(callbacks),
         **options,
     )
-    loaders = () if options["limit_val_batches"] == 0 else (data(5),)
-    trainer.fit(module, data(), *loaders, ckpt_path=ckpt_path)
+    validation = None if options["limit_val_batches"] == 0 else data(5)
+    trainer.fit(module, data(), validation, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -179,11 +181,12 @@ def test_the_best_checkpoint_is_the_safest_within_the_budget(tmp_path):
     assert any(r.over for r in watcher.readings)
     module.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
     assert 0 < divergence(module) <= BUDGET
+    assert best.best_model_score is not None
     assert 0 < float(best.best_model_score) < 1
 
 
 def test_a_goal_reached_over_budget_does_not_end_the_run():
-    goal = {"monitor": "goal", "mode": "max", "stopping_threshold": 0.5, "patience": 1000}
+    goal: dict[str, Any] = {"monitor": "goal", "mode": "max", "stopping_threshold": 0.5, "patience": 1000}
     options = {"limit_val_batches": 1.0, "val_check_interval": 2, "max_steps": 12}
     assert fit(Adapted(lr=5.0), EarlyStopping(**goal), **options).global_step < 12
     watcher = guard(every_n_updates=1000)
@@ -237,21 +240,23 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
 
 
 def test_mistakes_are_told_before_training():
-    for changes, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"max_kl": None}, "no budget"),
         ({"max_kl": -1.0}, "positive"),
         ({"max_accuracy_drop": 1.5}, "share"),
         ({"action": "pray"}, "'halve' or 'stop'"),
         ({"every_n_updates": 0}, "at least 1"),
-    ]:
+    ]
+    for changes, message in wrong:
         with pytest.raises(ValueError, match=message):
             guard(**changes)
-    for changes, message in [
+    wrong = [
         ({"logits": None}, "text_sums"),
         ({"text": None}, "no text"),
         ({"text": []}, "is empty"),
         ({"logits": lambda m, b: m(b[0]) * torch.nan}, "not a number"),
-    ]:
+    ]
+    for changes, message in wrong:
         with pytest.raises(MisconfigurationException, match=message):
             fit(Adapted(), guard(**changes))
     moved = Adapted()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from null_space_problems import trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from nspo_lightning.callbacks import NullSpaceProjection
@@ -59,7 +60,7 @@ def nf4(model: nn.Module) -> nn.Module:
             # bitsandbytes' CPU inference kernel computes in bfloat16, whose rounding turns 1e-7 of change into 1e-3.
             quantised.support_avx512bf16_for_cpu = False
             setattr(parent, name.rpartition(".")[2], quantised.to("cpu"))
-    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert model.get_parameter("model.layers.0.mlp.up_proj.weight").dtype == torch.uint8
     return model
 
 
@@ -91,7 +92,7 @@ class Language(pl.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
 
     def train_dataloader(self):
-        return DataLoader(self.other, batch_size=8)
+        return DataLoader(cast("Dataset[Any]", self.other), batch_size=8)
 
     def calibration_dataloader(self):
         return [{"input_ids": self.general, "attention_mask": torch.ones_like(self.general)}]
@@ -145,5 +146,6 @@ def test_padding_does_not_count(tmp_path):
 
     callback = NullSpaceProjection(criterion="energy", threshold=0.0, cache_dir=None)
     trainer(tmp_path, callback, max_steps=2).fit(Padded(lora(llama())))
+    assert callback.calibration is not None
     assert callback.calibration.domain_tokens == {"general": TOKENS}
     assert all(basis.protected <= TOKENS for basis in callback.calibration.bases.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from null_space_problems import PROTECTED, Net, leak, trainer
@@ -11,8 +13,9 @@ from nspo_lightning.callbacks import NullSpaceProjection
 LEAK = 1e-6  # float32 rounding of A over some hundred directions
 
 
-def projection(**options) -> NullSpaceProjection:
-    return NullSpaceProjection(**({"criterion": "rank", "threshold": PROTECTED, "cache_dir": None} | options))
+def projection(**options: Any) -> NullSpaceProjection:
+    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
+    return NullSpaceProjection(**(settings | options))
 
 
 def sgd(parameters):
@@ -84,10 +87,13 @@ def test_gradients_are_projected_before_they_are_clipped(tmp_path):
 
     class Watching(Net):
         def on_before_optimizer_step(self, optimizer):
-            seen["gradient"] = self.first.lora_A["default"].weight.grad.clone()
+            gradient = self.first.down.weight.grad
+            assert gradient is not None
+            seen["gradient"] = gradient.clone()
 
     model, callback = Watching(adamw), projection()
     trainer(tmp_path, callback, max_steps=3, gradient_clip_val=1e-3).fit(model)
+    assert callback.calibration is not None
     basis = callback.calibration.basis_of("first")
     assert seen["gradient"].norm() > 0
     assert (seen["gradient"] @ basis.vectors).norm() / seen["gradient"].norm() < LEAK
@@ -156,9 +162,9 @@ def test_subspaces_for_comparison(tmp_path, variant, inside):
 def test_b_only_trains_nothing_but_b(tmp_path):
     model, callback = Net(adamw), projection(freeze_down=True)
     trainer(tmp_path, callback, max_steps=1).fit(model)
-    first = model.first.lora_A["default"].weight.detach().clone()
+    first = model.first.down.weight.detach().clone()
     trainer(tmp_path, callback).fit(model)
-    assert torch.equal(model.first.lora_A["default"].weight, first)
+    assert torch.equal(model.first.down.weight, first)
     assert leak(model) <= LEAK
 
 
@@ -173,7 +179,7 @@ def test_soft_form_certifies_a_bound(tmp_path):
 
     model = Net(adamw)
     callback = NullSpaceProjection(form="soft", softness=1e-3, cache_dir=None)
-    inputs = {}
+    inputs: dict[str, torch.Tensor] = {}
     handle = model.first.register_forward_hook(lambda _, args, out: inputs.setdefault("out", out.detach()))
     with torch.no_grad():
         model(general_inputs())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,8 +14,9 @@ from torch import nn
 from nspo_lightning.callbacks import NullSpaceProjection
 
 
-def projection(**options) -> NullSpaceProjection:
-    return NullSpaceProjection(**({"criterion": "rank", "threshold": PROTECTED, "cache_dir": None} | options))
+def projection(**options: Any) -> NullSpaceProjection:
+    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
+    return NullSpaceProjection(**(settings | options))
 
 
 class WithNorm(Net):
@@ -47,14 +51,14 @@ def test_warn_trains_it_and_says_so(tmp_path):
 
 def test_an_adapter_that_was_trained_before_is_refused(tmp_path):
     model = Net()
-    nn.init.normal_(model.first.lora_B["default"].weight)
+    nn.init.normal_(model.first.up.weight)
     with pytest.raises(MisconfigurationException, match="Merge the adapter into its base first"):
         trainer(tmp_path, projection()).fit(model)
 
 
 def test_with_b_frozen_the_displacement_of_a_is_held(tmp_path):
     model = Net()
-    nn.init.normal_(model.first.lora_B["default"].weight).requires_grad_(False)
+    nn.init.normal_(model.first.up.weight).requires_grad_(False)
     start = model.first.update
     before = model.first(general_inputs()).detach()
     trainer(tmp_path, projection()).fit(model)
@@ -73,19 +77,15 @@ def test_half_precision_weights_are_refused(tmp_path, dtype):
 def test_strategies_that_hide_weights_are_refused_in_setup(strategy):
     import lightning.pytorch.strategies as strategies
 
-    class Pretend:
-        callbacks: tuple = ()
-        strategy_class = getattr(strategies, strategy)
-
-    pretend = Pretend()
-    pretend.strategy = object.__new__(Pretend.strategy_class)
+    hiding = getattr(strategies, strategy)
+    pretend: Any = SimpleNamespace(callbacks=(), strategy=object.__new__(hiding))
     with pytest.raises(MisconfigurationException, match=f"cannot run under {strategy}.*ModelParallelStrategy"):
         projection().setup(pretend, Net(), "fit")
 
 
 def test_nothing_to_calibrate_on(tmp_path):
     class Without(Net):
-        calibration_dataloader = None
+        calibration_dataloader = None  # type: ignore[assignment]
 
     with pytest.raises(MisconfigurationException, match=r"neither the datamodule nor the module has"):
         trainer(tmp_path, projection()).fit(Without())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,8 +15,9 @@ from nspo_lightning.callbacks import NullSpaceProjection
 LEAK = 1e-6
 
 
-def projection(**options) -> NullSpaceProjection:
-    return NullSpaceProjection(**({"criterion": "rank", "threshold": PROTECTED} | options))
+def projection(**options: Any) -> NullSpaceProjection:
+    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED}
+    return NullSpaceProjection(**(settings | options))
 
 
 def weights(model: Net) -> dict[str, torch.Tensor]:

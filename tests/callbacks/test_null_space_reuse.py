@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -21,8 +22,9 @@ from nspo_lightning.callbacks import NullSpaceProjection
 LEAK = 1e-6
 
 
-def projection(**options) -> NullSpaceProjection:
-    return NullSpaceProjection(**({"criterion": "rank", "threshold": PROTECTED, "cache_dir": None} | options))
+def projection(**options: Any) -> NullSpaceProjection:
+    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
+    return NullSpaceProjection(**(settings | options))
 
 
 def test_it_trains_with_torch_and_lightning_alone(tmp_path):
@@ -117,6 +119,8 @@ def test_two_instances_on_different_modules(tmp_path):
     assert set(first.certificate()) == {"first"}
     assert set(second.certificate()) == {"second"}
     assert max(*first.certificate().values(), *second.certificate().values()) <= LEAK
+    assert first.calibration is not None
+    assert second.calibration is not None
     assert first.calibration.basis_of("first").protected == 10
     assert second.calibration.basis_of("second").protected == 6
     assert len(torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]) == 3
@@ -132,7 +136,7 @@ def test_a_datamodule_provides_the_text(tmp_path):
 
     class Bare(Net):
         train_dataloader = pl.LightningModule.train_dataloader
-        calibration_dataloader = None
+        calibration_dataloader = None  # type: ignore[assignment]
 
     model = Bare()
     trainer(tmp_path, projection()).fit(model, datamodule=Data())

@@ -86,8 +86,8 @@ def test_a_full_disk_ends_a_run_in_one_message(whole: Path, tmp_path: Path) -> N
         real_fsync(handle)
 
     def fill_the_disk() -> None:  # in the child: it is full once five files are written, the basis and checkpoints
-        atomic.sync_folder = count
-        os.fsync = fsync
+        atomic.sync_folder = count  # type: ignore[assignment]
+        os.fsync = fsync  # type: ignore[assignment]
 
     child = kill_runs.start(folder, before=fill_the_disk)
     assert kill_runs.wait(child) == 1

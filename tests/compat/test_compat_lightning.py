@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from datetime import timedelta
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -80,10 +81,11 @@ def test_the_script_launcher_lists_what_it_started(run):
     assert compat.started_processes(run(steps=1)) == []
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
     trainer.strategy._configure_launcher()
+    launcher: Any = trainer.strategy.launcher
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        trainer.strategy.launcher.procs.append(process)
+        launcher.procs.append(process)
         assert compat.started_processes(trainer) == [process], f"{VERSION}: see launchers/subprocess_script.py"
-        assert compat.started_processes(trainer) is trainer.strategy.launcher.procs
+        assert compat.started_processes(trainer) is launcher.procs
 
 
 def test_what_connectors_set_on_the_trainer(run):

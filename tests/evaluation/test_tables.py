@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from nspo_lightning.evaluation.tables import as_text, markdown_table, rich_table
+from nspo_lightning.evaluation.tables import markdown_table, rich_table, table_text
 
 COLUMNS = ["layer", "share"]
 ROWS = [["layers.0.[q,k]", "1.5 %"], ["layers.0.o", "20.0 %"]]
@@ -27,5 +27,5 @@ def test_a_terminal_shows_brackets_and_whole_numbers():
 
 
 def test_text_for_a_log_has_one_line_a_row():
-    lines = as_text(rich_table("", COLUMNS, ROWS, align="lr")).splitlines()
+    lines = table_text(rich_table("", COLUMNS, ROWS, align="lr")).splitlines()
     assert [line.split() for line in (lines[0], *lines[2:])] == [COLUMNS, *([*r[:1], *r[1].split()] for r in ROWS)]

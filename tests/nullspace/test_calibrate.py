@@ -18,6 +18,7 @@ from nspo_lightning.nullspace import (
     table_rows,
 )
 from nspo_lightning.nullspace.collect import InputCollector
+from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.store import check_fingerprint
 
 FLOAT32 = 2e-6
@@ -51,8 +52,13 @@ def batches(count: int = 4, width: int = 12, **options) -> list[ForwardCall]:
     ]
 
 
+def counted(rows: torch.Tensor, call: ForwardCall) -> torch.Tensor:
+    assert call.mask is not None
+    return rows[call.mask.bool()]
+
+
 def dense_moment(calls: list[ForwardCall], inputs=lambda x: x) -> torch.Tensor:
-    rows = torch.cat([inputs(c.args[0])[c.mask.bool()] for c in calls]).double()
+    rows = torch.cat([counted(inputs(c.args[0]), c) for c in calls]).double()
     return rows.T @ rows / rows.shape[0]
 
 
@@ -127,12 +133,17 @@ def test_equal_but_different_tensors_are_not_shared():
 
 def test_a_budget_makes_more_passes_with_the_same_result():
     block, calls = Block(), batches()
-    runs = []
+    runs: list[int] = []
+
+    def forward(x):
+        runs.append(1)
+        return block(x)
+
     whole = calibrate(block, calls)
     need = 12 * 12 * 40 / 1e9  # one input at a time
     split = calibrate_modules(
         modules_of(block),
-        lambda x: (runs.append(1), block(x))[1],
+        forward,
         lambda: iter(calls),
         BasisSettings(criterion="rank", threshold=3),
         memory_budget_gb=need * 1.05,
@@ -214,7 +225,7 @@ def test_domains_within_a_batch_are_told_apart():
     block = Block()
     mixed = batches(4, domains=["a", "b", "a"])
     found = calibrate(block, mixed, keep_moments=True)
-    rows = torch.cat([c.args[0][1][c.mask[1].bool()] for c in mixed]).double()
+    rows = torch.cat([c.args[0][1][c.mask[1].bool()] for c in mixed if c.mask is not None]).double()
     assert (found.moments["q"]["b"] - rows.T @ rows / len(rows)).abs().max() < FLOAT32
 
 
@@ -255,7 +266,8 @@ def test_hooks_are_removed_even_if_the_forward_fails():
 
 def test_keyword_inputs_are_refused_by_name():
     layer = nn.Linear(3, 3)
-    with InputCollector({"l": layer}) as collector:
+    listening: InputCollector[SecondMoment] = InputCollector({"l": layer})
+    with listening as collector:
         collector.begin()
         with pytest.raises(TypeError, match="l must be called with its input"):
             layer(input=torch.randn(2, 3))
@@ -264,7 +276,7 @@ def test_keyword_inputs_are_refused_by_name():
 def test_output_energy_is_the_mean_square_of_the_rows_that_count():
     block, calls = Block(), batches()
     found = calibrate(block, calls)
-    rows = torch.cat([block.q(c.args[0])[c.mask.bool()] for c in calls]).detach()
+    rows = torch.cat([counted(block.q(c.args[0]), c) for c in calls]).detach()
     assert found.output_energy["q"] == pytest.approx(float(rows.square().sum(1).mean()), rel=1e-5)
 
 

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from null_space_problems import LoraLinear
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from nspo_lightning.nullspace import BasisSettings, ForwardCall, calibrate_modules, plan_layers
+from nspo_lightning.nullspace.basis import Form
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper
 
 
-class Adapted(nn.Module):
+class Adapted(LoraLinear):
     """The design's regression: 128 wide, 48 protected directions, rank 8."""
 
     def __init__(self) -> None:
-        super().__init__()
         torch.manual_seed(0)
-        self.base_layer = nn.Linear(128, 64, bias=False).requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(128, 8, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(8, 64, bias=False)})
-        nn.init.zeros_(self.lora_B["default"].weight)
-        self.scaling = {"default": 2.0}
-
-    def forward(self, x):
-        return self.base_layer(x) + 2.0 * self.lora_B["default"](self.lora_A["default"](x))
+        super().__init__(128, 64, 8, bias=False)
 
 
 def train(
-    start: bool, gradients: bool, displacement: bool, form: str = "hard", softness: float = 0.01
+    start: int, gradients: int, displacement: int, form: Form = "hard", softness: float = 0.01
 ) -> tuple[float, float, float]:
     model = Adapted()
     general = torch.randn(400, 48) @ torch.randn(48, 128) / 48**0.5
@@ -35,7 +30,7 @@ def train(
     found = calibrate_modules({"": model}, model, lambda: [ForwardCall(args=(general,))], settings)
     layers = plan_layers(model).layers
     keeper = NullSpaceKeeper(
-        layers, [found.basis_of("")], project_gradients=gradients, project_displacement=displacement
+        layers, [found.basis_of("")], project_gradients=bool(gradients), project_displacement=bool(displacement)
     )
     if start:
         keeper.start_()
@@ -83,11 +78,12 @@ def test_soft_steps_equal_the_whitened_optimizer():
     settings = BasisSettings(form="soft", softness=0.05)
     found = calibrate_modules({"": model}, model, lambda: [ForwardCall(args=(general,))], settings)
     basis = found.basis_of("")
+    assert basis.weights is not None
     operator = torch.eye(128) - basis.vectors * basis.weights @ basis.vectors.T
     keeper = NullSpaceKeeper(plan_layers(model).layers, [basis])
     keeper.start_()
-    weight = model.lora_A["default"].weight
-    nn.init.normal_(model.lora_B["default"].weight)
+    weight = model.down.weight
+    nn.init.normal_(model.up.weight)
     whitened = nn.Parameter(torch.linalg.solve(operator.double(), weight.detach().double().T).T.contiguous())
     ours = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0)
     theirs = torch.optim.AdamW([whitened], lr=1e-3, weight_decay=0.0)
@@ -96,6 +92,7 @@ def test_soft_steps_equal_the_whitened_optimizer():
     for _ in range(20):
         ours.zero_grad()
         (model(inputs) - targets).square().mean().backward()
+        assert weight.grad is not None
         whitened.grad = (weight.grad.double() @ operator.double()).clone()
         keeper.project_gradients_()
         ours.step()
@@ -109,7 +106,7 @@ def test_a_skipped_step_leaves_soft_matrices_alone():
     general = torch.randn(500, 128)
     found = calibrate_modules({"": model}, model, lambda: [ForwardCall(args=(general,))], BasisSettings(form="soft"))
     keeper = NullSpaceKeeper(plan_layers(model).layers, [found.basis_of("")])
-    weight = model.lora_A["default"].weight
+    weight = model.down.weight
     weight.grad = torch.randn_like(weight)
     before = weight.detach().clone()
     keeper.project_gradients_()  # and the scaler skips the optimizer step
@@ -119,13 +116,10 @@ def test_a_skipped_step_leaves_soft_matrices_alone():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_full_weights_return_to_their_reference_in_protected_directions(transposed):
     torch.manual_seed(0)
+    layer: nn.Linear | Conv1D = nn.Linear(32, 20, bias=False)
     if transposed:
-        from transformers.pytorch_utils import Conv1D
-
         layer = Conv1D(20, 32)
         layer.bias.requires_grad_(False)
-    else:
-        layer = nn.Linear(32, 20, bias=False)
     general = torch.randn(10, 32)
     settings = BasisSettings(criterion="energy", threshold=1e-12)
     found = calibrate_modules({"": layer}, layer, lambda: [ForwardCall(args=(general,))], settings)
@@ -157,7 +151,7 @@ def test_a_matrix_without_gradient_is_passed_over():
     energy = keeper.project_gradients_(measure=True)
     assert energy is not None
     assert float(energy.before) == 0
-    assert model.lora_A["default"].weight.grad is None
+    assert model.down.weight.grad is None
 
 
 def test_measured_energies_are_those_of_the_gradients():
@@ -169,10 +163,11 @@ def test_measured_energies_are_those_of_the_gradients():
         BasisSettings(criterion="rank", threshold=60),
     )
     keeper = NullSpaceKeeper(plan_layers(model).layers, [found.basis_of("")])
-    weight = model.lora_A["default"].weight
+    weight = model.down.weight
     weight.grad = torch.randn_like(weight)
     before = float(weight.grad.square().sum())
     energy = keeper.project_gradients_(measure=True)
+    assert energy is not None
     assert float(energy.before) == pytest.approx(before, rel=1e-5)
     assert float(energy.after) == pytest.approx(float(weight.grad.square().sum()), rel=1e-5)
     assert float(energy.after) < 0.8 * before

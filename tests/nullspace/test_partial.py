@@ -7,6 +7,7 @@ import torch
 
 from nspo_lightning.nullspace import BasisSettings, basis, choose_rank, partial
 from nspo_lightning.nullspace.basis_set import bases_from_spectra, decompose_for
+from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.partial import leading_eigenpairs, with_tail
 
 WIDTH = 256
@@ -26,7 +27,7 @@ def moment_of(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return (moment + moment.T) / 2
 
 
-def cut(criterion: str, threshold: float):
+def cut(criterion: Criterion, threshold: float):
     return lambda values: choose_rank(values, criterion, threshold).protected
 
 

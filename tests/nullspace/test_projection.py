@@ -116,9 +116,9 @@ def test_packed_projections_equal_single_ones(kind):
     assert len(packs) < len(matrices)
     seen = []
     for pack in packs:
-        for slot, rows in zip(pack.slots, pack.split(pack.apply(pack.gather(matrices))), strict=True):
+        for slot, part in zip(pack.slots, pack.split(pack.apply(pack.gather(matrices))), strict=True):
             seen.append(slot.index)
-            assert (rows - apply(bases[slot.index], matrices[slot.index])).abs().max() < FLOAT32
+            assert (part - apply(bases[slot.index], matrices[slot.index])).abs().max() < FLOAT32
     assert sorted(seen) == list(range(len(matrices)))
 
 

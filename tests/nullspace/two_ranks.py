@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from null_space_problems import LoraLinear
 from torch import nn
 
 WIDTH, RANK = 24, 5
@@ -31,19 +32,12 @@ def _entry(rank: int, job: Callable[[int, Path], Any], folder: Path) -> None:
         dist.destroy_process_group()
 
 
-class Adapted(nn.Module):
+class Adapted(LoraLinear):
     """An adapter by shape, with the same weights on every rank."""
 
     def __init__(self) -> None:
-        super().__init__()
         torch.manual_seed(0)
-        self.base_layer = nn.Linear(WIDTH, 7, bias=False).requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(WIDTH, RANK, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(RANK, 7, bias=False)})
-        nn.init.zeros_(self.lora_B["default"].weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+        super().__init__(WIDTH, 7, RANK, bias=False)
 
 
 def calls(count: int = 5) -> list[Any]:
@@ -81,7 +75,7 @@ def calibrate_job(rank: int, folder: Path) -> dict[str, Any]:
 def sharded_job(rank: int, folder: Path) -> dict[str, Any]:
     """Hold a row-sharded adapter (FSDP2's layout; 5 rows over 2 ranks) and a row-sharded full weight in place."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     from nspo_lightning.nullspace import plan_layers
     from nspo_lightning.nullspace.keeper import NullSpaceKeeper
@@ -89,14 +83,19 @@ def sharded_job(rank: int, folder: Path) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2,))
     basis = calibration().bases[""]
     model, dense = Adapted(), nn.Linear(WIDTH, 7, bias=False)
-    holders = [model.lora_A["default"], model.lora_B["default"], dense]
+    holders = [model.down, model.up, dense]
     reference = dense.weight.detach().clone()
-    norm = model.lora_A["default"].weight.detach().norm()
+    norm = model.down.weight.detach().norm()
     for holder in holders:
         holder.weight = nn.Parameter(distribute_tensor(holder.weight.detach(), mesh, [Shard(0)]))
     keeper = NullSpaceKeeper([*plan_layers(model).layers, *plan_layers(dense).layers], [basis, basis])
     keeper.start_()
-    started = model.lora_A["default"].weight.full_tensor().detach().clone()
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        assert isinstance(tensor, DTensor)
+        return tensor.full_tensor().detach()
+
+    started = whole(model.down.weight).clone()
     generator = torch.Generator().manual_seed(4)
     optimizer = torch.optim.AdamW([holder.weight for holder in holders], lr=1e-2, weight_decay=0.1)
     for _ in range(10):
@@ -107,7 +106,7 @@ def sharded_job(rank: int, folder: Path) -> dict[str, Any]:
         optimizer.step()
         keeper.reproject_()
     result = {"start_norm": float(started.norm() / norm), "certificates": keeper.certificates()}
-    result["A"] = model.lora_A["default"].weight.full_tensor().detach()
-    result["W"] = dense.weight.full_tensor().detach()
+    result["A"] = whole(model.down.weight)
+    result["W"] = whole(dense.weight)
     result["W_ref"] = reference
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,22 +16,31 @@ WIDTH, HIDDEN, OUT, PROTECTED, RANK = 32, 24, 8, 10, 4
 class LoraLinear(nn.Module):
     """What peft's layer looks like from outside."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, rank: int = RANK, *, bias: bool = True) -> None:
         super().__init__()
-        self.base_layer = nn.Linear(width, out).requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(width, RANK, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(RANK, out, bias=False)})
-        nn.init.zeros_(self.lora_B["default"].weight)
+        self.base_layer = nn.Linear(width, out, bias=bias).requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(width, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, out, bias=False)})
+        nn.init.zeros_(self.up.weight)
         self.scaling = {"default": 2.0}
 
+    @property
+    def down(self) -> nn.Linear:
+        """A."""
+        return cast("nn.Linear", self.lora_A["default"])
+
+    @property
+    def up(self) -> nn.Linear:
+        """B."""
+        return cast("nn.Linear", self.lora_B["default"])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + 2.0 * self.lora_B["default"](self.lora_A["default"](x))
+        return self.base_layer(x) + 2.0 * self.up(self.down(x))
 
     @property
     def update(self) -> torch.Tensor:
         """D = s B A in float64."""
-        up, down = self.lora_B["default"].weight, self.lora_A["default"].weight
-        return 2.0 * up.detach().double() @ down.detach().double()
+        return 2.0 * self.up.weight.detach().double() @ self.down.weight.detach().double()
 
 
 def general_inputs(count: int = 64) -> torch.Tensor:
