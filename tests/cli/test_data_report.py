@@ -38,7 +38,8 @@ class Characters:
 
 def report(files, **options):
     stream = io.StringIO()
-    data = AlignmentDataModule(*files, max_prompt_tokens=100, **options)
+    safety, general = files
+    data = AlignmentDataModule(safety, general, max_prompt_tokens=100, **options)
     figures = data_report(data, Characters(), Console(file=stream, width=150))
     return stream.getvalue(), figures
 
