@@ -18,7 +18,7 @@ class Regression(pl.LightningModule):
     """Two linear layers.
 
     Args:
-        lr: learning rate.
+        lr: Learning rate.
     """
 
     def __init__(self, lr: float = 1e-2) -> None:

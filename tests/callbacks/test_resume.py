@@ -80,10 +80,10 @@ def test_a_full_disk_ends_a_run_in_one_message(whole: Path, tmp_path: Path) -> N
         written[0] += 1
         real_sync(folder)
 
-    def fsync(handle: Any) -> None:
+    def fsync(fd: Any) -> None:
         if written[0] >= 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real_fsync(handle)
+        real_fsync(fd)
 
     def fill_the_disk() -> None:  # in the child: it is full once five files are written, the basis and checkpoints
         atomic.sync_folder = count  # type: ignore[assignment]

@@ -206,7 +206,7 @@ def check(shown, message):
 )
 def test_bad_data_files_are_named(run, content, message):
     Path("bad.csv").write_text(content)
-    check(*run("fit", "--data.safety", "bad.csv"), message)
+    check(run("fit", "--data.safety", "bad.csv"), message)
 
 
 def test_a_model_without_chat_template(run, tokenizer, tmp_path):
