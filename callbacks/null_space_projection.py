@@ -2,11 +2,13 @@
 
 At the start of training the callback finds the trainable matrices (LoRA adapters, linear layers), learns which input
 directions general text uses, and projects adapters once. Gradients are projected in `on_before_optimizer_step`, after
-unscaling and before clipping; parameters in a hook of the optimizer, after each step that really happens.
+unscaling and before clipping; parameters in a hook of optimizers, after each step that really happens. Before the first
+step the function itself is asked whether outputs stay, see `null_space.verification`.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,13 +17,14 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
 from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.basis_source import BasisSource, CalibrationJob
 from nspo_lightning.callbacks.null_space.batches import BatchToInputs, move_call
-from nspo_lightning.callbacks.null_space.hold import Hold
-from nspo_lightning.callbacks.null_space.inference import OutputCheck, inference
+from nspo_lightning.callbacks.null_space.hold import Hold, at_start
+from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference
 from nspo_lightning.callbacks.null_space.logs import log_start, show_bases, show_certificate, step_metrics
 from nspo_lightning.callbacks.null_space.unprotected import (
     Unprotected,
@@ -29,7 +32,10 @@ from nspo_lightning.callbacks.null_space.unprotected import (
     report_unprotected,
     require_float32,
 )
+from nspo_lightning.callbacks.null_space.verification import EndToEndCheck, Verification
+from nspo_lightning.callbacks.null_space.watch import Buffers, TrainedParameters, hold_statistics
 from nspo_lightning.compat.lightning import callbacks_of, logs_this_batch
+from nspo_lightning.compat.torch import RunningNorm
 from nspo_lightning.nullspace import (
     BasisSettings,
     Calibration,
@@ -74,6 +80,8 @@ class NullSpaceProjection(Callback):
         keep_moments: Store the second moments by domain in the basis file.
         cache_dir: Keeps calibrations by fingerprint: "auto" = ``<default_root_dir>/nullspace``, None = nowhere.
         seed: Of the random subspace and the sketch.
+        verify: Before the first step, move every held matrix inside its null space and see that outputs on a little
+            calibration text stay; False = don't look.
         enabled: False = do nothing (plain training), so that one configuration runs both.
 
     Raises:
@@ -105,6 +113,7 @@ class NullSpaceProjection(Callback):
         keep_moments: bool = False,
         cache_dir: str | PathLike[str] | None = "auto",
         seed: int = 0,
+        verify: bool = True,
         enabled: bool = True,
     ) -> None:
         super().__init__()
@@ -137,15 +146,21 @@ class NullSpaceProjection(Callback):
         self.project_gradients = project_gradients
         self.project_displacement = project_displacement
         self.freeze_down = freeze_down
+        self.verify = verify
         self.enabled = enabled
         self.calibration: Calibration | None = None
+        self.verification: Verification | None = None
+        """What the check before training found; None = not made."""
         self.output_change: float | None = None
-        """Largest change of the model's output on the first calibration batch, relative to its largest entry."""
+        """Largest change of the model's outputs on a little calibration text, relative to their largest entry."""
         self._hold = Hold()
         self._check: OutputCheck | None = None
+        self._buffers: Buffers | None = None
+        self._trained: TrainedParameters | None = None
+        self._still: list[RunningNorm] = []
         self._energy: list[GradientEnergy] = []
         self._resumed: dict[str, Any] = {}
-        self._started = False
+        self._held: list[weakref.ref[nn.Parameter]] = []
 
     @property
     def state_key(self) -> str:
@@ -167,40 +182,68 @@ class NullSpaceProjection(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hold.release()
-        self._hold, self._check = Hold(), None
+        self._release()
         if not self.enabled:
             return
         ranks.reshard(pl_module)
-        resumed = self._started or bool(self._resumed)
-        plan = self._plan(trainer, pl_module, resumed=resumed)
+        plan = self._plan(trainer, pl_module, resumed=True)
+        # A fit goes on from an earlier one if a checkpoint says so, or if these very matrices were held before.
+        goes_on = bool(self._resumed) or self._held_before(plan)
+        if not goes_on:
+            plan = self._plan(trainer, pl_module)
         to_freeze = report_unprotected(plan, self.unprotected, self.target_modules)
         require_float32(plan)
-        calibration = self._obtain_bases(trainer, pl_module, plan)
+        self._still = hold_statistics(pl_module, self.unprotected)
+        references: dict[str, Tensor] = self._resumed.get("references", {})
+        self._hold = Hold(plan.layers, references=references)
+        with self._hold.at_start():
+            calibration = self._obtain_bases(trainer, pl_module, plan)
         self._hold = Hold(
-            trainer.optimizers,
             plan.layers,
             calibration,
+            references=references,
             project_gradients=self.project_gradients,
             project_displacement=self.project_displacement,
         )
+        self._hold.refuse_swapping(trainer.optimizers)
         self._hold.freeze_(to_freeze)
-        self._check = OutputCheck.before_training(self.source.first_call(trainer, pl_module), trainer, pl_module)
-        if not resumed and self.project_initialization:
+        self._watch(trainer, pl_module)
+        if not goes_on and self.project_initialization:
             self._hold.start_()
         elif self.settings.form == "hard" and self.project_displacement and self.project_initialization:
             self._hold.refuse_leaks()
         if self.freeze_down:
             self._hold.freeze_([layer.matrix for layer in plan.layers if layer.kind == "lora"])
+        if self.verify:
+            check = EndToEndCheck(trainer, pl_module, plan.layers, calibration, calibration_forward(pl_module))
+            with self._hold.at_start():
+                self.verification = check.run(self.source.text.rows)
         self._hold.hook()
-        self._started, self._resumed = True, {}
+        self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
         log_start(trainer, calibration)
+
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note what outputs, buffers and trained parameters are at the start."""
+        text = self.source.text
+        with self._hold.at_start():
+            self._check = OutputCheck(text.first, trainer, pl_module)
+        self._buffers = Buffers(pl_module, text.rows)
+        self._trained = TrainedParameters(pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        for norm in self._still:  # whoever calls `train()` puts them back into train mode
+            norm.eval()
 
     @override
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        if self._trained is not None:
+            self._trained.check(optimizer, pl_module, self.unprotected)
         # Lightning clips afterwards, so the clipped norm is the projected one.
         energy = self._hold.project_gradients_(optimizer, measure=logs_this_batch(trainer))
         if energy is not None:
@@ -210,30 +253,48 @@ class NullSpaceProjection(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._buffers is not None:  # once: what a step changes, the first one changes
+            self._buffers.check(trainer, pl_module, self.unprotected)
+            self._buffers = None
         if self._energy:  # at the Trainer's logging interval; nothing is read from the device in between
             pl_module.log_dict(step_metrics(self._energy, self.certificates()), on_step=True, on_epoch=False)
             self._energy.clear()
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not at the end of training: other callbacks may put other weights in place there (averages, the best ones).
+        check, self._check = self._check, None
+        if check is not None:
+            self.output_change = check.change(trainer, pl_module)
+            show_certificate(self.certificates(), self.output_change)
         self._hold.release()
-        self.output_change = None if self._check is None else self._check.change(trainer, pl_module)
-        show_certificate(self.certificates(), self.output_change)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._hold.release()
 
+    def _release(self) -> None:
+        """Forget the last fit."""
+        self._hold.release()
+        self._hold, self._check, self._buffers, self._trained, self._still = Hold(), None, None, None, []
+        self.verification = self.output_change = None
+
+    def _held_before(self, plan: LayerPlan) -> bool:
+        before = {id(matrix) for reference in self._held if (matrix := reference()) is not None}
+        return bool(before) and before == {id(layer.matrix) for layer in plan.layers}
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return settings, fingerprint and path; the bases themselves stay in their file."""
-        if not self._started or self.calibration is None:
+        """Return settings, fingerprint and path, and where full weights began; bases stay in their file."""
+        if not self._held or self.calibration is None:
             return {}
+        references = self._hold.whole_references()
         return {
             "started": True,
             "settings": self.settings.as_dict(),
             "fingerprint": self.calibration.fingerprint,
             "path": self.source.path,
+            **({"references": references} if references else {}),
         }
 
     @override
@@ -291,11 +352,12 @@ class NullSpaceProjection(Callback):
             job = batches
         else:
             layers = plan_layers(pl_module, self.target_modules, resumed=True).layers
-            job = self.source.job({layer.name: layer.module for layer in layers}, batches, sharded=sharded)
-        with inference(trainer, pl_module):
+            precision = "" if trainer is None else str(trainer.precision)
+            job = self.source.job(pl_module, layers, batches, sharded=sharded, precision=precision)
+        with inference(trainer, pl_module), at_start(job.layers, {}):
             self.calibration = calibrate_modules(
-                job.modules,
-                pl_module,
+                {layer.name: layer.module for layer in job.layers},
+                calibration_forward(pl_module),
                 lambda: (move_call(call, pl_module.device) for call in job.calls),
                 self.settings,
                 memory_budget_gb=self.source.memory_budget_gb,
@@ -308,10 +370,9 @@ class NullSpaceProjection(Callback):
 
     def _obtain_bases(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: LayerPlan) -> Calibration:
         """Keep the bases of an earlier fit, load them, or make them now."""
-        modules = {layer.name: layer.module for layer in plan.layers}
-        if self.calibration is not None and self.calibration.layer_names() == set(modules):
+        if self.calibration is not None and self.source.fits(self.calibration, trainer, pl_module, plan.layers):
             return self.calibration
-        found = self.source.find(trainer, pl_module, modules, self._resumed)
+        found = self.source.find(trainer, pl_module, plan.layers, self._resumed or None)
         if isinstance(found, Calibration):
             self.calibration = found
             return found

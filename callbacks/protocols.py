@@ -87,6 +87,14 @@ class HasCalibrationText(Protocol):
 
 
 @runtime_checkable
+class HasCalibrationForward(Protocol):
+    """A module with a forward for calibration that is cheaper than its own and reaches the same layers."""
+
+    def calibration_forward(self, **inputs: Any) -> Any:
+        """Run the layers over a batch; what it returns is not used."""
+
+
+@runtime_checkable
 class HasHeldOutText(Protocol):
     """A datamodule with general text that training does not see."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -12,20 +13,28 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.batches import BatchToInputs, tensors_of, to_call
+from nspo_lightning.callbacks.null_space.text_sample import TextSample
 from nspo_lightning.callbacks.protocols import AnswersPrompts, HasCalibrationText
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
-from nspo_lightning.nullspace import BasisSettings, Calibration, ForwardCall, load_calibration, save_calibration
-from nspo_lightning.nullspace.fingerprint import combined, data_fingerprint, model_fingerprint
-from nspo_lightning.nullspace.store import check_fingerprint
+from nspo_lightning.nullspace import (
+    BasisSettings,
+    Calibration,
+    ForwardCall,
+    ProtectedLayer,
+    load_calibration,
+    save_calibration,
+)
+from nspo_lightning.nullspace.fingerprint import combined, data_fingerprint, differences, model_fingerprint
+from nspo_lightning.nullspace.store import BrokenBasisError, check_fingerprint
 
 Source = str | PathLike[str] | Iterable[Any] | None
+_SAMPLED = 4  # batches that are read where text is only looked at
 
 
 def calibration_batches(owner: Any, pl_module: pl.LightningModule) -> Iterable[Any]:
@@ -46,7 +55,7 @@ def is_sharded(batches: Iterable[Any]) -> bool:
 class CalibrationJob:
     """Layers to calibrate, and the text to do it on."""
 
-    modules: Mapping[str, nn.Module]
+    layers: Sequence[ProtectedLayer]
     calls: Sequence[ForwardCall]
     """The text, on the CPU: several passes may be needed."""
     sharded: bool
@@ -69,60 +78,85 @@ class BasisSource:
     cache_dir: str | PathLike[str] | None = "auto"
     path: str | None = field(default=None, init=False)
     """The file that holds the bases, once they are in one."""
-    _first: ForwardCall | None = field(default=None, init=False, repr=False)
+    text: TextSample = field(default_factory=TextSample, init=False, repr=False)
+    """A little of the calibration text, to see outputs on; empty where only a basis file is given."""
 
     def find(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        modules: Mapping[str, nn.Module],
-        resumed: Mapping[str, Any],
+        layers: Sequence[ProtectedLayer],
+        earlier: Mapping[str, Any] | None,
     ) -> Calibration | CalibrationJob:
         """Return the bases from a file or the cache, or what is to be done where there are none yet.
 
         Args:
-            trainer: For its datamodule and root folder.
+            trainer: For its datamodule, precision and root folder.
             pl_module: May give the text.
-            modules: Layer name -> module.
-            resumed: The callback's state in the checkpoint, empty at a fresh start.
-        """
-        if isinstance(self.source, (str, PathLike)):
-            return self.load(Path(self.source), modules, resumed=bool(resumed))
-        remembered = resumed.get("path")
-        if remembered and all(ranks.gather_objects(Path(remembered).is_file())):
-            return self.load(Path(remembered), modules, resumed=True)
-        batches = self.batches(trainer, pl_module)
-        job = self.job(modules, batches, sharded=is_sharded(batches))
-        self._first = next(iter(job.calls), None)
-        cached = self._cache_path(trainer, job)
-        if cached is not None and all(ranks.gather_objects(cached.is_file())):
-            rank_zero_info(f"Null space: using the cached basis {cached}")
-            return self.load(cached, modules, resumed=bool(resumed))
-        return job
-
-    def load(self, path: Path, modules: Mapping[str, nn.Module], *, resumed: bool) -> Calibration:
-        """Return the calibration in a basis file.
-
-        Args:
-            path: The file.
-            modules: Layer name -> module.
-            resumed: Weights may have been trained since, so only names and shapes of the model are compared.
+            layers: What is held.
+            earlier: Fingerprint and path in the checkpoint that training goes on from; None at a fresh start.
 
         Raises:
-            MisconfigurationException: If layers are missing from it.
-            ValueError: If it was made for something else.
+            MisconfigurationException: If a basis file lacks layers, or the cache can't be written.
+            ValueError: If a basis, or the text, is not the one that it must be.
         """
+        if isinstance(self.source, (str, PathLike)):
+            self.text = self._sample(trainer, pl_module)
+            return self.load(Path(self.source), trainer, pl_module, layers, earlier)
+        remembered = None if earlier is None else earlier["path"]
+        if remembered and all(ranks.gather_objects(Path(remembered).is_file())):
+            self.text = self._sample(trainer, pl_module)
+            return self.load(Path(remembered), trainer, pl_module, layers, earlier)
+        batches = self.batches(trainer, pl_module)
+        job = self.job(pl_module, layers, batches, sharded=is_sharded(batches), precision=str(trainer.precision))
+        self.text = TextSample.of(job.calls)
+        if earlier is not None:  # training began with other bases, which are gone: only the same text makes them again
+            check_fingerprint(_data(earlier["fingerprint"]), _data(job.fingerprint), "the checkpoint")
+        cached = self._cache_path(trainer, job)
+        if cached is None:
+            return job
+        if all(ranks.gather_objects(cached.is_file())) and (found := self._cached(cached, trainer, pl_module, job)):
+            rank_zero_info(f"Null space: using the cached basis {cached}")
+            return found
+        check_writable(cached.parent)
+        return job
+
+    def _cached(
+        self, path: Path, trainer: pl.Trainer, pl_module: pl.LightningModule, job: CalibrationJob
+    ) -> Calibration | None:
+        """Return a cached calibration, None (on all ranks) if its file is broken."""
+        found: Calibration | None = None
+        try:
+            found = self.load(path, trainer, pl_module, job.layers, None)
+        except BrokenBasisError as error:
+            rank_zero_warn(f"The cached basis is broken and is made again: {error}")
+        return None if ranks.any_rank(found is None) else found
+
+    def load(
+        self,
+        path: Path,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Sequence[ProtectedLayer],
+        earlier: Mapping[str, Any] | None,
+    ) -> Calibration:
+        """Return the calibration in a basis file, if it was made for this model and these settings; see `find`."""
         calibration = load_calibration(path)
-        model: Mapping[str, str] = model_fingerprint(modules)
+        modules = {layer.name: layer.module for layer in layers}
         missing = set(modules) - calibration.layer_names()
         if missing:
             raise MisconfigurationException(
                 f"The basis file {path} has no basis for {len(missing)} trained layers: {sorted(missing)[:5]}. "
                 "Calibrate with the same `target_modules`."
             )
-        if resumed or set(modules) != calibration.layer_names():
-            model = {"structure": model["structure"]} if set(modules) == calibration.layer_names() else {}
-        check_fingerprint(calibration.fingerprint, {"settings": self.settings.as_dict(), "model": model}, str(path))
+        model = model_fingerprint(pl_module, modules, str(trainer.precision))
+        changed = {"trained", "buffers"} if earlier is not None else set()  # weights have been trained since
+        if set(modules) != calibration.layer_names():  # of a part of the layers it was made for
+            changed |= {"structure", "weights", "trained"}
+        wanted = {"model": {key: value for key, value in model.items() if key not in changed}}
+        check_fingerprint(calibration.fingerprint, {"settings": self.settings.as_dict(), **wanted}, str(path))
+        if earlier is not None:
+            check_fingerprint(_data(calibration.fingerprint), _data(earlier["fingerprint"]), str(path))
         self.path = str(path)
         return calibration
 
@@ -133,6 +167,24 @@ class BasisSource:
             if trainer.is_global_zero:
                 save_calibration(calibration, cached)
             self.path = str(cached)
+
+    def fits(
+        self,
+        calibration: Calibration,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Sequence[ProtectedLayer],
+    ) -> bool:
+        """Return whether bases at hand are those of this model, this text (where there is any) and these settings."""
+        modules = {layer.name: layer.module for layer in layers}
+        if calibration.layer_names() != set(modules):
+            return False
+        model = model_fingerprint(pl_module, modules, str(trainer.precision))
+        wanted: dict[str, Any] = {"settings": self.settings.as_dict(), "model": model}
+        if not isinstance(self.source, (str, PathLike)) and (calls := self._calls(trainer, pl_module)):
+            self.text = TextSample.of(calls)
+            wanted["data"] = _text_fingerprint(calls)
+        return not ranks.any_rank(bool(differences(calibration.fingerprint, wanted)))
 
     def batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
         """Return the calibration batches.
@@ -154,34 +206,76 @@ class BasisSource:
         """Return the batches as forward calls on the CPU."""
         return [to_call(batch, self.batch_to_inputs) for batch in itertools.islice(iter(batches), self.limit_batches)]
 
-    def job(self, modules: Mapping[str, nn.Module], batches: Iterable[Any], *, sharded: bool) -> CalibrationJob:
+    def job(
+        self,
+        pl_module: pl.LightningModule,
+        layers: Sequence[ProtectedLayer],
+        batches: Iterable[Any],
+        *,
+        sharded: bool,
+        precision: str,
+    ) -> CalibrationJob:
         """Return what is to be done, with the text read."""
         calls = self.calls(batches)
-        digests = ranks.gather_objects(data_fingerprint(tensor for call in calls for tensor in tensors_of(call)))
-        same = len(set(digests)) == 1
+        modules = {layer.name: layer.module for layer in layers}
         fingerprint = {
-            "model": model_fingerprint(modules),
-            "data": digests[0] if same else combined({str(rank): digest for rank, digest in enumerate(digests)}),
+            "model": model_fingerprint(pl_module, modules, precision),
+            "data": _text_fingerprint(calls),
             "settings": self.settings.as_dict(),
         }
-        return CalibrationJob(modules=modules, calls=calls, sharded=sharded, fingerprint=fingerprint)
+        return CalibrationJob(layers=layers, calls=calls, sharded=sharded, fingerprint=fingerprint)
 
-    def first_call(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ForwardCall | None:
-        """Return one batch to check outputs on, None where only a basis file is given.
+    def _calls(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[ForwardCall]:
+        """Return the calibration text, nothing where nobody provides any."""
+        try:
+            return self.calls(self.batches(trainer, pl_module))
+        except MisconfigurationException:
+            return []
 
-        It is the first of those that were calibrated on, where that has just happened: text is read once.
-        """
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
+    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TextSample:
+        """Return a little text where the bases come from a file, nothing where nobody provides any."""
         try:
             batches = self.batches(trainer, pl_module)
         except MisconfigurationException:
-            return None
-        return next(iter(self.calls(itertools.islice(iter(batches), 1))), None)
+            return TextSample()
+        return TextSample.of(self.calls(itertools.islice(iter(batches), _SAMPLED)))
 
     def _cache_path(self, trainer: pl.Trainer, job: CalibrationJob) -> Path | None:
         if self.cache_dir is None or is_fast_dev_run(trainer):
             return None
         root = Path(trainer.default_root_dir) / "nullspace" if self.cache_dir == "auto" else Path(self.cache_dir)
         return Path(ranks.broadcast_object(str(root / f"{combined(job.fingerprint)}.safetensors"), 0))
+
+
+def check_writable(folder: Path) -> None:
+    """See before a calibration that its result can be kept (cross-rank synchronisation).
+
+    Raises:
+        MisconfigurationException: If it can't, on all ranks.
+    """
+    problem = ""
+    if ranks.rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            problem = error.strerror or str(error)
+    problem = ranks.broadcast_object(problem, 0)
+    if problem:
+        raise MisconfigurationException(
+            f"Calibrations are kept in {folder} (`cache_dir`), and nothing can be written there: {problem}. Give "
+            "another folder, or `cache_dir: null` to keep none."
+        )
+
+
+def _data(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {"data": fingerprint.get("data")}
+
+
+def _text_fingerprint(calls: Sequence[ForwardCall]) -> str:
+    """Return one digest of the text of all ranks (cross-rank synchronisation)."""
+    tensors = (tensor for call in calls for tensor in tensors_of(call))
+    digests = ranks.gather_objects(data_fingerprint(tensors, (d for call in calls for d in call.domains or ())))
+    same = len(set(digests)) == 1
+    return digests[0] if same else combined({str(rank): digest for rank, digest in enumerate(digests)})

@@ -1,68 +1,97 @@
-"""What is held in place during one fit: each layer by the optimizer that trains it."""
+"""What is held in place during one fit: each layer by every optimizer that trains it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from nspo_lightning import ranks
 from nspo_lightning.nullspace import Basis, Calibration, LayerCertificate, ProtectedLayer
-from nspo_lightning.nullspace.keeper import GradientEnergy, NullSpaceKeeper
+from nspo_lightning.nullspace.keeper import (
+    GradientEnergy,
+    NullSpaceKeeper,
+    certify_layers,
+    local_reference,
+    references_of,
+    start_layers_,
+    whole_reference,
+)
 
 _RESUME_LEAK = 1e-4  # a resumed adapter sits at about 1e-7; anything above this was trained without this basis
+
+
+@runtime_checkable
+class SwapsWeights(Protocol):
+    """An optimizer that keeps weights of its own and puts them in the model's place (schedule-free ones do)."""
+
+    def train(self) -> Any:
+        """Put the weights in place that gradients are taken at."""
+
+    def eval(self) -> Any:
+        """Put the weights in place that the model is used with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """An optimizer and what it may not move freely."""
+
+    optimizer: Optimizer
+    parameters: int
+    keeper: NullSpaceKeeper | None
 
 
 class Hold:
     """Keepers of a run's optimizers, and parameters that do not train.
 
     Args:
-        optimizers: The run's optimizers; a layer belongs to the first one that trains it.
         layers: What to hold.
         calibration: Has a basis for each layer; None = nothing is held.
+        references: Layer name -> its whole matrix at the start of training, from a checkpoint; where a layer has none,
+            training starts now.
         project_gradients: See `NullSpaceKeeper`.
         project_displacement: See `NullSpaceKeeper`.
     """
 
     def __init__(
         self,
-        optimizers: Sequence[Optimizer] = (),
         layers: Sequence[ProtectedLayer] = (),
         calibration: Calibration | None = None,
         *,
+        references: Mapping[str, Tensor] | None = None,
         project_gradients: bool = True,
         project_displacement: bool = True,
     ) -> None:
-        self._optimizers = list(optimizers)
+        self._layers = list(layers)
         self._output_energy = {} if calibration is None else calibration.output_energy
-        self._keepers: dict[int, NullSpaceKeeper] = {}
+        self._project_gradients, self._project_displacement = project_gradients, project_displacement
+        self._references = references_of(self._layers)
+        for index, layer in enumerate(self._layers):
+            if references and layer.name in references and self._references[index] is not None:
+                self._references[index] = local_reference(layer, references[layer.name])
+        on_device: dict[tuple[int, torch.device], Basis] = {}
+        self._bases: list[Basis] = []
+        for layer in self._layers:
+            if calibration is None:
+                break
+            basis, device = calibration.basis_of(layer.name), layer.matrix.device
+            self._bases.append(on_device.setdefault((id(basis), device), basis.to(device)))
+        self._kept: dict[int, _Kept] = {}
         self._handles: list[RemovableHandle] = []
         self._dropped: list[nn.Parameter] = []
-        if calibration is None:
-            return
-        on_device: dict[tuple[int, torch.device], Basis] = {}
-        remaining = list(layers)
-        for optimizer in optimizers:
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            mine = [m for m in remaining if ids & {id(m.matrix), id(m.output)}]
-            remaining = [m for m in remaining if m not in mine]
-            bases = []
-            for layer in mine:
-                basis, device = calibration.basis_of(layer.name), layer.matrix.device
-                bases.append(on_device.setdefault((id(basis), device), basis.to(device)))
-            self._keepers[id(optimizer)] = NullSpaceKeeper(
-                mine, bases, project_gradients=project_gradients, project_displacement=project_displacement
-            )
 
     def start_(self) -> None:
         """Bring adapters into their null spaces."""
-        for keeper in self._keepers.values():
-            keeper.start_()
+        start_layers_(self._layers, self._bases, self._references)
 
     def freeze_(self, parameters: Sequence[nn.Parameter]) -> None:
         """Let parameters train no longer."""
@@ -75,23 +104,67 @@ class Hold:
             parameter.grad = None
 
     def hook(self) -> None:
-        """Project parameters after each step that really happens."""
-        for optimizer in self._optimizers:
-            keeper = self._keepers[id(optimizer)]
-            self._handles.append(optimizer.register_step_post_hook(lambda *_, k=keeper: k.reproject_()))
+        """Project parameters after each step that really happens, of whichever optimizer, known to the Trainer or not.
+
+        The hooks are torch's global ones: a layer is held by every optimizer that trains its matrix, also by one that
+        a training step made for itself.
+        """
+        self._handles = [
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer)),
+            register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
+        ]
 
     def release(self) -> None:
-        """Leave no hooks on the optimizers."""
+        """Leave no hooks on optimizers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if (keeper := self._keeper(optimizer)) is not None:
+            keeper.remember()
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if (keeper := self._keeper(optimizer)) is not None:
+            keeper.reproject_()
+
+    def refuse_swapping(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse optimizers whose state holds weights that are never projected.
+
+        Raises:
+            MisconfigurationException: Naming the first one that trains a held matrix.
+        """
+        for optimizer in optimizers:
+            if isinstance(optimizer, SwapsWeights) and self._keeper(optimizer) is not None:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} keeps weights in its own state and puts them in the model's place "
+                    "(`train()`, `eval()`): what it keeps is never projected, so it would leave the null space. Use an "
+                    "optimizer without such state, for example AdamW."
+                )
+
+    def _keeper(self, optimizer: Optimizer) -> NullSpaceKeeper | None:
+        """Return the keeper of an optimizer's matrices, None if it trains none; parameters may be added on the way."""
+        kept, count = self._kept.get(id(optimizer)), sum(len(group["params"]) for group in optimizer.param_groups)
+        if kept is None or kept.optimizer is not optimizer or kept.parameters != count:
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            mine = [i for i, layer in enumerate(self._layers) if id(layer.matrix) in ids]
+            keeper = None
+            if mine:
+                keeper = NullSpaceKeeper(
+                    [self._layers[i] for i in mine],
+                    [self._bases[i] for i in mine],
+                    [self._references[i] for i in mine],
+                    project_gradients=self._project_gradients,
+                    project_displacement=self._project_displacement,
+                )
+            kept = self._kept[id(optimizer)] = _Kept(optimizer=optimizer, parameters=count, keeper=keeper)
+        return kept.keeper
 
     def project_gradients_(self, optimizer: Optimizer, *, measure: bool) -> GradientEnergy | None:
         """Project the gradients of an optimizer's matrices, and drop those of frozen parameters."""
         for parameter in self._dropped:
             parameter.grad = None
-        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        keeper = self._keepers.get(id(inner))
+        keeper = self._keeper(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
         return None if keeper is None else keeper.project_gradients_(measure=measure)
 
     def refuse_leaks(self) -> None:
@@ -111,4 +184,53 @@ class Hold:
 
     def certificates(self) -> list[LayerCertificate]:
         """Return each layer's certificate."""
-        return [c for keeper in self._keepers.values() for c in keeper.certificates(self._output_energy)]
+        if not self._bases:
+            return []
+        return certify_layers(self._layers, self._bases, self._references, self._output_energy)
+
+    def whole_references(self) -> dict[str, Tensor]:
+        """Return layer name -> its whole matrix at the start, where displacements are held; for checkpoints."""
+        pairs = zip(self._layers, self._references, strict=True)
+        return {layer.name: whole_reference(layer, r).cpu() for layer, r in pairs if r is not None}
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Run the model that training started from, whatever has been trained since."""
+        with at_start(self._layers, dict(zip((layer.name for layer in self._layers), self._references, strict=True))):
+            yield
+
+
+@contextmanager
+def at_start(layers: Sequence[ProtectedLayer], references: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Run the model that training started from: a trained B is zero, other matrices are at their references.
+
+    Other adapters stay as they are: a frozen one beside the trained one belongs to the model.
+
+    Args:
+        layers: What trains.
+        references: Layer name -> this rank's rows at the start; a layer without any keeps its matrix.
+    """
+    values: list[tuple[Tensor, Tensor]] = []
+    for layer in layers:
+        matrix, reference = ranks.local_part(layer.matrix.detach()), references.get(layer.name)
+        if reference is not None:
+            values.append((layer.rows(matrix), reference))
+        elif layer.output is not None and layer.output.requires_grad:
+            up = ranks.local_part(layer.output.detach())
+            values.append((up, torch.zeros_like(up)))
+    with replaced(values):
+        yield
+
+
+@contextmanager
+def replaced(values: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Put values into tensors, and the old ones back, to the bit."""
+    kept = [(target, target.clone()) for target, _ in values]
+    with torch.no_grad():
+        try:
+            for target, value in values:
+                target.copy_(value)
+            yield
+        finally:
+            for target, value in kept:
+                target.copy_(value)

@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+RunningNorm = _NormBase
+"""What batch and instance normalisations of any dimension have in common: running statistics."""
 
 _RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
 """Lists of learning rates that torch's schedulers compute later ones from."""
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a count of the changes in place that a tensor has seen; 0 for one that keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -42,6 +42,7 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
+from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import score_text
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
@@ -325,12 +326,17 @@ class GRPOModule(pl.LightningModule):
     # ------------------------------------------------------------------ what callbacks, data and commands ask for
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Run the policy over text, shape (batch, length), for calibration: with logits of the last token only."""
-        output = self.require_policy()(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1
-        )
+        """Run the policy over text, shape (batch, length), and return logits, shape (batch, length, vocabulary)."""
+        output = self.require_policy()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         logits: Tensor = output.logits
         return logits
+
+    def calibration_forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Run the policy over text for calibration: with logits of the last token only, where the head is frozen."""
+        policy = self.require_policy()
+        head: nn.Module = causal_model(policy).get_output_embeddings()
+        few = {} if any(p.requires_grad for p in head.parameters()) else {"logits_to_keep": 1}
+        policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **few)
 
     @property
     def rollouts(self) -> int:

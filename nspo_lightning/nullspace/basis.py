@@ -6,6 +6,7 @@ A basis keeps whichever is thinner, the protected directions U_k (width x k) or 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,8 +33,8 @@ class Spectrum:
     """Shape ``(width, width)``, or ``(width, m)`` for a partial one, orthonormal columns in the order of ``values``."""
     tokens: int
     """Rows that the moment was taken over."""
-    resolution: float = torch.finfo(torch.float64).eps
-    """Relative rounding noise of the eigenvalues, in units of the largest."""
+    outside: float = 0.0
+    """What must be added to a value outside the vectors to bound the energy of any direction there (sketches)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class Basis:
     choice: RankChoice
     tokens: int
     subspace: Subspace = "null"
+    outside: float = 0.0
+    """See `Spectrum.outside`."""
 
     @property
     def width(self) -> int:
@@ -94,6 +97,7 @@ def decompose(
     *,
     tokens: int,
     resolution: float = torch.finfo(torch.float64).eps,
+    rounded_energy: float = math.inf,
     find_cut: FindCut | None = None,
     count: int | None = None,
 ) -> Spectrum:
@@ -106,13 +110,16 @@ def decompose(
     Args:
         moment: Symmetric, positive semi-definite up to rounding, shape ``(width, width)``.
         tokens: Rows that it was taken over.
-        resolution: Relative rounding noise in it.
+        resolution: Relative rounding noise in it, in units of ``rounded_energy`` or of the largest eigenvalue, if
+            that is less.
+        rounded_energy: Trace of the part of the moment that was rounded so.
         find_cut: From eigenvalues to the number of protected directions, where leading eigenvalues and the sum of the
             others decide it; None = all eigenpairs are wanted.
         count: That number, where it is known beforehand.
 
     Returns:
-        The eigenpairs; eigenvalues under the rounding noise are set to zero, since their directions carry nothing.
+        The eigenpairs. Eigenvalues under the rounding noise are set to zero where that is float64's, and to the noise
+        itself where it is larger: then they may be that large, and bounds must count them.
         With ``find_cut`` possibly the protected ones only, and a tail that holds the energy of the others.
 
     Raises:
@@ -128,16 +135,21 @@ def decompose(
     partly = LEAST_WIDTH <= moment.shape[0] <= MOST_WIDTH and moment.dtype == torch.float64
     if find_cut is not None and partly:
         found = leading_eigenpairs(moment, find_cut, count=count)
-        # A cut within the rounding noise is left to the full decomposition, which sets that noise to zero.
-        if found is not None and float(found[0][found[1].shape[1] - 1]) > resolution * float(found[0][0]):
-            return Spectrum(values=found[0], vectors=found[1], tokens=tokens, resolution=resolution)
+        # A cut within the rounding noise is left to the full decomposition, which knows each value.
+        if found is not None:
+            noise = resolution * min(float(found[0][0]), rounded_energy)
+            if float(found[0][found[1].shape[1] - 1]) > noise:
+                return Spectrum(values=found[0], vectors=found[1], tokens=tokens)
     wide = moment.shape[0] > (4096 if moment.device.type == "cpu" else 2048)
     work = moment.to(torch.float32 if wide or moment.device.type == "mps" else torch.float64)
     values, vectors = torch.linalg.eigh(work)
     values = values.flip(0).to(device="cpu", dtype=torch.float64)
-    noise = max(resolution, torch.finfo(work.dtype).eps) * float(values[0].clamp_min(0))
-    values = torch.where(values > noise, values, torch.zeros_like(values))
-    return Spectrum(values=values, vectors=vectors.flip(1), tokens=tokens, resolution=resolution)
+    largest = float(values[0].clamp_min(0))
+    finest = torch.finfo(torch.float64).eps * largest
+    noise = max(resolution * min(largest, rounded_energy), torch.finfo(work.dtype).eps * largest)
+    floor = noise if noise > 4 * finest else 0.0
+    values = torch.where(values > noise, values, torch.full_like(values, floor))
+    return Spectrum(values=values, vectors=vectors.flip(1), tokens=tokens)
 
 
 def build_basis(spectrum: Spectrum, choice: RankChoice, *, subspace: Subspace = "null", seed: int = 0) -> Basis:
@@ -173,6 +185,7 @@ def build_basis(spectrum: Spectrum, choice: RankChoice, *, subspace: Subspace = 
         choice=choice,
         tokens=spectrum.tokens,
         subspace=subspace,
+        outside=spectrum.outside,
     )
 
 
@@ -219,4 +232,5 @@ def build_soft_basis(spectrum: Spectrum, softness: float) -> Basis:
         values=values,
         choice=choice,
         tokens=spectrum.tokens,
+        outside=spectrum.outside,
     )

@@ -86,7 +86,8 @@ class Calibration:
     """First layer of each input -> all layers that read it."""
     settings: BasisSettings
     output_energy: dict[str, float] = field(default_factory=dict)
-    """Layer -> mean squared norm of its outputs on calibration rows."""
+    """Layer -> the least, over domains, of the domain's weight times the mean squared norm of the layer's outputs on
+    its rows. A change that is bounded relative to it is bounded in every domain, and in any mixture of them."""
     domain_tokens: dict[str, int] = field(default_factory=dict)
     """Domain -> rows that counted."""
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -134,20 +135,29 @@ _LEADING = ("energy", "bound", "relative", "absolute", "rank", "null_share")
 _LEAST_ENERGY = 1e-10  # below it rounding decides what is left of a trace, and each small eigenvalue must be known
 
 
-def decompose_for(settings: BasisSettings, moment: Tensor, *, tokens: int, resolution: float) -> Spectrum:
+def decompose_for(
+    settings: BasisSettings, moment: Tensor, *, tokens: int, resolution: float, rounded_energy: float = math.inf
+) -> Spectrum:
     """Return as much of a moment's spectrum as the settings need; see `decompose` for the arguments."""
     threshold = check_threshold(settings.criterion, settings.threshold)
     least = {"energy": _LEAST_ENERGY, "bound": math.sqrt(_LEAST_ENERGY)}.get(settings.criterion, 0.0)
     leading = settings.criterion in _LEADING and settings.form == "hard" and settings.subspace != "protected"
     if not leading or threshold is None or threshold < least:
-        return decompose(moment, tokens=tokens, resolution=resolution)
+        return decompose(moment, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy)
 
     def find_cut(values: Tensor) -> int:
         return settings.choose(values).protected
 
     known = settings.criterion in ("rank", "null_share")
     count = find_cut(torch.ones(moment.shape[0], dtype=torch.float64)) if known else None
-    return decompose(moment, tokens=tokens, resolution=resolution, find_cut=find_cut, count=count)
+    return decompose(
+        moment,
+        tokens=tokens,
+        resolution=resolution,
+        rounded_energy=rounded_energy,
+        find_cut=find_cut,
+        count=count,
+    )
 
 
 class BasisBuilder:

@@ -25,11 +25,12 @@ from nspo_lightning.nullspace.basis_set import (
 )
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
 from nspo_lightning.nullspace.covariance import SecondMoment
-from nspo_lightning.nullspace.domains import combine
+from nspo_lightning.nullspace.domains import combine, domain_shares
 from nspo_lightning.nullspace.passes import CalibrationText, ForwardCall, plan_passes
 from nspo_lightning.nullspace.shapes import input_width
 from nspo_lightning.nullspace.sketch import (
     MOST_PASSES,
+    PROBES,
     RangeSketch,
     combined_image,
     random_test_matrix,
@@ -110,11 +111,28 @@ def _collect(
         )
     firsts = [first for first in collector.groups if only is None or first in only]
     result.groups |= {first: collector.groups[first] for first in firsts}
-    for name, energy in collector.output_energy.items():
-        pair = torch.tensor([float(energy.total), float(energy.rows)], dtype=torch.float64)
-        total, rows = ranks.all_reduce_sum(pair).tolist()
-        result.output_energy[name] = total / max(rows, 1)
+    result.output_energy |= _output_energy(collector, result.settings)
     return firsts
+
+
+def _output_energy(collector: InputCollector[Any], settings: BasisSettings) -> dict[str, float]:
+    """Return each layer's `Calibration.output_energy`, over ranks."""
+    sums: dict[str, dict[str, list[float]]] = {}
+    mine = {
+        name: {domain: (float(energy.total), energy.rows) for domain, energy in by_domain.items()}
+        for name, by_domain in collector.output_energy.items()
+    }
+    for found in ranks.gather_objects(mine):
+        for name, by_domain in found.items():
+            for domain, (total, rows) in by_domain.items():
+                so_far = sums.setdefault(name, {}).setdefault(domain, [0.0, 0.0])
+                so_far[0], so_far[1] = so_far[0] + total, so_far[1] + rows
+    energies = {}
+    for name, means in sums.items():
+        shares = domain_shares(means, settings.domain_weights, without=settings.without_domains)
+        counted = [(share, *means[d]) for d, share in shares.items() if means[d][1]]
+        energies[name] = min((share * total / rows for share, total, rows in counted), default=0.0)
+    return energies
 
 
 def _count_tokens(result: Calibration, first: str, sums: Mapping[str, RunningSum]) -> None:
@@ -131,10 +149,11 @@ def _exact_spectrum(
     """Return eigenpairs found on one rank, so that all ranks hold the same vectors even where eigenvalues coincide."""
     moment = combine(moments, settings.domain_weights, without=settings.without_domains)
     tokens, resolution = sum(s.rows for s in sums.values()), max(s.resolution for s in sums.values())
+    rounded_energy = max(s.rounded_energy for s in sums.values() if s.resolution == resolution)
     owner = index % ranks.world_size()
     found = None
     if ranks.rank() == owner:
-        found = decompose_for(settings, moment, tokens=tokens, resolution=resolution)
+        found = decompose_for(settings, moment, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy)
     if ranks.world_size() == 1 and found is not None:
         return found
     described = None if found is None else (tuple(found.vectors.shape), found.vectors.dtype)
@@ -147,7 +166,6 @@ def _exact_spectrum(
         values=ranks.broadcast_tensor(values, owner),
         vectors=ranks.broadcast_tensor(vectors, owner),
         tokens=tokens,
-        resolution=resolution,
     )
 
 
@@ -160,8 +178,9 @@ def _sketched_spectrum(
     result: Calibration,
 ) -> Spectrum:
     """Return the leading eigenpairs of an input too wide to hold, by several passes over the text (see `sketch`)."""
-    test = random_test_matrix(input_width(text.modules[first]), columns, settings.seed)
+    test = random_test_matrix(input_width(text.modules[first]), columns + PROBES, settings.seed)
     before: Tensor | None = None
+    probes = torch.empty(0)
     for number in range(MOST_PASSES):
         collector = InputCollector(text.modules, groups=groups, only=(first,), new_sum=partial(RangeSketch, test=test))
         if number == 0:  # the image of a random matrix: only its range is used
@@ -174,8 +193,10 @@ def _sketched_spectrum(
         weights, tokens = _domain_weights(sums, settings)
         trace = sum(weight * sums[d].trace for d, weight in weights.items())
         image = combined_image(sums, weights)
-        if number:
-            spectrum = sketch_spectrum(test, image, trace=trace, tokens=tokens)
+        if number == 0:
+            probes, image = image[:, columns:].clone(), image[:, :columns]
+        else:
+            spectrum = sketch_spectrum(test, image, probes=probes, trace=trace, tokens=tokens)
             last = number == MOST_PASSES - 1
             if last or settled(spectrum.values, before, protected_count(spectrum, settings), columns):
                 return spectrum
@@ -187,7 +208,5 @@ def _sketched_spectrum(
 
 def _domain_weights(sums: Mapping[str, RangeSketch], settings: BasisSettings) -> tuple[dict[str, float], int]:
     """Return the factor of each domain's sum in the combined second moment, and the rows that it is taken over."""
-    shares = settings.domain_weights or dict.fromkeys(sums, 1.0)
-    shares = {d: share for d, share in shares.items() if d in sums and d not in settings.without_domains}
-    scale = sum(shares.values())
-    return {d: share / scale / max(sums[d].rows, 1) for d, share in shares.items()}, sum(sums[d].rows for d in shares)
+    shares = domain_shares(sums, settings.domain_weights, without=settings.without_domains)
+    return {d: share / max(sums[d].rows, 1) for d, share in shares.items()}, sum(sums[d].rows for d in shares)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
+from nspo_lightning.compat.torch import version_of
 from nspo_lightning.nullspace.covariance import SecondMoment, select_rows
 
 DEFAULT_DOMAIN = "general"
@@ -49,14 +50,17 @@ class SharedInputs:
     def __init__(self) -> None:
         self._calls: dict[str, list[int]] = {}
         self._first_elsewhere: set[str] = set()
-        self._serials: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._serials: dict[int, tuple[weakref.ref[Tensor], int, str, int]] = {}
         self._next = 0
 
     def see(self, name: str, inputs: Tensor) -> str:
-        """Return the module that saw this very tensor first (possibly ``name`` itself), and record the call."""
-        known = self._serials.get(id(inputs))
-        if known is None or known[0]() is not inputs:
-            known = (weakref.ref(inputs), self._next, name)
+        """Return the module that saw this very tensor first (possibly ``name`` itself), and record the call.
+
+        A tensor that was changed in place since counts as another one.
+        """
+        known, version = self._serials.get(id(inputs)), version_of(inputs)
+        if known is None or known[0]() is not inputs or known[3] != version:
+            known = (weakref.ref(inputs), self._next, name, version)
             self._serials[id(inputs)] = known
             self._next += 1
         self._calls.setdefault(name, []).append(known[1])
@@ -83,15 +87,12 @@ class OutputEnergy:
         self.total: Tensor | float = 0.0
         self.rows = 0
 
-    def update(self, outputs: Tensor, keep: Tensor | None, kept: int) -> None:
-        """Add a module's output, shape ``(..., out)``; ``keep`` has True for the ``kept`` rows that count."""
-        rows = outputs.detach().reshape(-1, outputs.shape[-1])
-        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
-        if keep is not None and keep.numel() == squares.numel():
-            squares = squares * keep.reshape(-1).ne(0)
-            self.rows += kept
-        else:
-            self.rows += squares.numel()
+    def update(self, outputs: Tensor, keep: Tensor | None) -> None:
+        """Add a module's output, shape ``(..., out)``; ``keep`` has True for the rows that count."""
+        squares = torch.linalg.vector_norm(outputs.detach(), dim=-1, dtype=torch.float32).square()
+        if keep is not None and keep.shape == squares.shape:
+            squares = squares[keep.to(squares.device).ne(0)]
+        self.rows += squares.numel()
         self.total = self.total + squares.sum(dtype=torch.float64)
 
 
@@ -125,12 +126,12 @@ class InputCollector(Generic[Sum]):
             self._settle({first: list(names) for first, names in groups.items()})
         self._handles: list[Any] = []
         self._mask: Tensor | None = None
-        self._kept = 0
         self._domains: list[str] | None = None
         self._counting = True
         self.moments: dict[str, dict[str, Sum]] = {}
         """Input group (its first module) -> domain -> running sum."""
-        self.output_energy: dict[str, OutputEnergy] = {}
+        self.output_energy: dict[str, dict[str, OutputEnergy]] = {}
+        """Layer -> domain -> mean squared norm of its outputs."""
 
     def __enter__(self) -> InputCollector[Sum]:
         for name, module in self._modules.items():
@@ -151,7 +152,6 @@ class InputCollector(Generic[Sum]):
             counting: False = only find out who shares inputs, or keep a collective forward pass company.
         """
         self._mask, self._counting = mask, counting
-        self._kept = 0 if mask is None else int(mask.ne(0).sum())
         self._domains = list(domains) if domains is not None else None
 
     def end(self) -> None:
@@ -219,7 +219,8 @@ class InputCollector(Generic[Sum]):
         if not self._counting or (self._only is not None and leader not in self._only):
             return
         if isinstance(output, Tensor):
-            self.output_energy.setdefault(name, OutputEnergy()).update(output, self._mask, self._kept)
+            for domain, mask, part in self._split(output):
+                self.output_energy.setdefault(name, {}).setdefault(domain, OutputEnergy()).update(part, mask)
         if leader != name:
             return
         for domain, mask, part in self._split(inputs):

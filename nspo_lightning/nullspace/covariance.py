@@ -4,12 +4,14 @@ The moment is *uncentred*: D x = 0 must hold for the inputs themselves, not for 
 Padding never counts, and the sums are float32 at least, whatever the model computes in. Rows are gathered until a
 matrix product over them is efficient; calibration sets with fewer tokens than the layer is wide are summed in float64
 throughout, because a Gram matrix squares the condition number and float32 would lose directions below
-3e-4 of the largest singular value.
+3e-4 of the largest singular value. So are rows whose norm is far above the others' (the massive activations of large
+models): in float32 the rounding of their squares would cover what ordinary rows add.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +25,7 @@ _FLOAT64_SUM_WIDTH = 8192  # beyond it, the running sum stays float32: 0.25 GB i
 _FOLD_ROWS = 2048  # rows gathered before a product: tall enough that the matrix product runs at full speed
 _TILES = 4  # column tiles of the symmetric product: 10 of 16 tile products instead of 16
 _TILED_WIDTH = 512  # below it one product is faster than four
+_MASSIVE = 64.0  # a row with more than so many times the median energy is multiplied in float64
 
 
 def select_rows(inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer") -> Tensor:
@@ -30,7 +33,7 @@ def select_rows(inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer
 
     Args:
         inputs: A layer's input, shape ``(..., width)``.
-        mask: True (or non-zero) = counts, shape ``inputs.shape[:-1]`` or with as many elements; None = all count.
+        mask: True (or non-zero) = counts, shape ``inputs.shape[:-1]``; None = all count.
         layer: Name used in the error message.
 
     Returns:
@@ -42,15 +45,18 @@ def select_rows(inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer
     rows = inputs.reshape(-1, inputs.shape[-1])
     if mask is None:
         return rows
-    keep = mask.reshape(-1).to(device=rows.device).ne(0)
-    if keep.numel() == rows.shape[0]:
-        return rows[keep]
+    keep = mask.to(device=rows.device).ne(0)
+    if mask.shape == inputs.shape[:-1]:
+        return rows[keep.reshape(-1)]
     if bool(keep.all()):
         return rows
+    # As many rows is not enough: they may come in another order (transposed, routed to experts, sorted).
     raise ValueError(
-        f"The mask must have one entry for each row that enters {layer}: {rows.shape[0]} rows entered, the mask has "
-        f"{keep.numel()} entries and some are False. This happens when tokens are routed (mixture of experts). "
-        "Calibrate with batches without padding (one text each), so that every row counts."
+        f"The mask must have the shape of the rows that enter {layer}: they are {tuple(inputs.shape[:-1])}, the mask "
+        f"is {tuple(mask.shape)} and some of it is False. This happens when tokens are transposed, flattened or routed "
+        "(mixture of experts). Calibrate with batches without padding (one text each, "
+        "`data.calibration_batch_size: 1`), so that every row counts, or return a mask of that shape from "
+        "`batch_to_inputs`."
     )
 
 
@@ -109,7 +115,8 @@ def _full_precision_products(device: torch.device) -> Iterator[None]:
 class SecondMoment:
     """Running sum of x x^T over rows, and how many rows there were.
 
-    Products are float64 while the rows are fewer than ``width`` or the width is at most 256, float32 above.
+    Products are float64 while the rows are fewer than ``width`` or the width is at most 256, and for massive rows;
+    float32 for the others.
 
     Args:
         width: Number of input features.
@@ -121,7 +128,7 @@ class SecondMoment:
         self._sum: Tensor | None = None
         self._pending: list[Tensor] = []
         self._pending_rows = 0
-        self._float32_product = False
+        self._float32_energy = 0.0
 
     def update(self, rows: Tensor) -> None:
         """Add rows of shape ``(n, width)``; they are copied unless they are used up at once."""
@@ -148,16 +155,23 @@ class SecondMoment:
 
     @property
     def resolution(self) -> float:
-        """Relative size of rounding noise in the eigenvalues, in units of the largest."""
-        return torch.finfo(torch.float32 if self._float32_product else torch.float64).eps
+        """Relative size of rounding noise in the eigenvalues, in units of `rounded_energy` or of the largest."""
+        return torch.finfo(torch.float32 if self._float32_energy else torch.float64).eps
+
+    @property
+    def rounded_energy(self) -> float:
+        """Trace of the part of C whose rounding counts; infinite where all of it does."""
+        if self._float32_energy and self.width <= _FLOAT64_SUM_WIDTH:
+            return self._float32_energy / max(self.rows, 1)
+        return math.inf
 
     def all_reduce(self) -> None:
         """Add up over ranks (cross-rank synchronisation)."""
         total = self.total()
-        counts = torch.tensor([self.rows, int(self._float32_product)], dtype=torch.float64, device=total.device)
+        counts = torch.tensor([self.rows, self._float32_energy], dtype=torch.float64)
         self._sum = ranks.all_reduce_sum(total)
         counts = ranks.all_reduce_sum(counts)
-        self.rows, self._float32_product = int(counts[0]), bool(counts[1] > 0)
+        self.rows, self._float32_energy = int(counts[0]), float(counts[1])
 
     def _fold(self) -> None:
         """Add the product of the rows gathered to the sum."""
@@ -166,8 +180,16 @@ class SecondMoment:
         parts = [part.to(dtype) for part in self._pending] or [torch.zeros(0, self.width, dtype=dtype)]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         total = self._total_on(rows.device)
+        if not exact and total.dtype == torch.float64:
+            energy = rows.square().sum(1, dtype=torch.float64)
+            massive = energy > _MASSIVE * energy.median()
+            if bool(massive.any()):
+                add_gram_(total, rows[massive].to(torch.float64))
+                rows, energy = rows[~massive], energy[~massive]
+            self._float32_energy += float(energy.sum())
+        elif not exact:
+            self._float32_energy += float(rows.square().sum(dtype=torch.float64))
         add_gram_(total, rows)
-        self._float32_product |= dtype != torch.float64
         self._pending, self._pending_rows = [], 0
 
     def _total_on(self, device: torch.device) -> Tensor:

@@ -31,8 +31,9 @@ class LayerCertificate:
     update_norm: float
     """||D||_F."""
     output_change: float
-    """Upper bound of the root mean square change of the layer's outputs on general inputs, relative to the outputs'
-    own root mean square (to the inputs' where no output energy was measured)."""
+    """Upper bound of the root mean square change of the layer's outputs on the rows of any calibration domain (and of
+    any mixture of them), relative to the outputs' own root mean square there (to the inputs' where no output energy was
+    measured)."""
     energy_left: float
     """Share of the general energy outside the protected directions."""
     protected: int
@@ -63,11 +64,12 @@ def certify(
         update: A of an adapter, shape ``(r, width)``, or W - W_ref, shape ``(out, width)``.
         up: B of the adapter, shape ``(out, r)``; None for a full weight.
         scale: The adapter's factor s.
-        output_energy: Mean squared norm of the layer's outputs on general text.
+        output_energy: What the squared change is measured against, see `Calibration.output_energy`.
 
     Returns:
         The certificate. Its bound adds the exact share of the stored directions to ||D_rest||^2 times the largest
-        energy among the others.
+        energy among the others. It is over the second moment C = sum_d w_d C_d of the domains d; since C_d <= C / w_d,
+        dividing by the least w_d E_d (E_d the outputs' energy in d) bounds the relative change in each domain.
     """
     update = update.to(torch.float64)
 
@@ -101,8 +103,12 @@ def _output_change(basis: Basis, update: Tensor, inside: Tensor, norm: NormFunct
     others = values[:k] if basis.complement else values[stored:]
     along = norm((update @ vectors) * mine.sqrt()) ** 2
     rest = inside if basis.complement else update - inside
-    largest = float(others[0]) if others.numel() else 0.0
-    return along + norm(rest) ** 2 * largest
+    largest = (float(others[0]) if others.numel() else 0.0) + basis.outside
+    elsewhere = norm(rest) ** 2 * largest
+    if basis.outside == 0:  # eigenvectors: no energy is shared between the two parts
+        return along + elsewhere
+    along += norm(update @ vectors) ** 2 * basis.outside
+    return (math.sqrt(along) + math.sqrt(elsewhere)) ** 2
 
 
 def table_rows(calibration: Calibration) -> list[dict[str, str]]:

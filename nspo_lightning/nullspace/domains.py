@@ -7,7 +7,7 @@ domain with more text does not drown the others.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,21 +31,39 @@ def combine(
     Returns:
         Shape ``(width, width)``.
 
+    """
+    result = torch.zeros_like(next(iter(moments.values())))
+    for name, share in domain_shares(moments, weights, without=without).items():
+        result.add_(moments[name], alpha=share)
+    return result
+
+
+def domain_shares(
+    domains: Iterable[str], weights: Mapping[str, float] | None = None, *, without: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return the share of each domain in the combined second moment; they sum up to 1.
+
+    Args:
+        domains: All that calibration saw.
+        weights: Domain -> weight; None = equal.
+        without: Domains to leave out.
+
     Raises:
         ValueError: If a name is unknown or nothing is left to combine.
+
+    Example:
+        >>> domain_shares(["code", "facts", "maths"], {"code": 3.0, "facts": 1.0})
+        {'code': 0.75, 'facts': 0.25}
     """
-    unknown = (set(weights or {}) | set(without)) - set(moments)
+    known = list(domains)
+    unknown = (set(weights or {}) | set(without)) - set(known)
     if unknown:
-        raise ValueError(f"Unknown domain(s) {sorted(unknown)}; calibration saw {sorted(moments)}.")
-    names = [name for name in moments if name not in without and (weights is None or weights.get(name, 0.0) > 0)]
-    if not names:
-        raise ValueError(f"No domain is left to combine out of {sorted(moments)}.")
-    share = {name: 1.0 if weights is None else float(weights[name]) for name in names}
-    total = sum(share.values())
-    result = torch.zeros_like(moments[names[0]])
-    for name in names:
-        result.add_(moments[name], alpha=share[name] / total)
-    return result
+        raise ValueError(f"Unknown domain(s) {sorted(unknown)}; calibration saw {sorted(known)}.")
+    asked = {name: 1.0 if weights is None else float(weights.get(name, 0.0)) for name in known if name not in without}
+    total = sum(asked.values())
+    if total <= 0:
+        raise ValueError(f"No domain is left to combine out of {sorted(known)}.")
+    return {name: weight / total for name, weight in asked.items() if weight > 0}
 
 
 def principal_cosines(first: Tensor, second: Tensor) -> Tensor:

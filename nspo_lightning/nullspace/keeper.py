@@ -2,6 +2,7 @@
 
     start_()              A <- A P, old norm            once, before training, while B = 0
     project_gradients_()  grad <- grad P                after backward, before clipping
+    remember()            (soft form)                   before each real optimizer step
     reproject_()          A <- A P, W <- W_ref + (W - W_ref) P       after each real optimizer step
 
 Both projections in a step are needed. Adam's elementwise preconditioner D leaves the subspace (so project after), and
@@ -15,7 +16,7 @@ step that a gradient scaler skips leaves nothing to undo. (Decoupled weight deca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,8 @@ class NullSpaceKeeper:
     Args:
         layers: What to hold.
         bases: One for each layer, on the layer's device.
+        references: This rank's rows of each layer's matrix at the start of training, None where A itself is held;
+            without any, the matrices as they are now.
         project_gradients: False = gradients are left alone.
         project_displacement: False = matrices are not brought back after a step (leaks under adaptive optimizers).
     """
@@ -52,6 +55,7 @@ class NullSpaceKeeper:
         self,
         layers: Sequence[ProtectedLayer],
         bases: Sequence[Basis],
+        references: Sequence[Tensor | None] | None = None,
         *,
         project_gradients: bool = True,
         project_displacement: bool = True,
@@ -59,11 +63,8 @@ class NullSpaceKeeper:
         self.layers, self.bases = tuple(layers), tuple(bases)
         self._project_gradients, self._project_displacement = project_gradients, project_displacement
         self._soft = any(basis.form == "soft" for basis in bases)
-        self._anchored = [_needs_anchor(layer) for layer in self.layers]
-        self._references: list[Tensor | None] = [
-            _values(layer).clone() if anchored else None
-            for layer, anchored in zip(self.layers, self._anchored, strict=True)
-        ]
+        self._references = tuple(references_of(self.layers) if references is None else references)
+        self._anchored = [reference is not None for reference in self._references]
         self._trained = [i for i, layer in enumerate(self.layers) if layer.matrix.requires_grad]
         values = self._matrices()
         keys = [(v.dtype, v.device, self._anchored[i]) for i, v in zip(self._trained, values, strict=True)]
@@ -73,9 +74,7 @@ class NullSpaceKeeper:
     @torch.no_grad()
     def start_(self) -> None:
         """Bring adapters into the null space. Full weights and adapters with a frozen B start where they are."""
-        for layer, basis, anchored in zip(self.layers, self.bases, self._anchored, strict=True):
-            if not anchored:
-                _start(layer, basis)
+        start_layers_(self.layers, self.bases, self._references)
 
     @torch.no_grad()
     def project_gradients_(self, *, measure: bool = False) -> GradientEnergy | None:
@@ -87,9 +86,6 @@ class NullSpaceKeeper:
         Returns:
             The squared norms, None unless asked for.
         """
-        if self._soft and self._project_displacement:
-            values = self._matrices()
-            self._before = [pack.gather(values).clone() for pack in self._packs]
         if not (self._project_gradients or measure):
             return None
         gradients = self._gradients()
@@ -109,6 +105,13 @@ class NullSpaceKeeper:
         return GradientEnergy(before=torch.stack(before).sum(), after=torch.stack(after).sum())
 
     @torch.no_grad()
+    def remember(self) -> None:
+        """Note the matrices before an optimizer step (however often its closure is evaluated), for the soft form."""
+        if self._soft and self._project_displacement:
+            values = self._matrices()
+            self._before = [pack.gather(values).clone() for pack in self._packs]
+
+    @torch.no_grad()
     def reproject_(self) -> None:
         """Bring the matrices back after an optimizer step."""
         if not self._project_displacement or (self._soft and self._before is None):
@@ -126,18 +129,9 @@ class NullSpaceKeeper:
             _write([values[slot.index] for slot in pack.slots], pack.split(stacked))
         self._before = None
 
-    @torch.no_grad()
-    def certificates(self, output_energy: dict[str, float] | None = None) -> list[LayerCertificate]:
+    def certificates(self, output_energy: Mapping[str, float] | None = None) -> list[LayerCertificate]:
         """Return a certificate of every layer's update since the start."""
-        found = []
-        for layer, basis, reference in zip(self.layers, self.bases, self._references, strict=True):
-            update = layer.rows(ranks.whole(layer.matrix.detach()))
-            if reference is not None:
-                update = update - _whole_reference(layer, reference)
-            up = None if layer.output is None else ranks.whole(layer.output.detach())
-            energy = (output_energy or {}).get(layer.name)
-            found.append(certify(layer.name, basis, update, up=up, scale=layer.scale, output_energy=energy))
-        return found
+        return certify_layers(self.layers, self.bases, self._references, output_energy or {})
 
     def _matrices(self) -> list[Tensor]:
         return [_values(self.layers[i]) for i in self._trained]
@@ -151,18 +145,45 @@ class NullSpaceKeeper:
         return reference if reference is not None else _values(self.layers[index])
 
 
-def _needs_anchor(layer: ProtectedLayer) -> bool:
-    """Return True where a displacement is held: full weights, and A under a frozen B (whose own projection shows)."""
-    if layer.kind != "lora":
-        return True
-    return layer.output is not None and not layer.output.requires_grad
+def references_of(layers: Sequence[ProtectedLayer]) -> list[Tensor | None]:
+    """Return what displacements are measured from: this rank's rows of full weights, and of A under a frozen B.
+
+    None for an adapter whose B trains: its A itself lies in the null space.
+    """
+    anchored = [x.kind != "lora" or (x.output is not None and not x.output.requires_grad) for x in layers]
+    return [_values(layer).clone() if held else None for layer, held in zip(layers, anchored, strict=True)]
 
 
-def _start(layer: ProtectedLayer, basis: Basis) -> None:
-    """Project A; where its rows are sharded, on the whole of it, since its norm is one over all rows."""
-    matrix = layer.matrix.detach()
-    started = project_start(basis, ranks.whole(matrix))
-    matrix.copy_(ranks.sharded_like(started, matrix))
+@torch.no_grad()
+def certify_layers(
+    layers: Sequence[ProtectedLayer],
+    bases: Sequence[Basis],
+    references: Sequence[Tensor | None],
+    output_energy: Mapping[str, float],
+) -> list[LayerCertificate]:
+    """Return a certificate of every layer's update since the start; see `NullSpaceKeeper` and `Calibration`."""
+    found = []
+    for layer, basis, reference in zip(layers, bases, references, strict=True):
+        update = layer.rows(ranks.whole(layer.matrix.detach()))
+        if reference is not None:
+            update = update - layer.rows(whole_reference(layer, reference))
+        up = None if layer.output is None else ranks.whole(layer.output.detach())
+        energy = output_energy.get(layer.name)
+        found.append(certify(layer.name, basis, update, up=up, scale=layer.scale, output_energy=energy))
+    return found
+
+
+@torch.no_grad()
+def start_layers_(
+    layers: Sequence[ProtectedLayer], bases: Sequence[Basis], references: Sequence[Tensor | None]
+) -> None:
+    """Bring each A that has no reference into the null space, at its old norm."""
+    for layer, basis, reference in zip(layers, bases, references, strict=True):
+        if reference is None:
+            # Where rows are sharded, on the whole of it: the norm is one over all rows.
+            matrix = layer.matrix.detach()
+            started = project_start(basis, ranks.whole(matrix))
+            matrix.copy_(ranks.sharded_like(started, matrix))
 
 
 def _values(layer: ProtectedLayer) -> Tensor:
@@ -170,11 +191,18 @@ def _values(layer: ProtectedLayer) -> Tensor:
     return layer.rows(ranks.local_part(layer.matrix.detach()))
 
 
-def _whole_reference(layer: ProtectedLayer, reference: Tensor) -> Tensor:
-    """Return a whole reference matrix from this rank's rows of it."""
+def whole_reference(layer: ProtectedLayer, reference: Tensor) -> Tensor:
+    """Return a whole reference, shaped as the parameter is, from this rank's rows of it."""
     everywhere = layer.matrix.detach().clone()
     layer.rows(ranks.local_part(everywhere)).copy_(reference)
-    return layer.rows(ranks.whole(everywhere))
+    return ranks.whole(everywhere)
+
+
+def local_reference(layer: ProtectedLayer, whole: Tensor) -> Tensor:
+    """Return this rank's rows of a whole reference: the inverse of `whole_reference`."""
+    like = layer.matrix.detach()
+    here = whole.to(device=ranks.local_part(like).device, dtype=like.dtype)
+    return layer.rows(ranks.local_part(ranks.sharded_like(here, like))).clone()
 
 
 def _write(targets: list[Tensor | None], sources: list[Tensor]) -> None:

@@ -22,6 +22,9 @@ from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration
 from nspo_lightning.nullspace.criteria import RankChoice
 from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, differences
 
+_PROBES = 8
+_ORTHONORMAL = 1e-3  # float32 rounding of orthonormal columns gives 1e-6
+
 
 def save_calibration(calibration: Calibration, path: str | Path) -> Path:
     """Write a calibration, complete or not at all, and return the path (conventionally ``.safetensors``)."""
@@ -43,6 +46,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
             "choice": asdict(basis.choice),
             "tokens": basis.tokens,
             "subspace": basis.subspace,
+            "outside": basis.outside,
         })
     header = {
         "version": FORMAT_VERSION,
@@ -63,7 +67,7 @@ def load_calibration(path: str | Path) -> Calibration:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a basis file, or one of another format version.
+        BrokenBasisError: If it is not a basis file, one of another format version, or its vectors are no basis.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -77,16 +81,42 @@ def load_calibration(path: str | Path) -> Calibration:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             if "nspo" not in metadata:
-                raise ValueError(f"{path} is a safetensors file without a null-space header; is it an adapter?")
+                raise BrokenBasisError(f"{path} is a safetensors file without a null-space header; is it an adapter?")
             header = json.loads(metadata["nspo"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}). Calibrate again.") from error
+        raise BrokenBasisError(f"{path} is not a readable safetensors file ({error}). Calibrate again.") from error
     if header["version"] != FORMAT_VERSION:
-        raise ValueError(
+        raise BrokenBasisError(
             f"{path} has basis format {header['version']}, this version reads {FORMAT_VERSION}. Calibrate again."
         )
-    return _rebuild(header, tensors)
+    calibration = _rebuild(header, tensors)
+    for first, basis in calibration.bases.items():
+        _check_basis(f"{path}, layer {first}", basis)
+    return calibration
+
+
+def _check_basis(where: str, basis: Basis) -> None:
+    """Refuse vectors that are no orthonormal columns: projecting with them would protect something else, or nothing."""
+    vectors, width = basis.vectors, basis.values.numel()
+    if vectors.ndim != 2 or vectors.shape[0] != width or not bool(torch.isfinite(vectors).all()):
+        raise BrokenBasisError(
+            f"{where}: expected finite vectors of shape ({width}, m), got shape {tuple(vectors.shape)}"
+            f"{'' if bool(torch.isfinite(vectors).all()) else ' with values that are not finite'}. Calibrate again."
+        )
+    # Random combinations find a wrong column as surely as the whole Gram matrix, at a fraction of its cost.
+    probes = torch.randn(vectors.shape[1], _PROBES, generator=torch.Generator().manual_seed(0))
+    off = torch.linalg.vector_norm(vectors.T @ (vectors @ probes) - probes) / torch.linalg.vector_norm(probes)
+    lengths = torch.linalg.vector_norm(vectors, dim=0)
+    if vectors.shape[1] and (float(off) > _ORTHONORMAL or float((lengths - 1).abs().max()) > _ORTHONORMAL):
+        raise BrokenBasisError(
+            f"{where}: the basis vectors are not orthonormal (lengths {float(lengths.min()):.3g} to "
+            f"{float(lengths.max()):.3g}), so they project onto nothing that was measured. Calibrate again."
+        )
+
+
+class BrokenBasisError(ValueError):
+    """A basis file that can't be read, or holds no basis."""
 
 
 def check_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
@@ -122,6 +152,7 @@ def _rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibr
             choice=RankChoice(**entry["choice"]),
             tokens=entry["tokens"],
             subspace=entry["subspace"],
+            outside=entry["outside"],
         )
         groups[first] = entry["layers"]
         prefix = f"{index}.moment."

@@ -19,6 +19,22 @@ def test_multi_tensor_functions():
     assert torch.equal(tensors[1], torch.ones(2, 2))
 
 
+def test_tensors_count_changes_in_place():
+    tensor = torch.zeros(2)
+    before = compat.version_of(tensor)
+    assert compat.version_of(tensor + 1) == 0
+    tensor.add_(1)
+    assert compat.version_of(tensor) > before, "see Tensor._version"
+    with torch.inference_mode():
+        assert compat.version_of(torch.zeros(1)) == 0
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm3d, nn.LazyBatchNorm1d])
+def test_normalisations_with_running_statistics_have_one_class(kind):
+    assert issubclass(kind, compat.RunningNorm), "see torch/nn/modules/batchnorm.py"
+    assert not issubclass(nn.LayerNorm, compat.RunningNorm)
+
+
 def constant(optimizer):
     return lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=3)
 

@@ -75,7 +75,7 @@ def test_masked_rows_never_count():
 
 
 def test_a_mask_that_does_not_fit_is_refused_by_layer_name():
-    with pytest.raises(ValueError, match=r"enters experts\.3: 7 rows entered, the mask has 10"):
+    with pytest.raises(ValueError, match=r"enter experts\.3: they are \(7,\), the mask is \(2, 5\)"):
         select_rows(torch.randn(7, 4), torch.tensor([[1] * 5, [1] * 4 + [0]]), layer="experts.3")
     assert select_rows(torch.randn(7, 4), torch.ones(2, 5)).shape == (7, 4)
 

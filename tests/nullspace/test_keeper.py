@@ -35,6 +35,7 @@ def train(
     if start:
         keeper.start_()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer.register_step_pre_hook(lambda *_: keeper.remember())
     optimizer.register_step_post_hook(lambda *_: keeper.reproject_())
     inputs, targets = torch.randn(96, 128), torch.randn(96, 64)
     before = model(general).detach()
@@ -95,6 +96,7 @@ def test_soft_steps_equal_the_whitened_optimizer():
         assert weight.grad is not None
         whitened.grad = (weight.grad.double() @ operator.double()).clone()
         keeper.project_gradients_()
+        keeper.remember()
         ours.step()
         theirs.step()
     expected = whitened.detach() @ operator.double()

@@ -1,0 +1,165 @@
+"""What may not change during a fit without being seen: which parameters train, and buffers that outputs depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nspo_lightning import ranks
+from nspo_lightning.callbacks.null_space.batches import move_call
+from nspo_lightning.callbacks.null_space.inference import inference, plain_outputs
+from nspo_lightning.callbacks.null_space.unprotected import Unprotected
+from nspo_lightning.compat.torch import RunningNorm
+from nspo_lightning.nullspace import ForwardCall
+
+_SHOWN = 8
+_MOVED = 1e-6  # relative change of outputs that a buffer makes; rounding of an equal buffer makes none
+
+
+class TrainedParameters:
+    """Notices parameters that begin to train after a fit has started (unfrozen layers, another adapter).
+
+    Args:
+        pl_module: The module, whose trainable parameters are known now.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule) -> None:
+        self._known = {id(p) for p in pl_module.parameters() if p.requires_grad}
+
+    def check(self, optimizer: Optimizer, pl_module: pl.LightningModule, mode: Unprotected) -> None:
+        """Look before a step at what an optimizer would move.
+
+        Raises:
+            MisconfigurationException: In mode ``error``, naming what has begun to train.
+        """
+        members = (p for group in optimizer.param_groups for p in group["params"])
+        new = {id(p): p for p in members if p.requires_grad and id(p) not in self._known}
+        if not new:
+            return
+        names = [name for name, p in pl_module.named_parameters() if id(p) in new] or ["(not the module's own)"]
+        text = f"{len(new)} parameter(s) began to train during fit: {', '.join(names[:_SHOWN])}"
+        if mode == "error":
+            raise MisconfigurationException(
+                f"{text}. Nothing was calibrated for them, so they cannot be held in the null space. Make them "
+                "trainable before fit (`requires_grad=True` from the start; a learning rate of 0 keeps them still), or "
+                "set `unprotected='freeze'` (they do not train) or 'warn' (they train freely)."
+            )
+        if mode == "freeze":
+            for parameter in new.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            return
+        rank_zero_warn(f"{text}. They train freely and may move general outputs.")
+        self._known |= new.keys()
+
+
+def running_statistics(pl_module: nn.Module) -> dict[str, RunningNorm]:
+    """List normalisations whose running statistics training would change, by name."""
+    return {
+        name: module
+        for name, module in pl_module.named_modules()
+        if isinstance(module, RunningNorm) and module.training and module.running_mean is not None
+    }
+
+
+def hold_statistics(pl_module: nn.Module, mode: Unprotected) -> list[RunningNorm]:
+    """Act on running statistics before training.
+
+    Returns:
+        Those that are to stay in eval mode, in mode ``freeze``.
+
+    Raises:
+        MisconfigurationException: In mode ``error``, naming them.
+    """
+    found = running_statistics(pl_module)
+    if not found:
+        return []
+    names = ", ".join(list(found)[:_SHOWN])
+    text = f"{len(found)} normalisation(s) gather running statistics while they train ({names}), which moves outputs"
+    if mode == "error":
+        raise MisconfigurationException(
+            f"{text} on general inputs whatever the weights do. Put them in eval mode (`module.eval()`, "
+            "`track_running_stats=False`), or set `unprotected='freeze'` (they stay as they are) or 'warn'."
+        )
+    if mode == "warn":
+        rank_zero_warn(f"{text}.")
+    return list(found.values()) if mode == "freeze" else []
+
+
+class Buffers:
+    """Notices buffers that training changes and outputs depend on.
+
+    Args:
+        pl_module: The module, whose buffers are copied now.
+        calls: Calibration text to see it on, on the CPU.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, calls: Sequence[ForwardCall]) -> None:
+        self._calls = list(calls)
+        self._before = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
+
+    @torch.no_grad()
+    def moved(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        """Return the names of changed buffers, if outputs on the text differ between their old and new values."""
+        now = dict(pl_module.named_buffers())
+        changed = [n for n, old in self._before.items() if n in now and not _equal(old, now[n])]
+        if not ranks.any_rank(bool(changed)) or not self._calls:
+            return []
+        with inference(trainer, pl_module):
+            after = [plain_outputs(move_call(c, pl_module.device), pl_module).clone() for c in self._calls]
+            with _in_place(pl_module, {name: self._before[name] for name in changed}):
+                before = [plain_outputs(move_call(c, pl_module.device), pl_module) for c in self._calls]
+        far = any(
+            float(torch.linalg.vector_norm(a - b)) > _MOVED * float(torch.linalg.vector_norm(b))
+            for a, b in zip(after, before, strict=True)
+        )
+        return changed if far else []
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Unprotected) -> None:
+        """Act on buffers that have moved outputs since the start.
+
+        Raises:
+            MisconfigurationException: Unless the mode is ``warn``.
+        """
+        names = self.moved(trainer, pl_module)
+        if not ranks.any_rank(bool(names)):
+            return
+        shown = ", ".join(names[:_SHOWN])
+        text = f"{len(names)} buffer(s) changed in training and moved outputs on general text: {shown}"
+        if mode != "warn":
+            raise MisconfigurationException(
+                f"{text}. No projection of weights can hold them. Let them be (eval mode, no updates in training), or "
+                "set `unprotected='warn'`."
+            )
+        rank_zero_warn(f"{text}.")
+
+
+@contextmanager
+def _in_place(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of a module's buffers for a while, also of such that were assigned anew."""
+    now = _swapped(module, values)
+    try:
+        yield
+    finally:
+        _swapped(module, now)
+
+
+def _swapped(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    old = {}
+    for name, value in values.items():
+        parent, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        old[name] = owner.get_buffer(leaf)
+        setattr(owner, leaf, value)
+    return old
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.equal(one, other.detach().to(one.device)))
