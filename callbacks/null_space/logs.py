@@ -48,7 +48,7 @@ def show_certificate(certificates: Sequence[LayerCertificate], output_change: fl
     rank_zero_info(
         f"Null-space certificate: {len(certificates)} layers, largest leak {worst.leak:.2g} ({worst.name}), "
         f"largest bound on a layer's output change {max(c.output_change for c in certificates):.2g}, largest "
-        f"change of outputs on the first calibration batch {change} (relative)."
+        f"change of outputs on a little calibration text {change} (relative)."
     )
 
 
