@@ -25,7 +25,13 @@ from nspo_lightning.callbacks.null_space.basis_source import BasisSource, Calibr
 from nspo_lightning.callbacks.null_space.batches import BatchToInputs, move_call
 from nspo_lightning.callbacks.null_space.hold import Hold, at_start
 from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference
-from nspo_lightning.callbacks.null_space.logs import log_start, show_bases, show_certificate, step_metrics
+from nspo_lightning.callbacks.null_space.logs import (
+    log_start,
+    show_bases,
+    show_certificate,
+    show_verification,
+    step_metrics,
+)
 from nspo_lightning.callbacks.null_space.unprotected import (
     Unprotected,
     refuse_strategy,
@@ -218,6 +224,7 @@ class NullSpaceProjection(Callback):
             check = EndToEndCheck(trainer, pl_module, plan.layers, calibration, calibration_forward(pl_module))
             with self._hold.at_start():
                 self.verification = check.run(self.source.text.rows)
+            show_verification(self.verification)
         self._hold.hook()
         self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
         log_start(trainer, calibration)

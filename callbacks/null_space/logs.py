@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from nspo_lightning.callbacks.null_space.verification import Verification
 from nspo_lightning.evaluation.tables import rich_table, table_text
 from nspo_lightning.nullspace import Calibration, LayerCertificate, table_rows
 from nspo_lightning.nullspace.basis_set import mean_null_share
@@ -37,6 +38,18 @@ def show_bases(calibration: Calibration) -> None:
     rows = table_rows(calibration)
     table = rich_table("", list(rows[0]), [list(row.values()) for row in rows], align="lrrrrrl")
     rank_zero_info("Null space of the layers' inputs:\n" + table_text(table))
+
+
+def show_verification(found: Verification) -> None:
+    """Print in one sentence what the check before training found."""
+    if not found.calls:
+        rank_zero_info("Null space: no calibration text at hand, so outputs were not looked at.")
+        return
+    stuck = f" ({len(found.without_room)} had no direction to move in)" if found.without_room else ""
+    rank_zero_info(
+        f"Null space checked: outputs on {found.calls} calibration text(s) change by {found.change:.1g} (relative) "
+        f"when {found.layers} layers are moved inside it{stuck}."
+    )
 
 
 def show_certificate(certificates: Sequence[LayerCertificate], output_change: float | None) -> None:

@@ -12,6 +12,7 @@ from nspo_lightning.nullspace import ForwardCall
 
 MOST_DOMAINS = 8
 _MOST_ROWS = 16  # of the first batch
+_LEAST_TOKENS = 4  # of a text that is cut short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +42,45 @@ class TextSample:
         return cls(rows=rows, first=[*first, *rows[1:]])
 
 
+def halved(call: ForwardCall) -> ForwardCall | None:
+    """Return half of a call: of its rows, or of a single text's tokens; None where it can't be cut."""
+    rows = _rows_of(call)
+    if rows > 1:
+        return _part(call, slice(rows // 2))
+    values = _values_of(call)
+    shapes = {value.shape for value in values if isinstance(value, Tensor)}
+    if "input_ids" not in call.kwargs or len(shapes) != 1 or not all(isinstance(v, Tensor) for v in values):
+        return None
+    (shape,) = shapes
+    if len(shape) != 2 or shape[1] < 2 * _LEAST_TOKENS:
+        return None
+    half = shape[1] // 2
+    padded_left = call.mask is not None and int(call.mask[:, half:].sum()) > int(call.mask[:, :half].sum())
+    part = slice(half, None) if padded_left else slice(half)
+    return replace(
+        call,
+        kwargs={name: value[:, part] for name, value in call.kwargs.items()},
+        mask=None if call.mask is None else call.mask[:, part],
+    )
+
+
 def _cut_into(call: ForwardCall) -> int:
-    return rows_of(call) if "input_ids" in call.kwargs else 1
+    return _rows_of(call) if "input_ids" in call.kwargs else 1
 
 
-def rows_of(call: ForwardCall) -> int:
+def _values_of(call: ForwardCall) -> list[object]:
+    return [*call.args, *call.kwargs.values(), *([] if call.mask is None else [call.mask])]
+
+
+def _rows_of(call: ForwardCall) -> int:
     """Count the rows that a call can be cut into; 1 where its tensors do not share their first dimension."""
-    values = [*call.args, *call.kwargs.values(), *([] if call.mask is None else [call.mask])]
+    values = _values_of(call)
     sizes = {value.shape[0] if isinstance(value, Tensor) and value.ndim > 1 else None for value in values}
     (size,) = sizes if len(sizes) == 1 else (None,)
     return size or 1
 
 
-def part_of(call: ForwardCall, rows: slice) -> ForwardCall:
-    """Return some rows of a call that can be cut (see `rows_of`)."""
+def _part(call: ForwardCall, rows: slice) -> ForwardCall:
     return replace(
         call,
         args=tuple(value[rows] for value in call.args),
@@ -65,4 +91,4 @@ def part_of(call: ForwardCall, rows: slice) -> ForwardCall:
 
 
 def _one_row(call: ForwardCall, row: int) -> ForwardCall:
-    return part_of(call, slice(row, row + 1)) if _cut_into(call) > 1 else call
+    return _part(call, slice(row, row + 1)) if _cut_into(call) > 1 else call

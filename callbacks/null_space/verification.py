@@ -26,7 +26,7 @@ from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.batches import move_call
 from nspo_lightning.callbacks.null_space.hold import replaced
 from nspo_lightning.callbacks.null_space.inference import inference, plain_outputs
-from nspo_lightning.callbacks.null_space.text_sample import part_of, rows_of
+from nspo_lightning.callbacks.null_space.text_sample import halved
 from nspo_lightning.nullspace import Basis, Calibration, ForwardCall, ProtectedLayer
 from nspo_lightning.nullspace.collect import InputCollector
 from nspo_lightning.nullspace.projection import apply
@@ -101,8 +101,8 @@ class EndToEndCheck:
             on_device = move_call(call, self._module.device)
             with inference(self._trainer, self._module):
                 updates = self._updates(on_device)
-                while len(updates) < len(self._layers) and (rows := rows_of(on_device)) > 1:
-                    on_device = part_of(on_device, slice(rows // 2))  # fewer inputs leave more directions
+                while len(updates) < len(self._layers) and (shorter := halved(on_device)) is not None:
+                    on_device = shorter  # fewer inputs leave more directions
                     updates = self._updates(on_device)
                 before = plain_outputs(on_device, self._module).clone()
                 with self._moved(updates):

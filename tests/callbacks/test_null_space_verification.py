@@ -133,6 +133,18 @@ def test_it_can_be_turned_off_and_says_how_it_went(tmp_path):
     assert (found.layers, found.without_room, found.calls) == (2, (), 1)
 
 
+def test_a_text_is_cut_until_there_is_room(tmp_path, tiny_llama):
+    """4 of 64 directions are free, and the texts have many more tokens than that."""
+    from tiny_jobs import datamodule, module
+    from tiny_jobs import trainer as job
+
+    callback = NullSpaceProjection(criterion="null_share", threshold=6 / 64, cache_dir=None)
+    job(tmp_path, steps=1, callbacks=[callback]).fit(module(tiny_llama), datamodule())
+    assert callback.verification is not None
+    assert callback.verification.without_room == ()
+    assert callback.verification.change < CONTROL
+
+
 def test_layers_whose_null_space_the_rows_fill_are_named(tmp_path):
     """One of 24 directions is free: one row fills it, and the layer is not moved."""
     callback = NullSpaceProjection(criterion="null_share", threshold=1 / 25, cache_dir=None)
