@@ -52,10 +52,7 @@ class RowPlan:
 
 
 def convert(plan: RowPlan, raw: RawRow) -> PromptRow | str:
-    """Turn one raw row into a prompt row.
-
-    Returns:
-        The row, or the reason why the preset leaves it out.
+    """Return a raw row as a prompt row, or the reason why the preset leaves it out.
 
     Raises:
         DataError: If the row lacks a column.
@@ -156,10 +153,7 @@ def _text(value: Any) -> str:
 
 
 def check_prompt(value: Any) -> str:
-    """Make sure that what stands in the prompt's column can be a prompt.
-
-    Returns:
-        The text, unchanged.
+    """Return what stands in the prompt's column, unchanged, if it can be a prompt.
 
     Raises:
         BadRow: If it is null, not text, empty or absurdly long.
@@ -178,13 +172,9 @@ def check_prompt(value: Any) -> str:
 
 
 def split_chat(value: Any) -> tuple[list[Message], str | None]:
-    """Check a chat and take a final assistant turn off it.
+    """Return a chat's turns up to the last user turn, and the assistant's turn after it, if any.
 
-    Args:
-        value: A list of ``{"role": ..., "content": ...}`` (or ``from``/``value``).
-
-    Returns:
-        The turns up to the last user turn, and the assistant's turn after it, if any.
+    A chat is a list of ``{"role": ..., "content": ...}`` (or ``from``/``value``).
 
     Raises:
         BadRow: If it is no such list, or has no user turn.

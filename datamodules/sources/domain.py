@@ -73,10 +73,7 @@ class DomainRows:
 
 
 def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows:
-    """Read a domain.
-
-    Returns:
-        Its rows. No training row has a held-out row's prompt.
+    """Return a domain's rows; no training row has a held-out row's prompt.
 
     Raises:
         DataError: If a source cannot be used, or nothing is left to train on.

@@ -44,10 +44,7 @@ class Origin:
 
 
 def origin_of(source: PromptSource) -> Origin:
-    """Say where a source's rows come from, without reading any.
-
-    Returns:
-        Its origin.
+    """Return where a source's rows come from, without reading any.
 
     Raises:
         DataError: If its preset is unknown, or belongs to no hub dataset and no path is given.
@@ -73,15 +70,12 @@ def is_builtin(source: PromptSource) -> bool:
 
 
 def open_source(source: PromptSource, default_kind: Kind, notes: list[str]) -> tuple[Iterator[RawRow], RowPlan]:
-    """Start reading a source and decide, by its first row, how all rows are read.
+    """Return a source's raw rows, and how they are read, which its first row decides.
 
     Args:
         source: The configured source.
         default_kind: What its rows are unless source or preset says otherwise.
         notes: What a user should know is added here.
-
-    Returns:
-        The raw rows, and how they are read.
 
     Raises:
         DataError: If there is nothing to read, or no way to read it.

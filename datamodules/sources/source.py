@@ -138,15 +138,12 @@ Sources = str | PromptSource | list[str | PromptSource]
 
 
 def as_sources(sources: Sources | None, key: str, system_prompt: str | None = None) -> list[PromptSource]:
-    """Normalise what a configuration holds.
+    """Return what a configuration holds (a path, a source, a list of either, or None) as a list of sources.
 
     Args:
-        sources: A path, a source, a list of either, or None.
+        sources: What the configuration holds.
         key: The configuration key, for messages.
         system_prompt: The system prompt of sources that have none of their own.
-
-    Returns:
-        A list of sources; empty for None.
 
     Raises:
         ValueError: If the list is empty, or a source's fields are wrong.

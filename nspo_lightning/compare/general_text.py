@@ -19,13 +19,7 @@ _ROWS_A_BATCH = 16
 def text_metrics(
     module: GRPOModule, datamodule: AlignmentDataModule, split: Literal["validation", "test"], rows: int
 ) -> dict[str, float]:
-    """Measure the policy on held-out general rows that have an answer.
-
-    Args:
-        module: Has the policy.
-        datamodule: Has the rows.
-        split: ``validation`` or ``test``.
-        rows: At most so many rows of each domain, the first ones.
+    """Measure the policy on the first `rows` held-out general rows of each domain that have an answer.
 
     Returns:
         `text/nll` (nats an answer token, the mean over domains), `text/nll/<domain>`, `text/kl` (nats an answer token,

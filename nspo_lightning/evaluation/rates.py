@@ -41,16 +41,10 @@ def general_outcomes(
     columns: Mapping[str, Sequence[Any]],
     over_refusal_skills: Sequence[str],
 ) -> list[tuple[str, float]]:
-    """Turn completions of harmless prompts into named observations.
+    """Return (metric name, 0 or 1) pairs of completions of harmless prompts, of which some were refused.
 
-    Args:
-        completions: One a prompt.
-        refused: Whether each is a refusal.
-        columns: The rows' columns; `final_answer` (else `answer`) and `skill` are used where they are there.
-        over_refusal_skills: Skills whose refusals count as over-refusal.
-
-    Returns:
-        (metric name, 0 or 1) pairs.
+    Of the rows' columns, `final_answer` (else `answer`) and `skill` are used where they are there. Refusals count as
+    over-refusal at `over_refusal_skills`.
     """
     seen: list[tuple[str, float]] = []
     none: list[Any] = [None] * len(completions)
@@ -79,15 +73,10 @@ def safety_outcomes(outcomes: Iterable[str | None]) -> list[tuple[str, float]]:
 
 
 def row_categories(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
-    """Name the categories of a row, for rates by category.
+    """Return the categories of a batch's row, for rates by category.
 
-    Args:
-        columns: The batch's columns.
-        row: Which row.
-
-    Returns:
-        What the first of `CATEGORY_COLUMNS` that the row has says: one name, several (a list, or a table of truth
-        values, as BeaverTails has), or none.
+    They are what the first of `CATEGORY_COLUMNS` that the row has says: one name, several (a list, or a table of truth
+    values, as BeaverTails has), or none.
     """
     for name in CATEGORY_COLUMNS:
         values = columns.get(name)

@@ -32,13 +32,9 @@ class AnswerCounts:
     def update(
         self, answers: Mapping[str, Answers], columns: Mapping[str, Any], *, harmful: bool, device: torch.device
     ) -> None:
-        """Count a batch.
+        """Count what ``policy`` and maybe ``base`` answered to a batch of harmful or harmless prompts.
 
-        Args:
-            answers: ``policy`` and maybe ``base`` -> what they answered.
-            columns: The rows' columns; rates are also counted by the category that they name.
-            harmful: Whether the prompts are harmful ones.
-            device: Where counts are kept.
+        Rates are also counted by the category that the rows' columns name, on the device.
         """
         for who, given in answers.items():
             by_category = observations_by_category(given, columns, harmful=harmful)

@@ -77,7 +77,7 @@ def card(
     dtype: str,
     name: str,
 ) -> str:
-    """Write the card.
+    """Return a folder's card: Markdown with the hub's header.
 
     Args:
         source: The checkpoint.
@@ -85,9 +85,6 @@ def card(
         merged: Layers of a merged model, None for an adapter.
         dtype: Of the written weights.
         name: Name of the folder.
-
-    Returns:
-        Markdown with the hub's header.
     """
     what = "A full model" if merged is not None else "A LoRA adapter (PEFT)"
     in_null_space = " with updates kept in the null space of general text"

@@ -97,7 +97,7 @@ def export_source(
     settings: PolicySettings,
     basis: Path | None = None,
 ) -> ExportSource:
-    """Bring together a checkpoint and what belongs to it, checked to fit.
+    """Return a checkpoint together with what belongs to it, checked to fit.
 
     Args:
         checkpoint: Its file.
@@ -106,9 +106,6 @@ def export_source(
         config: Content of that file.
         settings: The policy that it describes.
         basis: The run's basis file; None = where the checkpoint says it is.
-
-    Returns:
-        All of it.
 
     Raises:
         PolicyError: If the configuration does not fit the checkpoint.

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
-    """Put a fresh float32 LoRA adapter on the base (or prepare it for full fine-tuning).
-
-    Args:
-        base: The frozen base.
-        settings: Says which adapter.
-
-    Returns:
-        The policy: a `peft.PeftModel`, or the base itself with all weights trainable if `lora` is null.
+    """Return the policy: the frozen base with a fresh float32 LoRA adapter, or all weights trainable if `lora` is null.
 
     Raises:
         PolicyError: If the adapter's settings don't fit the model, or `adapter` is given and can't be merged.
@@ -102,13 +95,7 @@ def has_adapter(policy: nn.Module) -> bool:
 
 
 def save_adapter(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write what was trained as a PEFT adapter (or, without one, the whole model) that `from_pretrained` loads.
-
-    Args:
-        policy: A PEFT model or a plain one.
-        tokenizer: Written beside it.
-        folder: Where to.
-    """
+    """Write what was trained as a PEFT adapter (or, without one, the whole model), and the tokenizer beside it."""
     cast("PreTrainedModel", policy).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 

@@ -103,11 +103,7 @@ def rows_hash(rows: Iterable[Any]) -> str:
 
 
 def data_identity(datamodule: Any, split: str) -> dict[str, Any]:
-    """Say which rows a result is about.
-
-    Args:
-        datamodule: An `AlignmentDataModule`.
-        split: Which.
+    """Say which rows of an `AlignmentDataModule`'s split a result is about.
 
     Returns:
         Each evaluation loader's number of rows, their hash and their sources; the sources with their revisions.

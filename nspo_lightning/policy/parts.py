@@ -72,13 +72,12 @@ def text_setting(model: Any, name: str) -> Any:
 
 
 def policy_parts(policy: nn.Module) -> PolicyParts:
-    """Take a policy apart.
+    """Take apart a transformers causal language model, bare or inside a PEFT model.
 
-    Args:
-        policy: A transformers causal language model, bare or inside a PEFT model.
+    The adapter's layers stay in place: switching adapters off works as ever.
 
     Returns:
-        Its parts. The adapter's layers stay in place: switching adapters off works as ever.
+        Its parts.
 
     Raises:
         TypeError: If the policy has no output embedding.

@@ -86,15 +86,9 @@ def group_attention(model: nn.Module) -> Iterator[None]:
 
 
 def can_share_prompts(model: nn.Module) -> bool:
-    """Tell whether the model can attend in groups; warn once a model where it can't.
+    """Return whether the causal language model can attend in groups; warn once a model where it can't.
 
     Tried, not guessed: a prompt with two completions must give the logits of two full passes.
-
-    Args:
-        model: The causal language model.
-
-    Returns:
-        True if one pass over a prompt can serve its group.
     """
     if model not in _known:
         _known[model] = _why_not(model)

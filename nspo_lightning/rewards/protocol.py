@@ -64,15 +64,9 @@ class Reward(ABC):
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> Scores | Awaitable[Scores]:
-        """Score one batch.
+        """Return one number or None (excluded) a sample, or an awaitable of it.
 
-        Args:
-            prompts: One prompt a sample.
-            completions: One completion a sample, in the same order.
-            **columns: The samples' other columns, lists of the same length.
-
-        Returns:
-            One number or None (excluded) a sample, or an awaitable of it.
+        Prompts, completions and the samples' other `columns` are lists of the same length, in the same order.
         """
 
 
@@ -84,15 +78,9 @@ class Judge(ABC):
 
     @abstractmethod
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
-        """Judge one batch.
+        """Return one `Outcome` a sample; None only from a judge that was told to exclude what it could not judge.
 
-        Args:
-            prompts: One prompt a sample.
-            completions: One completion a sample, in the same order.
-            **columns: The samples' other columns, lists of the same length.
-
-        Returns:
-            One `Outcome` a sample. None only from a judge that was told to exclude what it could not judge.
+        Prompts, completions and the samples' other `columns` are lists of the same length, in the same order.
         """
 
     @classmethod

@@ -158,10 +158,7 @@ class Example:
 
 
 def split_of(combination: str) -> SplitName:
-    """Assign a combination to a split by the hash of its name: 15 % test, 10 % validation, the rest train.
-
-    Returns:
-        The split, the same on every machine and in every run.
+    """Return a combination's split by the hash of its name: 15 % test, 10 % validation, the rest train.
 
     Example:
         >>> split_of("harmful smash the guard")
@@ -249,15 +246,12 @@ def examples(skill: str, split: SplitName) -> tuple[Example, ...]:
 
 
 def rows(kind: Kind, split: SplitName, per_skill: int | None = None) -> list[dict[str, str]]:
-    """Return rows for the datamodules.
+    """Return rows for the datamodules, with prompt, answer, skill, verb and target. Harmful ones have no answer.
 
     Args:
         kind: ``"harmful"`` (safety prompts) or ``"general"`` (all of `SKILLS`, in turn, equally many of each).
         split: Which combinations.
         per_skill: At most so many general examples a skill; by default 400 (train), 60 (validation), 120 (test).
-
-    Returns:
-        Rows with the columns prompt, answer, skill, verb and target. Harmful rows have no answer.
 
     Raises:
         ValueError: If the kind is unknown.

@@ -76,12 +76,9 @@ class LabelAgreement:
 
 
 def label_agreement(scores: Tensor, unsafe: Tensor, threshold: float = 0.0) -> LabelAgreement:
-    """Compare rewards with labels; a sample is judged unsafe if its reward is below the threshold.
+    """Compare rewards, shape (n,), higher is safer, with labels, shape (n,), bool, True = labelled unsafe.
 
-    Args:
-        scores: Shape (n,), higher is safer; no NaN.
-        unsafe: Shape (n,), bool, True = labelled unsafe.
-        threshold: Exclusive upper bound of an unsafe reward.
+    A sample is judged unsafe if its reward is below the threshold.
 
     Returns:
         The figures; precision is NaN if nothing was judged unsafe, recall and AUROC if a class is missing.
