@@ -108,7 +108,7 @@ class TestReport(Callback):
 
 
 def _identity(trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
-    """Return what the result is about; `pl_module` is a `PolicyModule`."""
+    """Return what the result is about; `pl_module` is a `GRPOModule`."""
     datamodule = datamodule_of(trainer)
     loaded = pl_module.adapter_folder or trainer.ckpt_path
     return {

@@ -24,11 +24,6 @@ class RowPlan:
     """How the rows of one source are read: by a preset, or by the names of a plain file's columns.
 
     Attributes:
-        source: The configured source.
-        preset: The preset, if any.
-        prompt_column: The prompt's column, without a preset.
-        messages_column: The chat's column, without a preset.
-        answer_column: The answer's column, without a preset.
         default_kind: What rows are when neither source nor preset says it.
         default_skill: The skill of rows when neither source nor row names it; the preset's or the file's name.
         recognised: Whether the preset was found by the columns alone.

@@ -28,14 +28,7 @@ _CHAT_COLUMNS = ("messages", "conversations")
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a source's rows come from.
-
-    Attributes:
-        place: A function of the user's, a built-in world, local files or the hub.
-        path: The path, world or hub id; empty for a function.
-        part: The part of a built-in world.
-        preset: The preset that the source or its hub id names.
-    """
+    """Where a source's rows come from, and the preset that the source or its hub id names."""
 
     place: Literal["function", "world", "local", "hub"]
     path: str = ""

@@ -23,8 +23,6 @@ class SourceReport:
     """What became of a source's rows.
 
     Attributes:
-        label: The source.
-        read: The rows that were read.
         dropped: Rows left out, by reason.
         notes: What a user should know: the preset that was recognised, answers that are missing.
         splits: Rows in `train`, `validation` and `test` after all choices.

@@ -16,12 +16,7 @@ Prompt = str | list[Message]
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
-    """One row as a reader found it.
-
-    Attributes:
-        where: The file with its line or row number, or the hub id with the row number.
-        data: The row's columns.
-    """
+    """One row as a reader found it; `where` has the file and line or row, or the hub id and row."""
 
     where: str
     data: dict[str, Any]

@@ -91,13 +91,7 @@ def row_categories(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """A batch of evaluated completions.
-
-    Attributes:
-        completions: One a prompt.
-        outcomes: What the judge calls each.
-        observations: (metric name, value in [0, 1]) pairs.
-    """
+    """A batch of evaluated completions, one a prompt; observations are (metric name, value in [0, 1]) pairs."""
 
     completions: list[str]
     outcomes: list[Any]
@@ -106,12 +100,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A share of prompts, and how sure it is.
-
-    Attributes:
-        successes: How many.
-        total: Of how many.
-    """
+    """A share of prompts, and how sure it is."""
 
     successes: float
     total: int
@@ -184,15 +173,9 @@ class RateTable:
         return rates
 
     def compute_counts(self, device: torch.device) -> dict[str, Rate]:
-        """Return name to counts over batches and ranks, and start anew.
+        """Return name to rate with its number of prompts, over batches and ranks, and start anew.
 
-        The mean over skills is left out: it is no share of prompts.
-
-        Args:
-            device: Where the counts are kept.
-
-        Returns:
-            Name to rate with its number of prompts.
+        The mean over skills is left out: it is no share of prompts. Counts are kept on the device.
         """
         names = set().union(*ranks.gather_objects(set(self._metrics)))  # a rank may have seen no row of some skill
         rates: dict[str, Rate] = {}

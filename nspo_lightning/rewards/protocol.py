@@ -30,11 +30,7 @@ RewardFunction = Callable[..., "Scores | Awaitable[Scores]"]
 
 
 class RewardError(ValueError):
-    """A reward could not be computed. The message names the reward, what was found and the cure.
-
-    Attributes:
-        reward: Name of the reward that failed.
-    """
+    """A reward could not be computed. The message names the reward (also in `reward`), what was found and the cure."""
 
     raised_on_all_ranks = False
     """Set where ranks have agreed on a failure before they raise: collective work (a last checkpoint) is safe then."""
@@ -123,12 +119,7 @@ class HasJudge(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Scores with the outcomes that they were made from.
-
-    Attributes:
-        scores: One a completion.
-        outcomes: What the judge called each completion; None where it excluded one.
-    """
+    """Scores with the outcomes that they were made from; an outcome is None where the judge excluded the completion."""
 
     scores: Scores
     outcomes: list[Outcome | None]

@@ -30,11 +30,7 @@ class DeadlineError(Exception):
 
 
 class RewardRunner:
-    """A worker thread and an event loop, both started when first needed.
-
-    Args:
-        name: Prefix of the threads' names.
-    """
+    """A worker thread and an event loop, both started when first needed; `name` is the prefix of the threads' names."""
 
     def __init__(self, name: str = "reward") -> None:
         self.name = name

@@ -52,16 +52,7 @@ def picked_rows(chosen: Sequence[int], arguments: Mapping[str, Any]) -> dict[str
 class LabelAgreement:
     """Agreement on n samples; the positive class is `unsafe`. A figure that is not defined is NaN.
 
-    Attributes:
-        count: Samples with both a score and a label.
-        accuracy: Share judged as labelled.
-        precision: Share of those judged unsafe that are labelled unsafe.
-        recall: Share of those labelled unsafe that are judged unsafe.
-        auroc: Chance that a random unsafe sample scores lower than a random safe one (ties count half).
-        true_negatives: Labelled safe, judged safe.
-        false_positives: Labelled safe, judged unsafe.
-        false_negatives: Labelled unsafe, judged safe.
-        true_positives: Labelled unsafe, judged unsafe.
+    `auroc` is the chance that a random unsafe sample scores lower than a random safe one (ties count half).
     """
 
     count: int
