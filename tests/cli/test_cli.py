@@ -206,7 +206,7 @@ def check(shown, message):
 )
 def test_bad_data_files_are_named(run, content, message):
     Path("bad.csv").write_text(content)
-    check(*run("fit", "--data.safety", "bad.csv"), message)
+    check(run("fit", "--data.safety", "bad.csv"), message)
 
 
 def test_a_model_without_chat_template(run, tokenizer, tmp_path):
@@ -260,7 +260,7 @@ def test_data_shows_what_is_trained_on(run, capsys):
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_parsed_and_instantiated(config, monkeypatch, tmp_path):
-    from nspo_lightning.cli.app import CLI, cli_arguments
+    from nspo_lightning.cli.jobs import CLI, cli_arguments
 
     monkeypatch.chdir(tmp_path)
     if "judge" in config.stem:

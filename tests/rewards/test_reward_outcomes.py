@@ -141,7 +141,7 @@ def test_a_subclass_with_a_call_of_its_own_is_called() -> None:
 
 
 @pytest.mark.parametrize("judge", [ListedJudge(), Broken([])], ids=["by its class", "by its method"])
-def test_the_judge_in_a_reward_or_a_set_is_found(judge: Any) -> None:
+def test_the_judge_in_a_reward_or_a_set_is_found(judge: Judge) -> None:
     assert judge_in(OutcomeReward(judge)) is judge
     assert judge_in(RewardSet([LengthOfPrompt(), SafeAndHelpful(judge)])) is judge
     assert judge_in(RewardSet([LengthOfPrompt()])) is None

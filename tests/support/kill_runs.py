@@ -57,10 +57,10 @@ class Marks(Callback):
         self._file = os.open(MARKS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         fsync = os.fsync
 
-        def slow_fsync(handle: Any) -> None:
+        def slow_fsync(fd: Any) -> None:
             self.mark("checkpoint")
             time.sleep(0.02)  # or nobody would ever be quick enough to kill it there
-            fsync(handle)
+            fsync(fd)
 
         os.fsync = slow_fsync
 
