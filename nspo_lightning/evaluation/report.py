@@ -9,7 +9,6 @@ import torch
 
 from nspo_lightning.evaluation.rates import Answers, Rate, RateTable, mean_accuracy, row_categories
 from nspo_lightning.evaluation.tables import rich_table
-from nspo_lightning.policy.divergence import TextSums
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,21 +85,8 @@ def rates_summary(rates: Mapping[str, Mapping[str, Rate]]) -> dict[str, Any]:
     }
 
 
-def text_summary(sums: TextSums) -> dict[str, Any]:
-    """Return what the result file says of general text; empty without any."""
-    if not sums.tokens:
-        return {}
-    has_base = sums.kl == sums.kl  # NaN without an adapter
-    return {
-        "tokens": sums.tokens,
-        "perplexity": sums.perplexity,
-        "nll_nats": sums.mean_nll,
-        "kl_to_base_nats": sums.mean_kl if has_base else None,
-    }
-
-
 def report_table(rates: Mapping[str, Mapping[str, Rate]], text: Mapping[str, Any]) -> Table:
-    """Return the table that `test` prints, from rates of ``policy`` and ``base`` and a `text_summary`."""
+    """Return the table that `test` prints, from rates of ``policy`` and ``base`` and what `TextSums.as_dict` says."""
     policy, base = rates["policy"], rates["base"]
     rows: list[tuple[str, str, str, str, str]] = []
     for name in [n for n in TITLES if n in policy] + sorted(n for n in policy if n not in TITLES):

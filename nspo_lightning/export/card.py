@@ -12,8 +12,9 @@ import yaml
 from nspo_lightning.compat.peft import MODEL_PREFIX
 from nspo_lightning.evaluation.tables import markdown_table
 from nspo_lightning.export.merge import MergedLayer
-from nspo_lightning.export.trained import PREFIX, ExportSource
+from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.nullspace import LayerCertificate
+from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.settings import TOY
 
 DATA_FIELDS = ("safety", "general", "system_prompt", "calibration_size", "calibration_text", "mixture", "seed")

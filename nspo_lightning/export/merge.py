@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning.compat.peft import MODEL_PREFIX
-from nspo_lightning.export.trained import PREFIX, ExportSource, LowRank
+from nspo_lightning.export.trained import ExportSource, LowRank
 from nspo_lightning.nullspace import Calibration, LayerCertificate, certify
 from nspo_lightning.policy.adapter import merge_adapter
-from nspo_lightning.policy.identity import policy_fingerprint
+from nspo_lightning.policy.identity import PREFIX, policy_fingerprint
 from nspo_lightning.policy.loading import TORCH_DTYPES, from_pretrained, load_base
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 

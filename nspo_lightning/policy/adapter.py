@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from nspo_lightning.checkpoints import ADAPTER_CONFIG
 from nspo_lightning.compat.peft import is_lora_parameter
 from nspo_lightning.nullspace.modes import adapted_models
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
@@ -102,7 +100,7 @@ def save_adapter(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: 
 
 def load_adapter_(policy: nn.Module, folder: Path) -> None:
     """Put a saved adapter's weights on a policy with an adapter of the same form; PolicyError if they don't fit."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
     if not has_adapter(policy):
         raise PolicyError(
@@ -110,7 +108,7 @@ def load_adapter_(policy: nn.Module, folder: Path) -> None:
             "the run that trained it."
         )
     model: Any = policy
-    saved = json.loads((folder / ADAPTER_CONFIG).read_text())
+    saved = PeftConfig.from_pretrained(str(folder)).to_dict()
     mine = model.peft_config[model.active_adapter].to_dict()
     for key in ("r", "lora_alpha", "use_rslora"):
         if saved.get(key) != mine[key]:

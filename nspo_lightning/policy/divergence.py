@@ -7,8 +7,10 @@ sampling, so two measurements of the same weights agree. Torch only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,17 @@ class TextSums:
     def perplexity(self) -> float:
         """Return exp(mean NLL); infinite where that overflows."""
         return float(torch.tensor(self.mean_nll, dtype=torch.float64).exp())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a result file holds; empty without tokens."""
+        if not self.tokens:
+            return {}
+        return {
+            "tokens": self.tokens,
+            "perplexity": self.perplexity,
+            "nll_nats": self.mean_nll,
+            "kl_to_base_nats": None if math.isnan(self.kl) else self.mean_kl,
+        }
 
     def over_ranks(self, device: torch.device) -> TextSums:
         """Return the sums over all ranks, which must ask together and exchange tensors on this device."""

@@ -30,6 +30,12 @@ PACKAGES = (
 )
 
 
+STATE_KEY = "nspo_lightning"
+"""Entry of a checkpoint that says which base it belongs to, and where training was."""
+PREFIX = "policy."
+"""Parameters of the policy are named so in a checkpoint's ``state_dict``."""
+
+
 class _HasPolicy(Protocol):
     """A module whose policy gets named."""
 
