@@ -29,11 +29,10 @@ class HasPolicy(Protocol):
 def text_metrics(
     module: HasPolicy, datamodule: AlignmentDataModule, split: Literal["validation", "test"], rows: int
 ) -> dict[str, float]:
-    """Measure the policy on the first `rows` held-out general rows of each domain that have an answer.
+    """Return measures of the policy on the first `rows` held-out general rows of each domain that have an answer.
 
-    Returns:
-        `text/nll` (nats an answer token, the mean over domains), `text/nll/<domain>`, `text/kl` (nats an answer token,
-        KL(base || policy), the mean over domains; 0 without an adapter). Empty without rows.
+    They are `text/nll` (nats an answer token, the mean over domains), `text/nll/<domain>` and `text/kl` (nats an answer
+    token, KL(base || policy), the mean over domains; 0 without an adapter). Empty without rows.
     """
     policy, renderer = module.require_policy(), datamodule.general.renderer
     chosen: dict[str, list[PromptRow]] = defaultdict(list)

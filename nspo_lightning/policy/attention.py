@@ -106,12 +106,10 @@ class GroupPass:
         self._biases: dict[tuple[str, int | None], Tensor | None] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        """Attend within one layer, given by its number; `settings` are `window` and what `attend` takes.
+        """Return the attention within one layer, given by its number, shape (T, H, d).
 
         `query` has shape (T, H, d), the tokens of all prompts, then of all completions; `key` and `value` (T, K, d).
-
-        Returns:
-            Shape (T, H, d).
+        `settings` are `window` and what `attend` takes.
         """
         window = settings.pop("window")
         split = self.prompts.size

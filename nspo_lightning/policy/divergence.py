@@ -131,14 +131,11 @@ def text_sums(
 
 
 def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = None) -> Tensor:
-    """Mark the positions whose next token is scored.
+    """Return the positions whose next token is scored: shape (B, T - 1), bool, true at t if token t + 1 is scored.
 
     Args:
         attention_mask: Shape (B, T), true = real token.
         labels_mask: Shape (B, T), true = score this token; None = every real token but the first.
-
-    Returns:
-        Shape (B, T - 1), bool: true at t if token t + 1 is scored.
     """
     real = attention_mask.bool()
     wanted = real if labels_mask is None else labels_mask.bool() & real

@@ -109,10 +109,9 @@ def rows_hash(rows: Iterable[Any]) -> str:
 
 
 def data_identity(datamodule: Any, split: str) -> dict[str, Any]:
-    """Say which rows of an `AlignmentDataModule`'s split a result is about.
+    """Return which rows of an `AlignmentDataModule`'s split a result is about, and the sources with their revisions.
 
-    Returns:
-        Each evaluation loader's number of rows, their hash and their sources; the sources with their revisions.
+    Of each evaluation loader that is the number of rows, their hash and their sources.
     """
     loaders = {
         name: {"rows": len(rows), "sha256": rows_hash(rows), "sources": sorted({row.source for row in rows})}

@@ -72,12 +72,9 @@ def text_setting(model: Any, name: str) -> Any:
 
 
 def policy_parts(policy: nn.Module) -> PolicyParts:
-    """Take apart a transformers causal language model, bare or inside a PEFT model.
+    """Return the parts of a transformers causal language model, bare or inside a PEFT model.
 
     The adapter's layers stay in place: switching adapters off works as ever.
-
-    Returns:
-        Its parts.
 
     Raises:
         TypeError: If the policy has no output embedding.

@@ -58,14 +58,7 @@ def _attention_function(
 
 @contextmanager
 def group_attention(model: nn.Module) -> Iterator[None]:
-    """Let the model attend in groups inside the block.
-
-    Args:
-        model: The causal language model; call it with ``group_pass=...`` and a flat list of tokens, shape (1, T).
-
-    Yields:
-        Nothing.
-    """
+    """Let a causal model attend in groups inside the block; it is called with ``group_pass=`` and tokens (1, T)."""
     from transformers import AttentionInterface  # heavy: imported where it is used
 
     AttentionInterface.register(_NAME, _attention_function)

@@ -62,13 +62,10 @@ class NF4Rounding(nn.Module):
 
 
 def encode(examples_: list[Example], tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> dict[str, Tensor]:
-    """Pack examples into rows of `ROW_TOKENS` tokens, in which only the answers are scored.
+    """Return examples packed into rows of `ROW_TOKENS` tokens, in which only the answers are scored.
 
-    The generator decides which harmful requests get refused.
-
-    Returns:
-        input_ids, position_ids (starting anew with each example, which keeps them apart in attention) and labels, each
-        of shape (rows, ROW_TOKENS); labels are -100 outside the answers.
+    They are input_ids, position_ids (starting anew with each example, which keeps them apart in attention) and labels
+    (-100 outside the answers), of shape (rows, ROW_TOKENS). `rng` decides which harmful requests get refused.
     """
     rows: list[tuple[list[int], list[int], list[int]]] = [([], [], [])]
     for example in examples_:
