@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CHUNK_ELEMENTS = 2**25
-"""Elements of one chunk of logits in scoring (nspo_lightning/grpo/log_probs.py)."""
+"""Elements of one chunk of logits in scoring (nspo_lightning/policy/log_probs.py)."""
 BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' NF4 with double quantisation
 CODES_BYTES = 4 * (16 + 256 + 1)  # its tables and the offset, once a matrix
 

@@ -1,7 +1,7 @@
 """A budget for forgetting: measure how far a policy moves from its base on held-out general text, and act in time.
 
 The callback works with any LightningModule. What it needs to know is a divergence: `module.text_sums(batch)`
-(`PolicyModule` has it), or two functions, see `logits` and `without_adapter`.
+(`GRPOModule` has it), or two functions, see `logits` and `without_adapter`.
 """
 
 from __future__ import annotations

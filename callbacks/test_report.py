@@ -16,7 +16,7 @@ from typing_extensions import override
 from nspo_lightning.atomic import write_json
 from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows, HasHeldOutText, LimitsContext
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
-from nspo_lightning.evaluation.report import AnswerCounts, rates_summary, report_table, side_by_side, text_summary
+from nspo_lightning.evaluation.report import AnswerCounts, rates_summary, report_table, side_by_side
 from nspo_lightning.policy.divergence import TextSums
 from nspo_lightning.policy.identity import data_identity, describe, policy_identity, versions
 
@@ -83,7 +83,7 @@ class TestReport(Callback):
         if self._file is None or not isinstance(pl_module, AnswersTests):
             return
         rates = self._counts.rates(pl_module.device)
-        text = text_summary(self._text(trainer, pl_module).over_ranks(pl_module.device))
+        text = self._text(trainer, pl_module).over_ranks(pl_module.device).as_dict()
         self.result = {
             "identity": _identity(trainer, pl_module),
             **rates_summary(rates),
@@ -108,7 +108,7 @@ class TestReport(Callback):
 
 
 def _identity(trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
-    """Return what the result is about; `pl_module` is a `PolicyModule`."""
+    """Return what the result is about; `pl_module` is a `GRPOModule`."""
     datamodule = datamodule_of(trainer)
     loaded = pl_module.adapter_folder or trainer.ckpt_path
     return {

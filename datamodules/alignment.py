@@ -173,15 +173,14 @@ class AlignmentDataModule(pl.LightningDataModule):
     def text_dataloader(
         self, split: HeldOutName, rows: int | None = None, max_tokens: int | None = None
     ) -> PromptLoader:
-        """Batches of held-out general text to score; no calibration row is among them.
+        """Return batches of held-out general text to score; no calibration row is among them.
+
+        They have `input_ids`, `attention_mask`, `labels_mask` (1 = the answer's tokens) and `domain`.
 
         Args:
             split: Which rows.
             rows: How many, spread over skills; None = all.
             max_tokens: Where longer texts are cut.
-
-        Returns:
-            A loader of `input_ids`, `attention_mask`, `labels_mask` (1 = the answer's tokens) and `domain`.
         """
         chosen, renderer = choose_text_rows(self.eval_rows(split)[1], rows), self.general.renderer
         return PromptLoader(
@@ -192,12 +191,5 @@ class AlignmentDataModule(pl.LightningDataModule):
         )
 
     def calibration_dataloader(self, answer_fn: AnswerFn | None = None) -> PromptLoader:
-        """Batches of general text for the null space.
-
-        Args:
-            answer_fn: Answers prompts, for `calibration_text: prompt_and_model_answer`.
-
-        Returns:
-            A loader of `input_ids`, `attention_mask` and `domain`.
-        """
+        """Return batches of general text for the null space; see `GeneralDataModule.calibration_dataloader`."""
         return self.general.calibration_dataloader(answer_fn)

@@ -98,13 +98,9 @@ class GeneralDataModule(PromptDataModule):
         self.calibration_report: SourceReport | None = None
 
     def calibration_rows(self, answer_fn: AnswerFn | None = None) -> list[PromptRow]:
-        """Choose the rows that the null space is computed from.
+        """Return the rows that the null space is computed from: those that fit, with the answers that belong to them.
 
-        Args:
-            answer_fn: Answers prompts, for `prompt_and_model_answer`.
-
-        Returns:
-            The rows that fit, with the answers that belong to the chosen text.
+        `answer_fn` answers prompts, for `prompt_and_model_answer`.
 
         Raises:
             DataError: If none fits.
@@ -139,13 +135,9 @@ class GeneralDataModule(PromptDataModule):
         return len(self.renderer.encode([text])[0]) <= self.calibration_max_tokens
 
     def calibration_dataloader(self, answer_fn: AnswerFn | None = None) -> PromptLoader:
-        """Batches of general text for the null space.
+        """Return batches of general text for the null space: `input_ids`, `attention_mask` and `domain`.
 
-        Args:
-            answer_fn: Answers prompts, for `prompt_and_model_answer`; default: the LightningModule's.
-
-        Returns:
-            A loader of `input_ids`, `attention_mask` and `domain`.
+        `answer_fn` answers prompts, for `prompt_and_model_answer`; by default the LightningModule does.
         """
         module = self.trainer.lightning_module if self.trainer is not None else None
         if answer_fn is None and isinstance(module, AnswersCalibration):

@@ -160,15 +160,7 @@ class PromptDataModule(pl.LightningDataModule):
         return max(0, int(current.ready - current.processed))
 
     def train_loader(self, *, repeat_batches: int = 1, stop: Stop = "shortest") -> PromptLoader:
-        """Build the loader of training prompts.
-
-        Args:
-            repeat_batches: How often each batch comes in a row.
-            stop: When an epoch of a mixture ends.
-
-        Returns:
-            A loader whose place can be saved.
-        """
+        """Return the loader of training prompts, whose place can be saved; see `PromptLoader` for the arguments."""
         rows, renderer = self.loaded(), self.renderer
         return PromptLoader(
             rows.train,

@@ -73,15 +73,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *, shared: bool = False) -> list[Path]:
-    """Remove what killed processes left half written.
+    """Return the files that killed processes left half written in a folder, which may be missing, after removing them.
 
-    Args:
-        folder: Where to look. It may be missing.
-        shared: Whether several machines write here. A process of another machine can't be seen, so only files that
-            nobody wrote to for an hour are removed.
-
-    Returns:
-        The files that were removed.
+    If several machines write there (`shared`), a process of another machine can't be seen: only files that nobody wrote
+    to for an hour are removed.
     """
     removed: list[Path] = []
     for file in sorted(folder.glob(f".*{PARTIAL}")) if folder.is_dir() else ():

@@ -45,14 +45,11 @@ def last_of(run: Path) -> Path:
 
 
 def find_checkpoint(name: str, run: Path) -> Path:
-    """Resolve what `--ckpt_path` says.
+    """Return the file or folder that `--ckpt_path` names.
 
     Args:
         name: ``best`` (see `best_of`), ``last``, a checkpoint file, or a folder with a PEFT adapter.
         run: The run's folder, for the first two.
-
-    Returns:
-        The file or folder.
 
     Raises:
         CheckpointError: If there is none.
@@ -82,14 +79,11 @@ def find_checkpoint(name: str, run: Path) -> Path:
 
 
 def best_of(states: Iterable[Any], folder: Path | None = None) -> Path | None:
-    """Return the file that a `ModelCheckpoint` with a monitor calls best; the last such callback's, if there are more.
+    """Return the file that the last `ModelCheckpoint` with a monitor calls best, None if there is none.
 
     Args:
         states: The callbacks' states, as `ModelCheckpoint.state_dict` gives them; others are passed over.
         folder: Where the run keeps its checkpoints now, if it may have been moved since.
-
-    Returns:
-        The file, None if there is none.
     """
     for state in reversed(list(states)):
         if not isinstance(state, Mapping) or not state.get("monitor") or not state.get("best_model_path"):
@@ -112,9 +106,6 @@ def check_readable(name: str) -> None:
 
     A word or an address is resolved later. A folder, as sharded strategies write it, is not looked into: PyTorch reads
     its index and its plain values with pickle, so it must come from a run of one's own.
-
-    Args:
-        name: What `--ckpt_path` says.
 
     Raises:
         FileNotFoundError: If nothing is there.

@@ -95,13 +95,10 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put FSDP2's sharded parameters back in place after forwards without a backward.
+    """Put FSDP2's sharded parameters back in place after forwards without a backward; other modules are left alone.
 
     The outermost sharded modules keep their gathered weights after a forward, waiting for a backward that validation
     and calibration never run; whoever looks up ``module.weight`` then gets a copy that is thrown away.
-
-    Args:
-        model: The model; nothing happens to modules that are not sharded.
     """
     if dist.is_available():
         from torch.distributed.fsdp import FSDPModule

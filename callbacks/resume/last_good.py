@@ -15,12 +15,9 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # the last two are OneCycleLR
 
 
 class LastGood:
-    """Trained weights and optimizer state as they were at some step.
+    """Trained weights and optimizer state as they were after update `step` (-1 = never taken).
 
     Costs the trained parameters and the optimizer's moments once more, on their own devices.
-
-    Attributes:
-        step: The update at which it was taken; -1 = never.
     """
 
     def __init__(self) -> None:

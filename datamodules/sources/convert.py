@@ -24,11 +24,6 @@ class RowPlan:
     """How the rows of one source are read: by a preset, or by the names of a plain file's columns.
 
     Attributes:
-        source: The configured source.
-        preset: The preset, if any.
-        prompt_column: The prompt's column, without a preset.
-        messages_column: The chat's column, without a preset.
-        answer_column: The answer's column, without a preset.
         default_kind: What rows are when neither source nor preset says it.
         default_skill: The skill of rows when neither source nor row names it; the preset's or the file's name.
         recognised: Whether the preset was found by the columns alone.
@@ -52,10 +47,7 @@ class RowPlan:
 
 
 def convert(plan: RowPlan, raw: RawRow) -> PromptRow | str:
-    """Turn one raw row into a prompt row.
-
-    Returns:
-        The row, or the reason why the preset leaves it out.
+    """Return a raw row as a prompt row, or the reason why the preset leaves it out.
 
     Raises:
         DataError: If the row lacks a column.
@@ -156,10 +148,7 @@ def _text(value: Any) -> str:
 
 
 def check_prompt(value: Any) -> str:
-    """Make sure that what stands in the prompt's column can be a prompt.
-
-    Returns:
-        The text, unchanged.
+    """Return what stands in the prompt's column, unchanged, if it can be a prompt.
 
     Raises:
         BadRow: If it is null, not text, empty or absurdly long.
@@ -178,13 +167,9 @@ def check_prompt(value: Any) -> str:
 
 
 def split_chat(value: Any) -> tuple[list[Message], str | None]:
-    """Check a chat and take a final assistant turn off it.
+    """Return a chat's turns up to the last user turn, and the assistant's turn after it, if any.
 
-    Args:
-        value: A list of ``{"role": ..., "content": ...}`` (or ``from``/``value``).
-
-    Returns:
-        The turns up to the last user turn, and the assistant's turn after it, if any.
+    A chat is a list of ``{"role": ..., "content": ...}`` (or ``from``/``value``).
 
     Raises:
         BadRow: If it is no such list, or has no user turn.

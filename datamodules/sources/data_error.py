@@ -6,13 +6,7 @@ _MAX_FOUND_CHARS = 400
 
 
 class DataError(ValueError):
-    """Data that cannot be used, raised before any training starts.
-
-    Args:
-        where: The file, hub id or configuration key, with the line or row where that is known.
-        found: What was found there.
-        cure: What the user can do about it.
-    """
+    """Data that cannot be used, raised before any training starts: where it is, what was found, and what cures it."""
 
     def __init__(self, where: str, found: str, cure: str) -> None:
         self.where = where

@@ -16,12 +16,9 @@ from nspo_lightning.datamodules.sources.splits import HeldOutName, choose, held_
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSources:
-    """What a domain is read from.
+    """What a domain is read from; without sources of their own, validation and test rows are held out of `train`.
 
     Attributes:
-        train: Sources of training or calibration rows.
-        validation: Sources of validation rows; empty = held out of `train`.
-        test: Sources of test rows; empty = held out of `train`.
         kind: What rows are unless source or preset says otherwise.
         validation_size: Validation rows over all sources; None = a world's own split whole, else a tenth.
         test_size: Test rows over all sources; None as for validation.
@@ -47,14 +44,7 @@ class DomainSources:
 
 @dataclass(kw_only=True)
 class DomainRows:
-    """What a domain's sources hold.
-
-    Attributes:
-        train: The training rows of each source.
-        weights: The sources' shares.
-        held_out: All validation and all test rows.
-        reports: The account of each source.
-    """
+    """What a domain's sources hold: their training rows and shares, what is held out, and the account of each."""
 
     train: list[list[PromptRow]] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -73,10 +63,7 @@ class DomainRows:
 
 
 def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows:
-    """Read a domain.
-
-    Returns:
-        Its rows. No training row has a held-out row's prompt.
+    """Return a domain's rows; no training row has a held-out row's prompt.
 
     Raises:
         DataError: If a source cannot be used, or nothing is left to train on.

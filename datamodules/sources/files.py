@@ -30,14 +30,11 @@ def looks_local(path: str) -> bool:
 
 
 def find_files(path: str, split: str) -> list[Path]:
-    """List the data files of a split.
+    """Return the data files of a split, in the order of their names.
 
     Args:
         path: A data file, or a folder of data files (searched at all depths).
         split: In a folder, files whose path names this split are chosen when any file names a split.
-
-    Returns:
-        The files in the order of their names.
 
     Raises:
         DataError: If nothing is there, or a folder has no file of the split.

@@ -29,10 +29,7 @@ def hub_arguments(source: PromptSource, preset: Preset | None, hub_id: str) -> d
 
 
 def read_hub(source: PromptSource, preset: Preset | None, hub_id: str) -> Iterator[RawRow]:
-    """Read a hub dataset row by row.
-
-    Yields:
-        One row at a time.
+    """Yield the rows of a hub dataset.
 
     Raises:
         DataError: If it cannot be had: no network, no such dataset, configuration or split, no access.
@@ -58,10 +55,7 @@ def is_saved(path: str) -> bool:
 
 
 def read_saved(path: str, split: str) -> Iterator[RawRow]:
-    """Read a folder that `Dataset.save_to_disk` wrote.
-
-    Yields:
-        One row at a time.
+    """Yield the rows of a folder that `Dataset.save_to_disk` wrote.
 
     Raises:
         DataError: If it cannot be read, or has no such split.

@@ -17,10 +17,7 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Decode a file line by line.
-
-    Yields:
-        The line number, from 1, and the line with its end.
+    """Yield the number, from 1, and the text of each line of a file, with its end.
 
     Raises:
         DataError: If it is not UTF-8 text, or its compression is broken.

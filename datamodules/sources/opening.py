@@ -28,14 +28,7 @@ _CHAT_COLUMNS = ("messages", "conversations")
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a source's rows come from.
-
-    Attributes:
-        place: A function of the user's, a built-in world, local files or the hub.
-        path: The path, world or hub id; empty for a function.
-        part: The part of a built-in world.
-        preset: The preset that the source or its hub id names.
-    """
+    """Where a source's rows come from, and the preset that the source or its hub id names."""
 
     place: Literal["function", "world", "local", "hub"]
     path: str = ""
@@ -44,10 +37,7 @@ class Origin:
 
 
 def origin_of(source: PromptSource) -> Origin:
-    """Say where a source's rows come from, without reading any.
-
-    Returns:
-        Its origin.
+    """Return where a source's rows come from, without reading any.
 
     Raises:
         DataError: If its preset is unknown, or belongs to no hub dataset and no path is given.
@@ -73,15 +63,12 @@ def is_builtin(source: PromptSource) -> bool:
 
 
 def open_source(source: PromptSource, default_kind: Kind, notes: list[str]) -> tuple[Iterator[RawRow], RowPlan]:
-    """Start reading a source and decide, by its first row, how all rows are read.
+    """Return a source's raw rows, and how they are read, which its first row decides.
 
     Args:
         source: The configured source.
         default_kind: What its rows are unless source or preset says otherwise.
         notes: What a user should know is added here.
-
-    Returns:
-        The raw rows, and how they are read.
 
     Raises:
         DataError: If there is nothing to read, or no way to read it.

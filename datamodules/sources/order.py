@@ -40,20 +40,10 @@ def mixture_sizes(sizes: Sequence[int], weights: Sequence[float], stop: Stop) ->
 def epoch_order(
     sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int, stop: Stop = "shortest"
 ) -> list[int]:
-    """List the rows of a shuffled epoch.
+    """Return the rows of a shuffled epoch, as indices into the concatenated sources.
 
     Each source is an endless chain of its own permutations, and an epoch takes the next piece of each: over epochs
-    every row of a source is visited equally often, whatever the weights.
-
-    Args:
-        sizes: The rows of each source; sources lie one after another in the index space.
-        weights: Their shares.
-        seed: Decides all permutations.
-        epoch: The epoch, from 0.
-        stop: When the epoch ends.
-
-    Returns:
-        Indices into the concatenated sources.
+    every row of a source is visited equally often, whatever the weights. `sizes` are the rows of each source.
     """
     order: list[int] = []
     offset = 0
@@ -70,13 +60,10 @@ def epoch_order(
 
 
 def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """Cut an epoch into this rank's batches.
+    """Return this rank's batches of an epoch.
 
     Every row lands on exactly one rank, and all ranks have equally many batches. The last batch of a rank may be
     smaller; when fewer rows than ranks remain for it, they make some of the last full batches one row larger.
-
-    Returns:
-        The rows of each batch.
 
     Raises:
         ValueError: If there are fewer rows than ranks.

@@ -77,10 +77,7 @@ def first_of(*columns: str) -> Callable[[Row], Any]:
 
 
 def text_of(row: Row, column: str) -> str:
-    """Get text from a row, for prompts that are put together from several columns.
-
-    Returns:
-        The text.
+    """Return a row's text, for prompts that are put together from several columns.
 
     Raises:
         ValueError: If the column holds something else.

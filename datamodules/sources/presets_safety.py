@@ -41,14 +41,7 @@ def _first_turn(row: Row) -> Any:
 
 
 def human_assistant_messages(text: Any) -> list[Message]:
-    r"""Split an HH-RLHF transcript into turns.
-
-    Args:
-        text: ``\n\nHuman: ...\n\nAssistant: ...`` and so on.
-
-    Returns:
-        The turns as role and content; empty when the text has another form.
-    """
+    r"""Return the turns of an HH-RLHF transcript (``\n\nHuman: ...\n\nAssistant: ...``); none of another text."""
     if not isinstance(text, str):
         return []
     parts = re.split(r"(?:\A|\n\n)(Human|Assistant):", text)

@@ -23,8 +23,6 @@ class SourceReport:
     """What became of a source's rows.
 
     Attributes:
-        label: The source.
-        read: The rows that were read.
         dropped: Rows left out, by reason.
         notes: What a user should know: the preset that was recognised, answers that are missing.
         splits: Rows in `train`, `validation` and `test` after all choices.
@@ -62,15 +60,12 @@ def keep_all(rows: list[PromptRow], source: PromptSource) -> list[str | None]:
 def usable_rows(
     source: PromptSource, default_kind: Kind, reject: Reject = keep_all
 ) -> tuple[list[PromptRow], SourceReport]:
-    """Read, convert, deduplicate and filter one source.
+    """Return the usable rows of one source, converted, deduplicated and filtered, in their order, and the account.
 
     Args:
         source: The configured source.
         default_kind: What its rows are unless source or preset says otherwise.
         reject: Gives the reasons why rows are left out.
-
-    Returns:
-        The usable rows in their order, and the account.
 
     Raises:
         DataError: If the source cannot be used.

@@ -30,14 +30,9 @@ def file_format(path: Path) -> str | None:
 
 
 def read_file(path: Path, header: Sequence[str] | None = None) -> Iterator[RawRow]:
-    """Read one file row by row.
+    """Yield the rows of a csv, tsv, json, jsonl or parquet file, gzipped or not.
 
-    Args:
-        path: A csv, tsv, json, jsonl or parquet file, gzipped or not.
-        header: The column names of a csv file that has no header line.
-
-    Yields:
-        One row at a time.
+    `header` has the column names of a csv file that has no header line.
 
     Raises:
         DataError: If the file is not what its name says, with the line or row.
@@ -232,8 +227,8 @@ def _checked_header(path: Path, fields: list[str], delimiter: str) -> list[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)

@@ -14,10 +14,7 @@ _PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*GENERAL_PRESE
 
 
 def register(preset: Preset) -> Preset:
-    """Add a preset to those that configurations may name.
-
-    Returns:
-        The same entry.
+    """Return a preset after adding it to those that configurations may name.
 
     Raises:
         ValueError: If the name is taken.
@@ -34,13 +31,7 @@ def preset_names() -> list[str]:
 
 
 def get_preset(name: str) -> Preset:
-    """Look a preset up by name.
-
-    Args:
-        name: As the configuration says; case and `-` do not matter.
-
-    Returns:
-        The preset.
+    """Return the preset that a configuration names; case and `-` do not matter.
 
     Raises:
         DataError: If there is none of that name.
@@ -59,15 +50,9 @@ def preset_of_hub_id(hub_id: str) -> Preset | None:
 
 
 def recognise(row: Row) -> Preset | None:
-    """Find the preset whose columns a row has.
+    """Return the preset whose columns the first row of a file has; None when no form fits or two fit equally well.
 
     The form with the most columns wins: the 16 columns of PKU-SafeRLHF also hold its older 7.
-
-    Args:
-        row: The first row of a file.
-
-    Returns:
-        The preset, or None when no form fits or two fit equally well.
     """
     sizes = {
         name: max(len(names) for names in preset.requires if all(column in row for column in names))

@@ -16,12 +16,7 @@ Prompt = str | list[Message]
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
-    """One row as a reader found it.
-
-    Attributes:
-        where: The file with its line or row number, or the hub id with the row number.
-        data: The row's columns.
-    """
+    """One row as a reader found it; `where` has the file and line or row, or the hub id and row."""
 
     where: str
     data: dict[str, Any]
@@ -61,17 +56,10 @@ class PromptRow:
 
 
 def hash_rank(key: str, salt: str) -> bytes:
-    """A pseudo-random rank of a row that depends on its text and `salt` alone.
+    """Return a row's pseudo-random rank, sixteen bytes that depend on its key and on `salt` (purpose and seed) alone.
 
     Ranking rows by hash instead of shuffling them keeps choices stable when rows are added, removed or reordered,
     and makes a 20 % sample a part of the 40 % sample.
-
-    Args:
-        key: The row's key.
-        salt: The purpose and the seed, in words.
-
-    Returns:
-        Sixteen bytes, uniformly distributed.
     """
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16, key=salt.encode()[:64]).digest()
 

@@ -21,62 +21,43 @@ class PromptSource:
     path: str | None = None
     """A local file or folder (csv, json, jsonl, parquet; .gz too), a hub id such as `PKU-Alignment/PKU-SafeRLHF`,
     or a built-in world such as `toy/harmful`. May be left out where `preset` names a hub dataset."""
-
     preset: str | None = None
     """How to read the rows, by name (`advbench`, `gsm8k`, ...). Recognised from the columns when left out."""
-
     name: str | None = None
     """The configuration of a hub dataset (`main`, `alpaca-7b`), or the part of a built-in world."""
-
     split: str = "train"
     """The split to read. In a folder: the files whose name holds this word, when any does."""
-
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
-
     rows: Callable[[str], Iterable[dict[str, Any]]] | None = None
     """A function that is given the split's name and returns rows (dicts or a `datasets.Dataset`), instead of `path`."""
-
     prompt_column: str | None = None
     """The column that holds the prompt (text), where no preset says it. Default: `prompt`."""
-
     messages_column: str | None = None
     """The column that holds a chat (a list of role and content). A last assistant turn becomes the answer."""
-
     answer_column: str | None = None
     """The column that holds the reference answer. Default: `answer`, where there is one."""
-
     skill: str | None = None
     """The name under which results are reported. Default: the row's `skill`, else the preset's or the file's name."""
-
     kind: Kind | None = None
     """Whether a good policy refuses these prompts (`harmful`) or answers them (`benign`). Default: as the preset says,
     else by where the source stands: `harmful` among safety prompts, `benign` among general data."""
-
     system_prompt: str | None = None
     """A system message put before every prompt that has none."""
-
     weight: float | None = None
     """The share of this source in a mixture, relative to the others'. Default: equal shares."""
-
     fraction: float | None = None
     """The share of the usable rows that training sees, in (0, 1]; chosen by `seed`, smaller ones inside larger ones."""
-
     count: int | None = None
     """The number of usable rows that training sees; all of them when there are fewer."""
-
     seed: int = 0
     """Decides which rows `fraction` and `count` choose, and the order in which a stream is shuffled."""
-
     deduplicate: bool = True
     """Keep the first of several rows with the same prompt."""
-
     max_prompt_tokens: int | None = None
     """Leave out, and report, rows whose rendered prompt is longer. Default: the datamodule's."""
-
     bad_rows: Literal["error", "drop"] = "error"
     """What an empty, null, non-text or absurdly long prompt does: stop, or be left out and reported."""
-
     streaming: bool = False
     """Read rows as they come and stop after `count` usable ones (needs `count`)."""
 
@@ -138,15 +119,12 @@ Sources = str | PromptSource | list[str | PromptSource]
 
 
 def as_sources(sources: Sources | None, key: str, system_prompt: str | None = None) -> list[PromptSource]:
-    """Normalise what a configuration holds.
+    """Return what a configuration holds (a path, a source, a list of either, or None) as a list of sources.
 
     Args:
-        sources: A path, a source, a list of either, or None.
+        sources: What the configuration holds.
         key: The configuration key, for messages.
         system_prompt: The system prompt of sources that have none of their own.
-
-    Returns:
-        A list of sources; empty for None.
 
     Raises:
         ValueError: If the list is empty, or a source's fields are wrong.

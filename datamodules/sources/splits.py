@@ -16,14 +16,9 @@ HeldOutName = Literal["validation", "test"]
 
 
 def held_out_size(rows: int, wanted: int | None) -> int:
-    """Decide how many rows are held out for one purpose.
+    """Return how many of a source's rows are held out for one purpose: as many as wanted, or a tenth and 500 at most.
 
-    Args:
-        rows: The usable rows of the source.
-        wanted: What the user asked for; None means a tenth, at most 500.
-
-    Returns:
-        At most a fifth of the rows, so that training keeps three fifths.
+    It is never more than a fifth of the rows, so that training keeps three fifths.
     """
     size = min(HELD_OUT_MOST, round(rows * HELD_OUT_SHARE)) if wanted is None else wanted
     return min(size, int(rows * _LARGEST_SHARE))
@@ -32,13 +27,10 @@ def held_out_size(rows: int, wanted: int | None) -> int:
 def hold_out(
     rows: list[PromptRow], validation: int, test: int, seed: int
 ) -> tuple[list[PromptRow], dict[HeldOutName, list[PromptRow]]]:
-    """Split one source's rows.
+    """Return one source's training rows, which have none of the held-out prompts even when rows repeat, and the others.
 
     The choice follows a hash of each row's text: adding rows, reordering them or asking for a smaller `fraction` moves
     no row from one side to the other, except at the border.
-
-    Returns:
-        The training rows, which have none of the held-out prompts even when rows repeat, and the held-out rows.
     """
     chosen = take_ranked(rows, validation + test, f"held out {seed}")
     held = [rows[i] for i in chosen]

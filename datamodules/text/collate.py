@@ -17,16 +17,7 @@ Side = Literal["left", "right"]
 
 
 def pad_token_ids(ids: Sequence[Sequence[int]], pad_token_id: int, side: Side) -> tuple[Tensor, Tensor]:
-    """Pad token ids to the length of the longest row.
-
-    Args:
-        ids: The ids of each row, at least one row.
-        pad_token_id: What fills the rest.
-        side: Where it fills.
-
-    Returns:
-        The ids and the mask (True = real token), both of shape (rows, longest).
-    """
+    """Return token ids padded to the longest row, and the mask (True = real token), both of shape (rows, longest)."""
     rows = [torch.tensor(row, dtype=torch.long) for row in ids]
     real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
     padded = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
@@ -41,11 +32,10 @@ def gather_columns(rows: Sequence[PromptRow]) -> dict[str, list[Any]]:
 
 
 def collate_prompts(rows: Sequence[PromptRow], renderer: ChatRenderer) -> dict[str, Any]:
-    """Build a batch of prompts for rollouts and evaluation.
+    """Return a batch of prompts for rollouts and evaluation.
 
-    Returns:
-        `prompt` (text or chats), `prompt_ids` and `prompt_mask` (True = real token) of shape (rows, prompt tokens),
-        left-padded, and `columns`.
+    It has `prompt` (text or chats), `prompt_ids` and `prompt_mask` (True = real token) of shape (rows, prompt tokens),
+    left-padded, and `columns`.
     """
     ids, mask = pad_token_ids(renderer.encode_prompts(rows), renderer.pad_token_id, "left")
     return {
@@ -64,27 +54,17 @@ def calibration_text(row: PromptRow, text: CalibrationText, renderer: ChatRender
 def collate_calibration(
     rows: Sequence[PromptRow], text: CalibrationText, renderer: ChatRenderer, side: Side
 ) -> dict[str, Any]:
-    """Build a calibration batch.
-
-    Returns:
-        `input_ids` and `attention_mask` (1 = real token) of shape (rows, tokens), and `domain`, one name a row.
-    """
+    """Return `input_ids` and `attention_mask` (1 = real token), shape (rows, tokens), and `domain`, one name a row."""
     texts = renderer.encode([calibration_text(row, text, renderer) for row in rows])
     ids, mask = pad_token_ids(texts, renderer.pad_token_id, side)
     return {"input_ids": ids, "attention_mask": mask.long(), "domain": [row.skill for row in rows]}
 
 
 def collate_text(rows: Sequence[PromptRow], renderer: ChatRenderer, max_tokens: int | None = None) -> dict[str, Any]:
-    """Build a batch of text to score.
+    """Return a batch of text to score, cut at its end where it is longer than `max_tokens`.
 
-    Args:
-        rows: The rows.
-        renderer: Applies the chat template.
-        max_tokens: Longer texts are cut at their end; None = never.
-
-    Returns:
-        `input_ids`, `attention_mask` and `labels_mask` (1 = score this token: the answer's; all tokens of a row without
-        an answer) of shape (rows, tokens), right-padded; `domain`, one name a row.
+    It has `input_ids`, `attention_mask` and `labels_mask` (1 = score this token: the answer's; all tokens of a row
+    without an answer) of shape (rows, tokens), right-padded; `domain`, one name a row.
     """
     prompts = renderer.encode_prompts(rows)
     texts = renderer.encode([renderer.text(row.prompt, row.answer or None) for row in rows])

@@ -53,14 +53,7 @@ class ChatRenderer:
         return next((int(candidate) for candidate in known if candidate is not None), 0)
 
     def text(self, prompt: Prompt, answer: str | None = None) -> str:
-        """Render one prompt, with an answer after it if given.
-
-        Args:
-            prompt: Text or a chat.
-            answer: The assistant's turn; None asks for the generation prompt instead.
-
-        Returns:
-            The text that the policy reads.
+        """Return what the policy reads: a prompt and its answer, or without one the prompt and the generation prompt.
 
         Raises:
             DataError: If the template fails on these roles.

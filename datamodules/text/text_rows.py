@@ -60,12 +60,9 @@ def _text_length(row: PromptRow) -> int:
 
 
 def mix_batches(rows: Sequence[PromptRow], batch_size: int, seed: int) -> list[PromptRow]:
-    """Order rows so that a batch holds texts of like length, and batches of all sources alternate.
+    """Return the rows so that a batch holds texts of like length, and batches of all sources alternate.
 
     Like lengths save padding; the alternation makes any first part of the batches a fair sample of the whole.
-
-    Returns:
-        The same rows.
     """
     by_length = sorted(rows, key=_text_length)
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
@@ -75,10 +72,7 @@ def mix_batches(rows: Sequence[PromptRow], batch_size: int, seed: int) -> list[P
 
 
 def with_model_answers(rows: Sequence[PromptRow], answer_fn: AnswerFn | None, batch_size: int) -> list[PromptRow]:
-    """Put the policy's own answers in the place of the reference answers.
-
-    Returns:
-        The rows with new answers.
+    """Return the rows with the policy's own answers in the place of the reference answers.
 
     Raises:
         DataError: If there is no `answer_fn`, or it gives another number of answers.
@@ -102,16 +96,10 @@ def with_model_answers(rows: Sequence[PromptRow], answer_fn: AnswerFn | None, ba
 
 
 def choose_text_rows(rows: Sequence[PromptRow], size: int | None, seed: int = 0) -> list[PromptRow]:
-    """Choose rows to score, as many of each skill as possible alike.
+    """Return `size` rows to score (None = all), as many of each skill as possible alike.
 
-    Args:
-        rows: General rows.
-        size: How many; None = all.
-        seed: Decides which.
-
-    Returns:
-        Rows that have an answer; all kinds of rows if none has one (then whole texts are scored). Longest last, so that
-        batches hold texts of like length.
+    They have an answer, or are of all kinds if none has one (then whole texts are scored). Longest last, so that
+    batches hold texts of like length.
     """
     usable = [row for row in rows if row.answer] or list(rows)
     by_skill: dict[str, list[PromptRow]] = {}

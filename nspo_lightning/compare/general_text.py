@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections import defaultdict
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.text.collate import collate_text
-from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.text_scores import score_texts
 
 _ROWS_A_BATCH = 16
 
 
+class HasPolicy(Protocol):
+    """A module with a loaded policy."""
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens that the policy's context holds."""
+
+    def require_policy(self) -> Any:
+        """Return the policy."""
+
+
 def text_metrics(
-    module: GRPOModule, datamodule: AlignmentDataModule, split: Literal["validation", "test"], rows: int
+    module: HasPolicy, datamodule: AlignmentDataModule, split: Literal["validation", "test"], rows: int
 ) -> dict[str, float]:
-    """Measure the policy on held-out general rows that have an answer.
+    """Return measures of the policy on the first `rows` held-out general rows of each domain that have an answer.
 
-    Args:
-        module: Has the policy.
-        datamodule: Has the rows.
-        split: ``validation`` or ``test``.
-        rows: At most so many rows of each domain, the first ones.
-
-    Returns:
-        `text/nll` (nats an answer token, the mean over domains), `text/nll/<domain>`, `text/kl` (nats an answer token,
-        KL(base || policy), the mean over domains; 0 without an adapter). Empty without rows.
+    They are `text/nll` (nats an answer token, the mean over domains), `text/nll/<domain>` and `text/kl` (nats an answer
+    token, KL(base || policy), the mean over domains; 0 without an adapter). Empty without rows.
     """
     policy, renderer = module.require_policy(), datamodule.general.renderer
     chosen: dict[str, list[PromptRow]] = defaultdict(list)

@@ -55,10 +55,7 @@ METHODS: dict[str, Method] = {
 
 
 def as_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Write settings, option to value, as a command line.
-
-    Returns:
-        Arguments of `fit`.
+    """Return settings, option to value, as the arguments of `fit`.
 
     Example:
         >>> as_arguments({"nullspace.enabled": False, "data.batch_size": 4})
@@ -68,15 +65,12 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def mixing_settings(config: Mapping[str, Any], reward: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the settings that mix general prompts into the batches, as many as safety prompts.
+    """Return the settings that mix general prompts into the batches, as many as safety prompts, with a reward for both.
 
     Args:
         config: The configuration: `model.reward` and `data.safety`, `data.general`.
         reward: The reward of the mixture; None = the configuration's on harmful prompts, and 1 or -1 for right and
             wrong answers to general ones (`SafetyAndAnswers`).
-
-    Returns:
-        Option to value: the mixture, and a reward that also looks at general prompts.
 
     Raises:
         ValueError: If the mixture would change what is evaluated.

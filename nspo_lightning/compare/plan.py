@@ -106,17 +106,9 @@ def main_grid(
     rates: Sequence[float],
     mixed_reward: Mapping[str, Any] | None = None,
 ) -> list[RunSpec]:
-    """Plan methods x seeds x learning rates; the base is measured once.
+    """Return the runs of methods x seeds x rates: every method at the first seed and rate before any at the second.
 
-    Args:
-        config: The configuration, for the mixture of the method that needs one.
-        methods: Names in `METHODS`.
-        seeds: Seeds.
-        rates: Learning rates.
-        mixed_reward: See `mixing_settings`.
-
-    Returns:
-        The runs: every method at the first seed and rate before any at the second.
+    The base is measured once. The configuration and `mixed_reward` are for the mixture, see `mixing_settings`.
 
     Raises:
         ValueError: If a method is unknown.

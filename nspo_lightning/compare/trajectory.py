@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -18,14 +18,22 @@ from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
 from nspo_lightning.callbacks import NullSpaceProjection
-from nspo_lightning.compare.general_text import text_metrics
+from nspo_lightning.callbacks.protocols import Evaluable
+from nspo_lightning.compare.general_text import HasPolicy, text_metrics
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.datamodules import AlignmentDataModule
-from nspo_lightning.module.grpo_module import GRPOModule
 
 _Split = Literal["validation", "test"]
 
 _PREFIXES = ("safety/", "general/", "text/")
+
+
+class Trained(Evaluable, HasPolicy, Protocol):
+    """What is asked of the module that `fit` trains; `GRPOModule` has it."""
+
+    @property
+    def rollouts(self) -> int:
+        """Batches of prompts that were rolled out so far."""
 
 
 class Trajectory(Callback):
@@ -127,7 +135,7 @@ class Trajectory(Callback):
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rates: dict[str, float]) -> None:
         record = {
             "steps": float(trainer.fit_loop.total_batch_idx + 1),
-            "rollouts": float(cast(GRPOModule, pl_module).rollouts),
+            "rollouts": float(_trained(pl_module).rollouts),
             "updates": float(trainer.global_step),
             **rates,
             **self._text(trainer, pl_module, "validation"),
@@ -141,7 +149,11 @@ class Trajectory(Callback):
     def _text(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
         if self.text_rows == 0:
             return {}
-        return text_metrics(cast(GRPOModule, pl_module), _datamodule(trainer), split, self.text_rows)
+        return text_metrics(_trained(pl_module), _datamodule(trainer), split, self.text_rows)
+
+
+def _trained(pl_module: pl.LightningModule) -> Trained:
+    return cast(Trained, pl_module)
 
 
 def _datamodule(trainer: pl.Trainer) -> AlignmentDataModule:
@@ -150,7 +162,7 @@ def _datamodule(trainer: pl.Trainer) -> AlignmentDataModule:
 
 def _rates(trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
     data = _datamodule(trainer)
-    return cast(GRPOModule, pl_module).evaluate(data.test_dataloader() if split == "test" else data.val_dataloader())
+    return _trained(pl_module).evaluate(data.test_dataloader() if split == "test" else data.val_dataloader())
 
 
 def _null_space(trainer: pl.Trainer) -> dict[str, float | None]:

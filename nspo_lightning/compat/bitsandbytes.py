@@ -12,14 +12,11 @@ _MISSING_KERNEL_LOGGER = "bitsandbytes.backends.cpu.ops"
 
 
 def keep_4bit_exact(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers on one arithmetic in training and sampling.
+    """Keep bitsandbytes' 4-bit layers in a model, if it has any, on one arithmetic in training and sampling.
 
     On CPUs with AVX512-BF16 a 4-bit layer repacks itself at its first call in eval mode: from then on it computes in
     bfloat16, with rounded quantisation constants, and hands no gradient to its input, in train mode too. A policy that
     samples between two updates would silently lose its gradients.
-
-    Args:
-        model: A model with `bitsandbytes.nn.Linear4bit` layers, or without; changed in place.
     """
     layers: list[Any] = [module for module in model.modules() if _REPACKING in vars(module)]
     for layer in layers:

@@ -11,13 +11,9 @@ SAVED_INDICES = ("dataset_dict.json", "state.json")
 
 
 def saved_parts(index: Path) -> list[Path]:
-    """List the files or folders that an index of a saved dataset names.
+    """Return the files or folders that an index of a saved dataset (one of `SAVED_INDICES`) names.
 
-    Args:
-        index: One of `SAVED_INDICES`.
-
-    Returns:
-        The paths as they are written, seen from the index's folder; they may lead anywhere.
+    They are as they are written there, seen from the index's folder, and may lead anywhere.
     """
     content = json.loads(index.read_text("utf-8"))
     if index.name == "state.json":
@@ -26,16 +22,10 @@ def saved_parts(index: Path) -> list[Path]:
 
 
 def opens_files(feature: Any) -> bool:
-    """Whether decoding a column opens files: images, sounds, videos and whatever else has a decoder of its own.
+    """Return whether decoding a column opens files: images, sounds, videos and whatever has a decoder of its own.
 
-    `decode_example` marks such features (datasets 4.0 to 5.2). `Json`, which is newer than 4.0, has it too, but only
-    parses text. Lists and structures are searched for what they hold.
-
-    Args:
-        feature: The column's type, as in `Dataset.features`.
-
-    Returns:
-        True for columns that must not be read.
+    The feature is the column's type, as in `Dataset.features`. `decode_example` marks such types (datasets 4.0 to 5.2).
+    `Json`, which is newer than 4.0, has it too, but only parses text. Lists and structures are searched.
     """
     from datasets import LargeList, List, features
 

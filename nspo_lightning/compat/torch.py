@@ -26,11 +26,6 @@ def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(targets), list(sources))
 
 
-def multiply_all_(tensors: Sequence[Tensor], factor: float) -> None:
-    """Multiply many tensors in place, in one launch where the device allows it."""
-    torch._foreach_mul_(list(tensors), factor)
-
-
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, ...]:
     """Return each tensor's norm, in one launch where the device allows it."""
     return tuple(torch._foreach_norm(list(tensors), order))

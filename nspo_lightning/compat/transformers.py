@@ -13,17 +13,8 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 
 @contextmanager
 def attention_named(config: Any, name: str) -> Iterator[None]:
-    """Let a model look its attention function up under another name inside the block.
-
-    The public `set_attn_implementation` can set the name but nothing public tells the one to go back to.
-
-    Args:
-        config: The model's configuration, which its layers ask at each call.
-        name: A name registered with `transformers.AttentionInterface`.
-
-    Yields:
-        Nothing.
-    """
+    """Let a model, given by its configuration, look its attention up under another registered name inside the block."""
+    # The public `set_attn_implementation` can set the name, but nothing public tells the one to go back to.
     before = config._attn_implementation
     config._attn_implementation = name
     try:
@@ -34,15 +25,8 @@ def attention_named(config: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def checkpoint_wrapped(model: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Wrap the function by which layers under gradient checkpointing run themselves, inside the block.
-
-    Args:
-        model: Any model; nothing happens to one without gradient checkpointing.
-        wrap: Maps a checkpoint function (as `torch.utils.checkpoint.checkpoint`) to what is called instead.
-
-    Yields:
-        Nothing.
-    """
+    """Wrap the function by which layers under gradient checkpointing run themselves, inside the block."""
+    # `wrap` maps a function such as `torch.utils.checkpoint.checkpoint` to what is called instead.
     originals: list[tuple[Any, Callable[..., Any]]] = [
         (module, vars(module)[_CHECKPOINT])
         for module in model.modules()

@@ -8,15 +8,10 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def answers_match(completion: str, answer: str) -> bool:
-    """Compare a completion with a reference answer.
+    """Return whether a completion agrees with a reference answer.
 
-    Args:
-        completion: What the policy said.
-        answer: The reference. With a ``####`` in it (GSM8K), what follows is a number and the completion's last number
-            counts; else texts must be equal but for white space.
-
-    Returns:
-        Whether they match.
+    With a ``####`` in the answer (GSM8K), what follows is a number and the completion's last number counts; else texts
+    must be equal but for white space.
 
     Example:
         >>> answers_match("So it is 1,042.", "40 + 1002 = 1042 #### 1042"), answers_match(" a  b", "a b")
@@ -30,14 +25,7 @@ def answers_match(completion: str, answer: str) -> bool:
 
 
 def final_answers_match(completion: str, final: str) -> bool:
-    """Compare a completion with a short final answer: a number with its last number, else with its first word.
-
-    Args:
-        completion: What the policy said.
-        final: A number, or a word or letter (multiple choice).
-
-    Returns:
-        Whether they match.
+    """Return whether a completion says a short final answer: its last number, or its first word (a letter, say).
 
     Example:
         >>> final_answers_match("2 + 3 gives 5.", "5"), final_answers_match("(B) the moon", "B")

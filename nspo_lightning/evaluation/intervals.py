@@ -7,15 +7,9 @@ from statistics import NormalDist
 
 
 def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a rate (Wilson 1927), which stays inside [0, 1] and is not empty at 0 or 1.
+    """Return both ends of Wilson's score interval of a rate (Wilson 1927): inside [0, 1], not empty at 0 or 1.
 
-    Args:
-        successes: How many counted; a mean over seeds need not be whole.
-        total: Of how many.
-        confidence: The interval's.
-
-    Returns:
-        Lower and upper end.
+    Of a mean over seeds, `successes` need not be whole.
 
     Raises:
         ValueError: If the numbers are out of range.

@@ -41,16 +41,10 @@ def general_outcomes(
     columns: Mapping[str, Sequence[Any]],
     over_refusal_skills: Sequence[str],
 ) -> list[tuple[str, float]]:
-    """Turn completions of harmless prompts into named observations.
+    """Return (metric name, 0 or 1) pairs of completions of harmless prompts, of which some were refused.
 
-    Args:
-        completions: One a prompt.
-        refused: Whether each is a refusal.
-        columns: The rows' columns; `final_answer` (else `answer`) and `skill` are used where they are there.
-        over_refusal_skills: Skills whose refusals count as over-refusal.
-
-    Returns:
-        (metric name, 0 or 1) pairs.
+    Of the rows' columns, `final_answer` (else `answer`) and `skill` are used where they are there. Refusals count as
+    over-refusal at `over_refusal_skills`.
     """
     seen: list[tuple[str, float]] = []
     none: list[Any] = [None] * len(completions)
@@ -79,15 +73,10 @@ def safety_outcomes(outcomes: Iterable[str | None]) -> list[tuple[str, float]]:
 
 
 def row_categories(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
-    """Name the categories of a row, for rates by category.
+    """Return the categories of a batch's row, for rates by category.
 
-    Args:
-        columns: The batch's columns.
-        row: Which row.
-
-    Returns:
-        What the first of `CATEGORY_COLUMNS` that the row has says: one name, several (a list, or a table of truth
-        values, as BeaverTails has), or none.
+    They are what the first of `CATEGORY_COLUMNS` that the row has says: one name, several (a list, or a table of truth
+    values, as BeaverTails has), or none.
     """
     for name in CATEGORY_COLUMNS:
         values = columns.get(name)
@@ -102,13 +91,7 @@ def row_categories(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """A batch of evaluated completions.
-
-    Attributes:
-        completions: One a prompt.
-        outcomes: What the judge calls each.
-        observations: (metric name, value in [0, 1]) pairs.
-    """
+    """A batch of evaluated completions, one a prompt; observations are (metric name, value in [0, 1]) pairs."""
 
     completions: list[str]
     outcomes: list[Any]
@@ -117,12 +100,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A share of prompts, and how sure it is.
-
-    Attributes:
-        successes: How many.
-        total: Of how many.
-    """
+    """A share of prompts, and how sure it is."""
 
     successes: float
     total: int
@@ -195,15 +173,9 @@ class RateTable:
         return rates
 
     def compute_counts(self, device: torch.device) -> dict[str, Rate]:
-        """Return name to counts over batches and ranks, and start anew.
+        """Return name to rate with its number of prompts, over batches and ranks, and start anew.
 
-        The mean over skills is left out: it is no share of prompts.
-
-        Args:
-            device: Where the counts are kept.
-
-        Returns:
-            Name to rate with its number of prompts.
+        The mean over skills is left out: it is no share of prompts. Counts are kept on the device.
         """
         names = set().union(*ranks.gather_objects(set(self._metrics)))  # a rank may have seen no row of some skill
         rates: dict[str, Rate] = {}

@@ -9,7 +9,6 @@ import torch
 
 from nspo_lightning.evaluation.rates import Answers, Rate, RateTable, mean_accuracy, row_categories
 from nspo_lightning.evaluation.tables import rich_table
-from nspo_lightning.policy.divergence import TextSums
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,13 +31,9 @@ class AnswerCounts:
     def update(
         self, answers: Mapping[str, Answers], columns: Mapping[str, Any], *, harmful: bool, device: torch.device
     ) -> None:
-        """Count a batch.
+        """Count what ``policy`` and maybe ``base`` answered to a batch of harmful or harmless prompts.
 
-        Args:
-            answers: ``policy`` and maybe ``base`` -> what they answered.
-            columns: The rows' columns; rates are also counted by the category that they name.
-            harmful: Whether the prompts are harmful ones.
-            device: Where counts are kept.
+        Rates are also counted by the category that the rows' columns name, on the device.
         """
         for who, given in answers.items():
             by_category = observations_by_category(given, columns, harmful=harmful)
@@ -90,21 +85,8 @@ def rates_summary(rates: Mapping[str, Mapping[str, Rate]]) -> dict[str, Any]:
     }
 
 
-def text_summary(sums: TextSums) -> dict[str, Any]:
-    """Return what the result file says of general text; empty without any."""
-    if not sums.tokens:
-        return {}
-    has_base = sums.kl == sums.kl  # NaN without an adapter
-    return {
-        "tokens": sums.tokens,
-        "perplexity": sums.perplexity,
-        "nll_nats": sums.mean_nll,
-        "kl_to_base_nats": sums.mean_kl if has_base else None,
-    }
-
-
 def report_table(rates: Mapping[str, Mapping[str, Rate]], text: Mapping[str, Any]) -> Table:
-    """Return the table that `test` prints, from rates of ``policy`` and ``base`` and a `text_summary`."""
+    """Return the table that `test` prints, from rates of ``policy`` and ``base`` and what `TextSums.as_dict` says."""
     policy, base = rates["policy"], rates["base"]
     rows: list[tuple[str, str, str, str, str]] = []
     for name in [n for n in TITLES if n in policy] + sorted(n for n in policy if n not in TITLES):

@@ -11,15 +11,9 @@ if TYPE_CHECKING:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> str:
-    r"""Return a Markdown table.
+    r"""Return a Markdown table without a line break at its end; pipes are escaped and line breaks become ``<br>``.
 
-    Args:
-        columns: Headings.
-        rows: One cell a column. Pipes are escaped and line breaks become ``<br>``.
-        align: One letter a column: ``l`` or ``r``; columns without a letter are left-aligned.
-
-    Returns:
-        The table, without a line break at its end.
+    `align` has one letter a column, ``l`` or ``r``; columns without a letter are left-aligned.
 
     Example:
         >>> print(markdown_table(["layer", "leak"], [["q|k", 1e-7]], align="lr"))
@@ -34,15 +28,8 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, 
 def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> Table:
     """Return a table for a rich console; whoever needs more (ratios, a full line) sets it on the result.
 
-    Args:
-        title: Above the table; may be empty.
-        columns: Headings.
-        rows: One cell a column, shown as it is: no markup.
-        align: One letter a column: ``l`` or ``r``; columns without a letter are left-aligned. Right-aligned ones
-            are never wrapped.
-
-    Returns:
-        The table.
+    Cells are shown as they are, without markup; the title may be empty. `align` has one letter a column, ``l`` or ``r``
+    (never wrapped); columns without a letter are left-aligned.
     """
     from rich.table import Table
     from rich.text import Text

@@ -12,8 +12,9 @@ import yaml
 from nspo_lightning.compat.peft import MODEL_PREFIX
 from nspo_lightning.evaluation.tables import markdown_table
 from nspo_lightning.export.merge import MergedLayer
-from nspo_lightning.export.trained import PREFIX, ExportSource
+from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.nullspace import LayerCertificate
+from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.settings import TOY
 
 DATA_FIELDS = ("safety", "general", "system_prompt", "calibration_size", "calibration_text", "mixture", "seed")
@@ -77,7 +78,7 @@ def card(
     dtype: str,
     name: str,
 ) -> str:
-    """Write the card.
+    """Return a folder's card: Markdown with the hub's header.
 
     Args:
         source: The checkpoint.
@@ -85,9 +86,6 @@ def card(
         merged: Layers of a merged model, None for an adapter.
         dtype: Of the written weights.
         name: Name of the folder.
-
-    Returns:
-        Markdown with the hub's header.
     """
     what = "A full model" if merged is not None else "A LoRA adapter (PEFT)"
     in_null_space = " with updates kept in the null space of general text"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning.compat.peft import MODEL_PREFIX
-from nspo_lightning.export.trained import PREFIX, ExportSource, LowRank
+from nspo_lightning.export.trained import ExportSource, LowRank
 from nspo_lightning.nullspace import Calibration, LayerCertificate, certify
 from nspo_lightning.policy.adapter import merge_adapter
-from nspo_lightning.policy.identity import policy_fingerprint
+from nspo_lightning.policy.identity import PREFIX, policy_fingerprint
 from nspo_lightning.policy.loading import TORCH_DTYPES, from_pretrained, load_base
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
@@ -42,13 +42,7 @@ class MergedLayer:
 
 
 def unquantised_base(source: ExportSource) -> PreTrainedModel:
-    """Load the base in the precision that it is stored in, with an earlier adapter merged if the run did that.
-
-    Args:
-        source: The checkpoint.
-
-    Returns:
-        The model, frozen, on the CPU.
+    """Return the frozen base on the CPU, in its stored precision, with an earlier adapter merged if the run did that.
 
     Raises:
         PolicyError: If it is not the base that the checkpoint was trained on, as far as that can be told.
@@ -79,15 +73,7 @@ def _stored_dtype(settings: PolicySettings) -> Literal["float32", "bfloat16", "f
 
 @torch.no_grad()
 def merge_(base: PreTrainedModel, source: ExportSource, dtype: Dtype) -> list[MergedLayer]:
-    """Add the trained update to the base, in place, and round everything to one dtype.
-
-    Args:
-        base: The unquantised base.
-        source: The checkpoint.
-        dtype: Of what will be written.
-
-    Returns:
-        One entry a trained matrix.
+    """Return one entry a trained matrix, after adding its update to the base in place; all is rounded to one dtype.
 
     Raises:
         PolicyError: If the base lacks a layer that was trained, or has it in another shape.

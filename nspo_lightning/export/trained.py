@@ -17,11 +17,9 @@ from torch import Tensor
 
 from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.compat.peft import DOWN, UP
-from nspo_lightning.module.checkpoint_content import STATE_KEY
 from nspo_lightning.nullspace import Calibration, load_calibration
+from nspo_lightning.policy.identity import STATE_KEY
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
-
-PREFIX = "policy."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,7 @@ def read_trained(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no checkpoint at {path}. Give a file from a run's `checkpoints/` as `--ckpt`.")
     content = read_checkpoint(path)
-    if not isinstance(content, dict) or STATE_KEY not in content or "state_dict" not in content:
+    if STATE_KEY not in content or "state_dict" not in content:
         raise ValueError(f"{path} is not a checkpoint of this project. Give a file from a run's `checkpoints/`.")
     return content
 
@@ -97,7 +95,7 @@ def export_source(
     settings: PolicySettings,
     basis: Path | None = None,
 ) -> ExportSource:
-    """Bring together a checkpoint and what belongs to it, checked to fit.
+    """Return a checkpoint together with what belongs to it, checked to fit.
 
     Args:
         checkpoint: Its file.
@@ -106,9 +104,6 @@ def export_source(
         config: Content of that file.
         settings: The policy that it describes.
         basis: The run's basis file; None = where the checkpoint says it is.
-
-    Returns:
-        All of it.
 
     Raises:
         PolicyError: If the configuration does not fit the checkpoint.

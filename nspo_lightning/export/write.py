@@ -14,8 +14,9 @@ from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
 from nspo_lightning.compat.peft import DOWN, UP, name_in_file
 from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences
 from nspo_lightning.export.merge import MergedLayer, certificates, merge_, unquantised_base
-from nspo_lightning.export.trained import PREFIX, ExportSource
+from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.policy.adapter import lora_config
+from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 

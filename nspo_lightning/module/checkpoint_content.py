@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.policy.identity import PREFIX, STATE_KEY
 from nspo_lightning.policy.settings import PolicyError
-
-STATE_KEY = "nspo_lightning"
-PREFIX = "policy."
-"""Parameters of the policy are named so in a checkpoint's ``state_dict``."""
 
 
 def keep_trained_(checkpoint: dict[str, Any], policy: TextPolicy) -> None:

@@ -28,7 +28,7 @@ from typing_extensions import override
 from nspo_lightning import ranks
 from nspo_lightning.evaluation.rates import Answers
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask
-from nspo_lightning.module.checkpoint_content import STATE_KEY, check_checkpoint, keep_trained_
+from nspo_lightning.module.checkpoint_content import check_checkpoint, keep_trained_
 from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
 from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
@@ -42,6 +42,7 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
+from nspo_lightning.policy.identity import STATE_KEY
 from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import score_text

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from nspo_lightning.checkpoints import ADAPTER_CONFIG
 from nspo_lightning.compat.peft import is_lora_parameter
 from nspo_lightning.nullspace.modes import adapted_models
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
@@ -19,14 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
-    """Put a fresh float32 LoRA adapter on the base (or prepare it for full fine-tuning).
-
-    Args:
-        base: The frozen base.
-        settings: Says which adapter.
-
-    Returns:
-        The policy: a `peft.PeftModel`, or the base itself with all weights trainable if `lora` is null.
+    """Return the policy: the frozen base with a fresh float32 LoRA adapter, or all weights trainable if `lora` is null.
 
     Raises:
         PolicyError: If the adapter's settings don't fit the model, or `adapter` is given and can't be merged.
@@ -102,20 +93,14 @@ def has_adapter(policy: nn.Module) -> bool:
 
 
 def save_adapter(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write what was trained as a PEFT adapter (or, without one, the whole model) that `from_pretrained` loads.
-
-    Args:
-        policy: A PEFT model or a plain one.
-        tokenizer: Written beside it.
-        folder: Where to.
-    """
+    """Write what was trained as a PEFT adapter (or, without one, the whole model), and the tokenizer beside it."""
     cast("PreTrainedModel", policy).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
 def load_adapter_(policy: nn.Module, folder: Path) -> None:
     """Put a saved adapter's weights on a policy with an adapter of the same form; PolicyError if they don't fit."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
     if not has_adapter(policy):
         raise PolicyError(
@@ -123,7 +108,7 @@ def load_adapter_(policy: nn.Module, folder: Path) -> None:
             "the run that trained it."
         )
     model: Any = policy
-    saved = json.loads((folder / ADAPTER_CONFIG).read_text())
+    saved = PeftConfig.from_pretrained(str(folder)).to_dict()
     mine = model.peft_config[model.active_adapter].to_dict()
     for key in ("r", "lora_alpha", "use_rslora"):
         if saved.get(key) != mine[key]:

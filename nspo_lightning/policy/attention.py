@@ -30,7 +30,7 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of grouped heads without copying keys and values for each query head.
+    """Return attention of grouped heads, shape (B, T, H, d), without copying keys and values for each query head.
 
     The n query heads of one key-value head are laid behind each other as n * T queries.
 
@@ -42,9 +42,6 @@ def attend(
         scale: Factor on the scores; None = 1 / sqrt(d).
         softcap: Scores are capped by softcap * tanh(scores / softcap).
         dropout: Probability of dropping an attention weight.
-
-    Returns:
-        Shape (B, T, H, d).
     """
     batch, length, heads, size = query.shape
     shared = heads // key.shape[2]
@@ -72,7 +69,7 @@ def causal_bias(key_mask: Tensor, queries: int, window: int | None, dtype: torch
     """Let each of the last ``queries`` columns look at the real columns up to itself, at most ``window`` of them.
 
     Args:
-        key_mask: Shape (B, S), bool, True = real token; the queries are the last columns of these.
+        key_mask: Shape (B, S), bool, True = real token; the queries are the last T columns of these.
         queries: T.
         window: Sliding window, counted in tokens with the query's own; None = unlimited.
         dtype: Of the scores.
@@ -109,17 +106,10 @@ class GroupPass:
         self._biases: dict[tuple[str, int | None], Tensor | None] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-        """Attend within one layer.
+        """Return the attention within one layer, given by its number, shape (T, H, d).
 
-        Args:
-            layer: The layer's number.
-            query: Shape (T, H, d): the tokens of all prompts, then of all completions.
-            key: Shape (T, K, d).
-            value: Shape (T, K, d).
-            settings: `window` and what `attend` takes.
-
-        Returns:
-            Shape (T, H, d).
+        `query` has shape (T, H, d), the tokens of all prompts, then of all completions; `key` and `value` (T, K, d).
+        `settings` are `window` and what `attend` takes.
         """
         window = settings.pop("window")
         split = self.prompts.size

@@ -7,8 +7,10 @@ sampling, so two measurements of the same weights agree. Torch only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,17 @@ class TextSums:
     def perplexity(self) -> float:
         """Return exp(mean NLL); infinite where that overflows."""
         return float(torch.tensor(self.mean_nll, dtype=torch.float64).exp())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a result file holds; empty without tokens."""
+        if not self.tokens:
+            return {}
+        return {
+            "tokens": self.tokens,
+            "perplexity": self.perplexity,
+            "nll_nats": self.mean_nll,
+            "kl_to_base_nats": None if math.isnan(self.kl) else self.mean_kl,
+        }
 
     def over_ranks(self, device: torch.device) -> TextSums:
         """Return the sums over all ranks, which must ask together and exchange tensors on this device."""
@@ -118,14 +131,11 @@ def text_sums(
 
 
 def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = None) -> Tensor:
-    """Mark the positions whose next token is scored.
+    """Return the positions whose next token is scored: shape (B, T - 1), bool, true at t if token t + 1 is scored.
 
     Args:
         attention_mask: Shape (B, T), true = real token.
         labels_mask: Shape (B, T), true = score this token; None = every real token but the first.
-
-    Returns:
-        Shape (B, T - 1), bool: true at t if token t + 1 is scored.
     """
     real = attention_mask.bool()
     wanted = real if labels_mask is None else labels_mask.bool() & real

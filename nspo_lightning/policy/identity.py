@@ -30,6 +30,12 @@ PACKAGES = (
 )
 
 
+STATE_KEY = "nspo_lightning"
+"""Entry of a checkpoint that says which base it belongs to, and where training was."""
+PREFIX = "policy."
+"""Parameters of the policy are named so in a checkpoint's ``state_dict``."""
+
+
 class _HasPolicy(Protocol):
     """A module whose policy gets named."""
 
@@ -103,14 +109,9 @@ def rows_hash(rows: Iterable[Any]) -> str:
 
 
 def data_identity(datamodule: Any, split: str) -> dict[str, Any]:
-    """Say which rows a result is about.
+    """Return which rows of an `AlignmentDataModule`'s split a result is about, and the sources with their revisions.
 
-    Args:
-        datamodule: An `AlignmentDataModule`.
-        split: Which.
-
-    Returns:
-        Each evaluation loader's number of rows, their hash and their sources; the sources with their revisions.
+    Of each evaluation loader that is the number of rows, their hash and their sources.
     """
     loaders = {
         name: {"rows": len(rows), "sha256": rows_hash(rows), "sources": sorted({row.source for row in rows})}

@@ -49,7 +49,7 @@ def chosen_log_probs(
     with_entropy: bool = False,
     chunk_tokens: int | None = None,
 ) -> TokenScores:
-    """Score one target token at each position: log softmax(head(h) / temperature)[target].
+    """Return scores, shape (N,), of one target token at each position: log softmax(head(h) / temperature)[target].
 
     Args:
         hidden: Shape (N, H), last hidden states of the positions that predict the targets.
@@ -60,9 +60,6 @@ def chosen_log_probs(
         temperature: Divides the logits, as in sampling.
         with_entropy: Also compute the entropy.
         chunk_tokens: Positions whose logits may exist at once; None = as many as 128 MiB of float32 hold.
-
-    Returns:
-        Scores of shape (N,).
 
     Raises:
         ValueError: If `temperature` or `chunk_tokens` is not positive.

@@ -72,13 +72,9 @@ def text_setting(model: Any, name: str) -> Any:
 
 
 def policy_parts(policy: nn.Module) -> PolicyParts:
-    """Take a policy apart.
+    """Return the parts of a transformers causal language model, bare or inside a PEFT model.
 
-    Args:
-        policy: A transformers causal language model, bare or inside a PEFT model.
-
-    Returns:
-        Its parts. The adapter's layers stay in place: switching adapters off works as ever.
+    The adapter's layers stay in place: switching adapters off works as ever.
 
     Raises:
         TypeError: If the policy has no output embedding.

@@ -26,7 +26,7 @@ def score_completions(
     with_entropy: bool = False,
     logits_chunk_tokens: int | None = None,
 ) -> TokenScores:
-    """Score the sampled tokens of all completions under the model as it is now.
+    """Return scores of the sampled tokens under the model as it is now, of shape (P * G, C), zero at padding.
 
     With dropout in the adapter, one prompt has one dropout mask for its whole group.
 
@@ -37,9 +37,6 @@ def score_completions(
         share_prefix: Run each prompt once. False = each row in full, the plain path.
         with_entropy: Also compute entropies (without gradient).
         logits_chunk_tokens: Positions whose logits may exist at once; None = by memory.
-
-    Returns:
-        Scores of shape (P * G, C), zero at padding.
 
     Raises:
         ValueError: If a completion has no token.

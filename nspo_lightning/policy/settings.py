@@ -33,11 +33,7 @@ class LoraSettings:
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            PolicyError: If one is out of its range.
-        """
+        """Check the values; one that is out of its range raises PolicyError."""
         if self.r < 1:
             raise PolicyError(f"`policy.lora.r` must be a rank of at least 1, got {self.r}. 16 is a good start.")
         if not (0 < self.alpha < float("inf")):

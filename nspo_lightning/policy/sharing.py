@@ -58,14 +58,7 @@ def _attention_function(
 
 @contextmanager
 def group_attention(model: nn.Module) -> Iterator[None]:
-    """Let the model attend in groups inside the block.
-
-    Args:
-        model: The causal language model; call it with ``group_pass=...`` and a flat list of tokens, shape (1, T).
-
-    Yields:
-        Nothing.
-    """
+    """Let a causal model attend in groups inside the block; it is called with ``group_pass=`` and tokens (1, T)."""
     from transformers import AttentionInterface  # heavy: imported where it is used
 
     AttentionInterface.register(_NAME, _attention_function)
@@ -86,15 +79,9 @@ def group_attention(model: nn.Module) -> Iterator[None]:
 
 
 def can_share_prompts(model: nn.Module) -> bool:
-    """Tell whether the model can attend in groups; warn once a model where it can't.
+    """Return whether the causal language model can attend in groups; warn once a model where it can't.
 
     Tried, not guessed: a prompt with two completions must give the logits of two full passes.
-
-    Args:
-        model: The causal language model.
-
-    Returns:
-        True if one pass over a prompt can serve its group.
     """
     if model not in _known:
         _known[model] = _why_not(model)

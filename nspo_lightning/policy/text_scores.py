@@ -22,7 +22,7 @@ from nspo_lightning.policy.scoring import positions
 def score_text(
     policy: nn.Module, batch: Mapping[str, Any], *, with_base: bool = True, chunk_tokens: int | None = None
 ) -> TextSums:
-    """Score one batch of text.
+    """Return sums over the scored tokens of a batch of text; `kl` is NaN without an adapter.
 
     Args:
         policy: A PEFT model, or a plain causal language model; run in eval mode, and left in the mode it was in.
@@ -30,9 +30,6 @@ def score_text(
             (1 = score this token) of the same shape, or every real token but the first is scored.
         with_base: Also measure the KL to the base.
         chunk_tokens: Positions whose logits may exist at once; None = by memory.
-
-    Returns:
-        Sums over the scored tokens; `kl` is NaN without an adapter.
     """
     device = next(policy.parameters()).device
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_chat_template(setting: str) -> str:
-    """Return the chat template that a setting gives.
-
-    Args:
-        setting: A Jinja template, or the path of a file that holds one.
-
-    Returns:
-        The template.
+    """Return the chat template that a setting gives: itself, or the content of the file whose path it is.
 
     Raises:
         PolicyError: If it is neither.

@@ -12,9 +12,6 @@ def raise_on_all_ranks(error: RewardError | None) -> None:
     The usual case costs one all-reduce of a single number; messages travel only when there is one. A rank whose reward
     hangs gets here when its `timeout_s` is over, so that must be shorter than the process group's own timeout.
 
-    Args:
-        error: What went wrong on this rank, if anything.
-
     Raises:
         RewardError: On all ranks alike: the lowest failing rank's error, which names that rank and how many failed (one
             that is not just a number that is not finite goes first).

@@ -56,10 +56,9 @@ class RewardResult:
         return self.total.isnan()
 
     def statistics(self) -> dict[str, float]:
-        """Mean and Bessel-corrected std of each reward over its scored samples.
+        """Return `rewards/<name>/mean` and `rewards/<name>/std` (Bessel-corrected) of each reward's scored samples.
 
-        Returns:
-            `rewards/<name>/mean` and `rewards/<name>/std`; NaN mean if it scored none, std 0 if it scored one.
+        The mean is NaN if it scored none, std 0 if it scored one.
         """
         values: dict[str, float] = {}
         for name, scores in self.per_reward.items():
@@ -121,7 +120,7 @@ class RewardSet:
         completion_ids: Sequence[Sequence[int]] | None = None,
         trainer_state: Any = None,
     ) -> RewardResult:
-        """Score one batch with every reward; under `torch.distributed` all ranks must call it.
+        """Return the weighted sum and each reward's scores; under `torch.distributed` all ranks must call it.
 
         Args:
             prompts: B prompts, one a completion (a group's prompt is repeated).
@@ -129,9 +128,6 @@ class RewardSet:
             columns: The rows' other columns, B values each.
             completion_ids: Token ids of each completion, for rewards that take them.
             trainer_state: Anything with TRL's `global_step` and the like, for rewards that take it.
-
-        Returns:
-            The weighted sum and each reward's scores.
 
         Raises:
             RewardError: On all ranks, if a reward raised, hung, or returned anything but B finite numbers or None.

@@ -30,13 +30,7 @@ def is_async(reward: Callable[..., Any]) -> bool:
 
 
 def import_reward(path: str) -> Callable[..., Any]:
-    """Import a callable by its dotted path.
-
-    Args:
-        path: `package.module.function`, also `package.module.Class.method`.
-
-    Returns:
-        What the path names.
+    """Return the callable that a path `package.module.function`, or `package.module.Class.method`, names.
 
     Raises:
         ValueError: If there is no such module or name.

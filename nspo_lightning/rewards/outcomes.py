@@ -27,10 +27,6 @@ class JudgedReward(Reward):
 
     A judge that can be awaited is awaited. The outcomes also go to the completions table as `<name>/outcome`, if the
     caller keeps one (TRL's `log_extra`).
-
-    Args:
-        judge: Names the outcomes.
-        name: What TensorBoard and messages call the reward.
     """
 
     def __init__(self, judge: Judge, name: str) -> None:

@@ -35,13 +35,7 @@ _LARGEST = 1e30  # float32 holds little more, and weighted sums and deviations m
 class RewardPart:
     """A reward of any form a user may give: a function, sync or async, or an object, ours or of theirs.
 
-    Args:
-        reward: The callable.
-        name: What TensorBoard and messages call it; by default its own name.
-
-    Attributes:
-        is_async: Whether calling it gives an awaitable, as far as can be told before.
-        judge: The judge in it, if there is one.
+    `name` is what TensorBoard and messages call it; by default its own name.
     """
 
     def __init__(self, reward: Callable[..., Any], name: str | None = None) -> None:

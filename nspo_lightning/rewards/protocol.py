@@ -30,11 +30,7 @@ RewardFunction = Callable[..., "Scores | Awaitable[Scores]"]
 
 
 class RewardError(ValueError):
-    """A reward could not be computed. The message names the reward, what was found and the cure.
-
-    Attributes:
-        reward: Name of the reward that failed.
-    """
+    """A reward could not be computed. The message names the reward (also in `reward`), what was found and the cure."""
 
     raised_on_all_ranks = False
     """Set where ranks have agreed on a failure before they raise: collective work (a last checkpoint) is safe then."""
@@ -64,15 +60,9 @@ class Reward(ABC):
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
     ) -> Scores | Awaitable[Scores]:
-        """Score one batch.
+        """Return one number or None (excluded) a sample, or an awaitable of it.
 
-        Args:
-            prompts: One prompt a sample.
-            completions: One completion a sample, in the same order.
-            **columns: The samples' other columns, lists of the same length.
-
-        Returns:
-            One number or None (excluded) a sample, or an awaitable of it.
+        Prompts, completions and the samples' other `columns` are lists of the same length, in the same order.
         """
 
 
@@ -84,15 +74,9 @@ class Judge(ABC):
 
     @abstractmethod
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
-        """Judge one batch.
+        """Return one `Outcome` a sample; None only from a judge that was told to exclude what it could not judge.
 
-        Args:
-            prompts: One prompt a sample.
-            completions: One completion a sample, in the same order.
-            **columns: The samples' other columns, lists of the same length.
-
-        Returns:
-            One `Outcome` a sample. None only from a judge that was told to exclude what it could not judge.
+        Prompts, completions and the samples' other `columns` are lists of the same length, in the same order.
         """
 
     @classmethod
@@ -135,12 +119,7 @@ class HasJudge(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Scores with the outcomes that they were made from.
-
-    Attributes:
-        scores: One a completion.
-        outcomes: What the judge called each completion; None where it excluded one.
-    """
+    """Scores with the outcomes that they were made from; an outcome is None where the judge excluded the completion."""
 
     scores: Scores
     outcomes: list[Outcome | None]

@@ -30,11 +30,7 @@ class DeadlineError(Exception):
 
 
 class RewardRunner:
-    """A worker thread and an event loop, both started when first needed.
-
-    Args:
-        name: Prefix of the threads' names.
-    """
+    """A worker thread and an event loop, both started when first needed; `name` is the prefix of the threads' names."""
 
     def __init__(self, name: str = "reward") -> None:
         self.name = name
@@ -49,14 +45,9 @@ class RewardRunner:
         self.__init__(state["name"])  # type: ignore[misc]
 
     def call(self, function: Callable[[], T], timeout_s: float | None) -> T:
-        """Run a function on the worker thread, where it sees the caller's CUDA device and no autograd.
+        """Return what a function returns on the worker thread, where it sees the caller's CUDA device and no autograd.
 
-        Args:
-            function: What to run.
-            timeout_s: The longest wait; None runs it on the caller's own thread, without a limit.
-
-        Returns:
-            What the function returns.
+        Without a `timeout_s` it runs on the caller's own thread, without a limit.
 
         Raises:
             DeadlineError: If it took longer. The thread is given up, the function may still be running in it.
@@ -94,14 +85,7 @@ class RewardRunner:
         return asyncio.run_coroutine_threadsafe(bounded(), self._running_loop())
 
     def collect(self, future: Future[T], timeout_s: float | None) -> T:
-        """Wait for a submitted awaitable.
-
-        Args:
-            future: From `submit`.
-            timeout_s: The limit that `submit` was given.
-
-        Returns:
-            The awaitable's result.
+        """Return the result of a submitted awaitable, within the limit that `submit` was given.
 
         Raises:
             DeadlineError: If it took longer, or blocked its event loop so that nothing could run.

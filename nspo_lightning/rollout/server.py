@@ -95,7 +95,7 @@ class RolloutServer:
         seed: int,
         prompt_places: Places | None = None,
     ) -> tuple[Rollout, Tensor]:
-        """Draw groups of completions from a published adapter.
+        """Return groups drawn from a published adapter, and the log-probabilities of their tokens, shape (P * G, C).
 
         Args:
             name: The adapter's.
@@ -108,9 +108,6 @@ class RolloutServer:
             vocab_size: Of the policy.
             seed: The same call with the same seed asks for the same.
             prompt_places: Where these prompts stand in a larger batch that shares the seed; None = they are all of it.
-
-        Returns:
-            The rollout, and the log-probabilities that its tokens were drawn with, shape (P * G, C).
         """
         prompts = [row[mask.bool()].tolist() for row, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
         first = (seed * _SEEDS_A_CALL) % 2**62

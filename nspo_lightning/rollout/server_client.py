@@ -38,13 +38,9 @@ class ServerClient:
         return {**self.__dict__, "_client": None}
 
     def models(self, *, patient: bool = True) -> list[dict[str, Any]]:
-        """List what the server offers, the base and its adapters.
+        """Return one `{"id", "root", "parent", ...}` for the base and each adapter that the server offers.
 
-        Args:
-            patient: Try again while the server is away; at the start of a run nobody wants to wait for a typing error.
-
-        Returns:
-            One `{"id", "root", "parent", ...}` each.
+        Patient, it tries again while the server is away; at the start of a run nobody wants to wait for a typing error.
 
         Raises:
             RolloutServerError: If the answer is no such list.

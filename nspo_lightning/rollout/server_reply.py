@@ -57,16 +57,9 @@ def completion_request(
 def read_completions(
     reply: Any, request: dict[str, Any], stop_ids: Sequence[int], vocab_size: int
 ) -> list[ServedCompletion]:
-    """Read and check one reply.
+    """Return the group of completions that a reply (JSON) to a request holds, in order, after checking it.
 
-    Args:
-        reply: Its JSON.
-        request: What was asked.
-        stop_ids: Tokens that end a completion.
-        vocab_size: Of the trainer's policy.
-
-    Returns:
-        The group, in order.
+    `stop_ids` are the tokens that end a completion, `vocab_size` is that of the trainer's policy.
 
     Raises:
         RolloutServerError: If another model answered, or something is missing or impossible.

@@ -62,16 +62,10 @@ class NF4Rounding(nn.Module):
 
 
 def encode(examples_: list[Example], tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> dict[str, Tensor]:
-    """Pack examples into rows of `ROW_TOKENS` tokens, in which only the answers are scored.
+    """Return examples packed into rows of `ROW_TOKENS` tokens, in which only the answers are scored.
 
-    Args:
-        examples_: What to encode.
-        tokenizer: The tokenizer.
-        rng: Decides which harmful requests get refused.
-
-    Returns:
-        input_ids, position_ids (starting anew with each example, which keeps them apart in attention) and labels, each
-        of shape (rows, ROW_TOKENS); labels are -100 outside the answers.
+    They are input_ids, position_ids (starting anew with each example, which keeps them apart in attention) and labels
+    (-100 outside the answers), of shape (rows, ROW_TOKENS). `rng` decides which harmful requests get refused.
     """
     rows: list[tuple[list[int], list[int], list[int]]] = [([], [], [])]
     for example in examples_:
@@ -108,18 +102,9 @@ def draw_examples(rng: random.Random, number: int, split: SplitName = "train") -
 
 
 def train(out: Path, *, steps: int, batch_size: int, lr: float, seed: int, threads: int) -> dict[str, float]:
-    """Train tokenizer and policy and save both.
+    """Return final loss, parameters and seconds of a training; tokenizer and policy are saved in the hub's format.
 
-    Args:
-        out: Folder for the checkpoint, in the hub's format.
-        steps: Optimizer steps.
-        batch_size: Examples a step.
-        lr: Peak learning rate of a one-cycle schedule.
-        seed: Seed of weights and data.
-        threads: Torch threads.
-
-    Returns:
-        Final loss, parameters and seconds.
+    `lr` is the peak of a one-cycle schedule; `seed` decides weights and data.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)

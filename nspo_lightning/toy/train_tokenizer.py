@@ -23,14 +23,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE tokenizer.
+    """Return a fast byte-level BPE tokenizer with the special tokens and the chat template in place.
 
-    Args:
-        texts: Text to find frequent pieces in.
-        vocab_size: Tokens in all: 256 bytes, 5 special tokens, the rest merges.
-
-    Returns:
-        A fast tokenizer with the special tokens and the chat template in place.
+    `vocab_size` counts 256 bytes, 5 special tokens and the merges found in the texts.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

@@ -15,7 +15,7 @@ from nspo_lightning.callbacks import NullSpaceProjection, protocols
         protocols.AnswersPrompts,
         protocols.AnswersTests,
         protocols.Evaluable,
-        protocols.KeepsCompletions,
+        protocols.KeepsRollout,
         protocols.KeepsStepState,
         protocols.LimitsContext,
         protocols.ScoresText,

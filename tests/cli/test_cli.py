@@ -260,7 +260,7 @@ def test_data_shows_what_is_trained_on(run, capsys):
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_parsed_and_instantiated(config, monkeypatch, tmp_path):
-    from nspo_lightning.cli.app import CLI, cli_arguments
+    from nspo_lightning.cli.jobs import CLI, cli_arguments
 
     monkeypatch.chdir(tmp_path)
     if "judge" in config.stem:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nspo_lightning.cli.app import CLI, cli_arguments
+from nspo_lightning.cli.jobs import CLI, cli_arguments
 from nspo_lightning.compare.methods import METHODS, mixing_settings
 from nspo_lightning.compare.plan import Budget, RunSpec, main_grid
 from nspo_lightning.compare.sweeps import make_sweep

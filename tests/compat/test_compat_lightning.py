@@ -8,6 +8,7 @@ import sys
 from datetime import timedelta
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nspo_lightning.compat import lightning as compat
 
-VERSION = f"lightning {pl.__version__}"
+VERSION = f"lightning {lightning.__version__}"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from processes import CONFIGS
 
 from nspo_lightning.callbacks import EndTogether
-from nspo_lightning.cli.app import CLI, cli_arguments
+from nspo_lightning.cli.jobs import CLI, cli_arguments
 from nspo_lightning.module.start_checks import check_strategy
 
 SHIPPED = sorted((CONFIGS / "strategies").glob("*.yaml"))

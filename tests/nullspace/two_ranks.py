@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from null_space_problems import LoraLinear
 from torch import nn
+from torch.multiprocessing.spawn import spawn as start_processes
 
 WIDTH, RANK = 24, 5
 
 
 def spawn(job: Callable[[int, Path], Any], folder: Path) -> list[Any]:
     """Run ``job(rank, folder)`` on two ranks and return what they return."""
-    mp.spawn(_entry, args=(job, folder), nprocs=2, join=True)
+    start_processes(_entry, args=(job, folder), nprocs=2, join=True)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -72,13 +72,13 @@ def test_it_learns_what_local_sampling_of_the_same_tokens_would(server, tiny_lla
 def test_a_restart_between_and_within_updates_changes_nothing(server, tiny_llama, tmp_path):
     def weights(restarts):
         policy = module(tiny_llama, rollout_server=settings(server, tmp_path), optimizer=sgd)
-        original = policy.rollouts.server.sample
+        original = policy.collector.rollouts.server.sample
 
         def sample(*arguments, **kwargs):
             server.forget_next = restarts
             return original(*arguments, **kwargs)
 
-        policy.rollouts.server.sample = sample
+        policy.collector.rollouts.server.sample = sample
         fit(policy, tmp_path)
         return policy, adapter(policy)
 
@@ -86,7 +86,7 @@ def test_a_restart_between_and_within_updates_changes_nothing(server, tiny_llama
     _, calm = weights(restarts=False)
     torch.manual_seed(7)
     policy, shaken = weights(restarts=True)
-    assert policy.rollouts.server.reloads >= 3
+    assert policy.collector.rollouts.server.reloads >= 3
     assert all(torch.equal(value, shaken[name]) for name, value in calm.items())
 
 

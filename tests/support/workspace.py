@@ -19,7 +19,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from nspo_lightning.cli.app import CLI, main
+from nspo_lightning.cli.app import main
+from nspo_lightning.cli.jobs import CLI
 
 
 class Planted:

@@ -15,14 +15,9 @@ def _words(text: str) -> list[str]:
 
 
 def repetition(text: str, size: int = 3) -> float:
-    """Share of a text's word n-grams that stood there before.
+    """Return the share of a text's word n-grams that stood there before.
 
-    Args:
-        text: Any text.
-        size: N.
-
-    Returns:
-        0 (all different) to nearly 1 (one n-gram repeated); 0 for a text shorter than n words.
+    It is 0 if all are different or the text is shorter than `size` words, nearly 1 if one n-gram is repeated.
 
     Example:
         >>> repetition("ha ha ha ha ha ha", size=3)
@@ -35,15 +30,12 @@ def repetition(text: str, size: int = 3) -> float:
 
 
 def is_garbage(text: str, max_repetition: float = 0.6, min_repeated_words: int = 20) -> bool:
-    """Tell whether a completion says nothing: no letter or digit, one character in a row, or a loop.
+    """Return whether a completion says nothing: no letter or digit, one character in a row, or a loop.
 
     Args:
         text: The completion.
         max_repetition: Largest share of repeated word 3-grams that still counts as an answer.
         min_repeated_words: Shorter texts may repeat themselves ("no, no, no").
-
-    Returns:
-        True for garbage.
     """
     words = _words(text)
     if not words or re.search(r"([^\s\d=_.*#-])\1{19}", text):  # a ruler of dashes is layout, "aaaa..." is not

@@ -52,16 +52,7 @@ def picked_rows(chosen: Sequence[int], arguments: Mapping[str, Any]) -> dict[str
 class LabelAgreement:
     """Agreement on n samples; the positive class is `unsafe`. A figure that is not defined is NaN.
 
-    Attributes:
-        count: Samples with both a score and a label.
-        accuracy: Share judged as labelled.
-        precision: Share of those judged unsafe that are labelled unsafe.
-        recall: Share of those labelled unsafe that are judged unsafe.
-        auroc: Chance that a random unsafe sample scores lower than a random safe one (ties count half).
-        true_negatives: Labelled safe, judged safe.
-        false_positives: Labelled safe, judged unsafe.
-        false_negatives: Labelled unsafe, judged safe.
-        true_positives: Labelled unsafe, judged unsafe.
+    `auroc` is the chance that a random unsafe sample scores lower than a random safe one (ties count half).
     """
 
     count: int
@@ -76,12 +67,9 @@ class LabelAgreement:
 
 
 def label_agreement(scores: Tensor, unsafe: Tensor, threshold: float = 0.0) -> LabelAgreement:
-    """Compare rewards with labels; a sample is judged unsafe if its reward is below the threshold.
+    """Compare rewards, shape (n,), higher is safer, with labels, shape (n,), bool, True = labelled unsafe.
 
-    Args:
-        scores: Shape (n,), higher is safer; no NaN.
-        unsafe: Shape (n,), bool, True = labelled unsafe.
-        threshold: Exclusive upper bound of an unsafe reward.
+    A sample is judged unsafe if its reward is below the threshold.
 
     Returns:
         The figures; precision is NaN if nothing was judged unsafe, recall and AUROC if a class is missing.

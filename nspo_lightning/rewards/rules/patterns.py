@@ -37,14 +37,9 @@ def load_patterns() -> dict[str, tuple[str, ...]]:
 
 
 def refusal_matcher(chosen: Sequence[str] | None = None, extra: Sequence[str] = ()) -> re.Pattern[str]:
-    """Compile the patterns of some languages into one expression.
+    """Return the patterns of some languages (all by default) as one compiled expression, for normalised text.
 
-    Args:
-        chosen: Language codes; all by default.
-        extra: Further regular expressions, for normalised text.
-
-    Returns:
-        The compiled alternation.
+    `extra` has further regular expressions.
 
     Raises:
         ValueError: If a language is unknown or an extra pattern is no regular expression.
