@@ -72,13 +72,13 @@ def test_it_learns_what_local_sampling_of_the_same_tokens_would(server, tiny_lla
 def test_a_restart_between_and_within_updates_changes_nothing(server, tiny_llama, tmp_path):
     def weights(restarts):
         policy = module(tiny_llama, rollout_server=settings(server, tmp_path), optimizer=sgd)
-        original = policy.rollouts.server.sample
+        original = policy.collector.rollouts.server.sample
 
         def sample(*arguments, **kwargs):
             server.forget_next = restarts
             return original(*arguments, **kwargs)
 
-        policy.rollouts.server.sample = sample
+        policy.collector.rollouts.server.sample = sample
         fit(policy, tmp_path)
         return policy, adapter(policy)
 
@@ -86,7 +86,7 @@ def test_a_restart_between_and_within_updates_changes_nothing(server, tiny_llama
     _, calm = weights(restarts=False)
     torch.manual_seed(7)
     policy, shaken = weights(restarts=True)
-    assert policy.rollouts.server.reloads >= 3
+    assert policy.collector.rollouts.server.reloads >= 3
     assert all(torch.equal(value, shaken[name]) for name, value in calm.items())
 
 
@@ -134,11 +134,13 @@ def test_the_key_is_nowhere_in_what_a_run_leaves(server, tiny_llama, tmp_path, m
 def test_a_rollout_in_the_buffer_keeps_its_samplers_log_probs(server, tiny_llama, tmp_path):
     policy = module(tiny_llama, rollout_server=settings(server, tmp_path), num_minibatches=2)
     trainer(tmp_path, steps=1).fit(policy, datamodule(repeat_batches=2))
-    state = policy.progress.buffer.state_dict()
+    left = policy.progress.open_rollouts.get(None)
+    assert left is not None
+    state = left.state_dict()
     again = ExperienceBuffer.from_state_dict(state, torch.device("cpu"))
     kept = again.experience.sampling_log_probs
     assert kept is not None
-    assert torch.equal(kept, policy.progress.buffer.experience.sampling_log_probs)
+    assert torch.equal(kept, left.experience.sampling_log_probs)
     drawn, old = again.next().sampling_log_probs, again.experience.select(slice(1, 2)).old_log_probs
     assert drawn is not None
     assert old is not None
