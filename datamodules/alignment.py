@@ -48,7 +48,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         chat_template: A Jinja template or its path, where the tokenizer's own is missing or wrong.
         mixture: When an epoch of several safety sources ends: before the first repeats a row (`shortest`), or when
             all were seen whole (`longest`).
-        repeat_batches: How often each training batch comes in a row (one rollout feeds that many steps).
+        repeat_batches: How often each training batch comes (one rollout feeds that many steps).
         seed: Decides order, held-out and calibration rows.
         tokenizer: The policy's tokenizer; taken from the LightningModule when None.
     """

@@ -13,7 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from nspo_lightning.datamodules.sources.data_error import DataError
-from nspo_lightning.datamodules.sources.order import Stop, batch_count, epoch_order, mixture_sizes, rank_batches
+from nspo_lightning.datamodules.sources.order import (
+    Stop,
+    batch_count,
+    epoch_order,
+    mixture_sizes,
+    rank_batches,
+    repeated_index,
+)
 from nspo_lightning.datamodules.sources.rows import PromptRow
 
 _STATE_MEANINGS = {
@@ -21,6 +28,7 @@ _STATE_MEANINGS = {
     "batch_size": "`batch_size`",
     "world_size": "the number of devices",
     "repeat_batches": "`repeat_batches`",
+    "window": "`trainer.accumulate_grad_batches`",
     "seed": "the data seed",
 }
 
@@ -56,7 +64,11 @@ class PromptLoader:
         stop: When an epoch of a mixture ends, see `mixture_sizes`.
         shuffle: Whether epochs are shuffled; if not, an epoch is every row once, in order.
         seed: Decides the order.
-        repeat_batches: How often each batch is given in a row.
+        repeat_batches: How often each batch is given.
+        window: Gives the number of batches that make one update. Repeated batches come in blocks of so many, A B A B
+            for two, such that each pass over a block is an update of its own, and hold their number in all epochs as
+            `batch_number`. The last block of an epoch is filled up with batches that hold nothing but an empty
+            `prompt`.
         shard: Gives (rank, number of ranks).
         unfinished: Gives the number of batches that were handed out but not yet trained on, when state is saved.
     """
@@ -72,6 +84,7 @@ class PromptLoader:
         shuffle: bool = False,
         seed: int = 0,
         repeat_batches: int = 1,
+        window: Callable[[], int] = lambda: 1,
         shard: Callable[[], tuple[int, int]] = lambda: (0, 1),
         unfinished: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -86,7 +99,8 @@ class PromptLoader:
         self._stop = stop
         self._shuffle = shuffle
         self._seed = seed
-        self._repeat = repeat_batches
+        self.repeat_batches = repeat_batches
+        self._window = window
         self._shard = shard
         self._unfinished = unfinished
 
@@ -97,7 +111,15 @@ class PromptLoader:
 
     def __len__(self) -> int:
         """Count the batches of an epoch on each rank, repetitions included."""
-        return batch_count(sum(self._visited), self.batch_size, self._shard()[1]) * self._repeat
+        return self._positions(batch_count(sum(self._visited), self.batch_size, self._shard()[1]))
+
+    @property
+    def window(self) -> int:
+        """Batches a block; 1 where the order does not depend on it."""
+        return self._window() if self.repeat_batches > 1 else 1
+
+    def _positions(self, batches: int) -> int:
+        return -(-batches // self.window) * self.window * self.repeat_batches
 
     def describe(self) -> str:
         """Say what an epoch visits, for example ``400 of 800 and 400 of 400 rows``."""
@@ -108,11 +130,18 @@ class PromptLoader:
         """Give the rest of the epoch that `place` stands at, one batch at a time."""
         batches = self._epoch_batches()
         start, self.place.start = self.place.start, 0  # a restored place counts once
+        window, epoch = self.window, self.place.epoch
         batch: dict[str, Any] = {}
-        for index in range(start, len(batches) * self._repeat):
-            if index % self._repeat == 0 or index == start:
-                batch = self._collate([self.rows[i] for i in batches[index // self._repeat]])
-            self.place.given = index + 1
+        last = -1
+        for position in range(start, self._positions(len(batches))):
+            index = repeated_index(position, self.repeat_batches, window)
+            if index >= len(batches):
+                batch = {"prompt": []}
+            elif index != last:
+                batch = self._collate([self.rows[i] for i in batches[index]])
+                if window > 1:
+                    batch["batch_number"] = epoch * len(batches) + index
+            last, self.place.given = index, position + 1
             yield dict(batch)
 
     def _epoch_batches(self) -> list[list[int]]:
@@ -130,7 +159,8 @@ class PromptLoader:
             "rows": f"{len(self.rows)}:{digest.hexdigest()}",
             "batch_size": self.batch_size,
             "world_size": self._shard()[1],
-            "repeat_batches": self._repeat,
+            "repeat_batches": self.repeat_batches,
+            "window": self.window,
             "seed": self._seed,
         }
 
@@ -147,6 +177,7 @@ class PromptLoader:
         """
         epoch, batch = int(state["epoch"]), int(state["batch"])
         identity = self._identity()
+        state = {"window": 1, **state}  # earlier checkpoints have none
         differing = [name for name in _STATE_MEANINGS if state.get(name) != identity[name]]
         if batch < len(self) and differing:
             facts = ", ".join(f"{name} {state.get(name)} -> {identity[name]}" for name in differing)

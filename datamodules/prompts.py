@@ -152,6 +152,10 @@ class PromptDataModule(pl.LightningDataModule):
         """This process's rank and the number of processes; (0, 1) without a trainer."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
+    def accumulated_batches(self) -> int:
+        """Batches that make one update; 1 without a trainer."""
+        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+
     def unfinished_batches(self) -> int:
         """Batches that the trainer took but has not trained on: 1 when it stops in the middle of a step."""
         if self.trainer is None:
@@ -171,6 +175,7 @@ class PromptDataModule(pl.LightningDataModule):
             shuffle=True,
             seed=self.seed,
             repeat_batches=repeat_batches,
+            window=self.accumulated_batches,
             shard=self.shard,
             unfinished=self.unfinished_batches,
         )

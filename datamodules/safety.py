@@ -20,7 +20,7 @@ class SafetyDataModule(PromptDataModule):
 
     Args:
         mixture: When an epoch of several sources ends: before the first repeats a row, or when all were seen whole.
-        repeat_batches: How often each batch comes in a row (one rollout feeds that many steps).
+        repeat_batches: How often each batch comes (one rollout feeds that many steps).
 
     Raises:
         ValueError: If a size is out of range.

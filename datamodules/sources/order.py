@@ -81,6 +81,15 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
     return batches
 
 
+def repeated_index(position: int, repeat: int, window: int) -> int:
+    """Return which batch comes at a position of an epoch that gives each batch `repeat` times.
+
+    Batches come in blocks of `window`, and a block is repeated whole: with a window of two A B A B C D C D.
+    """
+    block, within = divmod(position, repeat * window)
+    return block * window + within % window
+
+
 def batch_count(rows: int, batch_size: int, world_size: int) -> int:
     """Count the batches that `rank_batches` gives each rank."""
     full, rest = divmod(rows, batch_size * world_size)

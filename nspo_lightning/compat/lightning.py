@@ -39,6 +39,14 @@ def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
     return cast("pl.LightningDataModule | None", trainer.datamodule)  # type: ignore[attr-defined]
 
 
+def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
+    """Return a module's Trainer; None while it has none (its `trainer` then raises)."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
 def is_fast_dev_run(trainer: pl.Trainer) -> bool:
     """Return whether the Trainer only tries the code out (likewise)."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from nspo_lightning.grpo.accumulate import accumulated_loss as accumulated_loss
 from nspo_lightning.grpo.advantages import AdvantageScale as AdvantageScale
 from nspo_lightning.grpo.advantages import group_advantages as group_advantages
-from nspo_lightning.grpo.advantages import groups_with_signal as groups_with_signal
+from nspo_lightning.grpo.advantages import rows_with_signal as rows_with_signal
 from nspo_lightning.grpo.batch import Rollout as Rollout
 from nspo_lightning.grpo.metrics import ObjectiveMetrics as ObjectiveMetrics
 from nspo_lightning.grpo.microbatch import MicroBatch as MicroBatch

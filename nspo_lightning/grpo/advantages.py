@@ -62,16 +62,22 @@ def group_advantages(
     return centred.nan_to_num(0.0).reshape(-1).masked_fill(rewards.isnan(), 0.0)
 
 
-def groups_with_signal(advantages: Tensor, group_size: int) -> Tensor:
-    """Return which groups can teach anything, shape (P,), bool: those with an advantage that is not zero.
+def rows_with_signal(advantages: Tensor, mask: Tensor, *, has_kl: bool) -> Tensor:
+    """Return which completions can have a gradient, shape (R,), bool.
 
-    Without a KL term, a group whose advantages are all zero has a zero gradient: leaving it out of the forward and
-    backward passes changes no number.
+    A row has one only through tokens that are trained on, and then from its advantage or from a KL term. Groups
+    without such a row have a zero gradient: leaving them out of the forward and backward passes changes no number.
+
+    Args:
+        advantages: Shape (R,).
+        mask: Shape (R, C), bool, True = token that is trained on.
+        has_kl: Whether the loss has a KL term, which teaches without an advantage too.
 
     Returns:
-        True = at least one advantage of the group is not zero.
+        True = at least one token is trained on, with an advantage that is not zero or with a KL term.
     """
-    return (advantages.reshape(-1, group_size) != 0).any(dim=1)
+    trained = mask.any(dim=1)
+    return trained if has_kl else trained & (advantages != 0)
 
 
 def _nan_std(values: Tensor, dim: int) -> Tensor:

@@ -9,7 +9,8 @@ arXiv:2507.18071) and kl the k3 estimator exp(d) - d - 1, d = log pi_ref - log p
 
 - ``grpo`` (arXiv:2402.03300): 1 / (length of the row * number of rows), the mean of sequence means;
 - ``dapo`` (arXiv:2503.14476) and ``bnpo``: 1 / number of tokens; for ``dapo`` the tokens of the whole step over all
-  ranks and accumulated batches, for ``bnpo`` those of the local batch: the caller says which in `Normaliser`;
+  ranks and accumulated batches, for ``bnpo`` those of the local batch, such that several batches have the mean of their
+  means: the caller says which in `Normaliser`;
 - ``dr_grpo`` (arXiv:2503.20783): 1 / (number of rows * max_new_tokens), a constant.
 
 Where another program drew the tokens, as a server does, their log-probabilities mu under it are not quite those of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nspo_lightning.module.resumed_settings import adapter_settings, differing
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.identity import PREFIX, STATE_KEY
 from nspo_lightning.policy.settings import PolicyError
@@ -14,7 +15,11 @@ def keep_trained_(checkpoint: dict[str, Any], policy: TextPolicy) -> None:
     """Leave only trained parameters in a checkpoint, and note which base they belong to."""
     names = {PREFIX + name for name in policy.trained_names()}
     checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in names}
-    checkpoint[STATE_KEY] = {"policy": policy.fingerprint, "policy_path": policy.settings.path}
+    checkpoint[STATE_KEY] = {
+        "policy": policy.fingerprint,
+        "policy_path": policy.settings.path,
+        "adapter": adapter_settings(policy.settings.lora),
+    }
 
 
 def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
@@ -37,4 +42,10 @@ def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
             f"The checkpoint's adapter does not fit this one: '{odd}' has shape {found.get(odd)} there and "
             f"{mine.get(odd)} here. Use the `policy.lora` settings that it was trained with (they stand in the "
             "config.yaml of its run)."
+        )
+    if changed := differing(state.get("adapter", {}), adapter_settings(policy.settings.lora)):
+        raise PolicyError(
+            f"The checkpoint's adapter is scaled in another way than this one: {changed}. With these settings its "
+            "weights would mean another policy. Use those that it was trained with (they stand in the config.yaml of "
+            "its run)."
         )

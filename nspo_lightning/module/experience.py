@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nspo_lightning.grpo import Rollout, groups_with_signal
+from nspo_lightning.grpo import Rollout
 from nspo_lightning.grpo.records import map_tensors
 
 
@@ -33,11 +33,6 @@ class Experience:
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
     sampling_log_probs: Tensor | None = None
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether any completion is better or worse than its group."""
-        return bool((self.advantages != 0).any())
 
     def select(self, prompts: slice | Tensor) -> Experience:
         """Keep whole groups, given as a slice or a bool tensor of shape (P,)."""
@@ -66,23 +61,20 @@ class Minibatch:
     rows: Tensor
 
     @classmethod
-    def of(cls, experience: Experience, mask: Tensor, *, all_groups: bool) -> Minibatch:
-        """Choose groups.
+    def of(cls, experience: Experience, mask: Tensor, with_signal: Tensor) -> Minibatch:
+        """Leave groups out whose gradient is zero.
 
         Args:
-            experience: P groups, R rows.
+            experience: P groups, R rows; at least one.
             mask: Shape (R, C), bool, True = token that is trained on.
-            all_groups: Take all. Else groups are left out whose gradient is zero: without a KL term, those whose
-                advantages are all zero. At least one is kept, with nothing to train on if need be: other ranks may be
-                waiting in the backward pass.
+            with_signal: Shape (R,), bool, see `rows_with_signal`.
 
         Returns:
-            The chosen groups.
+            The groups that have a row with signal. At least one is kept, with nothing to train on if need be: other
+            ranks may be waiting in the backward pass.
         """
-        if all_groups:
-            return cls(experience=experience, mask=mask, rows=mask.new_ones(len(mask)))
         size = experience.rollout.group_size
-        signal = groups_with_signal(experience.advantages, size)
+        signal = with_signal.view(-1, size).any(dim=1)
         kept = signal.clone()
         kept[0] |= ~signal.any()
         rows = kept.repeat_interleave(size)
@@ -95,13 +87,14 @@ class ExperienceBuffer:
 
     Args:
         experience: The judged rollout.
-        num_minibatches: Parts that one pass over the rollout is cut into (by prompts).
+        num_minibatches: Parts that one pass over the rollout is cut into (by prompts). Some are empty where there are
+            fewer prompts: each batch takes the same number of steps.
         num_iterations: Passes.
     """
 
     def __init__(self, experience: Experience, num_minibatches: int, num_iterations: int) -> None:
         self.experience = experience
-        self.num_minibatches = min(num_minibatches, experience.rollout.num_prompts)
+        self.num_minibatches = num_minibatches
         self.num_iterations = num_iterations
         self.step = 0
 
@@ -119,11 +112,15 @@ class ExperienceBuffer:
         return self.num_minibatches == 1 and self.num_iterations > 1 and self.experience.old_log_probs is None
 
     def next(self) -> Experience:
-        """Hand out the next minibatch: whole groups of the rollout."""
+        """Hand out the next minibatch: whole groups of the rollout, or none."""
         part = self.step % self.num_minibatches
         self.step += 1
         prompts, parts = self.experience.rollout.num_prompts, self.num_minibatches
         return self.experience.select(slice(part * prompts // parts, (part + 1) * prompts // parts))
+
+    def stand_in(self) -> Experience:
+        """Return one group, for a rank whose part is empty while others have theirs."""
+        return self.experience.select(slice(0, 1))
 
     def keep_old_log_probs(self, log_probs: Tensor, rows: Tensor) -> None:
         """Keep the log-probabilities of an on-policy step over the rollout, for the passes that follow.

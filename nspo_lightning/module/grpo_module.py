@@ -1,10 +1,10 @@
 """The LightningModule: sample groups, score them, learn by GRPO (arXiv 2402.03300), in automatic optimization.
 
-One training step is: a batch of prompts comes in; if the buffer is empty, the policy answers each prompt `group_size`
-times, the reward scores the answers and the group's mean and deviation turn scores into advantages; the next part of
-that rollout becomes one loss. Lightning does the rest, so every Trainer flag keeps its meaning: accumulation,
-clipping, precision, `max_steps`, validation. Null-space projection is not in here: it is a callback, and plain GRPO is
-this module without it.
+One training step is: a batch of prompts comes in; if there is no rollout of it yet, the policy answers each prompt
+`group_size` times, the reward scores the answers and the group's mean and deviation turn scores into advantages; the
+next part of that rollout becomes one loss. Lightning does the rest, so every Trainer flag keeps its meaning:
+accumulation, clipping, precision, `max_steps`, validation. Null-space projection is not in here: it is a callback, and
+plain GRPO is this module without it.
 
 The parts that the module is made of: `TextPolicy` holds the model, `Collector` makes experience, `Scorer` the loss,
 `UpdateWindow` says which update is taken, `Evaluator` answers in validation, test and prediction.
@@ -21,13 +21,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
 from nspo_lightning import ranks
+from nspo_lightning.compat.lightning import trainer_of
 from nspo_lightning.evaluation.rates import Answers
-from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask
+from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
 from nspo_lightning.module.checkpoint_content import check_checkpoint, keep_trained_
 from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
@@ -35,9 +37,15 @@ from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
 from nspo_lightning.module.judging import JudgedRollout
 from nspo_lightning.module.progress import Progress
+from nspo_lightning.module.resumed_settings import check_same_training, training_settings
 from nspo_lightning.module.rollouts import make_rollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
-from nspo_lightning.module.start_checks import check_strategy, longest_prompt_tokens
+from nspo_lightning.module.start_checks import (
+    check_accumulation,
+    check_repetitions,
+    check_strategy,
+    longest_prompt_tokens,
+)
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.adapter import load_adapter_
@@ -158,15 +166,13 @@ class GRPOModule(pl.LightningModule):
         self.progress.seed = torch.initial_seed() % 2**31
         if stage == "fit":
             check_strategy(self.trainer, self.reward)
+            check_accumulation(self.trainer, self.settings)
             self.collector.rollouts.check_start(self.trainer.strategy)
 
     @override
     def configure_model(self) -> None:
-        try:
-            device = self.trainer.strategy.root_device
-        except RuntimeError:  # used without a Trainer
-            device = torch.device("cpu")
-        self.load(device)
+        trainer = trainer_of(self)
+        self.load(torch.device("cpu") if trainer is None else trainer.strategy.root_device)
 
     def load(self, device: torch.device) -> None:
         """Load the policy, once, and before it what the rewards need: a wrong path or key is found before long work."""
@@ -195,14 +201,17 @@ class GRPOModule(pl.LightningModule):
     def on_train_start(self) -> None:
         # transformers loads in eval mode, and everything that evaluates leaves the mode as it found it.
         self.require_policy().train()
-        self.progress.load_buffer(self.device)
+        check_repetitions(self.trainer, self.settings)
+        self.progress.load_rollouts(self.device)
 
     # ------------------------------------------------------------------ training
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         start, settings, window = time.perf_counter(), self.settings, self.progress.window
-        parameters = self.text_policy.trainable_parameters()
+        parameters, config = self.text_policy.trainable_parameters(), self.settings.objective
+        if not batch["prompt"]:  # only there so that passes over a window's rollouts are updates of their own
+            return zero_loss(parameters)
         try:
             buffer = self._filled_buffer(batch)
         except NonFiniteRewardError as error:  # all ranks raise it together
@@ -212,14 +221,19 @@ class GRPOModule(pl.LightningModule):
             window.nonfinite = f"reward: {error}"
             return zero_loss(parameters)
         experience = buffer.next()
-        mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, settings.objective)
-        normaliser = window.add(step_counts(mask, settings), settings.objective.loss_type)
-        if not ranks.any_rank(experience.has_signal):
+        mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, config)
+        normaliser = window.add(*step_counts(mask, settings), config.loss_type)
+        with_signal = rows_with_signal(experience.advantages, mask, has_kl=config.beta > 0)
+        if not ranks.any_rank(bool(with_signal.any())):
             self._log_step({"step_time": time.perf_counter() - start}, mean_over_ranks=True)
             self._log_step({"updates_skipped": float(self.progress.updates_skipped)})
             return zero_loss(parameters)
         window.has_signal = True
-        minibatch = Minibatch.of(experience, mask, all_groups=settings.objective.beta > 0)
+        if not len(mask):  # another rank has something
+            experience = buffer.stand_in()
+            mask = torch.zeros_like(experience.rollout.completion_mask)
+            with_signal = mask.any(dim=1)
+        minibatch = Minibatch.of(experience, mask, with_signal)
         loss = self.scorer.loss(minibatch, normaliser, loss_scale(self.trainer) or 1.0)
         self._log_step(loss.means)
         self.collector.rollouts.check_means(loss.means)
@@ -234,14 +248,16 @@ class GRPOModule(pl.LightningModule):
         return loss.value
 
     def _filled_buffer(self, batch: Mapping[str, Any]) -> ExperienceBuffer:
-        progress = self.progress
-        if progress.buffer is None or progress.buffer.is_empty:
+        progress, number = self.progress, batch.get("batch_number")
+        buffer = progress.open_rollouts.get(number)
+        if buffer is None:
             collected = self.collector.collect(batch, progress.noise_seed, self.trainer.global_step)
             progress.rollouts += 1
             progress.num_tokens += collected.num_tokens
-            progress.buffer, self.last_rollout = collected.buffer, collected.judged
+            buffer, self.last_rollout = collected.buffer, collected.judged
+            progress.open_rollouts.put(number, buffer, at_most=self.trainer.accumulate_grad_batches)
             self._log_step({**collected.metrics, "num_tokens": float(progress.num_tokens)})
-        return progress.buffer
+        return buffer
 
     @override
     def optimizer_step(
@@ -260,7 +276,7 @@ class GRPOModule(pl.LightningModule):
         if not window.has_signal:
             self.progress.updates_skipped += 1
             return
-        factor = window.correction(self.settings.objective.loss_type, self.trainer.accumulate_grad_batches)
+        factor = window.correction(self.trainer.accumulate_grad_batches)
         scale_gradients_(parameters, factor)
         # None would tell a gradient scaler that the whole window had no loss.
         closure_result = loss if loss is not None else torch.zeros((), device=self.device)
@@ -317,11 +333,16 @@ class GRPOModule(pl.LightningModule):
         keep_trained_(checkpoint, self.text_policy)
         snapshot, self.step_state_to_save = self.step_state_to_save, None
         checkpoint[STATE_KEY] |= self.progress.state_dict(snapshot)
+        checkpoint[STATE_KEY]["settings"] = training_settings(self.settings, self.policy_settings, self.trainer)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         check_checkpoint(checkpoint, self.text_policy)
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            now = training_settings(self.settings, self.policy_settings, trainer)
+            check_same_training(checkpoint[STATE_KEY].get("settings", {}), now)
         self.progress.load_state_dict(checkpoint[STATE_KEY])
 
     # ------------------------------------------------------------------ what callbacks, data and commands ask for

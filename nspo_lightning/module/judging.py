@@ -8,6 +8,7 @@ from typing import Any
 
 from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
+from nspo_lightning.rewards.outcomes import checked_outcomes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +28,16 @@ class JudgedRollout:
     outcomes: list[Outcome | None]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a dict a completion, for tables."""
+        """Return a dict a completion, for tables; a reward's column of one of our names becomes `reported/<name>`."""
         columns: dict[str, list[Any]] = {
             "prompt": self.prompts,
             "completion": self.completions,
             "reward": self.result.total.tolist(),
             "outcome": self.outcomes,
         }
-        columns |= {name: values for name, values in self.result.extra.items() if len(values) == len(self.prompts)}
+        for name, values in self.result.extra.items():
+            if len(values) == len(self.prompts):
+                columns[name if name not in columns else f"reported/{name}"] = values
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -59,7 +62,7 @@ def outcomes_of(
     outcomes: list[Outcome | None] = []
     failed: RewardError | None = None
     try:
-        outcomes = judge.classify(prompts, texts, **columns)
+        outcomes = checked_outcomes(judge.classify(prompts, texts, **columns), len(texts))
     except RewardError as error:
         failed = error
     raise_on_all_ranks(failed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from nspo_lightning import ranks
-from nspo_lightning.module.experience import ExperienceBuffer
 from nspo_lightning.module.finite import NonFiniteError, nonfinite_gradient, nonfinite_message, on_any_rank
+from nspo_lightning.module.open_rollouts import OpenRollouts
 from nspo_lightning.module.update_window import UpdateWindow
 
 COUNTERS = ("rollouts", "num_tokens", "updates_skipped", "updates_nonfinite", "nonfinite_in_a_row")
@@ -32,8 +31,8 @@ class Progress:
         updates_nonfinite: Updates that were skipped because something was not finite.
         nonfinite_in_a_row: Of those, the ones since the last update that was taken.
         window: What the batches since the last update have come to.
-        buffer: What is left of the last rollout.
-        saved_buffers: The buffers of all ranks in a checkpoint, until `load_buffer` takes this rank's.
+        open_rollouts: What is left of the last rollouts.
+        saved_rollouts: Those of all ranks in a checkpoint, until `load_rollouts` takes this rank's.
     """
 
     max_nonfinite: int
@@ -44,8 +43,8 @@ class Progress:
     updates_nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     window: UpdateWindow = field(default_factory=UpdateWindow)
-    buffer: ExperienceBuffer | None = None
-    saved_buffers: list[dict[str, Any] | None] = field(default_factory=list)
+    open_rollouts: OpenRollouts = field(default_factory=OpenRollouts)
+    saved_rollouts: list[Any] = field(default_factory=list)
 
     @property
     def noise_seed(self) -> int:
@@ -68,27 +67,25 @@ class Progress:
         rank_zero_warn(f"Update {update} is skipped: {seen}.")
 
     def snapshot(self) -> dict[str, Any]:
-        """Copy what a training step changes, cheaply: the buffer's tensors are shared."""
+        """Copy what a training step changes, cheaply: the rollouts' tensors are shared."""
         counters = {name: value for name, value in vars(self).items() if name in COUNTERS}
-        return {"counters": counters | self.window.to_counters(), "buffer": copy(self.buffer)}
+        return {"counters": counters | self.window.to_counters(), "rollouts": self.open_rollouts.snapshot()}
 
     def state_dict(self, snapshot: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what a checkpoint holds, of an earlier snapshot or of now; all ranks must ask together."""
         now = snapshot or self.snapshot()
-        buffer = now["buffer"]
-        mine = None if buffer is None or buffer.is_empty else buffer.state_dict()
-        return {"seed": self.seed, "buffers": ranks.gather_objects(mine), "counters": now["counters"]}
+        buffers = ranks.gather_objects(now["rollouts"].state_dict())
+        return {"seed": self.seed, "buffers": buffers, "counters": now["counters"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; `load_buffer` follows when it is known where tensors shall be."""
-        self.seed, self.saved_buffers = int(state["seed"]), state["buffers"]
+        """Go on from a checkpoint; `load_rollouts` follows when it is known where tensors shall be."""
+        self.seed, self.saved_rollouts = int(state["seed"]), state["buffers"]
         for name in COUNTERS:
             setattr(self, name, state["counters"].get(name, 0))
         self.window = UpdateWindow.from_counters(state["counters"])
 
-    def load_buffer(self, device: torch.device) -> None:
-        """Go on with this rank's rollout of a checkpoint, if there was one that was made with as many ranks."""
-        buffers, self.saved_buffers = self.saved_buffers, []
-        mine = buffers[ranks.rank()] if len(buffers) == ranks.world_size() else None
-        if mine is not None:
-            self.buffer = ExperienceBuffer.from_state_dict(mine, device)
+    def load_rollouts(self, device: torch.device) -> None:
+        """Go on with this rank's rollouts of a checkpoint, if it was made with as many ranks."""
+        saved, self.saved_rollouts = self.saved_rollouts, []
+        if len(saved) == ranks.world_size():
+            self.open_rollouts = OpenRollouts.from_state_dict(saved[ranks.rank()], device)

@@ -12,6 +12,23 @@ from nspo_lightning import ranks
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.rewards import RewardResult
 
+_OWN = frozenset((
+    *("reward", "unsafe", "reward_std", "frac_reward_zero_std", "loss", "kl", "entropy", "num_tokens", "step_time"),
+    *("updates_skipped", "updates_nonfinite", "epoch", "step"),
+))
+_OWN_FOLDERS = frozenset((
+    "completions",
+    "rewards",
+    "clip_ratio",
+    "sampling",
+    "safety",
+    "general",
+    "nullspace",
+    "guard",
+    "compare",
+))
+"""Metrics of training itself; callbacks stop a run, or choose a checkpoint, by some of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedRows:
@@ -74,6 +91,12 @@ def _mean(metrics: Sequence[Mapping[str, float]], name: str) -> float:
     return sum(values) / len(values)
 
 
+def reported_name(name: str) -> str:
+    """Return what a scalar that a reward reported is logged as: `reported/<name>` where training has its own."""
+    own = name in _OWN or name.partition("/")[0] in _OWN_FOLDERS
+    return f"reported/{name}" if own else name
+
+
 def rollout_metrics(rows: JudgedRows, group_size: int) -> dict[str, Tensor | float]:
     """Sum up one judged rollout of R completions.
 
@@ -103,5 +126,5 @@ def rollout_metrics(rows: JudgedRows, group_size: int) -> dict[str, Tensor | flo
         "completions/mean_terminated_length": finished.mean() if len(finished) else torch.tensor(0.0),
         "completions/clipped_ratio": (~rows.finished).float().mean(),
         **result.statistics(),
-        **result.metrics,
+        **{reported_name(name): value for name, value in result.metrics.items()},
     }

@@ -129,15 +129,27 @@ def zero_loss(parameters: Sequence[Tensor]) -> Tensor | None:
     return None if ranks.world_size() == 1 else torch.stack([parameter.sum() for parameter in parameters]).sum() * 0.0
 
 
-def step_counts(mask: Tensor, settings: TrainingSettings) -> Normaliser:
-    """Return the rows and tokens of a step, the mean over ranks but for ``bnpo``; see `Normaliser`."""
-    local = Normaliser.of(mask, settings.sampling.max_new_tokens)
-    if settings.objective.loss_type == "bnpo" or ranks.world_size() == 1:
-        return local
-    # Of the last batch of an epoch, ranks may have different numbers of rows.
-    counts = ranks.all_reduce_sum(torch.tensor([float(local.num_rows), local.num_tokens], device=mask.device))
-    rows, tokens = (counts / ranks.world_size()).tolist()
-    return replace(local, num_rows=rows, num_tokens=tokens)
+def step_counts(mask: Tensor, settings: TrainingSettings) -> tuple[Normaliser, float]:
+    """Count the batch of a step (cross-rank synchronisation).
+
+    Args:
+        mask: Shape (R, C), bool, True = token that is trained on.
+        settings: For the loss type and the length limit.
+
+    Returns:
+        Rows and tokens, the mean over ranks (but for ``bnpo``, see `Normaliser`), and what the batch weighs in its
+        accumulation window: its tokens for ``dapo``; for ``bnpo`` 1, or the share of ranks that have a row of it; its
+        rows for the others.
+    """
+    local, loss_type = Normaliser.of(mask, settings.sampling.max_new_tokens), settings.objective.loss_type
+    values = [float(local.num_rows), local.num_tokens, float(local.num_rows > 0)]
+    if ranks.world_size() > 1:  # of the last batch of an epoch, ranks may have different numbers of rows
+        counts = ranks.all_reduce_sum(torch.tensor(values, device=mask.device))
+        values = (counts / ranks.world_size()).tolist()
+    rows, tokens, present = values
+    if loss_type == "bnpo":
+        return local, present
+    return replace(local, num_rows=rows, num_tokens=tokens), tokens if loss_type == "dapo" else rows
 
 
 def _of_all_ranks(metrics: Sequence[ObjectiveMetrics]) -> ObjectiveMetrics:

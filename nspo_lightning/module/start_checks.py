@@ -6,9 +6,13 @@ from typing import Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 
-from nspo_lightning.compat.lightning import process_group_timeout
+from nspo_lightning.compat.lightning import callbacks_of, process_group_timeout
+from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rewards import RewardSet
 
 
@@ -49,6 +53,29 @@ def check_strategy(trainer: pl.Trainer, reward: RewardSet) -> None:
             f"The rewards may take {takes}, but the other processes wait no longer than the strategy's timeout of "
             f"{seconds:g} s for the one that they run in. Raise the `timeout` of {type(strategy).__name__} (1800 s "
             "by default), or set `timeout_s` of the RewardSet lower."
+        )
+
+
+def check_accumulation(trainer: pl.Trainer, settings: TrainingSettings) -> None:
+    """Refuse a changing number of accumulated batches where a rollout feeds several updates."""
+    changing = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
+    if changing and settings.steps_a_rollout > 1:
+        raise MisconfigurationException(
+            f"GradientAccumulationScheduler changes how many batches make an update, and the order of batches in which "
+            f"a rollout feeds {settings.steps_a_rollout} updates (`num_iterations` x `num_minibatches`) is made for "
+            "one number. Set `trainer.accumulate_grad_batches` instead, or `num_iterations: 1, num_minibatches: 1`."
+        )
+
+
+def check_repetitions(trainer: pl.Trainer, settings: TrainingSettings) -> None:
+    """Warn where batches do not come as often as a rollout of them feeds steps (the command line sees to it)."""
+    loader, steps = trainer.train_dataloader, settings.steps_a_rollout
+    if isinstance(loader, PromptLoader) and loader.repeat_batches != steps:
+        rank_zero_warn(
+            f"Each batch comes {loader.repeat_batches} times (`repeat_batches`), and a rollout feeds {steps} training "
+            "steps (`num_iterations` x `num_minibatches`): "
+            + ("some prompts are never answered" if loader.repeat_batches < steps else "prompts are answered again")
+            + f". Set `repeat_batches={steps}` of the datamodule."
         )
 
 

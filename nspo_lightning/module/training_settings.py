@@ -23,6 +23,11 @@ class TrainingSettings:
     max_nonfinite_updates: int
     rollout_server: ServerSettings | None
 
+    @property
+    def steps_a_rollout(self) -> int:
+        """Training steps that one rollout feeds."""
+        return self.num_iterations * self.num_minibatches
+
     def __post_init__(self) -> None:
         """Check the values; one that is out of its range raises ValueError."""
         if self.group_size < 2:

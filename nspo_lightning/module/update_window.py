@@ -13,45 +13,53 @@ from nspo_lightning.grpo import LossType, Normaliser
 class UpdateWindow:
     """What the batches since the last update have come to; ranks agree on each value.
 
+    The gradient of an update is that of one batch with all prompts of its window. So the loss of each batch is its sum
+    over tokens, divided by one `unit` that is the same for the whole window, and `correction` turns that into what the
+    window has altogether, which is known only at its end. (For ``bnpo`` it is the mean of the batches' token means.)
+
     Attributes:
         has_signal: Whether one of them had something to learn from. Without, no step is taken: zero gradients would
             still let Adam's momentum move the weights.
-        tokens: Trained tokens of each batch, the mean over ranks.
+        weights: What each batch counts for in the window, see `step_counts`; 0 = it holds nothing.
         nonfinite: What in one of them was not finite, "" if nothing was. If something was, no step is taken.
     """
 
     has_signal: bool = False
-    tokens: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     nonfinite: str = ""
 
-    def add(self, counts: Normaliser, loss_type: LossType) -> Normaliser:
-        """Note a batch's counts, and return those that its loss is divided by."""
-        # `dapo` divides by the tokens of the whole window, which are known only at its end. So each batch is divided by
-        # the first one's, and `correction` makes up for it.
-        self.tokens.append(counts.num_tokens)
-        return counts if loss_type != "dapo" else replace(counts, num_tokens=max(self.tokens[0], 1.0))
+    @property
+    def unit(self) -> float:
+        """What losses are divided by: the first weight that is not zero (`token_weights` goes no lower than 1)."""
+        return max(next((weight for weight in self.weights if weight > 0), 1.0), 1.0)
 
-    def correction(self, loss_type: LossType, accumulated: int) -> float:
-        """Say what makes a ``dapo`` window's gradient the mean over all its tokens.
+    def add(self, counts: Normaliser, weight: float, loss_type: LossType) -> Normaliser:
+        """Note a batch, and return the counts that its loss is divided by."""
+        self.weights.append(weight)
+        if loss_type == "bnpo":  # no weight is above 1, so the unit is 1
+            return counts
+        return replace(counts, num_tokens=self.unit) if loss_type == "dapo" else replace(counts, num_rows=self.unit)
+
+    def correction(self, accumulated: int) -> float:
+        """Say what makes the sum of the batches' gradients the mean over all that the window held.
 
         Args:
-            loss_type: Other losses need no correction.
-            accumulated: The number of batches, which Lightning divides by.
+            accumulated: The number that Lightning divides each loss by, whatever the number of batches: the last
+                window of an epoch may have fewer.
 
         Returns:
-            The factor, 1 for no correction.
+            The factor; 1 for batches of equal weight in a full window.
 
         Example:
-            >>> UpdateWindow(tokens=[10.0, 30.0]).correction("dapo", 2)  # (g1 / 10 + g2 / 10) / 2 -> (g1 + g2) / 40
+            >>> UpdateWindow(weights=[10.0, 30.0]).correction(2)  # (g1 / 10 + g2 / 10) / 2 -> (g1 + g2) / 40
             0.5
         """
-        if loss_type != "dapo" or len(self.tokens) < 2:
-            return 1.0
-        return accumulated * self.tokens[0] / max(sum(self.tokens), 1.0)
+        total = sum(self.weights)
+        return accumulated * self.unit / total if total > 0 else 1.0
 
     def to_counters(self) -> dict[str, Any]:
         """Return plain values under the names that checkpoints have for them."""
-        return {f"_window_{name}": value for name, value in vars(replace(self, tokens=list(self.tokens))).items()}
+        return {f"_window_{name}": value for name, value in vars(replace(self, weights=list(self.weights))).items()}
 
     @classmethod
     def from_counters(cls, counters: Mapping[str, Any]) -> UpdateWindow:

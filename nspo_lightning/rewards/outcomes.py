@@ -50,7 +50,7 @@ class JudgedReward(Reward):
         """Score one batch and keep what the judge said; awaitable if the reward is async."""
         if self.is_async:
             return self._judged_later(prompts, completions, columns)
-        outcomes = _checked(self.judge.classify(prompts, completions, **columns), len(completions))
+        outcomes = checked_outcomes(self.judge.classify(prompts, completions, **columns), len(completions))
         arguments = {**columns, "prompts": prompts, "completions": completions}
         return self._reported(outcomes, cast("Scores", self.scores(outcomes, arguments)), columns)
 
@@ -61,7 +61,7 @@ class JudgedReward(Reward):
             said = await self.judge.aclassify(prompts, completions, **columns)
         else:
             said = await asyncio.to_thread(self.judge.classify, prompts, completions, **columns)
-        outcomes = _checked(said, len(completions))
+        outcomes = checked_outcomes(said, len(completions))
         # On a thread: a reward model among what makes the scores would block the loop.
         arguments = {**columns, "prompts": prompts, "completions": completions}
         scores: Any = await asyncio.to_thread(self.scores, outcomes, arguments)
@@ -113,7 +113,7 @@ async def _scores_of(found: Awaitable[Judged]) -> Scores:
     return (await found).scores
 
 
-def _checked(outcomes: Any, size: int) -> list[Outcome | None]:
+def checked_outcomes(outcomes: Any, size: int) -> list[Outcome | None]:
     """Return what a judge said, if it is one outcome or None for each of `size` completions."""
     if not isinstance(outcomes, (list, tuple)) or len(outcomes) != size:
         found = f"{len(outcomes)}" if isinstance(outcomes, (list, tuple)) else type(outcomes).__name__

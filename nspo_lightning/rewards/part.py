@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.rewards.function import FunctionReward, is_async, reward_name
-from nspo_lightning.rewards.outcomes import JudgedReward
+from nspo_lightning.rewards.outcomes import JudgedReward, checked_outcomes
 from nspo_lightning.rewards.protocol import (
     Judge,
     Judged,
@@ -97,7 +97,8 @@ class RewardPart:
                 self.name,
             )
         numbers_ = [self._number(i, value) for i, value in enumerate(values)]
-        return torch.tensor(numbers_, dtype=torch.float32), outcomes
+        checked = None if outcomes is None else checked_outcomes(outcomes, batch_size)
+        return torch.tensor(numbers_, dtype=torch.float32), checked
 
     def _accepted(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         try:

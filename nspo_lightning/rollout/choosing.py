@@ -18,6 +18,10 @@ from nspo_lightning.rollout.config import SamplingConfig
 Process = Callable[[Tensor, Tensor, int, Tensor], Tensor]
 
 
+class NonFiniteLogitsError(ValueError):
+    """Logits that no token can be drawn from."""
+
+
 def build_processors(
     config: SamplingConfig, *, eos_token_ids: Sequence[int], prompt_length: int, device: torch.device
 ) -> Process:
@@ -83,6 +87,25 @@ def noise(steps: int, rows: int, config: SamplingConfig, generator: torch.Genera
 def without_padding(ids: Tensor, mask: Tensor) -> Tensor:
     """Fill left padding with each row's first real token, (R, L): to a repetition penalty it then says nothing new."""
     return torch.where(mask, ids, ids.gather(1, mask.int().argmax(1, keepdim=True)))
+
+
+def without_distribution(logits: Tensor) -> Tensor:
+    """Return which rows of logits, (r, V), say nothing: shape (r,), bool, True = NaN or +inf in it, or -inf alone.
+
+    Some tokens at -inf are no fault: they are impossible.
+    """
+    return ~torch.isfinite(logits.amax(dim=-1))  # the largest is NaN where any is
+
+
+def nonfinite_logits(step: int, rows: int, running: int) -> str:
+    """Say at which token completions can't go on, and why that may be."""
+    return (
+        f"No token can be drawn: the policy's logits for token {step + 1} of {rows} of the {running} running "
+        "completions are NaN or infinite. Likely causes, the likeliest first: weights that a learning rate too high "
+        "has spoilt (look at `loss` and `entropy` before); overflow in 16-bit floating point (`policy.dtype: bfloat16` "
+        "instead of float16); a damaged base model or adapter; an attention implementation that fails at padding "
+        "(`policy.attn_implementation: eager`)."
+    )
 
 
 def draw_tokens(logits: Tensor, uniform: Tensor, *, greedy: bool) -> Tensor:

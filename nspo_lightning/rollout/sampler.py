@@ -15,7 +15,15 @@ from nspo_lightning.grpo.batch import Rollout
 from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.parts import policy_parts
 from nspo_lightning.policy.sharing import can_share_prompts
-from nspo_lightning.rollout.choosing import build_processors, draw_tokens, noise, without_padding
+from nspo_lightning.rollout.choosing import (
+    NonFiniteLogitsError,
+    build_processors,
+    draw_tokens,
+    noise,
+    nonfinite_logits,
+    without_distribution,
+    without_padding,
+)
 from nspo_lightning.rollout.config import SamplingConfig
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory
 from nspo_lightning.rollout.places import Places
@@ -54,6 +62,7 @@ def sample(
 
     Raises:
         ValueError: If there is no prompt, or one that ends in padding.
+        NonFiniteLogitsError: If there are logits that no token can be drawn from.
     """
     prompt_mask = prompt_mask.bool()
     if prompt_ids.shape[0] == 0 or not bool(prompt_mask[:, -1].all()):
@@ -80,11 +89,18 @@ def sample(
     with evaluation_mode(model):
         logits = memory.prefill(prompt_ids, prompt_mask)
         for step in range(limit):
-            logits = process(sequence, rows, length + step, logits.float())
+            raw = logits.float()
+            logits = process(sequence, rows, length + step, raw)
+            broken = without_distribution(raw)
+            if logits is not raw:
+                broken |= without_distribution(logits)
             token = draw_tokens(logits, uniform[step, rows], greedy=config.temperature == 0)
             sequence[rows, length + step] = token
             ended = torch.isin(token, eos)
-            if bool(ended.any()):
+            some_broken, some_ended = torch.stack([broken.any(), ended.any()]).tolist()  # one synchronisation
+            if some_broken:
+                raise NonFiniteLogitsError(nonfinite_logits(step, int(broken.sum()), len(rows)))
+            if some_ended:
                 finished[rows[ended]] = True
                 lengths[rows[ended]] = step + 1
                 running = (~ended).nonzero().squeeze(1)

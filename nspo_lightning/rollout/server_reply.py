@@ -71,7 +71,10 @@ def read_completions(
             f"Stale adapter: completions were asked of '{request['model']}', and the rollout server says that "
             f"'{reply.get('model')}' answered. Nothing of it is trained on. Is there a proxy between?"
         )
-    choices = sorted(reply["choices"], key=lambda choice: int(choice.get("index", 0)))
+    choices = reply["choices"]
+    if not all(isinstance(choice, dict) and _is_id(choice.get("index", 0)) for choice in choices):
+        raise RolloutServerError(f"The rollout server's choices are none of a completions API: {str(choices)[:120]}.")
+    choices = sorted(choices, key=lambda choice: int(choice.get("index", 0)))
     if len(choices) != request["n"]:
         raise RolloutServerError(
             f"{request['n']} completions were asked for, and {len(choices)} came back. The server must honour `n`."
@@ -81,27 +84,28 @@ def read_completions(
 
 def _read(choice: dict[str, Any], request: dict[str, Any], stop: frozenset[int], vocab_size: int) -> ServedCompletion:
     prompt = choice.get("prompt_token_ids")
-    if prompt is not None and list(prompt) != request["prompt"]:
+    if prompt is not None and prompt != request["prompt"]:
         raise RolloutServerError(
-            f"The rollout server completed another prompt ({len(prompt)} tokens) than the one it was sent "
+            f"The rollout server completed another prompt ({len(_list(prompt))} tokens) than the one it was sent "
             f"({len(request['prompt'])} tokens): it must take token ids as they are."
         )
-    scored = choice.get("logprobs") or {}
-    ids = choice.get("token_ids") or _ids_of(scored.get("tokens"))
-    log_probs = scored.get("token_logprobs")
-    if not ids or not log_probs or len(ids) != len(log_probs):
+    scored = choice.get("logprobs")
+    scored = scored if isinstance(scored, dict) else {}
+    ids = _list(choice.get("token_ids")) or _ids_of(_list(scored.get("tokens")))
+    log_probs = _list(scored.get("token_logprobs"))
+    if not ids or len(ids) != len(log_probs):
         raise RolloutServerError(
-            f"A completion came back with {len(ids or [])} token ids and {len(log_probs or [])} log-probabilities. The "
+            f"A completion came back with {len(ids)} token ids and {len(log_probs)} log-probabilities. The "
             "server must return both (vLLM 0.10.2 or newer: `return_token_ids` and `logprobs`)."
         )
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) and value <= 1e-3 for value in log_probs):
+    if not all(_is_number(value) and math.isfinite(value) and value <= 1e-3 for value in log_probs):
         raise RolloutServerError(
             "The rollout server returned a log-probability that is none (missing, NaN or positive)."
         )
-    if not all(0 <= token < vocab_size for token in ids):
+    if odd := [token for token in ids if not _is_id(token) or token >= vocab_size]:
         raise RolloutServerError(
-            f"The rollout server drew token {max(ids)}, and the policy's vocabulary has {vocab_size}. It serves "
-            "another model: mend `rollout_server.model`."
+            f"The rollout server drew token {str(odd[0])[:40]}, and the policy's vocabulary has {vocab_size}. It "
+            "serves another model: mend `rollout_server.model`."
         )
     if any(token in stop for token in ids[:-1]) or len(ids) > request["max_tokens"]:
         raise RolloutServerError(
@@ -114,12 +118,24 @@ def _read(choice: dict[str, Any], request: dict[str, Any], stop: frozenset[int],
             f"(finish_reason '{choice.get('finish_reason')}', stop_reason {choice.get('stop_reason')!r}). Give the "
             "server more context (`--max-model-len`), or remove its own stop words (`--generation-config vllm`)."
         )
-    return ServedCompletion([int(token) for token in ids], [min(float(value), 0.0) for value in log_probs])
+    return ServedCompletion(ids, [min(float(value), 0.0) for value in log_probs])
 
 
-def _ids_of(tokens: Any) -> list[int]:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _ids_of(tokens: list[Any]) -> list[int]:
     # Servers without `token_ids` may write tokens as "token_id:17".
-    marked = [str(token).partition("token_id:")[2] for token in tokens or ()]
+    marked = [str(token).partition("token_id:")[2] for token in tokens]
     return [int(token) for token in marked] if all(token.isdigit() for token in marked) else []
 
 

@@ -113,6 +113,55 @@ def test_a_saved_place_goes_on_where_it_was(stop_after):
     assert [batch["prompt"] for batch in second] == whole, "a restored place counts once"
 
 
+@pytest.mark.parametrize("repeat", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+def test_repeated_batches_come_in_blocks_of_a_window(repeat, window):
+    options = {"shuffle": True, "repeat_batches": repeat, "window": lambda: window}
+    once = [batch["prompt"] for batch in loader([rows(22)], shuffle=True)]
+    built = loader([rows(22)], **options)
+    given = list(built)
+    assert len(given) == len(built)
+    if repeat == 1:
+        assert [batch["prompt"] for batch in given] == once
+        return
+    size = window * repeat
+    for start in range(0, len(given), size):
+        first = start // repeat
+        expected = once[first : first + window]
+        expected += [[]] * (window - len(expected))
+        assert [batch["prompt"] for batch in given[start : start + size]] == expected * repeat
+    numbers = [batch.get("batch_number") for batch in given if batch["prompt"]]
+    assert numbers == [None] * len(numbers) if window == 1 else set(numbers) == set(range(len(once)))
+
+
+@pytest.mark.parametrize("stop_after", range(17))
+def test_a_place_in_a_block_goes_on_where_it_was(stop_after):
+    options = {"shuffle": True, "repeat_batches": 2, "window": lambda: 4}
+    whole = list(loader([rows(22)], **options))
+    assert len(whole) == 16
+    first, second = loader([rows(22)], **options), loader([rows(22)], **options)
+    iterator = iter(first)
+    given_out = [next(iterator) for _ in range(stop_after)]
+    second.load_state_dict(first.state_dict())
+    assert given_out + list(second) == whole
+
+
+def test_numbers_of_batches_are_those_of_all_epochs():
+    built = loader([rows(8)], repeat_batches=2, window=lambda: 2)
+    assert [batch["batch_number"] for batch in built] == [0, 1, 0, 1]
+    built.place.set_epoch(1)
+    assert [batch["batch_number"] for batch in built] == [2, 3, 2, 3]
+
+
+def test_a_place_of_before_there_were_blocks_is_that_of_a_window_of_one():
+    state = loader([rows(22)], repeat_batches=2).state_dict() | {"batch": 3}
+    del state["window"]
+    loader([rows(22)], repeat_batches=2).load_state_dict(state)
+    loader([rows(22)], repeat_batches=1, window=lambda: 2).load_state_dict(state | {"repeat_batches": 1})
+    with pytest.raises(DataError, match=r"`trainer.accumulate_grad_batches` changed since \(window 1 -> 2\)"):
+        loader([rows(22)], repeat_batches=2, window=lambda: 2).load_state_dict(state)
+
+
 def test_a_place_in_other_data_is_refused():
     first = loader([rows(22)])
     next(iter(first))

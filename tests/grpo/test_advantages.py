@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from nspo_lightning.grpo import group_advantages, groups_with_signal
+from nspo_lightning.grpo import group_advantages, rows_with_signal
 
 EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
 
@@ -42,7 +42,15 @@ def test_groups_without_signal_are_exactly_zero(scale):
     advantages = group_advantages(rewards, group_size=7, scale=scale)
     assert advantages[:7].eq(0).all()
     assert advantages[14:].eq(0).all()
-    assert groups_with_signal(advantages, 7).tolist() == [False, True, False]
+    rows = rows_with_signal(advantages, torch.ones(21, 2, dtype=torch.bool), has_kl=False)
+    assert rows.view(3, 7).any(1).tolist() == [False, True, False]
+
+
+def test_signal_is_a_trained_token_with_an_advantage_or_a_kl_term():
+    mask = torch.tensor([[True, False], [False, False], [False, True]])
+    advantages = torch.tensor([0.0, 1.0, -1.0])
+    assert rows_with_signal(advantages, mask, has_kl=False).tolist() == [False, False, True]
+    assert rows_with_signal(advantages, mask, has_kl=True).tolist() == [True, False, True]
 
 
 def test_a_single_completion_has_no_signal():

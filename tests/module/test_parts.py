@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nspo_lightning.grpo import Normaliser, Rollout
+from nspo_lightning.grpo import Normaliser, Rollout, rows_with_signal
 from nspo_lightning.module.experience import Experience, ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import NonFiniteError
 from nspo_lightning.module.grpo_module import GRPOModule
@@ -39,25 +39,26 @@ def experience(advantages: list[float], group_size: int = 2, tokens: int = 3) ->
 
 def test_dapo_divides_by_the_tokens_of_the_window():
     window = UpdateWindow()
-    divisors = [window.add(counts(tokens), "dapo").num_tokens for tokens in (10.0, 30.0, 0.0)]
+    divisors = [window.add(counts(tokens), tokens, "dapo").num_tokens for tokens in (10.0, 30.0, 0.0)]
     assert divisors == [10.0, 10.0, 10.0]
     # Gradients g / 10 each, over 3 batches by Lightning; wanted: their sum over 40 tokens.
-    assert window.correction("dapo", 3) / (3 * 10.0) == pytest.approx(1 / 40.0)
-    assert UpdateWindow(tokens=[5.0]).correction("dapo", 1) == 1.0
+    assert window.correction(3) / (3 * 10.0) == pytest.approx(1 / 40.0)
+    assert UpdateWindow(weights=[5.0]).correction(1) == 1.0
 
 
-def test_other_losses_are_divided_by_their_own_batch():
+def test_bnpo_divides_by_each_batch_and_by_the_batches_that_came():
     window = UpdateWindow()
-    assert [window.add(counts(tokens), "bnpo").num_tokens for tokens in (10.0, 30.0)] == [10.0, 30.0]
-    assert window.correction("bnpo", 2) == 1.0
+    assert [window.add(counts(tokens), 1.0, "bnpo").num_tokens for tokens in (10.0, 30.0)] == [10.0, 30.0]
+    assert window.correction(2) == 1.0
+    assert window.correction(4) == 2.0  # the last window of an epoch, of two batches
 
 
 def test_a_window_goes_through_a_checkpoint():
-    window = UpdateWindow(has_signal=True, tokens=[1.0, 2.0], nonfinite="loss")
+    window = UpdateWindow(has_signal=True, weights=[1.0, 2.0], nonfinite="loss")
     state = window.to_counters()
-    assert state == {"_window_has_signal": True, "_window_tokens": [1.0, 2.0], "_window_nonfinite": "loss"}
-    window.tokens.append(3.0)
-    assert UpdateWindow.from_counters(state) == UpdateWindow(has_signal=True, tokens=[1.0, 2.0], nonfinite="loss")
+    assert state == {"_window_has_signal": True, "_window_weights": [1.0, 2.0], "_window_nonfinite": "loss"}
+    window.weights.append(3.0)
+    assert UpdateWindow.from_counters(state) == UpdateWindow(has_signal=True, weights=[1.0, 2.0], nonfinite="loss")
     assert UpdateWindow.from_counters({}) == UpdateWindow()
 
 
@@ -84,43 +85,85 @@ def test_a_run_gives_up_after_so_many_in_a_row():
 
 def test_a_snapshot_is_of_before_and_comes_back():
     progress = Progress(max_nonfinite=2, seed=5, rollouts=3)
-    progress.buffer = ExperienceBuffer(experience([1.0, -1.0, 2.0, -2.0]), num_minibatches=2, num_iterations=1)
+    buffer = ExperienceBuffer(experience([1.0, -1.0, 2.0, -2.0]), num_minibatches=2, num_iterations=1)
+    progress.open_rollouts.put(7, buffer, at_most=2)
     snapshot = progress.snapshot()
-    progress.buffer.next()
+    buffer.next()
     progress.rollouts, progress.window.has_signal = 4, True
     state = progress.state_dict(snapshot)
     again = Progress(max_nonfinite=2)
     again.load_state_dict(state)
-    again.load_buffer(torch.device("cpu"))
+    again.load_rollouts(torch.device("cpu"))
     assert (again.seed, again.rollouts, again.window) == (5, 3, UpdateWindow())
     assert again.noise_seed == 5 * 1_000_003 + 3
-    assert again.buffer is not None
-    assert again.buffer.step == 0
-    assert again.buffer.next().advantages.tolist() == [1.0, -1.0]
+    assert again.open_rollouts.get(None) is None
+    kept = again.open_rollouts.get(7)
+    assert kept is not None
+    assert kept.step == 0
+    assert kept.next().advantages.tolist() == [1.0, -1.0]
     assert progress.state_dict(None)["counters"]["rollouts"] == 4
 
 
 def test_an_empty_buffer_is_not_kept():
     progress = Progress(max_nonfinite=1)
-    progress.buffer = ExperienceBuffer(experience([1.0, -1.0]), 1, 1)
-    progress.buffer.next()
-    assert progress.buffer.is_empty
-    assert progress.state_dict(None)["buffers"] == [None]
+    buffer = ExperienceBuffer(experience([1.0, -1.0]), 1, 1)
+    progress.open_rollouts.put(None, buffer, at_most=1)
+    buffer.next()
+    assert progress.open_rollouts.get(None) is None
+    assert progress.state_dict(None)["buffers"] == [[]]
+
+
+def test_a_rollout_of_an_earlier_checkpoint_goes_on():
+    buffer = ExperienceBuffer(experience([1.0, -1.0]), 1, 2)
+    buffer.next()
+    progress = Progress(max_nonfinite=1)
+    progress.load_state_dict({"seed": 1, "counters": {}, "buffers": [buffer.state_dict()]})
+    progress.load_rollouts(torch.device("cpu"))
+    kept = progress.open_rollouts.get(None)
+    assert kept is not None
+    assert kept.step == 1
+    progress.load_state_dict({"seed": 1, "counters": {}, "buffers": [None]})
+    progress.load_rollouts(torch.device("cpu"))
+    assert progress.open_rollouts.get(None) is None
+
+
+def test_rollouts_that_were_left_behind_go():
+    progress = Progress(max_nonfinite=1)
+    for number in range(5):
+        progress.open_rollouts.put(number, ExperienceBuffer(experience([1.0, -1.0]), 1, 2), at_most=2)
+    assert [number for number in range(5) if progress.open_rollouts.get(number)] == [3, 4]
+
+
+def test_a_part_without_prompts_is_handed_out_too():
+    buffer = ExperienceBuffer(experience([1.0, -1.0, 2.0, -2.0]), num_minibatches=3, num_iterations=2)
+    parts = [buffer.next().advantages.tolist() for _ in range(6)]
+    assert parts == [[], [1.0, -1.0], [2.0, -2.0]] * 2
+    assert buffer.is_empty
 
 
 def test_groups_without_signal_are_left_out_and_one_at_least_stays():
     whole = experience([0.0, 0.0, 1.0, -1.0])
     mask = whole.rollout.completion_mask
-    chosen = Minibatch.of(whole, mask, all_groups=False)
+    chosen = Minibatch.of(whole, mask, rows_with_signal(whole.advantages, mask, has_kl=False))
     assert chosen.rows.tolist() == [False, False, True, True]
     assert chosen.experience.rollout.prompt_ids.tolist() == [[2, 3]]
     assert bool(chosen.mask.all())
     nothing = experience([0.0, 0.0, 0.0, 0.0])
-    assert not nothing.has_signal
-    one = Minibatch.of(nothing, mask, all_groups=False)
+    without = rows_with_signal(nothing.advantages, mask, has_kl=False)
+    assert not bool(without.any())
+    one = Minibatch.of(nothing, mask, without)
     assert one.rows.tolist() == [True, True, False, False]
     assert not bool(one.mask.any())
-    assert bool(Minibatch.of(nothing, mask, all_groups=True).rows.all())
+    assert bool(Minibatch.of(nothing, mask, rows_with_signal(nothing.advantages, mask, has_kl=True)).rows.all())
+
+
+@pytest.mark.parametrize("has_kl", [False, True])
+def test_a_group_whose_completions_are_all_masked_has_no_signal(has_kl):
+    whole = experience([1.0, -1.0, 1.0, -1.0])
+    mask = whole.rollout.completion_mask.clone()
+    mask[:2] = False
+    chosen = Minibatch.of(whole, mask, rows_with_signal(whole.advantages, mask, has_kl=has_kl))
+    assert chosen.rows.tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("minibatches", "iterations", "wants"), [(1, 1, False), (1, 2, True), (2, 2, False)])

@@ -7,6 +7,8 @@ import torch
 from tiny_policies import CONFIGS, SHARING, VOCABULARY, ragged_prompts, tiny_policy
 
 from nspo_lightning.rollout import SamplingConfig, sample
+from nspo_lightning.rollout.choosing import NonFiniteLogitsError
+from nspo_lightning.rollout.memory import RowMemory, SharedMemory
 
 EOS = list(range(5, 15))  # likely enough that rows end at different steps
 PAD = 0
@@ -197,3 +199,67 @@ def test_prompts_that_end_in_padding_are_refused():
         draw(tiny_policy(), prompts=(ids.flip(1), mask.flip(1)))
     with pytest.raises(ValueError, match="at least one prompt"):
         draw(tiny_policy(), prompts=(ids[:0], mask[:0]))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_policy()
+
+
+def spoil(monkeypatch, call, change, rows):
+    """Change the logits of some rows in one of the calls that sampling makes."""
+    calls = []
+
+    def spoilt(real):
+        def method(self, *args):
+            logits = real(self, *args)
+            calls.append(1)
+            if len(calls) - 1 == call:
+                logits[rows] = change(logits[rows])
+            return logits
+
+        return method
+
+    for kind in (SharedMemory, RowMemory):
+        for name in ("prefill", "step"):
+            monkeypatch.setattr(kind, name, spoilt(getattr(kind, name)))
+
+
+def one_nan(logits):
+    return logits.index_fill(-1, torch.tensor([7]), torch.nan)
+
+
+SPOILS = {
+    "one NaN": one_nan,
+    "all NaN": lambda logits: logits * torch.nan,
+    "+inf": lambda logits: logits.index_fill(-1, torch.tensor([7]), torch.inf),
+    "all -inf": lambda logits: torch.full_like(logits, -torch.inf),
+}
+
+
+WAYS = [{}, {"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}]
+
+
+@pytest.mark.parametrize("name", list(SPOILS))
+@pytest.mark.parametrize("call", [0, 3])
+@pytest.mark.parametrize("settings", WAYS)
+@pytest.mark.parametrize("share", [True, False])
+def test_logits_that_say_nothing_are_an_error(llama, monkeypatch, share, settings, call, name):
+    """Not the last token, silently."""
+    spoil(monkeypatch, call, SPOILS[name], slice(0, 1))
+    with pytest.raises(NonFiniteLogitsError, match=f"logits for token {call + 1} of 1 of the 12 .*Likely causes"):
+        draw(llama, share=share, eos=[], **settings)
+
+
+@pytest.mark.parametrize("settings", WAYS)
+def test_tokens_at_minus_infinity_are_only_impossible(llama, monkeypatch, settings):
+    def most(logits):
+        return logits.index_fill(-1, torch.arange(20, VOCABULARY), -torch.inf)
+
+    spoil(monkeypatch, 2, most, slice(None))
+    assert bool((draw(llama, eos=[], **settings).completion_ids[:, 2] < 20).all())
+
+
+def test_a_temperature_that_overflows_is_an_error():
+    with pytest.raises(NonFiniteLogitsError):
+        draw(tiny_policy(), temperature=1e-45)

@@ -134,11 +134,13 @@ def test_the_key_is_nowhere_in_what_a_run_leaves(server, tiny_llama, tmp_path, m
 def test_a_rollout_in_the_buffer_keeps_its_samplers_log_probs(server, tiny_llama, tmp_path):
     policy = module(tiny_llama, rollout_server=settings(server, tmp_path), num_minibatches=2)
     trainer(tmp_path, steps=1).fit(policy, datamodule(repeat_batches=2))
-    state = policy.progress.buffer.state_dict()
+    left = policy.progress.open_rollouts.get(None)
+    assert left is not None
+    state = left.state_dict()
     again = ExperienceBuffer.from_state_dict(state, torch.device("cpu"))
     kept = again.experience.sampling_log_probs
     assert kept is not None
-    assert torch.equal(kept, policy.progress.buffer.experience.sampling_log_probs)
+    assert torch.equal(kept, left.experience.sampling_log_probs)
     drawn, old = again.next().sampling_log_probs, again.experience.select(slice(1, 2)).old_log_probs
     assert drawn is not None
     assert old is not None

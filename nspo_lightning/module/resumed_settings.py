@@ -1,0 +1,71 @@
+"""Settings that a resumed run must share with the one that it goes on from, and what is said where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from nspo_lightning.compat.lightning import callbacks_of
+from nspo_lightning.module.training_settings import TrainingSettings
+from nspo_lightning.policy.settings import LoraSettings, PolicySettings
+
+_SHARED = ("group_size", "scale_rewards", "num_iterations", "num_minibatches")
+
+
+class ResumeError(ValueError):
+    """A run that would silently go on as another one."""
+
+    raised_on_all_ranks = True
+    """All ranks read the same checkpoint."""
+
+
+def training_settings(settings: TrainingSettings, policy: PolicySettings, trainer: pl.Trainer) -> dict[str, Any]:
+    """Return what decides what is learnt from the same prompts, by the names that users know, as plain values.
+
+    Not among them: what changes no number (micro-batches, shared prompts), what only measures, and what Lightning
+    restores or takes from the new Trainer (optimizer, schedule, clipping, precision).
+    """
+    values = {f"model.{name}": vars(settings)[name] for name in _SHARED}
+    values |= {f"model.objective.{name}": value for name, value in asdict(settings.objective).items()}
+    values |= {f"model.sampling.{name}": value for name, value in asdict(settings.sampling).items()}
+    if policy.lora is not None:
+        values["model.policy.lora.dropout"] = policy.lora.dropout
+    if not any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)):
+        values["trainer.accumulate_grad_batches"] = trainer.accumulate_grad_batches
+    return values
+
+
+def adapter_settings(lora: LoraSettings | None) -> dict[str, Any]:
+    """Return what the trained weights mean, as far as their shapes don't show it: how the adapter is scaled."""
+    if lora is None:
+        return {}
+    return {"model.policy.lora.alpha": lora.alpha, "model.policy.lora.use_rslora": lora.use_rslora}
+
+
+def differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name the settings that differ, old -> new; "" if none does. Earlier checkpoints lack some or all of them."""
+    return ", ".join(
+        f"`{name}` {_shown(saved[name])} -> {_shown(now[name])}"
+        for name in now
+        if name in saved and saved[name] != now[name]
+    )
+
+
+def check_same_training(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than a checkpoint was written with."""
+    if changed := differing(saved, now):
+        raise ResumeError(
+            f"The checkpoint belongs to a run with other settings: {changed}. A resumed run goes on as if it had never "
+            "stopped, with the optimizer's state and the rollouts that were begun, and these settings would change "
+            "what it learns on the way. Resume with the settings of the checkpoint (they stand in its run's "
+            "config.yaml), or begin a new run from the trained adapter (`export` writes it; `policy.adapter`, "
+            "docs/questions.md)."
+        )
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,88 @@
+"""Outcomes come from the judge alone: no column or scalar that a reward reports takes the place of a metric of ours."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_jobs import Recorder, datamodule, module, trainer
+
+from nspo_lightning.module.judging import JudgedRollout, outcomes_of
+from nspo_lightning.rewards import OutcomeReward, RewardError, RewardSet, RulesJudge
+from nspo_lightning.rewards.protocol import Judged
+
+METRICS = {"unsafe": 0.125, "reward": 7.0, "entropy": 8.0, "safety/unsafe_rate": 0.0, "completions/mean_length": 9.0}
+
+
+class AlwaysUnsafe(RulesJudge):
+    """Names every completion unsafe."""
+
+    def classify(self, prompts: Any, completions: Any, **_: Any) -> list[Any]:
+        return ["unsafe"] * len(completions)
+
+
+def liar(prompts: Any, completions: Any, log_extra: Any = None, log_metric: Any = None, **_: Any) -> list[float]:
+    """A reward that reports what looks like a judge's outcomes, and like metrics of training."""
+    for name in ("safety/outcome", "liar/outcome", "outcome", "completion"):
+        log_extra(name, ["safe"] * len(completions))
+    for name, value in METRICS.items():
+        log_metric(name, value)
+    return [float(len(completion)) for completion in completions]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rewards_columns_and_scalars_replace_none_of_ours(tiny_llama: Path, tmp_path: Path, first: bool) -> None:
+    judged = {"safety": OutcomeReward(AlwaysUnsafe())}
+    rewards: dict[str, Any] = {"liar": liar, **judged} if first else {**judged, "liar": liar}
+    recorder, policy = Recorder(), module(tiny_llama, reward=RewardSet(rewards))
+    run = trainer(tmp_path, steps=1, callbacks=[recorder], limit_val_batches=1.0, val_check_interval=1)
+    run.fit(policy, datamodule())
+    logged = recorder.steps[0]
+    assert logged["unsafe"] == 1.0
+    assert policy.last_rollout is not None
+    assert set(policy.last_rollout.outcomes) == {"unsafe"}
+    for row in policy.last_rollout.rows():
+        assert row["outcome"] == "unsafe"
+        assert row["completion"] != "safe"
+        assert row["reported/outcome"] == "safe"
+    for name, value in METRICS.items():
+        assert logged[f"reported/{name}"] == value
+        assert logged.get(name) != value
+    assert run.callback_metrics["safety/unsafe_rate"] == 1.0
+    assert policy.trainer.predict(policy, datamodule())[0][0][0]["outcome"] == "unsafe"
+
+
+def test_a_column_of_that_name_alone_makes_no_outcome() -> None:
+    result = RewardSet({"liar": liar})(["p"], ["help"])
+    assert result.extra["liar/outcome"] == ["safe"]
+    assert result.outcomes is None
+    assert outcomes_of(result, AlwaysUnsafe(), ["p"], ["help"], {}) == ["unsafe"]
+
+
+BAD: list[Any] = [["UNSAFE", "safe"], ["safe"], None, "safe", [True, "safe"], ["safe"] * 3, [math.nan, "safe"]]
+
+
+@pytest.mark.parametrize("outcomes", BAD, ids=str)
+def test_outcomes_that_are_none_are_refused_wherever_they_come_from(outcomes: Any) -> None:
+    """Else a judge that writes UNSAFE would count as one that finds nothing."""
+
+    class Odd(RulesJudge):
+        def classify(self, prompts: Any, completions: Any, **_: Any) -> Any:
+            return outcomes
+
+    def odd(prompts: Any, completions: Any, **_: Any) -> Any:
+        return Judged(scores=[0.0] * len(completions), outcomes=outcomes)
+
+    for judge_or_reward in (OutcomeReward(Odd()), odd) if outcomes is not None else (OutcomeReward(Odd()),):
+        with pytest.raises(RewardError, match="judge"):
+            RewardSet([judge_or_reward])(["p", "q"], ["a", "b"])
+    with pytest.raises(RewardError, match="judge"):
+        outcomes_of(None, Odd(), ["p", "q"], ["a", "b"], {})
+
+
+def test_rows_keep_both_of_two_columns_of_one_name() -> None:
+    result = RewardSet([liar])(["p"], ["a"])
+    rows = JudgedRollout(prompts=["p"], completions=["a"], result=result, outcomes=["garbage"]).rows()
+    assert (rows[0]["outcome"], rows[0]["reported/outcome"]) == ("garbage", "safe")
