@@ -94,7 +94,7 @@ class TwoDenseOptimizers(DenseNet):
     def configure_optimizers(self) -> Any:
         return [adamw(self.layer.parameters()), adamw(self.other.parameters())]
 
-    training_step = TwoOptimizers.training_step
+    training_step = TwoOptimizers.training_step  # type: ignore[assignment]
 
 
 def test_adapters_split_over_two_optimizers_are_held(tmp_path: Any) -> None:
@@ -189,7 +189,7 @@ class Drifting(Net):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
-            self.shift = self.shift + 0.1
+            self.shift = self.shift + 0.1  # type: ignore[assignment]
         return super().forward(x) + self.shift
 
 
@@ -217,7 +217,7 @@ def test_a_counter_that_no_output_depends_on_is_no_reason_to_refuse(tmp_path: An
             self.seen = nn.Buffer(torch.zeros(()))
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            self.seen += 1
+            self.seen += 1  # type: ignore[misc]
             return super().training_step(batch, batch_idx)
 
     model = Counting()
@@ -300,7 +300,7 @@ def test_a_frozen_adapter_beside_the_trained_one_stays_on_in_calibration(tmp_pat
 
     model = Adapted()
     rows = general_inputs(20)
-    model.calibration_dataloader = lambda: [(rows,)]  # type: ignore[method-assign]
+    model.calibration_dataloader = lambda: [(rows,)]  # type: ignore[method-assign,assignment,return-value]
     before = model(rows).detach()
     callback = projection(criterion="energy", threshold=0.0)
     trainer(tmp_path, callback).fit(model)

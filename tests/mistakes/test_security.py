@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from null_space_problems import Net, trainer
 from workspace import Planted, build, run, write_lines
 
 from nspo_lightning.callbacks import NullSpaceProjection
@@ -363,7 +364,6 @@ def test_an_image_in_a_row_of_a_saved_dataset_is_not_opened(tmp_path: Path) -> N
 
 def test_the_callback_reads_bases_as_data_too(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
-    source = NullSpaceProjection(calibration=tmp_path / "b.safetensors").source
     with pytest.raises(ValueError, match="not a readable"):
-        source.load(tmp_path / "b.safetensors", {}, resumed=False)
+        trainer(tmp_path, NullSpaceProjection(calibration=tmp_path / "b.safetensors")).fit(Net())
     assert not (tmp_path / "ran").exists()

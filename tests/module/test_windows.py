@@ -79,7 +79,7 @@ def known_completions(policy: GRPOModule) -> None:
         )
         return rollout, [str(prompt.rewards[g]) for prompt, g in rows]
 
-    policy.text_policy.generate = generate  # type: ignore[method-assign]
+    policy.text_policy.generate = generate  # type: ignore[method-assign,assignment]
 
 
 class Batches:
@@ -125,7 +125,7 @@ def still_policy(path: Path, loss_type: LossType, beta: float = 0.0) -> GRPOModu
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in policy.text_policy.trainable_parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise))
     known_completions(policy)
     return policy
 
