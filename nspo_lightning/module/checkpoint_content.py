@@ -45,7 +45,6 @@ def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
         )
     if changed := differing(state.get("adapter", {}), adapter_settings(policy.settings.lora)):
         raise PolicyError(
-            f"The checkpoint's adapter is scaled in another way than this one: {changed}. With these settings its "
-            "weights would mean another policy. Use those that it was trained with (they stand in the config.yaml of "
-            "its run)."
+            f"The checkpoint's adapter is scaled in another way than this one: {changed}. Its weights would mean "
+            "another policy. Set what it was trained with (the first of each two)."
         )

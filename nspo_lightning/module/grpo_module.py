@@ -244,7 +244,8 @@ class GRPOModule(pl.LightningModule):
             return zero_loss(parameters)
         if buffer.wants_log_probs:
             buffer.keep_old_log_probs(loss.log_probs, minibatch.rows)
-        self._log_step({"loss": loss.value.detach(), "step_time": time.perf_counter() - start}, mean_over_ranks=True)
+        shown = {"loss": loss.value.detach() * window.own_scale, "step_time": time.perf_counter() - start}
+        self._log_step(shown, mean_over_ranks=True)
         return loss.value
 
     def _filled_buffer(self, batch: Mapping[str, Any]) -> ExperienceBuffer:

@@ -61,9 +61,8 @@ def check_same_training(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Non
         raise ResumeError(
             f"The checkpoint belongs to a run with other settings: {changed}. A resumed run goes on as if it had never "
             "stopped, with the optimizer's state and the rollouts that were begun, and these settings would change "
-            "what it learns on the way. Resume with the settings of the checkpoint (they stand in its run's "
-            "config.yaml), or begin a new run from the trained adapter (`export` writes it; `policy.adapter`, "
-            "docs/questions.md)."
+            "what it learns on the way. Resume with the checkpoint's own (the first of each two), or begin a new run "
+            "from the trained adapter (`export` writes it; `policy.adapter`, docs/questions.md)."
         )
 
 

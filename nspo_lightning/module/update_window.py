@@ -40,6 +40,11 @@ class UpdateWindow:
             return counts
         return replace(counts, num_tokens=self.unit) if loss_type == "dapo" else replace(counts, num_rows=self.unit)
 
+    @property
+    def own_scale(self) -> float:
+        """What makes the last batch's loss the mean over what it holds itself, to show it."""
+        return self.unit / self.weights[-1] if self.weights and self.weights[-1] > 0 else 1.0
+
     def correction(self, accumulated: int) -> float:
         """Say what makes the sum of the batches' gradients the mean over all that the window held.
 

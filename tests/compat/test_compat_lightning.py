@@ -103,3 +103,9 @@ def test_ddp_keeps_the_timeout_of_its_process_group():
     assert vars(strategy).get("_timeout") == timedelta(minutes=5), f"{VERSION}: see DDPStrategy.__init__ in ddp.py"
     assert compat.process_group_timeout(strategy) == timedelta(minutes=5)
     assert compat.process_group_timeout(SingleDeviceStrategy()) is None
+
+
+def test_a_module_without_a_trainer_has_none(run):
+    assert compat.trainer_of(BoringModel()) is None, f"{VERSION}: see `LightningModule.trainer`"
+    trainer = run(steps=1)
+    assert compat.trainer_of(trainer.lightning_module) is trainer

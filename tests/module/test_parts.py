@@ -44,6 +44,8 @@ def test_dapo_divides_by_the_tokens_of_the_window():
     # Gradients g / 10 each, over 3 batches by Lightning; wanted: their sum over 40 tokens.
     assert window.correction(3) / (3 * 10.0) == pytest.approx(1 / 40.0)
     assert UpdateWindow(weights=[5.0]).correction(1) == 1.0
+    assert UpdateWindow(weights=[10.0, 30.0]).own_scale == 1 / 3  # the loss that is shown is the batch's own mean
+    assert UpdateWindow(weights=[10.0, 0.0]).own_scale == UpdateWindow(weights=[7.0]).own_scale == 1.0
 
 
 def test_bnpo_divides_by_each_batch_and_by_the_batches_that_came():

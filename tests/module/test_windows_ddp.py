@@ -1,0 +1,78 @@
+"""Windows under DDP on two gloo processes: the gradients are those of one process with all prompts of both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from known_rollouts import gradients, mean_of, random_epoch, still_policy
+from paths import python_path
+from torch import Tensor
+from windows_ddp_job import SEEDS, dealt
+
+from nspo_lightning.grpo import LossType
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank wrote."""
+    folder = tmp_path_factory.mktemp("ddp")
+    script = Path(__file__).with_name("windows_ddp_job.py")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"))}
+    paths = os.pathsep.join([python_path(), str(script.parent)])
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny_llama), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=270,
+        check=False,
+        env=environment | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def expected(policy: Any, folder: Path, loss_type: LossType, windows: list[list[list[Any]]]) -> list[dict[str, Tensor]]:
+    """The gradient of each window, {} for none; a window holds the batches of both ranks."""
+    if loss_type != "bnpo":
+        whole = gradients(policy, folder, [[one for batch in window for one in batch] for window in windows])
+        return [whole.get(i, {}) for i in range(len(windows))]
+    alone = gradients(policy, folder, [batch for window in windows for batch in window])
+    numbers = iter(range(1000))
+    parts = [[alone.get(next(numbers)) for _ in window] for window in windows]
+    return [mean_of([part for part in some if part], len(some)) if any(some) else {} for some in parts]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("loss_type", get_args(LossType))
+def test_the_gradient_of_a_window_is_that_of_one_process(
+    ranks: list[dict[str, Any]], tiny_llama: Path, tmp_path: Path, loss_type: LossType
+) -> None:
+    policy = still_policy(tiny_llama, loss_type)
+    for seed in SEEDS:
+        batches, accumulate = random_epoch(seed)
+        together = list(zip(dealt(batches, 0), dealt(batches, 1), strict=True))
+        starts = range(0, len(together), accumulate)
+        windows = [[part for both in together[s : s + accumulate] for part in both] for s in starts]
+        ends = [min(start + accumulate, len(together)) - 1 for start in starts]
+        for rank in ranks:
+            found = rank["windows"][f"{loss_type} {seed}"]
+            for end, values in zip(ends, expected(policy, tmp_path, loss_type, windows), strict=True):
+                assert found.get(end, {}).keys() == values.keys()
+                scale = max((float(value.abs().max()) for value in values.values()), default=0.0)
+                for name, value in values.items():
+                    torch.testing.assert_close(found[end][name], value, rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.timeout(300)
+def test_a_part_that_is_empty_on_one_rank_stops_nobody(ranks: list[dict[str, Any]]) -> None:
+    one, two = (rank["parts"] for rank in ranks)
+    assert one["rollouts"] == two["rollouts"] == 1
+    assert one["steps"] == two["steps"] == 6
+    assert all(torch.equal(value, two["weights"][name]) for name, value in one["weights"].items())
+    assert all(bool(value.isfinite().all()) for value in one["weights"].values())
