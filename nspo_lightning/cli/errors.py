@@ -45,6 +45,8 @@ def exit_codes() -> Iterator[None]:
             where, hint = f" on rank {rank}" if rank else "", f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
             print(f"\nerror{where}: {message_for(error)}\n{hint}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        RUN_FOLDER.end()
 
 
 def is_users_mistake(error: BaseException) -> bool:

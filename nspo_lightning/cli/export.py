@@ -65,7 +65,8 @@ def check_out(out: Path, checkpoint: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{out} is not empty. Give another `--out`, or replace what is there with `--overwrite`.")
-    if not any((out / marker).is_file() for marker in MARKERS) or checkpoint.resolve().is_relative_to(out.resolve()):
+    around = any(path.is_relative_to(out.resolve()) for path in (checkpoint.resolve(), Path.cwd()))
+    if around or not any((out / marker).is_file() for marker in MARKERS):
         raise ValueError(
             f"{out} does not hold an earlier export, so `--overwrite` leaves it alone. Give another `--out`."
         )

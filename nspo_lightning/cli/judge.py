@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from nspo_lightning.atomic import replacing
+from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.readers import read_file
 from nspo_lightning.datamodules.sources.rows import RawRow
@@ -82,6 +83,8 @@ def judge_file(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"`batch_size` and `limit` must be at least 1, got {batch_size} and {limit}.")
+    default = f"{Path(input).name.split('.')[0]}.scores.jsonl"
+    target = check_output("--output", default if output is None else output, inputs=[Path(input)])
     console = console or Console()
     rewards = reward if isinstance(reward, RewardSet) else RewardSet([reward])
     rows = list(itertools.islice(read_file(Path(input)), limit))
@@ -92,7 +95,6 @@ def judge_file(
         _check_text(row, prompt_column, "prompt_column")
         _check_text(row, completion_column, "completion_column")
     labels = _labels(rows, label_column, label_true_means)
-    target = Path(output or f"{Path(input).name.split('.')[0]}.scores.jsonl")
     results = _score(rewards, rows, (prompt_column, completion_column), batch_size, target, console)
     total = torch.cat([result.total for result in results])
     per_reward = {name: torch.cat([result.per_reward[name] for result in results]) for name in rewards.names}
