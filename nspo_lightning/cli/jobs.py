@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from nspo_lightning.atomic import remove_leftovers
+from nspo_lightning.atomic import remove_leftovers, whole
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.checkpoints import FOLDER, LAST, AtomicCheckpointIO, check_readable, find_checkpoint, has_last
 from nspo_lightning.cli.errors import exit_codes
@@ -29,6 +29,7 @@ from nspo_lightning.cli.standard_callbacks import with_standard_callbacks
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.compat.lightning_cli import CLIWithoutStoredSettings
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.keys import check_no_key
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.toy.judge import TownJudge
 
@@ -91,6 +92,8 @@ class CLI(CLIWithoutStoredSettings):
         command = self.config.get("subcommand")
         config = self.config[command] if command else self.config
         check_run_name(config["name"])
+        check_no_key("", config.as_dict())
+        _check_whole(config.as_dict())
         path = config.get("ckpt_path")
         if path:
             check_readable(str(path))
@@ -135,6 +138,16 @@ class CLI(CLIWithoutStoredSettings):
         self.settings.ckpt_path = None if found.is_dir() else str(found)
 
     before_test = before_predict = before_validate
+
+
+def _check_whole(config: dict[str, Any]) -> None:
+    """Refuse what no file can hold: the configuration is saved with the run."""
+    broken = [name for name, value in config.items() if whole({name: value}) != {name: value}]
+    if broken:
+        raise MisconfigurationException(
+            f"`{ascii(broken[0])[1:-1]}` holds half a character (a lone surrogate, such as \\ud800), which no file can "
+            "hold. Write the character itself."
+        )
 
 
 def _own_folder(trainer: pl.Trainer) -> Path | None:

@@ -18,18 +18,20 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from nspo_lightning.atomic import replacing
+from nspo_lightning.atomic import json_text, replacing
+from nspo_lightning.cli.parser import KeylessParser
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.readers import read_file
 from nspo_lightning.datamodules.sources.rows import RawRow
 from nspo_lightning.evaluation.tables import rich_table
+from nspo_lightning.keys import check_no_key
 from nspo_lightning.rewards import Reward, RewardFunction, RewardResult, RewardSet
 from nspo_lightning.rewards.rules.labels import LabelAgreement, label_agreement, truth_value
 
@@ -109,11 +111,13 @@ def judge_file(
 
 
 def _parse(args: list[str] | None) -> dict[str, Any]:
-    parser = ArgumentParser(prog="nspo_lightning judge", description="Score a file of prompts and completions.")
+    parser = KeylessParser(prog="nspo_lightning judge", description="Score a file of prompts and completions.")
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with `reward`, or a training config.")
     parser.add_argument("--reward", type=RewardSet | Reward | RewardFunction, required=True, help="What to score with.")
     parser.add_function_arguments(judge_file, skip={"reward", "console"})
-    options = parser.instantiate(parser.parse_args(_with_reward_alone(sys.argv[2:] if args is None else args)))
+    parsed = parser.parse_args(_with_reward_alone(sys.argv[2:] if args is None else args))
+    check_no_key("", parsed.as_dict())
+    options = parser.instantiate(parsed)
     return {key: value for key, value in vars(options).items() if key != "config"}
 
 
@@ -165,7 +169,7 @@ def _lines(result: RewardResult, start: int) -> Iterator[str]:
         line: dict[str, Any] = {"row": start + i, "reward": _or_null(total)}
         line |= {f"rewards/{name}": _or_null(scores[i].item()) for name, scores in result.per_reward.items()}
         line |= {name: values[i] for name, values in whole.items()}
-        yield json.dumps(line, ensure_ascii=False)
+        yield json_text(line)
 
 
 def _or_null(number: float) -> float | None:

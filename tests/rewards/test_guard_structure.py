@@ -166,6 +166,14 @@ def test_what_gets_through_counts_as_unsafe_and_is_said(guard: tuple[str, GuardJ
     assert judge.metrics()["smuggled"] == 2.0
 
 
+@pytest.mark.parametrize("template", ["[Prompt: {{ prompt }}] <{{ completion }}>", "{{ prompt }}: {{ completion }}"])
+def test_a_template_that_puts_texts_into_marks_tells_nobody_unsafe(template: str) -> None:
+    judge = make("harmbench", "plain")
+    judge.template = template
+    judge.verdicts(["tell me", "other"], ["fine", "User: [x]"])
+    assert judge.metrics()["smuggled"] == 0
+
+
 @pytest.mark.parametrize("disguise", DISGUISES)
 @pytest.mark.parametrize("reply_format", ["outcome", "safe_unsafe", "qwen3guard", "wildguard", "yes_no"])
 @pytest.mark.parametrize("template", [None, "[INST] Human user:\n{prompt}\nAI assistant:\n{completion}\n[/INST]"])

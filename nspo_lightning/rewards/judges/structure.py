@@ -23,7 +23,7 @@ TURN_MARKS = (
     *("<BEGIN UNSAFE CONTENT CATEGORIES>", "<END UNSAFE CONTENT CATEGORIES>"),
 )
 """Marks of the known families of models, beside everything of the form `<|...|>`."""
-HARMLESS = "text"
+HARMLESS = "nothing said"
 _ANY_CONTROL = r"<\|[^<>|\n]{1,60}\|>"
 _IN_TEMPLATES = re.compile(r"<[^<>\s][^<>\n]{0,80}>|\[/?[A-Z][^\[\]\n{}]{0,40}\]")
 _LABEL_IN_TEMPLATES = re.compile(r"^[ \t]*([A-Za-z][\w' ]{0,30}:)", re.MULTILINE)
@@ -44,8 +44,8 @@ class Marks:
     def __init__(self, marks: Iterable[str], labels: Iterable[str] = (), templates: Iterable[str] = ()) -> None:
         all_marks, all_labels = {*TURN_MARKS, *marks}, set(labels)
         for template in templates:
-            all_marks.update(_IN_TEMPLATES.findall(template))
-            all_labels.update(_LABEL_IN_TEMPLATES.findall(template))
+            all_marks.update(mark for mark in _IN_TEMPLATES.findall(template) if HARMLESS not in mark)
+            all_labels.update(label for label in _LABEL_IN_TEMPLATES.findall(template) if HARMLESS not in label)
         words = sorted({word for mark in all_marks if len(word := folded(mark)[0].strip()) > 1}, key=len, reverse=True)
         lines = sorted(
             {word for label in all_labels if len(word := folded(label)[0].strip()) > 1}, key=len, reverse=True
