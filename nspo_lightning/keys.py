@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 _SPECIAL = "(?<!pad_|eos_|bos_|unk_|sep_|cls_)(?<!mask_|stop_)"
-_KINDS = "api|access|secret|private|subscription|account|signing|encryption|session|service|client|auth|ssh"
+_KINDS = (
+    "api|access|secret|priv|private|subscription|account|signing|encryption|session|service|client|auth|ssh|license"
+    "|openai|anthropic|azure|aws|google|gemini|cohere|mistral|groq|together|hf|hugging_?face|wandb|comet|neptune|swanlab"
+)
 _CREDENTIAL = (
-    rf"(?:(?:{_KINDS})[-_]?keys?(?:[-_]id)?|authori[sz]ation|pass(?:word|wd|phrase|code)|(?<![a-z])pwd|secrets?"
-    rf"|credentials?|(?<![a-z])(?:bearer|cookie|jwt|pat)|connection[-_]?string|(?:access|auth|refresh|bearer)[-_]?token"
+    rf"(?:(?:{_KINDS})[-_]?keys?(?:[-_]id)?|authori[sz]ation|pass(?:words?|wd?|phrase|code)|(?<![a-z])(?:pwd|pass|auth)|secrets?"
+    rf"|cred(?:ential)?s?|sessionid|(?<![a-z])(?:bearer|cookie|jwt|pat)|connection[-_]?string|(?:api|access|auth|refresh|bearer)[-_]?tokens?"
     rf"|(?<![a-z]){_SPECIAL}token)"
 )
 """How a credential's name ends, in any case; a tokenizer's special tokens are none."""
 
+_SCHEME = r"(?:(?:bearer|basic|token|digest|apikey)\s+)?"
 _OPTION = re.compile(
-    rf"""(?ix) (\b\w*{_CREDENTIAL}\b ['"]?\s*(?:=|,\s*val=)\s*['"]?  # an option with its value
-    | (?:\b\w+[-_]|['"]|\b(?!token|pat|secret|credential))\w*{_CREDENTIAL}\b ['"]?\s*:\s*['"]?(?:bearer\s+|basic\s+)?
+    rf"""(?ix) (\b\w*{_CREDENTIAL}\b ['"]?\s*(?:=|,\s*val=)\s*['"]?{_SCHEME}  # an option with its value
+    | (?:\b\w+[-_]|['"]|\b(?!token|pat|secret|credential))\w*{_CREDENTIAL}\b ['"]?\s*:\s*['"]?{_SCHEME}
     | --\S*{_CREDENTIAL}\b ['"]?,?\s+['"]?) [^\s'",)}}\]&]+"""
 )
 _KEY = re.compile(
@@ -37,7 +42,8 @@ _KEY = re.compile(
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----[\s\S]*"""
 )
 _IN_ADDRESS = re.compile(
-    r"""(?ix) (?<![^\s'"=,(\[{/]) [^\s/@:'"=,(\[{]* : [^\s/'"]+ (?=@[\w\[])  # user:password@host
+    r"""(?ix) (?<![^\s'"=,(\[{/]) [^\s/@:'"=,(\[{]* : (?!//) [^\s'"]+ (?=@[\w\[])  # user:password@host
+    | (?<=://) (?=[a-z]*[0-9]) [^\s/@:'"]{8,} (?=@)  # a token alone
     | (?<=[?&]) (?:key|sig|signature|auth|code|x-amz-[a-z-]+) = [^\s&'"]+"""
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -68,6 +74,8 @@ def mask_keys(text: str) -> str:
     """
     for value in _environment_keys():
         text = text.replace(value, "***")
+    if "%" in text and (plain := unquote(text)) != text and mask_keys(plain) != plain:
+        text = plain
     return _IN_ADDRESS.sub("***", _KEY.sub("***", _OPTION.sub(r"\1***", text)))
 
 
@@ -162,6 +170,8 @@ def _check_pair(where: str, name: Any, value: Any) -> None:
 
 
 def _names_a_credential(name: str) -> bool:
-    # As words: accessToken is access_token, and "X API key" is x_api_key.
-    words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()).strip("_")
+    # As words: accessToken is access_token, and "X API key" is x_api_key, in any kind of letters.
+    seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c)[0] != "C")
+    words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", seen).lower()).strip("_")
+    words = re.sub(r"(?:_?(?:value|string|text|header|[0-9]+))+$", "", words)
     return re.search(rf"{_CREDENTIAL}$", words) is not None

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +20,14 @@ import yaml
 from jsonargparse import ActionConfigFile
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from torch import Tensor
 
 from nspo_lightning.atomic import json_text, replacing
+from nspo_lightning.cli.judge_tables import agreement_table, scores_table
 from nspo_lightning.cli.parser import KeylessParser
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.readers import read_file
 from nspo_lightning.datamodules.sources.rows import RawRow
-from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.keys import check_no_key
 from nspo_lightning.rewards import Reward, RewardFunction, RewardResult, RewardSet
 from nspo_lightning.rewards.rules.labels import LabelAgreement, label_agreement, truth_value
@@ -100,12 +97,12 @@ def judge_file(
     results = _score(rewards, rows, (prompt_column, completion_column), batch_size, target, console)
     total = torch.cat([result.total for result in results])
     per_reward = {name: torch.cat([result.per_reward[name] for result in results]) for name in rewards.names}
-    console.print(_scores_table(total, per_reward, results[-1].metrics))
+    console.print(scores_table(total, per_reward, results[-1].metrics))
     both = [i for i, label in enumerate(labels) if label is not None and not math.isnan(total[i].item())]
     agreement = None
     if both:
         agreement = label_agreement(total[both], torch.tensor([bool(labels[i]) for i in both]), threshold)
-        console.print(_agreement_table(agreement, threshold))
+        console.print(agreement_table(agreement, threshold))
     console.print(f"Scores: {target}")
     return agreement
 
@@ -228,32 +225,3 @@ def _is_unsafe(row: RawRow, column: str, true_means: str | None) -> bool | None:
             row.where, f"{column!r} = {value!r} can mean safe or unsafe", "Set `label_true_means` to safe or unsafe."
         )
     return truth if true_means == "unsafe" else not truth
-
-
-def _scores_table(total: Tensor, per_reward: dict[str, Tensor], metrics: dict[str, float]) -> Table:
-    rows = [_figures(name, scores) for name, scores in per_reward.items()]
-    if len(per_reward) > 1:
-        rows.append(_figures("total", total))
-    rows += [(name, f"{value:g}", "", "", "", "") for name, value in metrics.items()]
-    headings = ("reward", "mean", "std", "min", "max", "excluded")
-    return rich_table(f"Rewards of {len(total)} completions", headings, rows, align="lrrrrr")
-
-
-def _figures(name: str, scores: Tensor) -> tuple[str, ...]:
-    scored = scores[~scores.isnan()]
-    if len(scored) > 1:
-        figures = [f"{figure(scored).item():.4f}" for figure in (torch.mean, torch.std, torch.min, torch.max)]
-    else:
-        figures = [f"{scored.item():.4f}" if len(scored) else "-", "-", "-", "-"]
-    return name, *figures, str(len(scores) - len(scored))
-
-
-def _agreement_table(agreement: LabelAgreement, threshold: float) -> Table:
-    figures = asdict(agreement)
-    title = f"Agreement with {figures.pop('count')} labels (unsafe = reward below {threshold:g})"
-    rows = [(name.replace("_", " "), _figure(value)) for name, value in figures.items()]
-    return rich_table(title, ("figure", "value"), rows, align="lr")
-
-
-def _figure(value: float) -> str:
-    return str(value) if isinstance(value, int) else "not defined" if math.isnan(value) else f"{value:.4f}"

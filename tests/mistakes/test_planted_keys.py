@@ -19,14 +19,17 @@ WORD = "Plant3dS3cr3t"  # says nothing by itself: the field's name does
 NAMES = ["api_key", "apikey", "APIKEY", "x-api-key", "X-Api-Key", "token", "access_token", "bearer", "authorization",
          "Authorization", "secret", "password", "passwd", "credentials", "private_key", "aws_secret_access_key",
          "aws_access_key_id", "client_secret", "hf_token", "authToken", "refresh_token", "passphrase", "secretKey",
-         "Ocp-Apim-Subscription-Key", "cookie", "openai_api_key", "session_key", "pwd", "jwt"]  # fmt: skip
+         "Ocp-Apim-Subscription-Key", "cookie", "openai_api_key", "session_key", "pwd", "jwt", "auth",
+         "apiKey2", "api\u200bkey", "ＡＰＩ_key", "OPENAI_KEY", "wandb_key", "creds",
+         "auth_header", "secret_value", "PASSWORD1"]  # fmt: skip
 KEYS = ["sk-planted-9f8e7d6c5b4a", "sk-proj-Ab3dEf6hIj9kLm2n", "hf_Ab3dEf6hIj9kLm2nOpQ", "ghp_Ab3dEf6hIj9kLm2nOpQr",
         "github_pat_11ABCDEFG0abcdef", "AKIAIOSFODNN7EXAMPLE", "xoxb-1234-5678-abcdef", "AIzaSyA1234567890abcdefghij",
         "glpat-abcdef123456", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc", "Bearer 9f8e7d6c5b4a",
         "a8Fk29Lq0ZxYb7Wc3Vn5Mt1Rp6Sd4Gh2", "-----BEGIN RSA PRIVATE KEY-----\nMIIE"]  # fmt: skip
 ADDRESSES = [f"me:{WORD}@host/v1", f"http://me:{WORD}@host/v1", f"host/v1?api_key={WORD}", f"https://h/x?a=1&token={WORD}",
              f"postgres://me:{WORD}@db:5432/x", f":{WORD}@host", f"https://h/x?key={WORD}",
-             f"https://s3/x?X-Amz-Signature={WORD}"]  # fmt: skip
+             f"https://s3/x?X-Amz-Signature={WORD}", f"me:{WORD}/x@host/v1",
+             f"https://{WORD}@github.com/x", f"me%3A{WORD}%40host", f"host?api_key%3D{WORD}"]  # fmt: skip
 HARMLESS: list[Any] = [
     "meta-llama/Llama-Guard-3-8B", "Qwen/Qwen3Guard-Gen-0.6B", "0123456789abcdef0123456789abcdef01234567",
     "lightning.pytorch.loggers.TensorBoardLogger", "http://localhost:8000/v1", "runs/nspo/checkpoints/last.ckpt",
@@ -35,6 +38,8 @@ HARMLESS: list[Any] = [
     {"max_tokens": 5, "pad_token": "<pad>", "image_token": "<image>", "api_key_env": "OPENAI_API_KEY", "seed": 1},
     {"token": None, "use_auth_token": True, "stop_token_ids": [1, 2]}, ["a", "b"], {"name": "job", "value": 3},
     {"data_files": "hf://datasets/x/y.jsonl", "revision": "main", "group_by": "a:b"}, "2024-01-01 10:00:00",
+    "hf://datasets/a/b@main", "ssh://git@host/x", "100%25", {"sort_key": "x", "metric_key": "y", "keys": ["a"]},
+    "compass: x",
 ]  # fmt: skip
 
 
@@ -52,7 +57,7 @@ planted = st.one_of(
     st.sampled_from(KEYS).map(lambda key: ({key: 1}, key)),
     st.sampled_from(KEYS).map(lambda key: ([f"x {key} y"], key)),
     st.sampled_from(ADDRESSES).map(lambda address: ({"endpoint": address}, WORD)),
-    st.sampled_from(NAMES).map(lambda name: ([f"{name.replace('-', '_')}={WORD}"], WORD)),
+    st.sampled_from(NAMES[:20]).map(lambda name: ([f"{name.replace('-', '_')}={WORD}"], WORD)),
 )
 
 
