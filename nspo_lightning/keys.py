@@ -26,24 +26,26 @@ _CREDENTIAL = (
 """How a credential's name ends, in any case; a tokenizer's special tokens are none."""
 
 _SCHEME = r"(?:(?:bearer|basic|token|digest|apikey)\s+)?"
+_BARE = r"(?<![\w'\"-])(?:token|pat|pass|auth|cookie|bearer|secrets?|cred(?:ential)?s?)\b['\"]?\s*:"
+# Every repetition has a bound or one place to begin at: a message may hold a text of any length.
 _OPTION = re.compile(
-    rf"""(?ix) (\b\w*{_CREDENTIAL}\b ['"]?\s*(?:=|,\s*val=)\s*['"]?{_SCHEME}  # an option with its value
-    | (?:\b\w+[-_]|['"]|\b(?!token|pat|secret|credential))\w*{_CREDENTIAL}\b ['"]?\s*:\s*['"]?{_SCHEME}
-    | --\S*{_CREDENTIAL}\b ['"]?,?\s+['"]?) [^\s'",)}}\]&]+"""
+    rf"""(?ix) ({_CREDENTIAL}\b ['"]?\s*(?:=|,\s*val=)\s*['"]?{_SCHEME}  # an option with its value
+    | (?!{_BARE}){_CREDENTIAL}\b ['"]?\s*:\s*['"]?{_SCHEME}  # a field or a header
+    | (?<!-)--(?=\w)\S{{0,60}}?{_CREDENTIAL}\b ['"]?,?\s+['"]?) [^\s'",)}}\]&]+"""
 )
 _KEY = re.compile(
     r"""(?x) (?<![A-Za-z0-9]) (?:  # what issuers of keys begin them with
-    sk-(?=[\w-]*[0-9])[\w-]{10,} | [spr]k_(?:live|test)_\w{8,}
+    sk-(?=[\w-]{0,200}[0-9])[\w-]{10,} | [spr]k_(?:live|test)_\w{8,}
     | (?:hf|npm|gsk|r8)_(?=[A-Za-z0-9]*[0-9A-Z])[A-Za-z0-9]{10,}
     | gh[pousr]_[A-Za-z0-9]{10,} | github_pat_\w{10,} | (?:glpat|nvapi|pypi)-[\w-]{10,} | (?:AKIA|ASIA)[0-9A-Z]{12,}
-    | AIza[\w-]{20,} | ya29\.[\w-]{10,} | xox[a-z]-[\w-]{8,} | eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?
-    | (?i:bearer|basic)\s+(?=\S*[0-9=])[\w.~+/=-]{8,}
+    | AIza[\w-]{20,} | ya29\.[\w-]{10,} | xox[a-z]-[\w-]{8,} | eyJ[\w-]{8,999}\.[\w-]{8,}(?:\.[\w-]*)?
+    | (?i:bearer|basic)\s+(?=\S{0,200}[0-9=])[\w.~+/=-]{8,}
     | (?=[A-Za-z]*[0-9])(?=(?:[A-Za-z]*[0-9]){4})(?=[0-9a-z]*[A-Z])(?=[0-9A-Z]*[a-z])[A-Za-z0-9]{32,} )
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----[\s\S]*"""
 )
 _IN_ADDRESS = re.compile(
-    r"""(?ix) (?<![^\s'"=,(\[{/]) [^\s/@:'"=,(\[{]* : (?!//) [^\s'"]+ (?=@[\w\[])  # user:password@host
-    | (?<=://) (?=[a-z]*[0-9]) [^\s/@:'"]{8,} (?=@)  # a token alone
+    r"""(?ix) (?<![^\s'"=,(\[{/]) [^\s/@:'"=,(\[{]* : (?!//) [^\s'"]{1,200} (?=@[\w\[])  # user:password@host
+    | (?<=://) (?=[a-z]*[0-9]) [^\s/@:'"]{8,200} (?=@)  # a token alone
     | (?<=[?&]) (?:key|sig|signature|auth|code|x-amz-[a-z-]+) = [^\s&'"]+"""
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -173,5 +175,5 @@ def _names_a_credential(name: str) -> bool:
     # As words: accessToken is access_token, and "X API key" is x_api_key, in any kind of letters.
     seen = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c)[0] != "C")
     words = re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", seen).lower()).strip("_")
-    words = re.sub(r"(?:_?(?:value|string|text|header|[0-9]+))+$", "", words)
+    words = re.sub(r"(?:_?(?:value|string|text|header|[0-9]))+$", "", words)
     return re.search(rf"{_CREDENTIAL}$", words) is not None
