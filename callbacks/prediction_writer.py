@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
+
+from nspo_lightning.atomic import json_text
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -46,7 +47,7 @@ class PredictionWriter(BasePredictionWriter):
         if self._file is None or not prediction:
             return
         with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+            file.writelines(json_text(row) + "\n" for row in prediction)
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from nspo_lightning.atomic import json_text
 from nspo_lightning.callbacks.protocols import KeepsRollout
 from nspo_lightning.evaluation.tables import markdown_table
 
@@ -61,4 +61,4 @@ class SampleCompletions(Callback):
         if self.jsonl and self._folder is not None:
             with (self._folder / "completions.jsonl").open("a", encoding="utf-8") as file:
                 for row in rows:
-                    file.write(json.dumps({"step": trainer.global_step, **row}, ensure_ascii=False) + "\n")
+                    file.write(json_text({"step": trainer.global_step, **row}) + "\n")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 PARTIAL = ".partial"
 """Ending of a file that is being written, `.<name>.<process>.partial`. No reader takes one for a finished file."""
 SHARED_LEFTOVER_S = 3600.0
+_HALVES = re.compile("[\ud800-\udfff]")
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -56,7 +59,30 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def write_json(content: Any, path: Path) -> None:
     """Write a JSON file, whole or not at all; what JSON does not know is written as text."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        partial.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Return JSON that any file takes: half a character is written as its code, what JSON does not know as text."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False, default=str)
+    return _HALVES.sub(lambda half: f"\\u{ord(half.group()):04x}", text)
+
+
+def whole(value: T) -> T:
+    """Return text, or lists and dictionaries of it, with U+FFFD for half characters (lone surrogates).
+
+    No file, server or tokenizer takes those; they come from codes in JSON.
+    """
+    changed: Any = value
+    if isinstance(value, str):
+        if _HALVES.search(value):
+            changed = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    elif isinstance(value, dict):
+        changed = {whole(name): whole(inner) for name, inner in value.items()}
+    elif type(value) in (list, tuple):
+        changed = type(value)(whole(inner) for inner in value)  # type: ignore[call-arg,attr-defined]
+    result: T = changed
+    return result
 
 
 def sync_folder(folder: Path) -> None:

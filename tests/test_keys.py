@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from nspo_lightning.keys import check_no_key, looks_secret, mask_keys
@@ -31,3 +33,14 @@ def test_reports_leave_more_out_than_credentials(name: str) -> None:
     assert looks_secret(name)
     check_no_key("request_options", {name: 1})  # which is no reason to refuse it
     assert not looks_secret("max_tokens")
+
+
+PIECES = ["a", "a_", "a:", "sk-", "A1a", "//", "api_key", "'", "-", "--a", "/:", "x-eyJaaaaaaaaa", "1", "%41", "token "]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_long_text_takes_no_time(piece: str) -> None:
+    start = time.process_time()
+    mask_keys(piece * (20_000 // len(piece)))
+    looks_secret(piece * (2_000 // len(piece)) + "x")
+    assert time.process_time() - start < 2.0

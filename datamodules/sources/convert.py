@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nspo_lightning.atomic import whole
 from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.rows import Message, Prompt, PromptRow, RawRow
@@ -54,8 +55,13 @@ def convert(plan: RowPlan, raw: RawRow) -> PromptRow | str:
         BadRow: If its prompt is missing, empty, not text or absurdly long.
     """
     result = _by_columns(plan, raw) if plan.preset is None else _by_preset(plan, plan.preset, raw)
+    if isinstance(result, str):
+        return result
+    if whole(parts := (result.answer, result.skill, result.columns)) != parts:
+        answer, skill, columns = whole(parts)
+        result = replace(result, answer=answer, skill=skill, columns=columns)
     system = plan.source.system_prompt
-    if isinstance(result, str) or system is None:
+    if system is None:
         return result
     turns = [{"role": "user", "content": result.prompt}] if isinstance(result.prompt, str) else result.prompt
     if turns[0]["role"] != "system":

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches, is_sharded
+from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
 from nspo_lightning.nullspace.criteria import Criterion
@@ -84,6 +85,7 @@ def calibrate(
         TypeError: If the datamodule has no ``calibration_dataloader()``.
     """
     console = console or Console()
+    check_output("--out", out)
     Path(out).parent.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not for nothing
     if not isinstance(datamodule, HasCalibrationText):
         raise TypeError(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from nspo_lightning.checkpoints import last_of
 from nspo_lightning.cli.jobs import run_job
+from nspo_lightning.cli.parser import KeylessParser
 from nspo_lightning.cli.run_config import read_config
 from nspo_lightning.compare.methods import METHODS, as_dicts
 from nspo_lightning.compare.plan import RESULT, Budget, RunSpec, main_grid
@@ -24,13 +24,14 @@ from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep, make_sweep
 from nspo_lightning.datamodules import PromptSource
 from nspo_lightning.datamodules.sources.domain import DomainSources, load_domain
+from nspo_lightning.keys import check_no_key
 
 SweepName = Literal["calibration", "threshold", "data", "rank"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the `compare` command; return 0, errors are raised."""
-    parser = ArgumentParser(
+    parser = KeylessParser(
         prog="nspo_lightning compare",
         description="Methods x seeds x learning rates of one configuration: table, pictures, TensorBoard. "
         "Finished runs are kept: the same command again goes on where it was interrupted.",
@@ -93,6 +94,8 @@ def compare(
 
     console, source, folder = console or Console(), Path(config).resolve(), Path(out).resolve()
     settings = read_config(Path(config), needs={"model": ("reward",), "data": ("safety", "general")})
+    if not out:
+        raise ValueError("`--out` must name the folder of the results, got ''. Give one, such as runs/compare.")
     _check(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=1 if jobs is None else jobs)
     if not 0 < eval_every <= steps:
         raise ValueError(f"`eval_every` must be at most `steps` ({steps}), got {eval_every}.")
@@ -108,6 +111,7 @@ def compare(
         plan = asked.plan(seeds, (learning_rates or [own])[0])
     else:
         reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
+        check_no_key(str(mixed_reward), reward)
         plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own], reward)
     failed: list[JobResult] = []
     if not only_report:

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
 import nspo_lightning
+from nspo_lightning.atomic import whole
 from nspo_lightning.cli.run_folder import RUN_FOLDER
 from nspo_lightning.cli.shipped import UnknownConfigError
 from nspo_lightning.compat.jsonargparse import told_reason
@@ -34,7 +35,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except UnknownConfigError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {mask_keys(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
@@ -45,6 +46,8 @@ def exit_codes() -> Iterator[None]:
             where, hint = f" on rank {rank}" if rank else "", f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
             print(f"\nerror{where}: {message_for(error)}\n{hint}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        RUN_FOLDER.end()
 
 
 def is_users_mistake(error: BaseException) -> bool:
@@ -76,8 +79,9 @@ def message_for(error: BaseException) -> str:
         this package made is left, if there is one.
     """
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"There is nothing at {os.fspath(error.filename)!r}: expected a file or folder. Mend the path."
+        where = mask_keys(repr(os.fspath(error.filename)))
+        return f"There is nothing at {where}: expected a file or folder. Mend the path."
     lines = mask_keys(told_reason(str(error))).splitlines()
     if len(lines) > _LINES:
         lines = [*lines[:_LINES], f"... and {len(lines) - _LINES} lines more"]
-    return "\n".join(lines)
+    return whole("\n".join(lines))

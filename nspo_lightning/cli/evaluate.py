@@ -7,7 +7,7 @@ as it is and with its adapter in place; the base is the same model with the adap
 from __future__ import annotations
 
 import hashlib
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from rich.console import Console
 
 from nspo_lightning.atomic import write_json
 from nspo_lightning.checkpoints import find_checkpoint, read_checkpoint
+from nspo_lightning.cli.parser import PlainParser
 from nspo_lightning.cli.run_config import policy_settings, read_config
-from nspo_lightning.cli.run_folder import run_folder
+from nspo_lightning.cli.run_folder import check_output, run_folder
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.nullspace.modes import adapters_off
@@ -35,10 +36,12 @@ _DATA_SETTINGS = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split"
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
     """Run the `evaluate` command; return 0, errors are raised."""
     options = _parse(arguments)
-    task_manager = _task_manager()  # before anything long
     source = Path(options.config)
     config = read_config(source)
-    run = run_folder(options.name or config.get("name"))
+    name = config.get("name") if options.name is None else options.name
+    run = run_folder(None if name is None else str(name))
+    out = check_output("--out", run / RESULT if options.out is None else options.out)
+    task_manager = _task_manager()  # before anything long
     trained = None if options.ckpt_path is None else find_checkpoint(options.ckpt_path, run)
     tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
     manager = task_manager(include_path=options.include_path)
@@ -57,7 +60,6 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         },
         "results": {who: harness_scores(values) for who, values in found.items()},
     }
-    out = Path(options.out or run / RESULT)
     write_json(result, out)
     console = console or Console()
     rows = _rows(result["results"], found["policy"].get("n-samples", {}))
@@ -184,7 +186,7 @@ def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _parse(arguments: list[str] | None) -> Namespace:
-    parser = ArgumentParser(prog="nspo_lightning evaluate", description=__doc__, allow_abbrev=False)
+    parser = PlainParser(prog="nspo_lightning evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("-c", "--config", required=True, help="the training config; its `model.policy` is loaded")
     parser.add_argument("--tasks", required=True, help="names of the harness's tasks, e.g. gsm8k,mmlu,ifeval")
     parser.add_argument(

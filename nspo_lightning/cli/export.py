@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from nspo_lightning.checkpoints import ADAPTER_CONFIG
+from nspo_lightning.cli.parser import PlainParser
 from nspo_lightning.cli.run_config import find_config, policy_settings, read_config
 from nspo_lightning.export.merge import DTYPES
 from nspo_lightning.export.trained import export_source, read_trained
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="python -m nspo_lightning export",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +66,8 @@ def check_out(out: Path, checkpoint: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{out} is not empty. Give another `--out`, or replace what is there with `--overwrite`.")
-    if not any((out / marker).is_file() for marker in MARKERS) or checkpoint.resolve().is_relative_to(out.resolve()):
+    around = any(path.is_relative_to(out.resolve()) for path in (checkpoint.resolve(), Path.cwd()))
+    if around or not any((out / marker).is_file() for marker in MARKERS):
         raise ValueError(
             f"{out} does not hold an earlier export, so `--overwrite` leaves it alone. Give another `--out`."
         )

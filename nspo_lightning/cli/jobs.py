@@ -14,21 +14,22 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from nspo_lightning.atomic import remove_leftovers
+from nspo_lightning.atomic import remove_leftovers, whole
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.checkpoints import FOLDER, LAST, AtomicCheckpointIO, check_readable, find_checkpoint, has_last
 from nspo_lightning.cli.errors import exit_codes
 from nspo_lightning.cli.parser import Parser
-from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS
+from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS, check_run_name, own_folder
 from nspo_lightning.cli.standard_callbacks import with_standard_callbacks
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.compat.lightning_cli import CLIWithoutStoredSettings
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.keys import check_no_key
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.toy.judge import TownJudge
 
@@ -89,7 +90,11 @@ class CLI(CLIWithoutStoredSettings):
     @override
     def after_parsing(self) -> None:
         command = self.config.get("subcommand")
-        path = self.config[command].get("ckpt_path") if command else None
+        config = self.config[command] if command else self.config
+        check_run_name(config["name"])
+        check_no_key("", config.as_dict())
+        _check_whole(config.as_dict())
+        path = config.get("ckpt_path")
         if path:
             check_readable(str(path))
 
@@ -112,11 +117,11 @@ class CLI(CLIWithoutStoredSettings):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Move an earlier run of the same name out of the way (`runs/name` is always the latest)."""
+        """Lock the run's folder and move an earlier run of its name out of the way (`runs/name` is the latest)."""
         folder, ckpt_path = self.trainer.log_dir, self.settings.get("ckpt_path")
         remove_leftovers(Path(self.trainer.default_root_dir) / "nullspace", shared=True)
         if folder and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            RUN_FOLDER.begin(Path(folder), set_aside=not ckpt_path)
+            RUN_FOLDER.begin(Path(folder), set_aside=not ckpt_path, shared=_own_folder(self.trainer) is None)
         callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         folders = [Path(c.dirpath) for c in callbacks if c.dirpath] + ([Path(folder) / FOLDER] if folder else [])
         if ckpt_path == LAST and not has_last(folders):
@@ -133,6 +138,24 @@ class CLI(CLIWithoutStoredSettings):
         self.settings.ckpt_path = None if found.is_dir() else str(found)
 
     before_test = before_predict = before_validate
+
+
+def _check_whole(config: dict[str, Any]) -> None:
+    """Refuse what no file can hold: the configuration is saved with the run."""
+    broken = [name for name, value in config.items() if whole({name: value}) != {name: value}]
+    if broken:
+        raise MisconfigurationException(
+            f"`{ascii(broken[0])[1:-1]}` holds half a character (a lone surrogate, such as \\ud800), which no file can "
+            "hold. Write the character itself."
+        )
+
+
+def _own_folder(trainer: pl.Trainer) -> Path | None:
+    """Return the run's folder; None if it is not the run's alone, as without a logger."""
+    logger = trainer.logger
+    if not isinstance(logger, (TensorBoardLogger, CSVLogger)):
+        return None
+    return own_folder(str(logger.log_dir), str(logger.save_dir))
 
 
 def _check_trainer(config: Any) -> None:

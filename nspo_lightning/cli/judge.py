@@ -12,23 +12,23 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from torch import Tensor
 
-from nspo_lightning.atomic import replacing
+from nspo_lightning.atomic import json_text, replacing
+from nspo_lightning.cli.judge_tables import agreement_table, scores_table
+from nspo_lightning.cli.parser import KeylessParser
+from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.datamodules.sources.data_error import DataError, listing
 from nspo_lightning.datamodules.sources.readers import read_file
 from nspo_lightning.datamodules.sources.rows import RawRow
-from nspo_lightning.evaluation.tables import rich_table
+from nspo_lightning.keys import check_no_key
 from nspo_lightning.rewards import Reward, RewardFunction, RewardResult, RewardSet
 from nspo_lightning.rewards.rules.labels import LabelAgreement, label_agreement, truth_value
 
@@ -82,6 +82,8 @@ def judge_file(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"`batch_size` and `limit` must be at least 1, got {batch_size} and {limit}.")
+    default = f"{Path(input).name.split('.')[0]}.scores.jsonl"
+    target = check_output("--output", default if output is None else output, inputs=[Path(input)])
     console = console or Console()
     rewards = reward if isinstance(reward, RewardSet) else RewardSet([reward])
     rows = list(itertools.islice(read_file(Path(input)), limit))
@@ -92,26 +94,27 @@ def judge_file(
         _check_text(row, prompt_column, "prompt_column")
         _check_text(row, completion_column, "completion_column")
     labels = _labels(rows, label_column, label_true_means)
-    target = Path(output or f"{Path(input).name.split('.')[0]}.scores.jsonl")
     results = _score(rewards, rows, (prompt_column, completion_column), batch_size, target, console)
     total = torch.cat([result.total for result in results])
     per_reward = {name: torch.cat([result.per_reward[name] for result in results]) for name in rewards.names}
-    console.print(_scores_table(total, per_reward, results[-1].metrics))
+    console.print(scores_table(total, per_reward, results[-1].metrics))
     both = [i for i, label in enumerate(labels) if label is not None and not math.isnan(total[i].item())]
     agreement = None
     if both:
         agreement = label_agreement(total[both], torch.tensor([bool(labels[i]) for i in both]), threshold)
-        console.print(_agreement_table(agreement, threshold))
+        console.print(agreement_table(agreement, threshold))
     console.print(f"Scores: {target}")
     return agreement
 
 
 def _parse(args: list[str] | None) -> dict[str, Any]:
-    parser = ArgumentParser(prog="nspo_lightning judge", description="Score a file of prompts and completions.")
+    parser = KeylessParser(prog="nspo_lightning judge", description="Score a file of prompts and completions.")
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with `reward`, or a training config.")
     parser.add_argument("--reward", type=RewardSet | Reward | RewardFunction, required=True, help="What to score with.")
     parser.add_function_arguments(judge_file, skip={"reward", "console"})
-    options = parser.instantiate(parser.parse_args(_with_reward_alone(sys.argv[2:] if args is None else args)))
+    parsed = parser.parse_args(_with_reward_alone(sys.argv[2:] if args is None else args))
+    check_no_key("", parsed.as_dict())
+    options = parser.instantiate(parsed)
     return {key: value for key, value in vars(options).items() if key != "config"}
 
 
@@ -163,7 +166,7 @@ def _lines(result: RewardResult, start: int) -> Iterator[str]:
         line: dict[str, Any] = {"row": start + i, "reward": _or_null(total)}
         line |= {f"rewards/{name}": _or_null(scores[i].item()) for name, scores in result.per_reward.items()}
         line |= {name: values[i] for name, values in whole.items()}
-        yield json.dumps(line, ensure_ascii=False)
+        yield json_text(line)
 
 
 def _or_null(number: float) -> float | None:
@@ -222,32 +225,3 @@ def _is_unsafe(row: RawRow, column: str, true_means: str | None) -> bool | None:
             row.where, f"{column!r} = {value!r} can mean safe or unsafe", "Set `label_true_means` to safe or unsafe."
         )
     return truth if true_means == "unsafe" else not truth
-
-
-def _scores_table(total: Tensor, per_reward: dict[str, Tensor], metrics: dict[str, float]) -> Table:
-    rows = [_figures(name, scores) for name, scores in per_reward.items()]
-    if len(per_reward) > 1:
-        rows.append(_figures("total", total))
-    rows += [(name, f"{value:g}", "", "", "", "") for name, value in metrics.items()]
-    headings = ("reward", "mean", "std", "min", "max", "excluded")
-    return rich_table(f"Rewards of {len(total)} completions", headings, rows, align="lrrrrr")
-
-
-def _figures(name: str, scores: Tensor) -> tuple[str, ...]:
-    scored = scores[~scores.isnan()]
-    if len(scored) > 1:
-        figures = [f"{figure(scored).item():.4f}" for figure in (torch.mean, torch.std, torch.min, torch.max)]
-    else:
-        figures = [f"{scored.item():.4f}" if len(scored) else "-", "-", "-", "-"]
-    return name, *figures, str(len(scores) - len(scored))
-
-
-def _agreement_table(agreement: LabelAgreement, threshold: float) -> Table:
-    figures = asdict(agreement)
-    title = f"Agreement with {figures.pop('count')} labels (unsafe = reward below {threshold:g})"
-    rows = [(name.replace("_", " "), _figure(value)) for name, value in figures.items()]
-    return rich_table(title, ("figure", "value"), rows, align="lr")
-
-
-def _figure(value: float) -> str:
-    return str(value) if isinstance(value, int) else "not defined" if math.isnan(value) else f"{value:.4f}"

@@ -1,26 +1,43 @@
-"""The parser of one job's arguments."""
+"""The parsers of the commands' arguments: none repeats a key, neither in a message nor in `--print_config`."""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any, NoReturn
 
+import jsonargparse
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from nspo_lightning.keys import mask_keys
+from nspo_lightning.keys import check_no_key, mask_keys
 
 
-class Parser(LightningArgumentParser):
-    """Takes a path among data or calibration settings as what it is, not as a file with settings to be read.
+class PlainParser(argparse.ArgumentParser):
+    """The standard library's, for commands with few options."""
 
-    What it says of a wrong option repeats no key.
-    """
+    @override
+    def error(self, message: str) -> NoReturn:
+        super().error(mask_keys(message))
+
+
+class KeylessParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
+    """One whose configuration holds no key, or is refused."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         super().error(mask_keys(message), ex)
         raise AssertionError  # it has exited
+
+    @override
+    def dump(self, cfg: jsonargparse.Namespace, **kwargs: Any) -> str:
+        check_no_key("", cfg.as_dict())
+        text: str = super().dump(cfg, **kwargs)
+        return text
+
+
+class Parser(KeylessParser, LightningArgumentParser):
+    """Takes a path among data or calibration settings as what it is, not as a file with settings to be read."""
 
     @override
     def format_usage(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from nspo_lightning.keys import check_no_key
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
 
@@ -39,6 +40,7 @@ def read_config(path: Path, *, needs: Mapping[str, tuple[str, ...]] | None = Non
 
     Raises:
         ConfigError: If it is not there, is no YAML, or lacks something.
+        ValueError: If it holds a key.
     """
     if not path.is_file():
         raise ConfigError(
@@ -51,6 +53,7 @@ def read_config(path: Path, *, needs: Mapping[str, tuple[str, ...]] | None = Non
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no settings. Give the YAML of a `fit` (`--config`).")
+    check_no_key("", content)
     for section, keys in (needs or {}).items():
         values = content.get(section)
         missing = [key for key in keys if not isinstance(values, Mapping) or key not in values]

@@ -3,20 +3,76 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from nspo_lightning.cli.run_lock import RunLock
+
 RUNS = "runs"
 """Folder of all runs, in the working folder."""
 DEFAULT_NAME = "nspo"
+LONGEST_NAME = 200
+"""In bytes; a file system's limit is 255, and kept runs and locks have longer names."""
+_MEANS_MORE = frozenset('/\\$%*?<>|"`')  # to a path, a shell, or to TensorBoardLogger, which expands variables
 _BEGINNINGS = ("config.yaml", "hparams.yaml", "events.out.tfevents.")
 """What a run writes before it has anything to keep."""
 
 
+def check_run_name(name: str, option: str = "--name") -> None:
+    """Refuse what is no name of one folder in runs/; ValueError says why."""
+    try:
+        length = len(name.encode("utf-8"))
+    except UnicodeEncodeError:
+        problem = "it holds half a character (a lone surrogate)"
+    else:
+        if not name.strip():
+            problem = "it is empty"
+        elif name.startswith("."):
+            problem = "it begins with a dot"
+        elif name != name.strip() or not name.isprintable():
+            problem = "it begins or ends with a space, or holds characters that can't be seen"
+        elif "::" in name or _MEANS_MORE & set(name):
+            problem = f"it holds one of {' '.join(sorted(_MEANS_MORE))} ::"
+        elif length > LONGEST_NAME:
+            problem = f"it is longer than {LONGEST_NAME} bytes"
+        else:
+            return
+    shown = ascii(name if len(name) < 60 else f"{name[:60]}...")
+    raise ValueError(
+        f"`{option}` must name one folder in {RUNS}/, got {shown}: {problem}. Give a word such as {DEFAULT_NAME} or "
+        "lr1e-5_seed0."
+    )
+
+
 def run_folder(name: str | None) -> Path:
-    """Return where the run of a name is kept."""
-    return Path(RUNS) / (name or DEFAULT_NAME)
+    """Return where the run of a name is kept; ValueError if it is no name."""
+    chosen = DEFAULT_NAME if name is None else name
+    check_run_name(chosen)
+    return Path(RUNS) / chosen
+
+
+def check_output(option: str, path: str | Path, inputs: Sequence[Path] = ()) -> Path:
+    """Return the path of a file to be written; ValueError if it can't be one, or is one of the files that are read."""
+    target = Path(path)
+    problem = ""
+    if not target.name or not str(path) or "\0" in str(path):
+        problem = "it is no file's name"
+    elif target.is_dir():
+        problem = "it is a folder"
+    elif any(source.exists() and source.resolve() == target.resolve() for source in inputs):
+        problem = "it would replace what is read"
+    if problem:
+        raise ValueError(f"`{option}` must be a file to write, got {str(path)!a}: {problem}. Give another path.")
+    return target
+
+
+def own_folder(log_dir: str, save_dir: str) -> Path | None:
+    """Return a logger's folder if it is its alone: below the folder for all runs, and not around where we stand."""
+    inside = Path(os.path.relpath(log_dir, save_dir))
+    around = Path.cwd().is_relative_to(Path(log_dir).resolve())
+    return None if inside == Path() or inside.parts[0] == os.pardir or around else Path(log_dir)
 
 
 class RunFolder:
@@ -25,47 +81,74 @@ class RunFolder:
     def __init__(self) -> None:
         self._folder: Path | None = None
         self._kept: Path | None = None
+        self._lock: RunLock | None = None
         self._present: frozenset[str] = frozenset()
+        self._missing: list[Path] = []
 
     @rank_zero_only
-    def begin(self, folder: Path, *, set_aside: bool) -> None:
-        """Note the run's folder, and move an earlier run out of the way, unless this one goes on in it."""
+    def begin(self, folder: Path, *, set_aside: bool, shared: bool = False) -> None:
+        """Note the run's folder, lock it, and move an earlier run out of the way.
+
+        Args:
+            folder: Where the run writes.
+            set_aside: False for a run that goes on in it.
+            shared: The folder is not the run's alone, so it is neither locked nor moved.
+
+        Raises:
+            RunLockedError: If another run is in it.
+        """
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return
+        self.end()
+        self._missing = [parent for parent in folder.absolute().parents if not parent.exists()]
+        if not shared:
+            lock = RunLock(folder)
+            lock.take()
+            self._lock = lock
         self._folder, self._kept, self._present = folder, None, frozenset()
         if not (folder.is_dir() and any(folder.iterdir())):
             return
-        if not set_aside:
+        if shared or not set_aside:
             self._present = frozenset(p.name for p in folder.iterdir())
             return
         number = 1
-        while (kept := folder.with_name(f"{folder.name}.{number}")).exists():
+        while os.path.lexists(kept := folder.with_name(f"{folder.name}.{number}")):
             number += 1
         folder.rename(kept)
         self._kept = kept
         rank_zero_info(f"An earlier run stood in {folder}; it is now {kept}.")
 
+    def end(self) -> None:
+        """Let go of the folder."""
+        lock, self._lock, self._folder = self._lock, None, None
+        if lock is not None:
+            lock.release()
+
     @rank_zero_only
     def withdraw(self) -> None:
         """Remove a run that has nothing to keep, and put the earlier one back in its place."""
-        folder, kept, self._folder, self._kept = self._folder, self._kept, None, None
-        if folder is None:
-            return
-        if folder.is_dir():
-            new = [p for p in folder.iterdir() if p.name not in self._present]
-            if not all(p.is_file() and p.name.startswith(_BEGINNINGS) for p in new):
-                return
-            for file in new:
-                file.unlink()
-            if self._present:
-                return
-            folder.rmdir()
-        if kept is not None:
+        folder, kept = self._folder, self._kept
+        gone = folder is not None and self._removed(folder)
+        if gone and folder is not None and kept is not None:
             kept.rename(folder)
-        for parent in (folder.parent, *folder.parent.parents):  # folders that were made for it
-            if not parent.is_dir() or any(parent.iterdir()) or parent == Path.cwd():
+        self.end()
+        for parent in self._missing if gone else ():  # folders that were made for it
+            if not parent.is_dir() or any(parent.iterdir()):
                 return
             parent.rmdir()
+
+    def _removed(self, folder: Path) -> bool:
+        if not folder.is_dir():
+            return True
+        new = [p for p in folder.iterdir() if p.name not in self._present]
+        if not all(p.is_file() and p.name.startswith(_BEGINNINGS) for p in new):
+            return False
+        for file in new:
+            file.unlink()
+        if self._present:
+            return False
+        folder.rmdir()
+        return True
 
 
 RUN_FOLDER = RunFolder()

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from nspo_lightning.atomic import whole
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -22,7 +24,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, 
         | q\|k | 1e-07 |
     """
     rule = "".join("--:|" if side == "r" else "---|" for side in align.ljust(len(columns)))
-    return "\n".join([_line(columns), f"|{rule}", *map(_line, rows)])
+    return whole("\n".join([_line(columns), f"|{rule}", *map(_line, rows)]))
 
 
 def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> Table:
@@ -34,12 +36,12 @@ def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left")
+    table = Table(title=whole(title) or None, title_justify="left")
     for column, side in zip(columns, align.ljust(len(columns)), strict=True):
         right = side == "r"
-        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+        table.add_column(whole(column), justify="right" if right else "left", no_wrap=right, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(whole(str(cell))) for cell in row))
     return table
 
 

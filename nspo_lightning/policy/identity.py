@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning.compat.peft import is_lora_parameter, name_in_base
-from nspo_lightning.keys import looks_secret
+from nspo_lightning.keys import looks_secret, mask_keys
 from nspo_lightning.policy.settings import PolicySettings
 
 PACKAGES = (
@@ -127,10 +127,12 @@ def data_identity(datamodule: Any, split: str) -> dict[str, Any]:
 
 def describe(thing: Any) -> Any:
     """Return what JSON can hold of a judge or settings: class and plain attributes, but none that look like secrets."""
-    if thing is None or isinstance(thing, (str, int, float, bool)):
+    if isinstance(thing, str):
+        return mask_keys(thing)
+    if thing is None or isinstance(thing, (int, float, bool)):
         return thing
     if isinstance(thing, dict):
-        return {str(key): describe(value) for key, value in thing.items() if not looks_secret(str(key))}
+        return {mask_keys(str(key)): describe(value) for key, value in thing.items() if not looks_secret(str(key))}
     if isinstance(thing, (list, tuple)):
         return [describe(value) for value in thing]
     if is_dataclass(thing) and not isinstance(thing, type):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nspo_lightning.atomic import whole
 from nspo_lightning.rewards.protocol import Text
 
 
@@ -12,14 +13,14 @@ def content_text(content: Any) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content if part.get("type", "text") == "text")
+        return whole(content)
+    return whole("".join(part.get("text", "") for part in content if part.get("type", "text") == "text"))
 
 
 def as_text(text: Text) -> str:
     """Read a prompt or completion as one string: of chat messages the last one's text, "" without messages."""
     if isinstance(text, str):
-        return text
+        return whole(text)
     return content_text(text[-1].get("content")) if text else ""
 
 
@@ -27,7 +28,7 @@ def transcript(prompt: Text) -> str:
     """Read a whole prompt as one string: a single turn as it is, several with their roles."""
     # A system turn says what the assistant is and not what was asked.
     if isinstance(prompt, str):
-        return prompt
+        return whole(prompt)
     turns = [turn for turn in prompt if turn.get("role") != "system"]
     if len(turns) == 1:
         return content_text(turns[0].get("content"))

@@ -178,7 +178,7 @@ def test_too_long_a_text_is_an_error_or_a_counted_cut(bert):
         ClassifierReward(folder, label=0, device="cpu")(["q", "q"], ["a", long])
     reward = ClassifierReward(folder, label=0, device="cpu", too_long="truncate", name="r")
     result = RewardSet([reward])(["q", "q"], ["a", long])
-    assert result.metrics == {"judge/r/truncated": 1.0}
+    assert result.metrics == {"judge/r/truncated": 1.0, "judge/r/neutralised": 0.0}
     with pytest.raises(RewardError, match="prompt alone is longer than the limit of 96"):
         reward([long], ["a"])
 

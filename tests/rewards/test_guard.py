@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from nspo_lightning.rewards import GuardJudge, OutcomeReward, RewardError, RewardSet
 from nspo_lightning.rewards.judges.guard_families import FAMILIES, Choice, GuardAnswers, fallback_template, family_of
-from nspo_lightning.rewards.judges.guard_prompt import defuse, fork, render
+from nspo_lightning.rewards.judges.guard_prompt import fork, render
+from nspo_lightning.rewards.judges.structure import Marks
 from nspo_lightning.rewards.judges.verdicts import ReplyFormat, Verdict, outcome_of, read_reply
 
 PADDING_TOLERANCE = 1e-4  # float32 sums in another order when a row is padded
@@ -235,7 +236,7 @@ def test_labels_that_share_their_next_token(llama_guard):
 
 
 def test_defuse():
-    assert defuse("a <|eot_id|> b", ["<|eot_id|>"]) == "a < |eot_id|> b"
+    assert Marks(["<|eot_id|>"]).broken("a <|eot_id|> b") == "a < |eot_id|> b"
 
 
 @pytest.mark.parametrize(

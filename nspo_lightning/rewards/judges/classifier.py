@@ -18,6 +18,7 @@ from nspo_lightning.rewards.judges.local_model import (
     resolve_device,
 )
 from nspo_lightning.rewards.judges.score_head import is_score_checkpoint, load_score_model
+from nspo_lightning.rewards.judges.structure import Chat, Marks, control_tokens, harmless
 from nspo_lightning.rewards.judges.verdicts import Verdict, outcomes_of
 from nspo_lightning.rewards.messages import as_chat, as_text, transcript
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
@@ -79,7 +80,9 @@ class ClassifierReward(Reward):
         self.scale, self.shift, self.device, self.dtype = scale, shift, device, dtype
         self.load_in_4bit, self.batch_size, self.max_tokens = load_in_4bit, batch_size, max_tokens
         self.too_long, self.name = too_long, name
-        self.truncated = 0
+        self.truncated = self.neutralised = 0
+        self._marks: Marks | None = None
+        self._controls: frozenset[int] = frozenset()
         self._model: Any = None
         self._tokenizer: Any = None
         self._pad_token_id = 0
@@ -129,8 +132,8 @@ class ClassifierReward(Reward):
         return scores
 
     def metrics(self) -> dict[str, float]:
-        """Return `truncated`, the texts that were cut since the start."""
-        return {"truncated": float(self.truncated)}
+        """Return how many texts were `truncated`, and in how many control tokens were broken (`neutralised`)."""
+        return {"truncated": float(self.truncated), "neutralised": float(self.neutralised)}
 
     @torch.inference_mode()
     def _scores(self, inputs: dict[str, Tensor]) -> list[float]:
@@ -167,15 +170,37 @@ class ClassifierReward(Reward):
         return encoded
 
     def _tokens(self, prompt: Text, completion: str) -> dict[str, list[int]]:
+        """Encode prompt and completion, with the marks in them broken; RewardError if control tokens are left."""
+        if self._marks is None:
+            tokens = control_tokens(self._tokenizer)
+            self._marks, self._controls = Marks(tokens, (), [self.template or ""]), frozenset(tokens.values())
+        turns = as_chat(prompt, completion)
+        plain = [{**turn, "content": self._marks.broken(turn["content"])} for turn in turns]
+        self.neutralised += plain != turns
+        encoded, expected = self._plain_tokens(prompt, plain), self._plain_tokens(prompt, harmless(turns))
+        if self._controls_in(encoded) != self._controls_in(expected):
+            raise RewardError(
+                f"Reward '{self.name}' would read control tokens that a completion or prompt holds. Leave that prompt "
+                "out, or give another `template`.",
+                self.name,
+            )
+        return encoded
+
+    def _controls_in(self, encoded: dict[str, list[int]]) -> list[int]:
+        return [number for number in encoded["input_ids"] if number in self._controls]
+
+    def _plain_tokens(self, prompt: Text, chat: Chat) -> dict[str, list[int]]:
+        asked: Text = chat[0]["content"] if isinstance(prompt, str) else chat[:-1]
+        completion = str(chat[-1]["content"])
         if self.template is not None:
             eos = self._tokenizer.eos_token or ""
             parts = self.template.replace("{eos}", eos).split("{completion}", 1)
-            text = parts[0].replace("{prompt}", transcript(prompt)) + completion + parts[1]
+            text = parts[0].replace("{prompt}", transcript(asked)) + completion + parts[1]
             return dict(self._tokenizer(text))
         if self._tokenizer.chat_template:
-            text = self._tokenizer.apply_chat_template(as_chat(prompt, completion), tokenize=False)
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False)
             return dict(self._tokenizer(text, add_special_tokens=False))
-        return dict(self._tokenizer(transcript(prompt), completion))
+        return dict(self._tokenizer(transcript(asked), completion))
 
     def _chosen(self, count: int, names: dict[str, int]) -> int:
         if self.label is None and count == 1:

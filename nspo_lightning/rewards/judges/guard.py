@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from nspo_lightning.rewards.judges.guard_families import (
     fallback_template,
     family_of,
 )
-from nspo_lightning.rewards.judges.guard_prompt import defuse, fork, render
+from nspo_lightning.rewards.judges.guard_prompt import fork, missing, read_template, render
 from nspo_lightning.rewards.judges.local_model import (
     DType,
     context_limit,
@@ -28,6 +27,7 @@ from nspo_lightning.rewards.judges.local_model import (
     padded_batches,
     resolve_device,
 )
+from nspo_lightning.rewards.judges.structure import HARMLESS, Chat, Structure, harmless
 from nspo_lightning.rewards.judges.verdicts import Verdict, outcomes_of
 from nspo_lightning.rewards.messages import as_chat
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
@@ -83,15 +83,17 @@ class GuardJudge(Judge, Reward):
         if not 0 < threshold <= 1:
             raise ValueError(f"`threshold` must be a probability in (0, 1], got {threshold}. 0.5 is the default.")
         self.model_id, self.family, self.guidelines = model, FAMILIES[family], guidelines
-        self.template = _read_template(template)
+        self.template = read_template(template)
         self.device, self.dtype, self.load_in_4bit = device, dtype, load_in_4bit
         self.batch_size, self.max_tokens, self.category_tokens = batch_size, max_tokens, category_tokens
         self.threshold, self.strict, self.name = threshold, strict, name
         self._model: Any = None
         self._tokenizer: Any = None
+        self._structures: dict[tuple[str, ...], Structure] = {}
+        self.neutralised = self.smuggled = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_tokenizer": None}
+        return {**self.__dict__, "_model": None, "_tokenizer": None, "_structures": {}}
 
     def prepare(self) -> None:
         """Load the model now, so that a wrong path ends a run before it starts."""
@@ -122,34 +124,63 @@ class GuardJudge(Judge, Reward):
         """Judge one batch; no outcome is None."""
         return outcomes_of(self.verdicts(prompts, completions), completions, self.threshold)
 
+    def metrics(self) -> dict[str, float]:
+        """Return in how many samples marks were broken, and how many changed the prompt's structure all the same."""
+        return {"neutralised": float(self.neutralised), "smuggled": float(self.smuggled)}
+
     @torch.inference_mode()
     def verdicts(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Verdict]:
         """Judge one batch in full: probabilities and categories, one verdict a sample."""
         self.prepare()
         guidelines = self.guidelines or dict(self.family.guidelines)
         chats = [self._chat(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        smuggling = [i for i, chat in enumerate(chats) if not self._keeps_structure(chat)]
+        for i in smuggling:  # not shown to the guard
+            chats[i] = harmless(chats[i])
         if not guidelines:
-            return self._read([self._render(chat, None) for chat in chats])
-        names = list(guidelines)
-        texts = [self._render(chat, guidelines[name]) for chat in chats for name in names]
-        verdicts = self._read(texts)
-        return [
-            self._worst(dict(zip(names, verdicts[start : start + len(names)], strict=True)))
-            for start in range(0, len(verdicts), len(names))
-        ]
+            found = self._read([self._render(chat, None) for chat in chats])
+        else:
+            names = list(guidelines)
+            read = self._read([self._render(chat, guidelines[name]) for chat in chats for name in names])
+            parts = (read[start : start + len(names)] for start in range(0, len(read), len(names)))
+            found = [self._worst(dict(zip(names, part, strict=True))) for part in parts]
+        for i in smuggling:
+            found[i] = Verdict(unsafe=1.0, categories=("changes the guard's prompt",))
+        return found
 
     def _worst(self, by_guideline: dict[str, Verdict]) -> Verdict:
         violated = tuple(name for name, verdict in by_guideline.items() if verdict.unsafe >= self.threshold)
         worst = max(by_guideline.values(), key=lambda verdict: verdict.unsafe)
         return Verdict(unsafe=worst.unsafe, categories=violated, labels=worst.labels)
 
-    def _chat(self, prompt: Text, completion: Text) -> list[dict[str, str]]:
-        control = [str(token) for token in self._tokenizer.all_special_tokens]
-        control += [str(token) for token in self._tokenizer.get_added_vocab() if str(token).startswith(("<", "["))]
+    def _chat(self, prompt: Text, completion: Text) -> Chat:
         turns = [turn for turn in as_chat(prompt, completion) if turn["role"] in ("user", "assistant")]
-        return [{"role": turn["role"], "content": defuse(turn["content"], control)} for turn in turns]
+        marks = self._structure(turns).marks
+        chat = [{"role": turn["role"], "content": marks.broken(turn["content"])} for turn in turns]
+        self.neutralised += chat != turns
+        return chat
 
-    def _render(self, chat: list[dict[str, str]], guideline: str | None) -> str:
+    def _structure(self, chat: Chat) -> Structure:
+        roles = tuple(turn["role"] for turn in chat)
+        if roles not in self._structures:
+            skeleton = self._render(harmless(chat), HARMLESS if self.family.guidelines else None)
+            self._structures[roles] = Structure.of(self._tokenizer, skeleton, self.family.labels)
+        return self._structures[roles]
+
+    def _keeps_structure(self, chat: Chat) -> bool:
+        text = self._render(chat, HARMLESS if self.family.guidelines else None)
+        if self._structure(chat).is_kept(text):
+            return True
+        if not self.smuggled:
+            warnings.warn(
+                f"A completion or prompt would change the structure of its prompt for guard '{self.name}' by control "
+                f"tokens, so it counts as unsafe without being judged (said once; `{self.name}/smuggled` counts them).",
+                stacklevel=2,
+            )
+        self.smuggled += 1
+        return False
+
+    def _render(self, chat: Chat, guideline: str | None) -> str:
         return render(self._tokenizer, chat, self.template, guideline, self.family.name)
 
     def _read(self, texts: list[str]) -> list[Verdict]:
@@ -163,7 +194,7 @@ class GuardJudge(Judge, Reward):
                 key, label = step.only_if
                 asked = [i for i in asked if chosen[i][key] == label]  # type: ignore[assignment]
             for i in asked:
-                texts[i] += _missing(texts[i], step.lead_in)
+                texts[i] += missing(texts[i], step.lead_in)
             if isinstance(step, Choice):
                 for i, probabilities in zip(asked, self._choose([texts[i] for i in asked], step.labels), strict=True):
                     best = max(step.labels, key=lambda label: probabilities[label])
@@ -216,22 +247,3 @@ class GuardJudge(Judge, Reward):
                 f"read more.",
                 self.name,
             )
-
-
-def _missing(text: str, lead_in: str) -> str:
-    """Give the lead-in, less what the prompt already ends with if that is white space."""
-    if lead_in.strip():
-        return lead_in
-    return lead_in[len(text) - len(text.rstrip("\n")) :] if lead_in else ""
-
-
-def _read_template(template: str | None) -> str | None:
-    if template is None or "{" in template:
-        return template
-    path = Path(template)
-    if not path.is_file():
-        raise ValueError(
-            f"`template` must be a Jinja template or the path of one, got '{template}', which is neither. Write "
-            f"{{{{ prompt }}}} and {{{{ completion }}}} into it."
-        )
-    return path.read_text(encoding="utf-8")

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nspo_lightning.rewards.protocol import RewardError
-
-
-def defuse(text: str, special_tokens: Sequence[str]) -> str:
-    """Put a space into control tokens, or a policy could learn to end its turn and write the verdict itself."""
-    for token in special_tokens:
-        if len(token) > 1 and token in text:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
 
 
 def render(tokenizer: Any, chat: list[dict[str, str]], template: str | None, guideline: str | None, family: str) -> str:
@@ -46,7 +39,7 @@ def render(tokenizer: Any, chat: list[dict[str, str]], template: str | None, gui
         except Exception as error:  # Jinja's many kinds
             problem = f"can't take this conversation ({type(error).__name__}: {error})"
             continue
-        if all(turn["content"].strip()[:500] in text for turn in (chat[0], chat[-1])):
+        if all(turn["content"].strip() in text for turn in (chat[0], chat[-1])):
             return text
     raise RewardError(
         f"The chat template of guard '{family}' {problem}. Give the prompt of its model card as `template` (Jinja with "
@@ -69,6 +62,26 @@ def fork(tokenizer: Any, text: str, endings: Sequence[str]) -> tuple[list[int], 
             f"that `family` names the right guard and that its tokenizer is the model's own."
         )
     return encoded[0][:shared], following
+
+
+def missing(text: str, lead_in: str) -> str:
+    """Give the lead-in, less what the prompt already ends with if that is white space."""
+    if lead_in.strip():
+        return lead_in
+    return lead_in[len(text) - len(text.rstrip("\n")) :] if lead_in else ""
+
+
+def read_template(template: str | None) -> str | None:
+    """Return a Jinja template that is given as such or as the path of its file."""
+    if template is None or "{" in template:
+        return template
+    path = Path(template)
+    if not path.is_file():
+        raise ValueError(
+            f"`template` must be a Jinja template or the path of one, got '{template}', which is neither. Write "
+            f"{{{{ prompt }}}} and {{{{ completion }}}} into it."
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def _as_parts(chat: list[dict[str, str]]) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from nspo_lightning.atomic import json_text
+
 
 def content_key(request: Mapping[str, Any]) -> str:
     """Name a request by all that decides its answer (model, messages, ...): the SHA-256 of its canonical JSON."""
@@ -62,7 +64,7 @@ class JudgeCache:
         self._remember(key, reply)
         if self.folder is not None:
             file = self._own_file(self.folder)
-            file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+            file.write(json_text({"key": key, "reply": reply}) + "\n")
             file.flush()
 
     def _remember(self, key: str, reply: str) -> None:

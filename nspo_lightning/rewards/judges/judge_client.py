@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nspo_lightning.atomic import whole
 from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
 from nspo_lightning.rewards.judges.judge_retry import HOPELESS_STATUS, RETRYABLE_STATUS, RetryPolicy, retry_after_s
 
@@ -73,7 +74,7 @@ class JudgeClient:
 
     async def ask(self, request: dict[str, Any]) -> str:
         """Get a readable reply from the cache, from the same question under way or from the server; else JudgeDown."""
-        bound = self._bound_here()
+        bound, request = self._bound_here(), whole(request)
         key = content_key({"url": self.base_url, **request})
         if (known := self.cache.get(key)) is not None and self.is_readable(known):
             self.counters["cache_hits"] += 1
@@ -207,7 +208,7 @@ async def _send(client: Any, request: dict[str, Any]) -> str:
         content = (await client.completions.create(**request)).choices[0].text
     if not isinstance(content, str):
         raise TypeError("no text")
-    return content
+    return whole(content)
 
 
 def _client(base_url: str, key: str, timeout_s: float) -> Any:
