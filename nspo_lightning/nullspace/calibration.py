@@ -21,6 +21,7 @@ from nspo_lightning.nullspace.basis_set import (
     BasisSettings,
     Calibration,
     decompose_for,
+    least_energy,
     protected_count,
 )
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
@@ -111,28 +112,28 @@ def _collect(
         )
     firsts = [first for first in collector.groups if only is None or first in only]
     result.groups |= {first: collector.groups[first] for first in firsts}
-    result.output_energy |= _output_energy(collector, result.settings)
+    result.domain_energy |= _energy_by_domain(collector)
+    result.output_energy = least_energy(result.domain_energy, result.settings)
     return firsts
 
 
-def _output_energy(collector: InputCollector[Any], settings: BasisSettings) -> dict[str, float]:
-    """Return each layer's `Calibration.output_energy`, over ranks."""
-    sums: dict[str, dict[str, list[float]]] = {}
+def _energy_by_domain(collector: InputCollector[Any]) -> dict[str, dict[str, float]]:
+    """Return layer -> domain -> mean squared norm of the layer's outputs, over ranks."""
+    sums: dict[str, dict[str, tuple[float, int]]] = {}
     mine = {
         name: {domain: (float(energy.total), energy.rows) for domain, energy in by_domain.items()}
         for name, by_domain in collector.output_energy.items()
     }
     for found in ranks.gather_objects(mine):
         for name, by_domain in found.items():
+            so_far = sums.setdefault(name, {})
             for domain, (total, rows) in by_domain.items():
-                so_far = sums.setdefault(name, {}).setdefault(domain, [0.0, 0.0])
-                so_far[0], so_far[1] = so_far[0] + total, so_far[1] + rows
-    energies = {}
-    for name, means in sums.items():
-        shares = domain_shares(means, settings.domain_weights, without=settings.without_domains)
-        counted = [(share, *means[d]) for d, share in shares.items() if means[d][1]]
-        energies[name] = min((share * total / rows for share, total, rows in counted), default=0.0)
-    return energies
+                before = so_far.get(domain, (0.0, 0))
+                so_far[domain] = (before[0] + total, before[1] + rows)
+    return {
+        name: {domain: total / max(rows, 1) for domain, (total, rows) in by_domain.items()}
+        for name, by_domain in sums.items()
+    }
 
 
 def _count_tokens(result: Calibration, first: str, sums: Mapping[str, RunningSum]) -> None:

@@ -89,7 +89,8 @@ class OutputEnergy:
 
     def update(self, outputs: Tensor, keep: Tensor | None) -> None:
         """Add a module's output, shape ``(..., out)``; ``keep`` has True for the rows that count."""
-        squares = torch.linalg.vector_norm(outputs.detach(), dim=-1, dtype=torch.float32).square()
+        exact = torch.promote_types(outputs.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(outputs.detach(), dim=-1, dtype=exact).square()
         if keep is not None and keep.shape == squares.shape:
             squares = squares[keep.to(squares.device).ne(0)]
         self.rows += squares.numel()
