@@ -77,9 +77,17 @@ def calibrate_modules(
     result = Calibration(bases=builder.bases, groups={}, settings=settings)
     budget = None if memory_budget_gb is None else memory_budget_gb * 1e9
     plan = plan_passes(text, budget)
+    groups = plan.groups
     for only in plan.passes:
-        collector: InputCollector[SecondMoment] = InputCollector(modules, groups=plan.groups, only=only)
+        collector: InputCollector[SecondMoment] = InputCollector(modules, groups=groups, only=only)
         firsts = _collect(text, collector, result, only)
+        if strays := _strays(collector):  # they read something else in some batch: once more, each for itself
+            apart = _apart(collector.groups, strays)
+            only = None if only is None else [*only, *strays]
+            collector = InputCollector(modules, groups=apart, only=only)
+            for first in firsts:
+                result.groups.pop(first)
+            firsts = _collect(text, collector, result, only)
         for index, first in enumerate(firsts):
             report("layers", index + 1)
             sums = collector.over_ranks(first)
@@ -93,9 +101,20 @@ def calibrate_modules(
         assert budget is not None  # without one, no input is too wide
         report("layers", 1)
         columns = sketch_columns(input_width(modules[first]), budget)
-        builder.add(first, _sketched_spectrum(text, first, plan.groups, columns, settings, result))
+        builder.add(first, _sketched_spectrum(text, first, groups, columns, settings, result))
     builder.finish()
     return result
+
+
+def _strays(collector: InputCollector[Any]) -> set[str]:
+    """Return layers that left their group in some batch, on any rank (cross-rank synchronisation)."""
+    return set().union(*ranks.gather_objects(collector.strays))
+
+
+def _apart(groups: Mapping[str, Sequence[str]], strays: set[str]) -> dict[str, list[str]]:
+    """Return the groups with some layers each on its own."""
+    left = {first: [name for name in names if name not in strays] for first, names in groups.items()}
+    return {first: names for first, names in left.items() if names} | {name: [name] for name in sorted(strays)}
 
 
 def _collect(
