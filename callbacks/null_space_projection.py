@@ -22,9 +22,9 @@ from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.basis_source import BasisSource, CalibrationJob
-from nspo_lightning.callbacks.null_space.batches import BatchToInputs, move_call
+from nspo_lightning.callbacks.null_space.batches import BatchToInputs
 from nspo_lightning.callbacks.null_space.hold import Hold, at_start
-from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference
+from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference, ready
 from nspo_lightning.callbacks.null_space.logs import (
     log_start,
     show_bases,
@@ -39,7 +39,12 @@ from nspo_lightning.callbacks.null_space.unprotected import (
     require_float32,
 )
 from nspo_lightning.callbacks.null_space.verification import EndToEndCheck, Verification
-from nspo_lightning.callbacks.null_space.watch import Buffers, TrainedParameters, hold_statistics
+from nspo_lightning.callbacks.null_space.watch import (
+    Buffers,
+    TrainedParameters,
+    has_running_statistics,
+    hold_statistics,
+)
 from nspo_lightning.compat.lightning import callbacks_of, logs_this_batch
 from nspo_lightning.compat.torch import RunningNorm
 from nspo_lightning.nullspace import (
@@ -162,8 +167,8 @@ class NullSpaceProjection(Callback):
         self._hold = Hold()
         self._check: OutputCheck | None = None
         self._buffers: Buffers | None = None
-        self._trained: TrainedParameters | None = None
         self._still: list[RunningNorm] = []
+        self._normalised = False
         self._energy: list[GradientEnergy] = []
         self._resumed: dict[str, Any] = {}
         self._held: list[weakref.ref[nn.Parameter]] = []
@@ -200,6 +205,7 @@ class NullSpaceProjection(Callback):
         to_freeze = report_unprotected(plan, self.unprotected, self.target_modules)
         require_float32(plan)
         self._still = hold_statistics(pl_module, self.unprotected)
+        self._normalised = self.unprotected != "warn" and has_running_statistics(pl_module)
         references: dict[str, Tensor] = self._resumed.get("references", {})
         self._hold = Hold(plan.layers, references=references)
         with self._hold.at_start():
@@ -213,29 +219,29 @@ class NullSpaceProjection(Callback):
         )
         self._hold.refuse_swapping(trainer.optimizers)
         self._hold.freeze_(to_freeze)
-        self._watch(trainer, pl_module)
         if not goes_on and self.project_initialization:
             self._hold.start_()
         elif self.settings.form == "hard" and self.project_displacement and self.project_initialization:
             self._hold.refuse_leaks()
         if self.freeze_down:
             self._hold.freeze_([layer.matrix for layer in plan.layers if layer.kind == "lora"])
+        trained = self._watch(trainer, pl_module)
         if self.verify:
             check = EndToEndCheck(trainer, pl_module, plan.layers, calibration, calibration_forward(pl_module))
             with self._hold.at_start():
                 self.verification = check.run(self.source.text.rows)
             show_verification(self.verification)
-        self._hold.hook()
+        self._hold.hook(lambda optimizer: trained.check(optimizer, pl_module, self.unprotected))
         self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
         log_start(trainer, calibration)
 
-    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainedParameters:
         """Note what outputs, buffers and trained parameters are at the start."""
         text = self.source.text
         with self._hold.at_start():
             self._check = OutputCheck(text.first, trainer, pl_module)
         self._buffers = Buffers(pl_module, text.rows)
-        self._trained = TrainedParameters(pl_module)
+        return TrainedParameters(pl_module)
 
     @override
     def on_train_batch_start(
@@ -243,14 +249,14 @@ class NullSpaceProjection(Callback):
     ) -> None:
         for norm in self._still:  # whoever calls `train()` puts them back into train mode
             norm.eval()
+        if self._normalised:  # some may have been put into train mode since
+            self._still += [norm for norm in hold_statistics(pl_module, self.unprotected) if norm not in self._still]
 
     @override
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._trained is not None:
-            self._trained.check(optimizer, pl_module, self.unprotected)
         # Lightning clips afterwards, so the clipped norm is the projected one.
         energy = self._hold.project_gradients_(optimizer, measure=logs_this_batch(trainer))
         if energy is not None:
@@ -260,12 +266,19 @@ class NullSpaceProjection(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._buffers is not None:  # once: what a step changes, the first one changes
-            self._buffers.check(trainer, pl_module, self.unprotected)
-            self._buffers = None
+        if batch_idx == 0:  # what a step changes, the first one usually does
+            self._check_buffers(trainer, pl_module)
         if self._energy:  # at the Trainer's logging interval; nothing is read from the device in between
             pl_module.log_dict(step_metrics(self._energy, self.certificates()), on_step=True, on_epoch=False)
             self._energy.clear()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_buffers(trainer, pl_module)
+
+    def _check_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._buffers is not None:
+            self._buffers.check(trainer, pl_module, self.unprotected)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,7 +286,8 @@ class NullSpaceProjection(Callback):
         check, self._check = self._check, None
         if check is not None:
             self.output_change = check.change(trainer, pl_module)
-            show_certificate(self.certificates(), self.output_change)
+            held = self.settings.form == "hard" and self.project_displacement and self.project_initialization
+            show_certificate(self.certificates(), self.output_change, held=held)
         self._hold.release()
 
     @override
@@ -283,7 +297,7 @@ class NullSpaceProjection(Callback):
     def _release(self) -> None:
         """Forget the last fit."""
         self._hold.release()
-        self._hold, self._check, self._buffers, self._trained, self._still = Hold(), None, None, None, []
+        self._hold, self._check, self._buffers, self._still, self._normalised = Hold(), None, None, [], False
         self.verification = self.output_change = None
 
     def _held_before(self, plan: LayerPlan) -> bool:
@@ -365,7 +379,7 @@ class NullSpaceProjection(Callback):
             self.calibration = calibrate_modules(
                 {layer.name: layer.module for layer in job.layers},
                 calibration_forward(pl_module),
-                lambda: (move_call(call, pl_module.device) for call in job.calls),
+                lambda: (ready(call, trainer, pl_module) for call in job.calls),
                 self.settings,
                 memory_budget_gb=self.source.memory_budget_gb,
                 keep_moments=self.source.keep_moments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -71,11 +72,16 @@ def tensors_of(call: ForwardCall) -> Iterable[Tensor]:
     yield from (v for v in (*call.args, *call.kwargs.values(), call.mask) if isinstance(v, Tensor))
 
 
-def first_floating(output: Any) -> Tensor | None:
-    """Return the logits of a model's output (or its first floating-point tensor)."""
+def floating_tensors(output: Any) -> list[Tensor]:
+    """Return all floating-point tensors in what a model gives: a tensor, or tuples, dicts and dataclasses of them."""
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    if isinstance(output, HasLogits) and isinstance(output.logits, Tensor):
-        return output.logits
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return next((found for part in parts if (found := first_floating(part)) is not None), None)
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        parts: Iterable[Any] = output.values()
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif is_dataclass(output) and not isinstance(output, type):
+        parts = [vars(output)[field.name] for field in fields(output)]
+    else:
+        parts = [output.logits] if isinstance(output, HasLogits) else []
+    return [found for part in parts for found in floating_tensors(part)]

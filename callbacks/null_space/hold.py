@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -103,14 +103,17 @@ class Hold:
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def hook(self) -> None:
+    def hook(self, before_step: Callable[[Optimizer], None]) -> None:
         """Project parameters after each step that really happens, of whichever optimizer, known to the Trainer or not.
 
         The hooks are torch's global ones: a layer is held by every optimizer that trains its matrix, also by one that
         a training step made for itself.
+
+        Args:
+            before_step: Called before each step, to look at what the optimizer would move.
         """
         self._handles = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer)),
+            register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer, before_step)),
             register_optimizer_step_post_hook(lambda optimizer, *_: self._after_step(optimizer)),
         ]
 
@@ -120,7 +123,8 @@ class Hold:
             handle.remove()
         self._handles.clear()
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer, look: Callable[[Optimizer], None]) -> None:
+        look(optimizer)
         if (keeper := self._keeper(optimizer)) is not None:
             keeper.remember()
 
@@ -177,9 +181,9 @@ class Hold:
         if leaking:
             worst = max(leaking, key=lambda c: c.leak)
             raise MisconfigurationException(
-                f"The checkpoint's adapter does not lie in the null space of this basis: {len(leaking)} layers leak, "
-                f"{worst.name} by {worst.leak:.2g}. It was trained with another basis or without projection. Give "
-                "`calibration` the basis file of that run, or merge the adapter and start a new one."
+                f"What was trained before does not lie in the null space of this basis: {len(leaking)} layers leak, "
+                f"{worst.name} by {worst.leak:.2g}. It was trained with other text, another basis or no projection. "
+                "Give `calibration` the basis file of that run, or merge the adapter and start a new one."
             )
 
     def certificates(self) -> list[LayerCertificate]:

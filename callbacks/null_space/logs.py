@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from nspo_lightning.callbacks.null_space.verification import Verification
@@ -15,6 +15,8 @@ from nspo_lightning.evaluation.tables import rich_table, table_text
 from nspo_lightning.nullspace import Calibration, LayerCertificate, table_rows
 from nspo_lightning.nullspace.basis_set import mean_null_share
 from nspo_lightning.nullspace.keeper import GradientEnergy
+
+_LEAKED = 1e-4  # float32 rounding leaks 1e-7
 
 
 def step_metrics(energy: Sequence[GradientEnergy], certificates: Sequence[LayerCertificate]) -> dict[str, Tensor]:
@@ -41,19 +43,26 @@ def show_bases(calibration: Calibration) -> None:
 
 
 def show_verification(found: Verification) -> None:
-    """Print in one sentence what the check before training found."""
+    """Say what the check before training found, and what it could not look at."""
     if not found.calls:
-        rank_zero_info("Null space: no calibration text at hand, so outputs were not looked at.")
+        rank_zero_warn("Null space not checked: there is no calibration text at hand to look at outputs on.")
         return
-    stuck = f" ({len(found.without_room)} had no direction to move in)" if found.without_room else ""
     rank_zero_info(
         f"Null space checked: outputs on {found.calls} calibration text(s) change by {found.change:.1g} (relative) "
-        f"when {found.layers} layers are moved inside it{stuck}."
+        f"when {found.layers} layers are moved inside it."
     )
+    if found.without_room:
+        shown = ", ".join(found.without_room[:3]) + (" ..." if len(found.without_room) > 3 else "")
+        rank_zero_warn(
+            f"{len(found.without_room)} layers could not be checked: the inputs of a single text leave them no "
+            f"direction to move in ({shown})."
+        )
 
 
-def show_certificate(certificates: Sequence[LayerCertificate], output_change: float | None) -> None:
-    """Print the certificate of a fit in one sentence."""
+def show_certificate(
+    certificates: Sequence[LayerCertificate], output_change: float | None, *, held: bool = False
+) -> None:
+    """Print the certificate of a fit in one sentence, and a warning where what should be held has leaked."""
     if not certificates:
         return
     worst = max(certificates, key=lambda c: c.leak)
@@ -63,6 +72,12 @@ def show_certificate(certificates: Sequence[LayerCertificate], output_change: fl
         f"largest bound on a layer's output change {max(c.output_change for c in certificates):.2g}, largest "
         f"change of outputs on a little calibration text {change} (relative)."
     )
+
+    if held and worst.leak > _LEAKED:
+        rank_zero_warn(
+            f"The update of {worst.name} left the null space (leak {worst.leak:.2g}): something else than an optimizer "
+            "step has moved weights (another callback, code of the training step)."
+        )
 
 
 def log_start(trainer: pl.Trainer, calibration: Calibration) -> None:

@@ -1,7 +1,7 @@
 """The promise checked end to end: move every held matrix inside its null space, and see that outputs stay.
 
 A basis protects what hooks saw enter a layer. Whether that is what the layer's weight acts on is decided here, by the
-function itself: on a few rows of calibration text, each held matrix gets a large random update D whose rows lie in the
+function itself: on a few rows of calibration text, each held matrix gets a random update D whose rows lie in the
 null space and are orthogonal to all inputs that were seen, so D x = 0 for every one of them. The plain forward must
 then give what it gave before, at every position that counts. It does not where a weight is used without its module
 being called, a module changes its input, an input is changed in place between two readers, an adapter reads another's
@@ -12,10 +12,11 @@ Everything is put back to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -23,21 +24,24 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from nspo_lightning import ranks
-from nspo_lightning.callbacks.null_space.batches import move_call
 from nspo_lightning.callbacks.null_space.hold import replaced
-from nspo_lightning.callbacks.null_space.inference import inference, plain_outputs
+from nspo_lightning.callbacks.null_space.inference import inference, plain_outputs, ready
 from nspo_lightning.callbacks.null_space.text_sample import halved
 from nspo_lightning.nullspace import Basis, Calibration, ForwardCall, ProtectedLayer
 from nspo_lightning.nullspace.collect import InputCollector
 from nspo_lightning.nullspace.projection import apply
 
 TOLERANCE = 1e-4
-"""Largest change of outputs, ||y' - y|| / ||y||, in float32; rounding gives 1e-7 to 1e-6, the faults 1e-2 and more."""
+"""Largest change of an output tensor or of one of its channels, relative, in float32; rounding gives 1e-7 to 1e-5."""
 HALF_TOLERANCE = 2e-2
-"""The same where weights or activations are in 16 bits: rounding that flips gives 1e-3 to 5e-3."""
+"""The same where weights are in 16 bits: rounding that flips gives 1e-3 to 5e-3."""
+_STEP = 0.1  # size of a move, relative to the layer's own outputs; larger ones let rounding grow from layer to layer
+_SMALLER = 0.1  # a move that outputs follow is repeated at this size: a fault shrinks with it, rounding is gone
 _EXACT_WIDTH = 4096  # up to it directions are found in float64
 _NOTHING = 1e-6  # share of a row in the null space that is rounding
 _LEAST_ROOM = 1e-2  # share of a random row's norm that must be left for its direction not to be rounding noise
+_QUIET = 1e-2  # a channel is measured against this share of the mean one at least
+_MANY = 4  # inputs a direction from which a call is cut before directions are looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,10 @@ class Verification:
     calls: int
 
 
+_Updates = dict[str, tuple[Tensor, Tensor | None]]
+"""Layer -> (rows of A and B of an adapter, or rows of D and None)."""
+
+
 class EndToEndCheck:
     """Runs the check; one for each start of a fit.
 
@@ -65,7 +73,7 @@ class EndToEndCheck:
         pl_module: The module, on its device.
         layers: What is held.
         calibration: The bases.
-        collect: The forward that calibration ran; None = the module's own.
+        collect: The forward that calibration ran.
     """
 
     def __init__(
@@ -74,14 +82,15 @@ class EndToEndCheck:
         pl_module: pl.LightningModule,
         layers: Sequence[ProtectedLayer],
         calibration: Calibration,
-        collect: Callable[..., Any] | None = None,
+        collect: Callable[..., Any],
     ) -> None:
         self._trainer, self._module = trainer, pl_module
         self._layers = tuple(layers)
         self._bases = {layer.name: calibration.basis_of(layer.name).to(layer.matrix.device) for layer in layers}
+        self._energy = calibration.output_energy
         self._groups = calibration.groups
         self._leader = {name: first for first, names in calibration.groups.items() for name in names}
-        self._collect = collect or pl_module
+        self._collect = collect
         self._generator = torch.Generator().manual_seed(0)
 
     def run(self, calls: Sequence[ForwardCall]) -> Verification:
@@ -98,16 +107,13 @@ class EndToEndCheck:
         """
         largest, moved, stuck = 0.0, set[str](), set[str]()
         for call in calls:
-            on_device = move_call(call, self._module.device)
-            with inference(self._trainer, self._module):
-                updates = self._updates(on_device)
-                while len(updates) < len(self._layers) and (shorter := halved(on_device)) is not None:
-                    on_device = shorter  # fewer inputs leave more directions
-                    updates = self._updates(on_device)
-                before = plain_outputs(on_device, self._module).clone()
+            with inference(self._trainer, self._module, exact=True):
+                on_device = ready(call, self._trainer, self._module)
+                on_device, updates = self._with_room(on_device)
+                before = plain_outputs(on_device, self._module)
                 with self._moved(updates):
                     change = self._change(before, on_device)
-                if ranks.any_rank(change > self._tolerance(before)):
+                if ranks.any_rank(self._is_fault(change, before, on_device, updates)):
                     raise MisconfigurationException(self._blame(before, on_device, updates, change))
             largest = max(largest, change)
             moved |= updates.keys()
@@ -118,67 +124,103 @@ class EndToEndCheck:
 
     # ------------------------------------------------------------------ one call
 
-    def _change(self, before: Tensor, call: ForwardCall) -> float:
+    def _with_room(self, call: ForwardCall) -> tuple[ForwardCall, _Updates]:
+        """Return a call, cut until its inputs leave each layer a direction (or it can't be cut), and the moves."""
+        while True:
+            seen, shorter = self._seen(call), halved(call)
+            crowded = any(len(rows) > _MANY * rows.shape[1] for rows in seen.values())
+            if shorter is None or not crowded:
+                updates = self._updates(seen)
+                if shorter is None or len(updates) == len(self._layers):
+                    return call, updates
+            call = shorter
+
+    def _is_fault(self, change: float, before: list[Tensor], call: ForwardCall, updates: _Updates) -> bool:
+        """Return whether outputs follow a move: rounding does not, once the move is small."""
+        limit = self._tolerance()
+        if not change > limit:  # a change that is not a number is looked at too
+            return change != change
+        with self._moved(updates, _SMALLER):
+            return not self._change(before, call) <= _SMALLER * limit
+
+    def _change(self, before: list[Tensor], call: ForwardCall) -> float:
         after = plain_outputs(call, self._module)
-        scale = torch.linalg.vector_norm(before).clamp_min(torch.finfo(torch.float32).tiny)
-        return float(torch.linalg.vector_norm(after - before) / scale)
+        if [y.shape for y in after] != [y.shape for y in before]:
+            return math.inf
+        return max((relative_change(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
 
-    def _tolerance(self, before: Tensor) -> float:
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self._module.parameters())
-        half |= any(b.dtype in (torch.float16, torch.bfloat16) for b in self._module.buffers())
-        return HALF_TOLERANCE if half or torch.is_autocast_enabled(before.device.type) else TOLERANCE
+    def _tolerance(self) -> float:
+        tensors = (*self._module.parameters(), *self._module.buffers())
+        half = any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors)
+        return HALF_TOLERANCE if half else TOLERANCE
 
-    def _updates(self, call: ForwardCall) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Return a random update for each layer that has room: (new A or D, new B or None)."""
+    def _seen(self, call: ForwardCall) -> dict[str, Tensor]:
+        """Return the rows that enter each group of layers, as calibration collects them."""
         modules = {layer.name: layer.module for layer in self._layers}
         collector: InputCollector[Rows] = InputCollector(modules, groups=self._groups, new_sum=Rows)
         with collector:
             collector.begin(call.mask, call.domains)
             self._collect(*call.args, **call.kwargs)
             collector.end()
-        updates: dict[str, tuple[Tensor, Tensor | None]] = {}
+        return {
+            first: torch.cat([rows for kept in sums.values() for rows in kept.seen])
+            for first, sums in collector.moments.items()
+        }
+
+    def _updates(self, seen: Mapping[str, Tensor]) -> _Updates:
+        """Return a random move for each layer that has room: (rows of A or D, B or None). What was not seen stays."""
+        updates: _Updates = {}
+        taken: dict[str, Tensor] = {}
         for layer in self._layers:
-            sums = collector.moments.get(self._leader[layer.name], {}).values()
-            seen = [rows for kept in sums for rows in kept.seen]
-            update = self._update(layer, torch.cat(seen) if seen else None)
-            if update is not None:
-                updates[layer.name] = update
+            basis, first = self._bases[layer.name], self._leader[layer.name]
+            if first not in seen:
+                continue
+            local = layer.rows(ranks.local_part(layer.matrix.detach()))
+            start = torch.randn(local.shape, generator=self._generator).to(local.device)
+            if basis.width <= _EXACT_WIDTH and start.device.type != "mps":
+                start = start.double()
+            if first not in taken:
+                taken[first] = null_directions(basis, seen[first].to(start.dtype))
+            rows = null_rows(basis, start, taken[first])
+            if rows is not None:
+                updates[layer.name] = self._sized(layer, rows)
         return updates
 
-    def _update(self, layer: ProtectedLayer, seen: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        basis, matrix = self._bases[layer.name], layer.matrix
-        local = layer.rows(ranks.local_part(matrix.detach()))
-        random = torch.randn(local.shape, generator=self._generator).to(local.device)
-        rows = null_rows(basis, random, seen)
-        if rows is None:
-            return None
+    def _sized(self, layer: ProtectedLayer, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return unit rows as a move of `_STEP` times the layer's own size: its outputs' energy by its inputs'."""
+        basis = self._bases[layer.name]
+        out = layer.matrix.shape[0] if layer.output is None else layer.output.shape[0]
+        ratio = self._energy.get(layer.name, 0.0) / max(float(basis.values.sum()), 1e-300)
+        size = _STEP * ((ratio * basis.width / max(out, 1)) ** 0.5 if 0 < ratio < math.inf else 1.0)
         if layer.output is None or not layer.output.requires_grad:  # a displacement is held, not A itself
-            return rows, None
+            return rows * size, None
         up = ranks.local_part(layer.output.detach())
         drawn = torch.randn(up.shape, generator=self._generator).to(device=up.device, dtype=up.dtype)
-        return rows, drawn / (max(layer.scale, 1e-12) * max(rows.shape[0], 1) ** 0.5)
+        return rows, drawn * size / (max(layer.scale, 1e-12) * max(rows.shape[0], 1) ** 0.5)
 
-    def _moved(self, updates: Mapping[str, tuple[Tensor, Tensor | None]]) -> AbstractContextManager[None]:
-        """Put updates on some layers for a while."""
+    def _moved(self, updates: _Updates, size: float = 1.0) -> AbstractContextManager[None]:
+        """Put moves on some layers for a while."""
         values: list[tuple[Tensor, Tensor]] = []
         for layer in self._layers:
             if layer.name in updates:
                 rows, up = updates[layer.name]
                 matrix = layer.rows(ranks.local_part(layer.matrix.detach()))
-                values.append((matrix, rows if up is not None else matrix + rows))
+                values.append((matrix, rows if up is not None else matrix + size * rows))
                 if up is not None and layer.output is not None:
-                    values.append((ranks.local_part(layer.output.detach()), up))
+                    values.append((ranks.local_part(layer.output.detach()), size * up))
         return replaced(values)
 
     # ------------------------------------------------------------------ who it was
 
-    def _blame(self, before: Tensor, call: ForwardCall, updates: Mapping[str, Any], change: float) -> str:
+    def _blame(self, before: list[Tensor], call: ForwardCall, updates: _Updates, change: float) -> str:
         names = [layer.name for layer in self._layers if layer.name in updates]
         while len(names) > 1:
             half = names[: len(names) // 2]
-            with self._moved({name: updates[name] for name in half}):
+            part = {name: updates[name] for name in half}
+            with self._moved(part):
                 alone = self._change(before, call)
-            names = half if ranks.any_rank(alone > self._tolerance(before)) else names[len(names) // 2 :]
+            fault = ranks.any_rank(self._is_fault(alone, before, call, part))
+            names = half if fault else names[len(names) // 2 :]
         return (
             f"The null space does not hold: outputs on calibration text move by {change:.2g} (relative) when weights "
             f"are moved inside it, and '{names[0]}' is a layer that does it. What was seen to enter it is not what its "
@@ -207,33 +249,68 @@ class Rows:
         """Keep this rank's own: all ranks run the same rows."""
 
 
-def null_rows(basis: Basis, random: Tensor, seen: Tensor | None) -> Tensor | None:
-    """Turn random rows into unit rows in the null space that are orthogonal to inputs.
+def relative_change(after: Tensor, before: Tensor) -> float:
+    """Return ||y' - y|| / ||y|| of a tensor, or of that of its channels (last dimension) where it is largest.
+
+    Example:
+        >>> y = torch.tensor([[1e5, 1.0], [1e5, 1.0]])
+        >>> relative_change(y + torch.tensor([0.0, 1.0]), y) > 1e-4  # not hidden by the large channel
+        True
+    """
+    if not before.numel():
+        return 0.0
+    tiny = torch.finfo(before.dtype).tiny
+    far, size = after - before, torch.linalg.vector_norm(before)
+    whole = torch.linalg.vector_norm(far) / size.clamp_min(tiny)
+    if before.ndim < 2:
+        return float(whole)
+    channels = torch.linalg.vector_norm(before.flatten(0, -2), dim=0)
+    least = _QUIET * size / before.shape[-1] ** 0.5
+    each = torch.linalg.vector_norm(far.flatten(0, -2), dim=0) / channels.clamp_min(float(least)).clamp_min(tiny)
+    return float(torch.maximum(whole, each.max()))
+
+
+def null_directions(basis: Basis, seen: Tensor) -> Tensor:
+    """Return an orthonormal basis of what inputs have in the null space.
 
     Args:
         basis: Of the layer's inputs; the soft form's null space is everything.
-        random: Shape ``(r, width)``.
-        seen: Inputs, shape ``(n, width)``; None = there are none.
+        seen: Inputs, shape ``(n, width)``.
 
     Returns:
-        Shape ``(r, width)``, rows of norm 1; None where there is no direction left.
+        Rows, shape ``(m, width)``.
     """
+    if not seen.numel():
+        return seen.new_zeros(0, basis.width)
+    rest = _inside(basis, _unit(seen))  # a row counts by its direction: massive ones must not hide the others
+    if len(rest) <= basis.width:
+        _, strength, directions = torch.linalg.svd(rest, full_matrices=False)
+        return cast(Tensor, directions[strength > _NOTHING])
+    values, vectors = torch.linalg.eigh(rest.T @ rest)
+    return cast(Tensor, vectors.T[values > max(_NOTHING**2, 1e-15) * len(rest)])
 
-    def inside(rows: Tensor) -> Tensor:
-        return apply(basis, apply(basis, rows)) if basis.form == "hard" else rows
 
-    exact = basis.width <= _EXACT_WIDTH and random.device.type != "mps"
-    start = random.to(torch.float64 if exact else torch.float32)
-    rows = inside(start)
-    if seen is not None and seen.numel():
-        # A row counts by its direction: massive ones must not hide the others.
-        _, strength, directions = torch.linalg.svd(inside(_unit(seen.to(start.dtype))), full_matrices=False)
-        directions = directions[strength > _NOTHING]
-        for _ in range(2):
-            rows = inside(rows - (rows @ directions.T) @ directions)
+def null_rows(basis: Basis, start: Tensor, taken: Tensor) -> Tensor | None:
+    """Turn random rows into unit rows in the null space that are orthogonal to inputs.
+
+    Args:
+        basis: Of the layer's inputs.
+        start: Shape ``(r, width)``.
+        taken: See `null_directions`.
+
+    Returns:
+        Shape ``(r, width)``, float32, rows of norm 1; None where there is no direction left.
+    """
+    rows = _inside(basis, start)
+    for _ in range(2):
+        rows = _inside(basis, rows - (rows @ taken.T) @ taken)
     if float(torch.linalg.vector_norm(rows)) <= _LEAST_ROOM * float(torch.linalg.vector_norm(start)):
         return None
     return _unit(rows).to(torch.float32)
+
+
+def _inside(basis: Basis, rows: Tensor) -> Tensor:
+    return apply(basis, apply(basis, rows)) if basis.form == "hard" else rows
 
 
 def _unit(rows: Tensor) -> Tensor:

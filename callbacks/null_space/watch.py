@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nspo_lightning import ranks
-from nspo_lightning.callbacks.null_space.batches import move_call
-from nspo_lightning.callbacks.null_space.inference import inference, plain_outputs
+from nspo_lightning.callbacks.null_space.inference import inference, plain_outputs, ready
 from nspo_lightning.callbacks.null_space.unprotected import Unprotected
 from nspo_lightning.compat.torch import RunningNorm
 from nspo_lightning.nullspace import ForwardCall
@@ -34,7 +33,7 @@ class TrainedParameters:
         self._known = {id(p) for p in pl_module.parameters() if p.requires_grad}
 
     def check(self, optimizer: Optimizer, pl_module: pl.LightningModule, mode: Unprotected) -> None:
-        """Look before a step at what an optimizer would move.
+        """Look before a step at what an optimizer would move; of one that the Trainer does not know, of the module's.
 
         Raises:
             MisconfigurationException: In mode ``error``, naming what has begun to train.
@@ -43,7 +42,11 @@ class TrainedParameters:
         new = {id(p): p for p in members if p.requires_grad and id(p) not in self._known}
         if not new:
             return
-        names = [name for name, p in pl_module.named_parameters() if id(p) in new] or ["(not the module's own)"]
+        names = [name for name, p in pl_module.named_parameters() if id(p) in new]
+        if not names and not self._is_trainers(optimizer, pl_module):
+            self._known |= new.keys()  # another model's, which this one's outputs need not depend on
+            return
+        names = names or ["(not among the module's own)"]
         text = f"{len(new)} parameter(s) began to train during fit: {', '.join(names[:_SHOWN])}"
         if mode == "error":
             raise MisconfigurationException(
@@ -59,6 +62,10 @@ class TrainedParameters:
         rank_zero_warn(f"{text}. They train freely and may move general outputs.")
         self._known |= new.keys()
 
+    @staticmethod
+    def _is_trainers(optimizer: Optimizer, pl_module: pl.LightningModule) -> bool:
+        return any(optimizer is known for known in pl_module.trainer.optimizers)
+
 
 def running_statistics(pl_module: nn.Module) -> dict[str, RunningNorm]:
     """List normalisations whose running statistics training would change, by name."""
@@ -67,6 +74,11 @@ def running_statistics(pl_module: nn.Module) -> dict[str, RunningNorm]:
         for name, module in pl_module.named_modules()
         if isinstance(module, RunningNorm) and module.training and module.running_mean is not None
     }
+
+
+def has_running_statistics(pl_module: nn.Module) -> bool:
+    """Return whether there is any such normalisation, in whatever mode."""
+    return any(isinstance(module, RunningNorm) and module.running_mean is not None for module in pl_module.modules())
 
 
 def hold_statistics(pl_module: nn.Module, mode: Unprotected) -> list[RunningNorm]:
@@ -110,16 +122,20 @@ class Buffers:
         """Return the names of changed buffers, if outputs on the text differ between their old and new values."""
         now = dict(pl_module.named_buffers())
         changed = [n for n, old in self._before.items() if n in now and not _equal(old, now[n])]
-        if not ranks.any_rank(bool(changed)) or not self._calls:
+        if not ranks.any_rank(bool(changed)):
+            return []
+        if not self._calls:
+            rank_zero_warn(
+                f"Buffers changed in training ({', '.join(changed[:_SHOWN])}), and no text is at hand to see whether "
+                "outputs depend on them."
+            )
             return []
         with inference(trainer, pl_module):
-            after = [plain_outputs(move_call(c, pl_module.device), pl_module).clone() for c in self._calls]
+            after = [plain_outputs(ready(c, trainer, pl_module), pl_module) for c in self._calls]
             with _in_place(pl_module, {name: self._before[name] for name in changed}):
-                before = [plain_outputs(move_call(c, pl_module.device), pl_module) for c in self._calls]
-        far = any(
-            float(torch.linalg.vector_norm(a - b)) > _MOVED * float(torch.linalg.vector_norm(b))
-            for a, b in zip(after, before, strict=True)
-        )
+                before = [plain_outputs(ready(c, trainer, pl_module), pl_module) for c in self._calls]
+        pairs = ((a, b) for old, new in zip(before, after, strict=True) for b, a in zip(old, new, strict=True))
+        far = any(not float((a - b).abs().max()) <= _MOVED * float(b.abs().max()) for a, b in pairs if b.numel())
         return changed if far else []
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, mode: Unprotected) -> None:

@@ -28,7 +28,7 @@ from nspo_lightning.nullspace.criteria import (
     energy_left,
     value_leaving_one,
 )
-from nspo_lightning.nullspace.domains import combine
+from nspo_lightning.nullspace.domains import combine, domain_shares
 
 _SHOWN = 8  # inputs that a refusal names
 
@@ -88,6 +88,8 @@ class Calibration:
     output_energy: dict[str, float] = field(default_factory=dict)
     """Layer -> the least, over domains, of the domain's weight times the mean squared norm of the layer's outputs on
     its rows. A change that is bounded relative to it is bounded in every domain, and in any mixture of them."""
+    domain_energy: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Layer -> domain -> mean squared norm of the layer's outputs on its rows."""
     domain_tokens: dict[str, int] = field(default_factory=dict)
     """Domain -> rows that counted."""
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -126,8 +128,18 @@ class Calibration:
             self,
             bases=bases_from_spectra(spectra, settings),
             settings=settings,
+            output_energy=least_energy(self.domain_energy, settings),
             fingerprint=self.fingerprint | {"settings": settings.as_dict()},
         )
+
+
+def least_energy(domain_energy: Mapping[str, Mapping[str, float]], settings: BasisSettings) -> dict[str, float]:
+    """Return `Calibration.output_energy` from the energies by domain."""
+    found = {}
+    for layer, energies in domain_energy.items():
+        shares = domain_shares(energies, settings.domain_weights, without=settings.without_domains)
+        found[layer] = min(share * energies[domain] for domain, share in shares.items())
+    return found
 
 
 _LEADING = ("energy", "bound", "relative", "absolute", "rank", "null_share")

@@ -21,6 +21,7 @@ from nspo_lightning.nullspace.basis_set import (
     BasisSettings,
     Calibration,
     decompose_for,
+    least_energy,
     protected_count,
 )
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
@@ -76,9 +77,17 @@ def calibrate_modules(
     result = Calibration(bases=builder.bases, groups={}, settings=settings)
     budget = None if memory_budget_gb is None else memory_budget_gb * 1e9
     plan = plan_passes(text, budget)
+    groups = plan.groups
     for only in plan.passes:
-        collector: InputCollector[SecondMoment] = InputCollector(modules, groups=plan.groups, only=only)
+        collector: InputCollector[SecondMoment] = InputCollector(modules, groups=groups, only=only)
         firsts = _collect(text, collector, result, only)
+        if strays := _strays(collector):  # they read something else in some batch: once more, each for itself
+            apart = _apart(collector.groups, strays)
+            only = None if only is None else [*only, *strays]
+            collector = InputCollector(modules, groups=apart, only=only)
+            for first in firsts:
+                result.groups.pop(first)
+            firsts = _collect(text, collector, result, only)
         for index, first in enumerate(firsts):
             report("layers", index + 1)
             sums = collector.over_ranks(first)
@@ -92,9 +101,20 @@ def calibrate_modules(
         assert budget is not None  # without one, no input is too wide
         report("layers", 1)
         columns = sketch_columns(input_width(modules[first]), budget)
-        builder.add(first, _sketched_spectrum(text, first, plan.groups, columns, settings, result))
+        builder.add(first, _sketched_spectrum(text, first, groups, columns, settings, result))
     builder.finish()
     return result
+
+
+def _strays(collector: InputCollector[Any]) -> set[str]:
+    """Return layers that left their group in some batch, on any rank (cross-rank synchronisation)."""
+    return set().union(*ranks.gather_objects(collector.strays))
+
+
+def _apart(groups: Mapping[str, Sequence[str]], strays: set[str]) -> dict[str, list[str]]:
+    """Return the groups with some layers each on its own."""
+    left = {first: [name for name in names if name not in strays] for first, names in groups.items()}
+    return {first: names for first, names in left.items() if names} | {name: [name] for name in sorted(strays)}
 
 
 def _collect(
@@ -111,28 +131,28 @@ def _collect(
         )
     firsts = [first for first in collector.groups if only is None or first in only]
     result.groups |= {first: collector.groups[first] for first in firsts}
-    result.output_energy |= _output_energy(collector, result.settings)
+    result.domain_energy |= _energy_by_domain(collector)
+    result.output_energy = least_energy(result.domain_energy, result.settings)
     return firsts
 
 
-def _output_energy(collector: InputCollector[Any], settings: BasisSettings) -> dict[str, float]:
-    """Return each layer's `Calibration.output_energy`, over ranks."""
-    sums: dict[str, dict[str, list[float]]] = {}
+def _energy_by_domain(collector: InputCollector[Any]) -> dict[str, dict[str, float]]:
+    """Return layer -> domain -> mean squared norm of the layer's outputs, over ranks."""
+    sums: dict[str, dict[str, tuple[float, int]]] = {}
     mine = {
         name: {domain: (float(energy.total), energy.rows) for domain, energy in by_domain.items()}
         for name, by_domain in collector.output_energy.items()
     }
     for found in ranks.gather_objects(mine):
         for name, by_domain in found.items():
+            so_far = sums.setdefault(name, {})
             for domain, (total, rows) in by_domain.items():
-                so_far = sums.setdefault(name, {}).setdefault(domain, [0.0, 0.0])
-                so_far[0], so_far[1] = so_far[0] + total, so_far[1] + rows
-    energies = {}
-    for name, means in sums.items():
-        shares = domain_shares(means, settings.domain_weights, without=settings.without_domains)
-        counted = [(share, *means[d]) for d, share in shares.items() if means[d][1]]
-        energies[name] = min((share * total / rows for share, total, rows in counted), default=0.0)
-    return energies
+                before = so_far.get(domain, (0.0, 0))
+                so_far[domain] = (before[0] + total, before[1] + rows)
+    return {
+        name: {domain: total / max(rows, 1) for domain, (total, rows) in by_domain.items()}
+        for name, by_domain in sums.items()
+    }
 
 
 def _count_tokens(result: Calibration, first: str, sums: Mapping[str, RunningSum]) -> None:

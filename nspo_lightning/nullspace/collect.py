@@ -89,7 +89,8 @@ class OutputEnergy:
 
     def update(self, outputs: Tensor, keep: Tensor | None) -> None:
         """Add a module's output, shape ``(..., out)``; ``keep`` has True for the rows that count."""
-        squares = torch.linalg.vector_norm(outputs.detach(), dim=-1, dtype=torch.float32).square()
+        exact = torch.promote_types(outputs.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(outputs.detach(), dim=-1, dtype=exact).square()
         if keep is not None and keep.shape == squares.shape:
             squares = squares[keep.to(squares.device).ne(0)]
         self.rows += squares.numel()
@@ -121,6 +122,8 @@ class InputCollector(Generic[Sum]):
         self._new_sum = new_sum
         self._shared = SharedInputs()
         self._leaders: dict[str, str] = {}
+        self._entered: dict[str, list[tuple[weakref.ref[Tensor], int]]] = {}
+        self._taken: dict[str, int] = {}
         self._groups: dict[str, list[str]] | None = None
         if groups is not None:
             self._settle({first: list(names) for first, names in groups.items()})
@@ -130,6 +133,8 @@ class InputCollector(Generic[Sum]):
         self._counting = True
         self.moments: dict[str, dict[str, Sum]] = {}
         """Input group (its first module) -> domain -> running sum."""
+        self.strays: set[str] = set()
+        """Layers that were given another tensor than the rest of their group, in a later batch."""
         self.output_energy: dict[str, dict[str, OutputEnergy]] = {}
         """Layer -> domain -> mean squared norm of its outputs."""
 
@@ -153,6 +158,8 @@ class InputCollector(Generic[Sum]):
         """
         self._mask, self._counting = mask, counting
         self._domains = list(domains) if domains is not None else None
+        self._entered.clear()
+        self._taken.clear()
 
     def end(self) -> None:
         """Close a forward pass; after the first one the groups are settled.
@@ -216,6 +223,7 @@ class InputCollector(Generic[Sum]):
             leader = self._leaders.setdefault(name, name)  # first called in a later batch: a group of its own
             if leader == name:
                 self._groups.setdefault(name, [name])
+            self._compare(name, leader, inputs)
         if not self._counting or (self._only is not None and leader not in self._only):
             return
         if isinstance(output, Tensor):
@@ -228,6 +236,16 @@ class InputCollector(Generic[Sum]):
             if domain not in by_domain:
                 by_domain[domain] = self._new_sum(inputs.shape[-1])
             by_domain[domain].update(select_rows(part, mask, layer=name).detach())
+
+    def _compare(self, name: str, leader: str, inputs: Tensor) -> None:
+        """Note a layer that is not given what its group's first layer was given, call by call."""
+        if leader == name:
+            self._entered.setdefault(name, []).append((weakref.ref(inputs), version_of(inputs)))
+            return
+        calls, number = self._entered.get(leader, []), self._taken.get(name, 0)
+        self._taken[name] = number + 1
+        if number >= len(calls) or calls[number][0]() is not inputs or calls[number][1] != version_of(inputs):
+            self.strays.add(name)
 
     def _split(self, inputs: Tensor) -> Iterable[tuple[str, Tensor | None, Tensor]]:
         if self._domains is None or len(set(self._domains)) == 1:

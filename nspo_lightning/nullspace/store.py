@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nspo_lightning.atomic import replacing
 from nspo_lightning.nullspace.basis import Basis
-from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration
+from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, least_energy
 from nspo_lightning.nullspace.criteria import RankChoice
-from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, differences
+from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, combined, data_fingerprint, differences
 
 _PROBES = 8
 _ORTHONORMAL = 1e-3  # float32 rounding of orthonormal columns gives 1e-6
@@ -52,13 +52,14 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
         "version": FORMAT_VERSION,
         "inputs": inputs,
         "settings": calibration.settings.as_dict(),
-        "output_energy": calibration.output_energy,
+        "domain_energy": calibration.domain_energy,
         "domain_tokens": calibration.domain_tokens,
         "fingerprint": calibration.fingerprint,
     }
-    path = Path(path)
+    path, text = Path(path), json.dumps(header)
     with replacing(path) as partial:
-        save_file(tensors, str(partial), metadata={"nspo": json.dumps(header), "format": "pt"})
+        metadata = {"nspo": text, "digest": _file_digest(text, tensors), "format": "pt"}
+        save_file(tensors, str(partial), metadata=metadata)
     return path
 
 
@@ -82,18 +83,26 @@ def load_calibration(path: str | Path) -> Calibration:
             metadata = file.metadata() or {}
             if "nspo" not in metadata:
                 raise BrokenBasisError(f"{path} is a safetensors file without a null-space header; is it an adapter?")
-            header = json.loads(metadata["nspo"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
+            header = json.loads(metadata["nspo"])
+            version = header["version"]
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise BrokenBasisError(f"{path} is not a readable safetensors file ({error}). Calibrate again.") from error
-    if header["version"] != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise BrokenBasisError(
-            f"{path} has basis format {header['version']}, this version reads {FORMAT_VERSION}. Calibrate again."
+            f"{path} has basis format {version}, this version reads {FORMAT_VERSION}. Calibrate again."
         )
+    if metadata.get("digest") != _file_digest(metadata["nspo"], tensors):
+        raise BrokenBasisError(f"{path} is not what was written: its content was changed since. Calibrate again.")
     calibration = _rebuild(header, tensors)
     for first, basis in calibration.bases.items():
         _check_basis(f"{path}, layer {first}", basis)
     return calibration
+
+
+def _file_digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of all that a basis file says."""
+    return combined({"header": header, "tensors": data_fingerprint(tensors[key] for key in sorted(tensors))})
 
 
 def _check_basis(where: str, basis: Basis) -> None:
@@ -142,6 +151,7 @@ def check_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any], sour
 
 def _rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
     bases, groups, moments = {}, {}, {}
+    settings = BasisSettings(**header["settings"])
     for index, entry in enumerate(header["inputs"]):
         first = entry["first"]
         bases[first] = Basis(
@@ -162,8 +172,9 @@ def _rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibr
     return Calibration(
         bases=bases,
         groups=groups,
-        settings=BasisSettings(**header["settings"]),
-        output_energy=header["output_energy"],
+        settings=settings,
+        output_energy=least_energy(header["domain_energy"], settings),
+        domain_energy=header["domain_energy"],
         domain_tokens=header["domain_tokens"],
         moments=moments,
         fingerprint=header["fingerprint"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,17 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from null_space_problems import HIDDEN, OUT, PROTECTED, WIDTH, Net, general_inputs, leak, trainer
+from null_space_problems import (
+    HIDDEN,
+    OUT,
+    PROTECTED,
+    WIDTH,
+    LoraLinear,
+    Net,
+    general_inputs,
+    leak,
+    trainer,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -414,3 +425,145 @@ def test_the_soft_form_holds_with_a_closure_that_is_evaluated_several_times(tmp_
         size = torch.linalg.vector_norm(model.first.update).clamp_min(1e-12)
         bounds[name] = float(moved / size)
     assert bounds["lbfgs"] < 3 * bounds["sgd"] + 1e-3
+
+
+# ---------------------------------------------------------------------------------------------- later batches
+
+
+class Attending(Net):
+    """Two layers that read one tensor, unless there is a context: then the second reads that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = LoraLinear(WIDTH, OUT), LoraLinear(WIDTH, OUT)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        return self.first(x) + self.second(x if context is None else context)
+
+
+def test_layers_that_share_an_input_in_the_first_batch_only_are_held_each_for_itself(tmp_path: Any) -> None:
+    model = Attending()
+    x, context = general_inputs(12), torch.randn(12, WIDTH)
+    batches = [(x, None), (x, context)]
+    callback = projection(
+        criterion="energy", threshold=0.0, calibration=batches, batch_to_inputs=lambda batch: (batch, None)
+    )
+    before = [model(*batch).detach() for batch in batches]
+    trainer(tmp_path, callback).fit(model)
+    assert callback.calibration is not None
+    assert callback.calibration.groups == {"first": ["first"], "second": ["second"]}
+    for batch, was in zip(batches, before, strict=True):
+        assert float((model(*batch) - was).abs().max() / was.abs().max()) < 1e-5
+
+
+class Odd(Net):
+    """Uses another weight for its third batch than the one whose inputs are seen."""
+
+    def forward(self, x: torch.Tensor, odd: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.first(x)
+        if odd is not None:
+            hidden = hidden + 2.0 * self.first.up(self.first.down.weight.matmul(x.roll(1, -1).T).T)
+        return self.second(torch.tanh(hidden))
+
+
+def test_a_fault_in_another_kind_of_batch_is_seen(tmp_path: Any) -> None:
+    x = general_inputs(8)
+    batches = [(x,), (x,), (x, torch.ones(1)), (x,)]
+    callback = projection(calibration=batches, batch_to_inputs=lambda batch: (batch, None))
+    with pytest.raises(MisconfigurationException, match="'first'"):
+        trainer(tmp_path, callback).fit(Odd())
+
+
+class RawOptimizer(Net):
+    """Makes an optimizer of its own in a training step, for a base weight that was frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.raw: torch.optim.Optimizer | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        weight = self.first.base_layer.weight
+        weight.requires_grad_(True)
+        self.raw = self.raw or torch.optim.SGD([weight], lr=0.1)
+        self.raw.zero_grad()
+        self.manual_backward(Net.training_step(self, batch, batch_idx))
+        self.raw.step()
+
+
+def test_an_optimizer_that_the_trainer_does_not_know_is_looked_at_too(tmp_path: Any) -> None:
+    model = RawOptimizer()
+    before = model.first.base_layer.weight.detach().clone()
+    with pytest.raises(MisconfigurationException, match=r"first\.\w+\.weight"):
+        trainer(tmp_path, projection()).fit(model)
+    assert torch.equal(model.first.base_layer.weight, before)
+
+
+class Late(Batched):
+    """Puts its normalisation into train mode in the second epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.norm.train(self.current_epoch > 0)
+
+
+def test_statistics_that_begin_to_run_later_are_seen(tmp_path: Any) -> None:
+    model = Late()
+    model.norm.eval()
+    with pytest.raises(MisconfigurationException, match="norm"):
+        trainer(tmp_path, projection(), max_steps=30).fit(model)
+
+
+def test_weights_that_something_else_moves_are_said(tmp_path: Any) -> None:
+    class Shift(Callback):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            with torch.no_grad():
+                pl_module.first.down.weight.add_(0.1)
+
+    with pytest.warns(UserWarning, match="left the null space"):
+        trainer(tmp_path, projection(), Shift()).fit(Net())
+
+
+@pytest.mark.parametrize("output", ["dict", "dataclass", "integers", "none"])
+def test_whatever_a_forward_returns(tmp_path: Any, output: str) -> None:
+    @dataclass
+    class Out:
+        y: torch.Tensor
+
+    class Returns(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = super().forward(x)
+            still = torch.ones(len(x), 2)
+            return {
+                "dict": {"still": still, "y": y},
+                "dataclass": Out(y),
+                "integers": y.argmax(-1),
+                "none": None,
+            }[output]
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return (Net.forward(self, batch[0]) - batch[1]).square().mean()
+
+    if output in {"integers", "none"}:
+        with pytest.raises(MisconfigurationException, match="verify: false"):
+            trainer(tmp_path, projection()).fit(Returns())
+        callback = projection(verify=False)
+        trainer(tmp_path, callback).fit(Returns())
+        assert callback.output_change is None
+        return
+    callback = projection()
+    trainer(tmp_path, callback).fit(Returns())
+    assert callback.output_change is not None
+    assert callback.output_change > 0
+
+
+def test_double_precision_and_noise_in_eval_mode_are_no_fault(tmp_path: Any) -> None:
+    class Noisy(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y + 0.1 * torch.randn_like(y)
+
+    trainer(tmp_path, projection()).fit(Noisy())
+    callback = projection()
+    trainer(tmp_path, callback, precision="64-true").fit(Net())
+    assert callback.verification is not None
+    assert callback.verification.change < 1e-5

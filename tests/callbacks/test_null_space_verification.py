@@ -130,7 +130,8 @@ def test_it_can_be_turned_off_and_says_how_it_went(tmp_path):
     assert fit(Problem(first=Functional(WIDTH, HIDDEN)), tmp_path, verify=False).verification is None
     found = fit(Net(), tmp_path).verification
     assert found is not None
-    assert (found.layers, found.without_room, found.calls) == (2, (), 1)
+    assert (found.layers, found.without_room) == (2, ())
+    assert found.calls >= 1
 
 
 def test_a_text_is_cut_until_there_is_room(tmp_path, tiny_llama):
