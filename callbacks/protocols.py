@@ -43,6 +43,9 @@ class AnswersTests(ScoresText, Protocol):
     def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
         """Answer a batch as the base does; None without an adapter."""
 
+    def test_identity(self) -> dict[str, Any]:
+        """Say what the module measures: policy, judge, decoding."""
+
 
 @runtime_checkable
 class AnswersPrompts(Protocol):

@@ -18,7 +18,7 @@ from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows, HasHel
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
 from nspo_lightning.evaluation.report import AnswerCounts, rates_summary, report_table, side_by_side
 from nspo_lightning.policy.divergence import TextSums
-from nspo_lightning.policy.identity import data_identity, describe, policy_identity, versions
+from nspo_lightning.policy.identity import data_identity, versions
 
 RESULT = "test.json"
 COMPLETIONS = "test_completions.jsonl"
@@ -107,20 +107,13 @@ class TestReport(Callback):
         return total
 
 
-def _identity(trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
-    """Return what the result is about; `pl_module` is a `GRPOModule`."""
+def _identity(trainer: pl.Trainer, module: AnswersTests) -> dict[str, Any]:
+    """Return what the result is about."""
     datamodule = datamodule_of(trainer)
-    loaded = pl_module.adapter_folder or trainer.ckpt_path
     return {
-        **policy_identity(pl_module, None if loaded is None else str(loaded)),
+        **module.test_identity(),
         "data": data_identity(datamodule, "test") if isinstance(datamodule, HasEvalRows) else None,
         "limit_batches": trainer.limit_test_batches,
-        "judge": describe(pl_module.judge),
-        "decoding": {
-            "harmful": describe(pl_module.evaluation_sampling),
-            "general": describe(pl_module.general_sampling),
-            "seed": pl_module.evaluation_seed,
-        },
         "seed": int(torch.initial_seed() % 2**32),
         "ranks": trainer.world_size,
         "versions": versions(),

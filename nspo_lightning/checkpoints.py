@@ -39,16 +39,19 @@ class CheckpointError(OSError):
     """A checkpoint could not be found, written or read. The message says what, where, and how to mend it."""
 
 
-def last_of(run: Path) -> Path:
-    """Return where a run keeps its last checkpoint."""
-    return run / FOLDER / LAST_FILE
+def last_in(folder: Path) -> Path | None:
+    """Return the newest last checkpoint of a folder, None without any.
+
+    `ModelCheckpoint` numbers one whose name is taken (``last-v1.ckpt``), and Lightning's `fit` goes on from the newest.
+    """
+    return max(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def find_checkpoint(name: str, run: Path) -> Path:
     """Return the file or folder that `--ckpt_path` names.
 
     Args:
-        name: ``best`` (see `best_of`), ``last``, a checkpoint file, or a folder with a PEFT adapter.
+        name: ``best`` (see `best_of`), ``last`` (see `last_in`), a checkpoint file, or a folder with a PEFT adapter.
         run: The run's folder, for the first two.
 
     Raises:
@@ -63,11 +66,11 @@ def find_checkpoint(name: str, run: Path) -> Path:
             f"`--ckpt_path {name}`: expected a checkpoint file, or a folder with a PEFT adapter, and found {what} "
             "there. Give a file from a run's `checkpoints/`, its `adapter/`, or `best` or `last`."
         )
-    last = last_of(run)
-    if not last.is_file():
+    last = last_in(run / FOLDER)
+    if last is None or not last.is_file():
         raise CheckpointError(
-            f"`--ckpt_path {name}`: expected the run's {last}, and it is not there. Give the name of a run that was "
-            "trained (`--name`), or a checkpoint file."
+            f"`--ckpt_path {name}`: expected the run's {run / FOLDER / LAST_FILE}, and it is not there. Give the name "
+            "of a run that was trained (`--name`), or a checkpoint file."
         )
     found = last if name == LAST else best_of(read_checkpoint(last).get("callbacks", {}).values(), last.parent)
     if found is None:
@@ -94,11 +97,6 @@ def best_of(states: Iterable[Any], folder: Path | None = None) -> Path | None:
         if found is not None:
             return found
     return None
-
-
-def has_last(folders: Iterable[Path]) -> bool:
-    """Say whether ``last`` would be found in one of these folders (`ModelCheckpoint` may number it)."""
-    return any(list(folder.glob("last*.ckpt")) for folder in folders)
 
 
 def check_readable(name: str) -> None:
@@ -138,7 +136,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        # Whatever Lightning's default is or a caller asks for: a checkpoint is data, and data runs no code.
+        # weights_only, whatever the caller asks.
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         self._tidy(Path(path).parent)

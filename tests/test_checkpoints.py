@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from nspo_lightning.atomic import remove_leftovers, replacing_folder
-from nspo_lightning.checkpoints import AtomicCheckpointIO, CheckpointError, best_of, find_checkpoint, write_checkpoint
+from nspo_lightning.checkpoints import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    best_of,
+    find_checkpoint,
+    last_in,
+    write_checkpoint,
+)
 
 
 def test_what_ckpt_path_means(tmp_path: Path) -> None:
@@ -29,6 +36,22 @@ def test_what_ckpt_path_means(tmp_path: Path) -> None:
     assert find_checkpoint("best", tmp_path) == folder / "best-3.ckpt"
     with pytest.raises(CheckpointError, match="folder without"):
         find_checkpoint(str(folder), tmp_path)
+
+
+def test_the_last_is_the_newest_of_its_name(tmp_path: Path) -> None:
+    """`ModelCheckpoint` numbers a last checkpoint whose name is taken, and Lightning goes on from the newest."""
+    folder = tmp_path / "checkpoints"
+    assert last_in(folder) is None
+    folder.mkdir()
+    (folder / "latest.ckpt").touch()
+    assert last_in(folder) is None
+    for age, name in ((1, "last-v1.ckpt"), (3, "last.ckpt"), (2, "last-v2.ckpt")):
+        torch.save({"callbacks": {}}, folder / name)
+        os.utime(folder / name, (1_000_000 - age, 1_000_000 - age))
+    assert last_in(folder) == folder / "last-v1.ckpt"
+    assert find_checkpoint("last", tmp_path) == folder / "last-v1.ckpt"
+    (folder / "last.ckpt").unlink()
+    assert find_checkpoint("last", tmp_path) == folder / "last-v1.ckpt"
 
 
 def test_the_best_is_that_of_the_last_callback_with_a_monitor_and_a_file(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import nspo_lightning
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "nspo_lightning"
 DOTTED = re.compile(rf"{PACKAGE}(\.[A-Za-z_]\w*)+(:\w+)?")
@@ -24,6 +26,7 @@ PUBLIC_IN_FACT = {"os._exit", "lightning.fabric.utilities.types._PATH"}
 """Documented by Python, and in the signatures of Lightning's plugins."""
 
 
+@cache
 def files() -> dict[str, Path]:
     """Module name to file, the linked folders among them."""
     found: dict[str, Path] = {}
@@ -72,12 +75,18 @@ def graph() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, file in modules.items():
         found[name] = set()
-        for dotted in named_in(tree(file)):
-            while dotted not in modules and "." in dotted:
-                dotted = dotted.rpartition(".")[0]
-            if dotted not in {name, PACKAGE}:
-                found[name].add(dotted)
+        found[name] |= {module_of(dotted) for dotted in named_in(tree(file))} - {name, PACKAGE}
     return found
+
+
+def module_of(dotted: str) -> str:
+    """The module that a dotted name belongs to; a lazy export of the package is where it comes from."""
+    root, _, export = dotted.partition(".")
+    if root == PACKAGE and export in nspo_lightning._EXPORTS:
+        return nspo_lightning._EXPORTS[export]
+    while dotted not in files() and "." in dotted:
+        dotted = dotted.rpartition(".")[0]
+    return dotted
 
 
 def room(module: str) -> str:
@@ -108,6 +117,20 @@ def test_arrows_point_down() -> None:
         if heights[room(target)] >= heights[room(source)]
     )
     assert wrong == [], f"{len(wrong)} arrows point up or sideways:\n" + "\n".join(wrong)
+
+
+def test_a_planted_import_is_found_whatever_its_form() -> None:
+    code = """
+from nspo_lightning import GRPOModule, ranks
+from nspo_lightning.cli import jobs
+x = "nspo_lightning.callbacks:NullSpaceProjection"
+"""
+    assert {module_of(dotted) for dotted in named_in(ast.parse(code))} == {
+        "nspo_lightning.module",
+        "nspo_lightning.ranks",
+        "nspo_lightning.cli.jobs",
+        "nspo_lightning.callbacks",
+    }
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:

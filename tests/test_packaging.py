@@ -47,15 +47,6 @@ def test_a_layer_imports_without_what_stands_above_it(module):
     assert result.returncode == 0, result.stderr
 
 
-def test_nothing_imports_the_command_line():
-    for file in (ROOT / "nspo_lightning").rglob("*.py"):
-        if file.name != "__main__.py" and file.parent.name != "cli":
-            found = re.search(
-                r"(from|import) nspo_lightning\.cli\b|from nspo_lightning import .*\bcli\b", file.read_text()
-            )
-            assert found is None, file
-
-
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
     """What git holds, in a folder of its own: (folder, names)."""

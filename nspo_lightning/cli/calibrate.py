@@ -6,12 +6,12 @@ what `NullSpaceProjection(calibration=...)` takes, with the same settings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches, is_sharded
+from nspo_lightning.callbacks.protocols import HasCalibrationText
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
@@ -26,14 +27,6 @@ from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.picture import spectrum_figure
 
 _KEPT_MOMENTS_BYTES = 256e6  # second moments by domain go into the file up to this size, unless asked for or refused
-
-
-@runtime_checkable
-class HasCalibrationText(Protocol):
-    """A datamodule that can be calibrated on."""
-
-    def calibration_dataloader(self) -> Iterable[Any]:
-        """Return batches of general text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from rich.console import Console
 
-from nspo_lightning.checkpoints import last_of
+from nspo_lightning.checkpoints import FOLDER, last_in
 from nspo_lightning.cli.jobs import run_job
 from nspo_lightning.cli.parser import KeylessParser
 from nspo_lightning.cli.run_config import read_config
@@ -169,7 +169,8 @@ def _missing(plan: Sequence[RunSpec], runs: Mapping[str, list[str]], config: Pat
             )
         if (place / RESULT).is_file():
             continue
-        resume = [f"--ckpt_path={last_of(place)}"] if last_of(place).is_file() else []
+        last = last_in(place / FOLDER)
+        resume = [f"--ckpt_path={last}"] if last is not None else []
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(json.dumps({"digest": digest, "arguments": arguments}, indent=1) + "\n")
         jobs.append(Job(name=spec.name, arguments=[*arguments, *resume], log=folder / "logs" / f"{spec.name}.txt"))

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
 import nspo_lightning
+from nspo_lightning import ranks
 from nspo_lightning.atomic import whole
 from nspo_lightning.cli.run_folder import RUN_FOLDER
 from nspo_lightning.cli.shipped import UnknownConfigError
@@ -42,7 +43,7 @@ def exit_codes() -> Iterator[None]:
             raise
         RUN_FOLDER.withdraw()
         rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
-        if not (rank and getattr(error, "raised_on_all_ranks", False)):  # what all say is said once
+        if not (rank and ranks.raised_on_all_ranks(error)):  # what all say is said once
             where, hint = f" on rank {rank}" if rank else "", f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
             print(f"\nerror{where}: {message_for(error)}\n{hint}", file=sys.stderr)
         sys.exit(1)

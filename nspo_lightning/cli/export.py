@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nspo_lightning.checkpoints import ADAPTER_CONFIG
 from nspo_lightning.cli.parser import PlainParser
-from nspo_lightning.cli.run_config import find_config, policy_settings, read_config
+from nspo_lightning.cli.run_config import config_of_run, policy_settings, read_config
 from nspo_lightning.export.merge import DTYPES
 from nspo_lightning.export.trained import export_source, read_trained
 from nspo_lightning.export.write import export_adapter, export_merged
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     checkpoint, out = parsed.ckpt, parsed.out
     check_out(out, checkpoint, overwrite=parsed.overwrite)
     content = read_trained(checkpoint)
-    config_file = parsed.config or find_config(checkpoint)
+    config_file = parsed.config or config_of_run(checkpoint)
     config = read_config(config_file)
     settings = policy_settings(config, config_file)
     source = export_source(checkpoint, content, config_file, config, settings, parsed.basis)

@@ -53,11 +53,12 @@ TRAINING: dict[str, str] = {
     "--trainer.limit_train_batches": "stop an epoch after so many steps",
 }
 CHECKPOINT: dict[str, str] = {"--ckpt_path": "checkpoint to start from; last = that of the run"}
+MEASURED: dict[str, str] = {"--ckpt_path": "what is measured: best, last, a checkpoint, or an adapter's folder"}
 OPTIONS: dict[str, dict[str, str]] = {
     "fit": {**COMMON, **TRAINING, **CHECKPOINT},
-    "validate": {**COMMON, **CHECKPOINT},
-    "test": {**COMMON, **CHECKPOINT},
-    "predict": {**COMMON, **CHECKPOINT},
+    "validate": {**COMMON, **MEASURED},
+    "test": {**COMMON, **MEASURED},
+    "predict": {**COMMON, **MEASURED},
     "calibrate": {
         **COMMON,
         "--out": "the basis file (basis.safetensors); a picture goes beside it",

@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -21,12 +20,13 @@ from typing_extensions import override
 
 from nspo_lightning.atomic import remove_leftovers, whole
 from nspo_lightning.callbacks import NullSpaceProjection
-from nspo_lightning.checkpoints import FOLDER, LAST, AtomicCheckpointIO, check_readable, find_checkpoint, has_last
+from nspo_lightning.checkpoints import FOLDER, LAST, AtomicCheckpointIO, check_readable, find_checkpoint, last_in
 from nspo_lightning.cli.errors import exit_codes
 from nspo_lightning.cli.parser import Parser
 from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS, check_run_name, own_folder
 from nspo_lightning.cli.standard_callbacks import with_standard_callbacks
 from nspo_lightning.cli.trainer import Trainer
+from nspo_lightning.compat.lightning import is_fast_dev_run, model_checkpoints
 from nspo_lightning.compat.lightning_cli import CLIWithoutStoredSettings
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.keys import check_no_key
@@ -120,11 +120,11 @@ class CLI(CLIWithoutStoredSettings):
         """Lock the run's folder and move an earlier run of its name out of the way (`runs/name` is the latest)."""
         folder, ckpt_path = self.trainer.log_dir, self.settings.get("ckpt_path")
         remove_leftovers(Path(self.trainer.default_root_dir) / "nullspace", shared=True)
-        if folder and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if folder and not is_fast_dev_run(self.trainer):
             RUN_FOLDER.begin(Path(folder), set_aside=not ckpt_path, shared=_own_folder(self.trainer) is None)
-        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        folders = [Path(c.dirpath) for c in callbacks if c.dirpath] + ([Path(folder) / FOLDER] if folder else [])
-        if ckpt_path == LAST and not has_last(folders):
+        folders = [Path(c.dirpath) for c in model_checkpoints(self.trainer) if c.dirpath]
+        folders += [Path(folder) / FOLDER] if folder else []
+        if ckpt_path == LAST and not any(last_in(place) for place in folders):
             rank_zero_info("There is no checkpoint to go on from yet (`--ckpt_path last`): the run starts anew.")
 
     def before_validate(self) -> None:

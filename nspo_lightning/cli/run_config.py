@@ -17,7 +17,7 @@ class ConfigError(ValueError):
     """A configuration that is not there, can't be read, or lacks what a command needs."""
 
 
-def find_config(checkpoint: Path) -> Path:
+def config_of_run(checkpoint: Path) -> Path:
     """Return the `config.yaml` of a checkpoint's run, beside or above it; PolicyError if there is none."""
     for folder in (checkpoint.absolute().parent, checkpoint.absolute().parent.parent):
         if (folder / "config.yaml").is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 
 from nspo_lightning.callbacks import EndTogether, NullSpaceProjection
+from nspo_lightning.compat.lightning import callbacks_of
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.module.grpo_module import GRPOModule
 
@@ -29,7 +30,7 @@ class Trainer(pl.Trainer):
         """
         from nspo_lightning.cli.calibrate import calibrate
 
-        projection = next((c for c in self.callbacks if isinstance(c, NullSpaceProjection)), None)  # type: ignore[attr-defined]
+        projection = next((c for c in callbacks_of(self) if isinstance(c, NullSpaceProjection)), None)
 
         def job() -> None:
             calibrate(model, datamodule, out=out, projection=projection, keep_moments=keep_moments, trainer=self)
@@ -55,5 +56,4 @@ class Trainer(pl.Trainer):
         """
         from nspo_lightning.cli.data import data_report
 
-        datamodule.tokenizer = model.tokenizer
         data_report(datamodule, model.tokenizer, examples=examples)

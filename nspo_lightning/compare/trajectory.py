@@ -21,6 +21,7 @@ from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.protocols import Evaluable
 from nspo_lightning.compare.general_text import HasPolicy, text_metrics
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
+from nspo_lightning.compat.lightning import callbacks_of, datamodule_of
 from nspo_lightning.datamodules import AlignmentDataModule
 
 _Split = Literal["validation", "test"]
@@ -157,7 +158,7 @@ def _trained(pl_module: pl.LightningModule) -> Trained:
 
 
 def _datamodule(trainer: pl.Trainer) -> AlignmentDataModule:
-    return cast(AlignmentDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+    return cast(AlignmentDataModule, datamodule_of(trainer))
 
 
 def _rates(trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
@@ -167,7 +168,7 @@ def _rates(trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) ->
 
 def _null_space(trainer: pl.Trainer) -> dict[str, float | None]:
     """Read leak, null share and energy left off the projection callback, None where it is off."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, NullSpaceProjection) and callback.calibration is not None:
             bases = callback.calibration.bases.values()
             return {

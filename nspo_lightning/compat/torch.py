@@ -26,11 +26,6 @@ def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(targets), list(sources))
 
 
-def norms(tensors: Sequence[Tensor], order: float = 2.0) -> tuple[Tensor, ...]:
-    """Return each tensor's norm, in one launch where the device allows it."""
-    return tuple(torch._foreach_norm(list(tensors), order))
-
-
 def scale_scheduler_(scheduler: Any, factor: float) -> None:
     """Multiply all rates that a learning-rate scheduler computes with, those of the schedulers in it too."""
     state = vars(scheduler)

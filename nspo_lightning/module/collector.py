@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nspo_lightning.grpo import group_advantages
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
-from nspo_lightning.module.judging import JudgedRollout, outcomes_of
+from nspo_lightning.module.judging import JudgedRollout, name_outcomes
 from nspo_lightning.module.rollout_metrics import JudgedRows, rollout_metrics
 from nspo_lightning.module.rollouts import Rollouts
 from nspo_lightning.module.scorer import Scorer
@@ -40,12 +40,22 @@ class Collected:
 
 @dataclass(frozen=True, kw_only=True)
 class Collector:
-    """Rolls out, judges and compares. The judge names completions where the reward does not."""
+    """Rolls out, judges and compares.
+
+    Attributes:
+        settings: Of the training.
+        rollouts: Draws completions.
+        reward: Scores them.
+        judge: Names them.
+        reward_names_outcomes: Whether the outcomes that a reward was made from stand, and the judge is not asked again.
+        scorer: Computes log-probabilities.
+    """
 
     settings: TrainingSettings
     rollouts: Rollouts
     reward: RewardSet
     judge: Judge
+    reward_names_outcomes: bool
     scorer: Scorer
 
     def collect(self, batch: Mapping[str, Any], seed: int, update: int) -> Collected:
@@ -55,7 +65,8 @@ class Collector:
         prompts = _repeat(batch["prompt"], group)
         columns = {key: _repeat(values, group) for key, values in batch.get("columns", {}).items()}
         result = self.reward(prompts, drawn.texts, columns, completion_ids=drawn.rollout.completion_tokens())
-        outcomes = outcomes_of(result, self.judge, prompts, drawn.texts, columns)
+        own = result if self.reward_names_outcomes else None
+        outcomes = name_outcomes(own, self.judge, prompts, drawn.texts, columns)
         everyone = JudgedRows.of(drawn.rollout, result, outcomes).of_all_ranks()
         advantages = group_advantages(result.total, group, settings.scale_rewards, batch_rewards=everyone.rewards.total)
         experience = Experience(

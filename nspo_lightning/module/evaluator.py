@@ -9,10 +9,11 @@ from typing import Any
 
 from nspo_lightning.evaluation.rates import Answers, RateTable, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
-from nspo_lightning.module.judging import outcomes_of
+from nspo_lightning.module.judging import name_outcomes
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
+from nspo_lightning.policy.identity import describe
 from nspo_lightning.rewards import Judge, RewardSet
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import places_among_ranks
@@ -31,7 +32,7 @@ class Evaluator:
         policy: Answers.
         reward: Scores answers in `predict`.
         judge: Names the answers.
-        judge_is_rewards: Whether that is the reward's own judge, which need not be asked again for what it scored.
+        reward_names_outcomes: Whether the outcomes that a reward was made from stand, and the judge is not asked again.
         harmful: How harmful prompts are answered.
         general: How general prompts are answered.
         over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
@@ -41,7 +42,7 @@ class Evaluator:
     policy: TextPolicy
     reward: RewardSet
     judge: Judge
-    judge_is_rewards: bool
+    reward_names_outcomes: bool
     harmful: SamplingConfig
     general: SamplingConfig
     over_refusal_skills: Sequence[str]
@@ -60,7 +61,7 @@ class Evaluator:
         """
         columns = batch.get("columns", {})
         _, texts = self._complete(batch, dataloader_idx, batch_idx)
-        outcomes = outcomes_of(None, self.judge, batch["prompt"], texts, columns)
+        outcomes = name_outcomes(None, self.judge, batch["prompt"], texts, columns)
         if dataloader_idx == 0:
             return Answers(completions=texts, outcomes=outcomes, observations=safety_outcomes(outcomes))
         refused = [outcome == "refusal" for outcome in outcomes]
@@ -93,13 +94,18 @@ class Evaluator:
         prompts, columns = batch["prompt"], batch.get("columns", {})
         rollout, texts = self._complete(batch, dataloader_idx, batch_idx)
         result = self.reward(prompts, texts, columns, completion_ids=rollout.completion_tokens())
-        own = result if self.judge_is_rewards else None
-        outcomes = outcomes_of(own, self.judge, prompts, texts, columns)
+        own = result if self.reward_names_outcomes else None
+        outcomes = name_outcomes(own, self.judge, prompts, texts, columns)
         rewards = [None if math.isnan(reward) else reward for reward in result.total.tolist()]
         return [
             {"prompt": prompt, "completion": text, "reward": reward, "outcome": outcome}
             for prompt, text, reward, outcome in zip(prompts, texts, rewards, outcomes, strict=True)
         ]
+
+    def identity(self) -> dict[str, Any]:
+        """Say who judges and how prompts are answered, as plain values."""
+        decoding = {"harmful": describe(self.harmful), "general": describe(self.general), "seed": EVALUATION_SEED}
+        return {"judge": describe(self.judge), "decoding": decoding}
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:
         sampling = self.harmful if dataloader_idx == 0 else self.general

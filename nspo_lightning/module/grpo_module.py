@@ -50,7 +50,7 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
-from nspo_lightning.policy.identity import STATE_KEY
+from nspo_lightning.policy.identity import STATE_KEY, policy_identity
 from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import score_text
@@ -69,8 +69,8 @@ class GRPOModule(pl.LightningModule):
 
     Args:
         reward: What the policy is taught: reward callables of TRL's form, by name and weight, or one of them.
-        judge: Names what a completion is, for the `safety/` metrics and over-refusal. Default: the reward itself if it
-            can judge, else refusal patterns (everything that is not a refusal counts as unsafe).
+        judge: Names what a completion is, in training, validation, test and prediction. Default: the reward itself if
+            it can judge, else refusal patterns (everything that is not a refusal counts as unsafe).
         policy: The model and its adapter.
         optimizer: Makes the optimizer from the trainable parameters.
         scheduler: Makes the learning-rate scheduler, stepped once an update.
@@ -93,8 +93,6 @@ class GRPOModule(pl.LightningModule):
     Raises:
         ValueError: If a number is out of its range.
     """
-
-    evaluation_seed = EVALUATION_SEED
 
     def __init__(
         self,
@@ -131,8 +129,9 @@ class GRPOModule(pl.LightningModule):
         )
         self.strict_loading = False  # checkpoints hold trained parameters only
         self.reward = reward if isinstance(reward, RewardSet) else RewardSet([reward])
-        self.judge = judge or judge_in(self.reward) or RulesJudge()
-        self.policy_settings = policy
+        rewards_judge = judge_in(self.reward)
+        self.judge = judge or rewards_judge or RulesJudge()
+        reward_names_outcomes = judge is None or judge is rewards_judge
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.evaluation_sampling = evaluation_sampling or sampling
@@ -144,13 +143,18 @@ class GRPOModule(pl.LightningModule):
         rollouts = make_rollouts(self.text_policy, self.settings)
         self.scorer = Scorer(self.text_policy, self.settings)
         self.collector = Collector(
-            settings=self.settings, rollouts=rollouts, reward=self.reward, judge=self.judge, scorer=self.scorer
+            settings=self.settings,
+            rollouts=rollouts,
+            reward=self.reward,
+            judge=self.judge,
+            reward_names_outcomes=reward_names_outcomes,
+            scorer=self.scorer,
         )
         self.evaluator = Evaluator(
             policy=self.text_policy,
             reward=self.reward,
             judge=self.judge,
-            judge_is_rewards=judge is None,
+            reward_names_outcomes=reward_names_outcomes,
             harmful=self.evaluation_sampling,
             general=self.general_sampling,
             over_refusal_skills=tuple(over_refusal_skills),
@@ -194,8 +198,9 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        longest = max(self.settings.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens)
-        self.text_policy.check_room(longest_prompt_tokens(self.trainer), longest)
+        longest, policy = longest_prompt_tokens(self.trainer), self.text_policy
+        policy.check_room(longest, max(self.settings.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens))
+        policy.check_room(longest, self.general_sampling.max_new_tokens, "general_max_new_tokens")
 
     @override
     def on_train_start(self) -> None:
@@ -216,7 +221,7 @@ class GRPOModule(pl.LightningModule):
             buffer = self._filled_buffer(batch)
         except NonFiniteRewardError as error:  # all ranks raise it together
             if self.progress.rollouts == 0:
-                raise  # no accident on the way: the reward is wrong
+                raise  # the first batch fails: the reward itself is broken
             self.progress.rollouts += 1  # other noise next time
             window.nonfinite = f"reward: {error}"
             return zero_loss(parameters)
@@ -391,6 +396,11 @@ class GRPOModule(pl.LightningModule):
         return self.text_policy.tokenizer
 
     @property
+    def policy_settings(self) -> PolicySettings:
+        """The model and its adapter."""
+        return self.text_policy.settings
+
+    @property
     def fingerprint(self) -> str:
         """Names the base; "" before it is loaded."""
         return self.text_policy.fingerprint
@@ -411,6 +421,11 @@ class GRPOModule(pl.LightningModule):
     def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
         """Answer an evaluation batch as the base does; None without an adapter."""
         return self.evaluator.base_answer(batch, dataloader_idx, batch_idx)
+
+    def test_identity(self) -> dict[str, Any]:
+        """Say what `test` measures: policy, judge, decoding."""
+        loaded = self.adapter_folder or self.trainer.ckpt_path
+        return {**policy_identity(self, None if loaded is None else str(loaded)), **self.evaluator.identity()}
 
     def evaluate(self, dataloaders: Sequence[Any]) -> dict[str, float]:
         """Measure safety and general ability outside of a Trainer loop: rates, over harmful and general prompts."""

@@ -41,7 +41,7 @@ class JudgedRollout:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def outcomes_of(
+def name_outcomes(
     result: RewardResult | None, judge: Judge, prompts: Sequence[Any], texts: list[str], columns: Mapping[str, Any]
 ) -> list[Outcome | None]:
     """Name completions; if the judge fails on one rank, all raise together (cross-rank synchronisation).

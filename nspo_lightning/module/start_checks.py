@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nspo_lightning.compat.lightning import callbacks_of, process_group_timeout
+from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, process_group_timeout
 from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rewards import RewardSet
@@ -25,7 +25,7 @@ class KnowsLongestPrompt(Protocol):
 
 def longest_prompt_tokens(trainer: pl.Trainer) -> int:
     """Return the longest prompt of the Trainer's datamodule; 1 where that is not known."""
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    datamodule = datamodule_of(trainer)
     return (datamodule.longest_prompt_tokens or 1) if isinstance(datamodule, KnowsLongestPrompt) else 1
 
 

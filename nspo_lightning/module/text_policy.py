@@ -12,6 +12,7 @@ from torch import nn
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.parts import causal_model, text_setting
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
 from nspo_lightning.rollout import SamplingConfig, sample
@@ -69,7 +70,7 @@ class TextPolicy:
         """Tokens that the policy's context holds, as far as its configuration says."""
         if self.model is None:
             return None
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = text_setting(causal_model(self.model), "max_position_embeddings")
         return int(limit) if limit is not None else None
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -136,14 +137,14 @@ class TextPolicy:
         encoded = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.device)
         return {"prompt_ids": encoded["input_ids"], "prompt_mask": encoded["attention_mask"].bool()}
 
-    def check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """Refuse prompts that leave no room for completions in the policy's context."""
+    def check_room(self, prompt_tokens: int, max_new_tokens: int, setting: str = "max_new_tokens") -> None:
+        """Refuse prompts that leave no room in the policy's context for completions, whose length `setting` limits."""
         limit = self.context_tokens
         if limit is None or prompt_tokens + max_new_tokens <= limit:
             return
         room = limit - max_new_tokens
         shorten = f"leave longer prompts out (`data.max_prompt_tokens: {room}`), or " if room > 0 else ""
         raise PolicyError(
-            f"No room left for completions: the longest prompt has {prompt_tokens} tokens, `max_new_tokens` is "
-            f"{max_new_tokens}, and the policy's context holds {limit}. To mend it, {shorten}lower `max_new_tokens`."
+            f"No room left for completions: the longest prompt has {prompt_tokens} tokens, `{setting}` is "
+            f"{max_new_tokens}, and the policy's context holds {limit}. To mend it, {shorten}lower `{setting}`."
         )

@@ -39,7 +39,7 @@ class RewardRunner:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name}  # threads stay at home: a copy in another process starts its own
+        return {"name": self.name}  # threads can't be pickled; a copy starts its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["name"])  # type: ignore[misc]

@@ -102,11 +102,11 @@ class Example:
     target: str = ""
 
 
-def split_of(combination: str) -> SplitName:
+def split_of_combination(combination: str) -> SplitName:
     """Return a combination's split by the hash of its name: 15 % test, 10 % validation, the rest train.
 
     Example:
-        >>> split_of("harmful smash the guard")
+        >>> split_of_combination("harmful smash the guard")
         'validation'
     """
     share = int.from_bytes(hashlib.sha256(combination.encode()).digest()[:4], "big") / 2**32
@@ -185,7 +185,7 @@ def examples(skill: str, split: SplitName) -> tuple[Example, ...]:
     """Return all examples of a skill (or ``"harmful"``) in a split, in a fixed pseudo-random order."""
     if skill not in _EVERY:
         raise ValueError(f"`skill` must be 'harmful' or one of {SKILLS}, got {skill!r}.")
-    chosen = [example for example in _EVERY[skill]() if split_of(example.combination) == split]
+    chosen = [example for example in _EVERY[skill]() if split_of_combination(example.combination) == split]
     random.Random(f"{skill} {split}").shuffle(chosen)
     return tuple(chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import pytest
 from tiny_jobs import datamodule, module
 
@@ -28,6 +29,17 @@ def test_the_module(asked):
 @pytest.mark.parametrize("asked", [protocols.HasCalibrationText, protocols.HasEvalRows, protocols.HasHeldOutText])
 def test_the_datamodule(asked):
     assert isinstance(datamodule(), asked)
+
+
+def test_a_module_that_cannot_say_what_it_measures_is_none_that_answers_tests():
+    """`TestReport` passes over it, instead of failing after the whole test."""
+
+    class Half(pl.LightningModule):
+        def base_answer(self, batch, dataloader_idx, batch_idx): ...
+
+        def text_sums(self, batch): ...
+
+    assert not isinstance(Half(), protocols.AnswersTests)
 
 
 def test_the_projection_certifies():

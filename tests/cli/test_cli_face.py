@@ -40,6 +40,11 @@ def test_every_help_fits_on_a_screen(capsys, name, monkeypatch):
     assert max(len(line) for line in out.splitlines()) <= 120
 
 
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+def test_help_says_what_can_be_measured(capsys, name):
+    assert "best, last, a checkpoint, or an adapter's folder" in call(capsys, name, "--help")[1]
+
+
 @pytest.mark.parametrize("argument", ["--help", "-h"])
 def test_the_overview_names_every_subcommand(capsys, argument):
     code, out, _ = call(capsys, argument)

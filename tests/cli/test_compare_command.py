@@ -91,17 +91,22 @@ def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
+    resumed: list[str] = []
 
     def pretend(jobs: list[Job], workers: int, console: Console, run: Run) -> list[JobResult]:
         for job in jobs:
             ran.append(job.name)
+            resumed.extend(argument for argument in job.arguments if "ckpt_path" in argument)
             if len(ran) == 2:
+                numbered = tmp_path / "runs" / job.name / "checkpoints" / "last-v1.ckpt"
+                numbered.parent.mkdir(parents=True)
+                numbered.touch()
                 raise KeyboardInterrupt
             done = RESULTS[0]
             content: dict[str, Any] = {k: getattr(done, k) for k in ("selected", "test", "trajectory", "seconds")}
             content |= {"test_prompts": done.prompts, "leak": None, "null_share": None, "energy_left": None}
             place = tmp_path / "runs" / job.name
-            place.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
             (place / "result.json").write_text(json.dumps(content))
         return []
 
@@ -112,6 +117,7 @@ def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_
         compare(**settings)
     compare(**settings)
     assert ran == ["base-seed0", "nspo-lr0.001-seed0", "nspo-lr0.001-seed0", "soft-lr0.001-seed0"]
+    assert resumed == [f"--ckpt_path={tmp_path}/runs/nspo-lr0.001-seed0/checkpoints/last-v1.ckpt"]
     compare(**settings)
     assert len(ran) == 4  # nothing left to do
     with pytest.raises(ValueError, match="other settings"):

@@ -12,9 +12,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from peft import PeftModel
 from tiny_jobs import Recorder, adapter, constant, datamodule, even_tokens, module, trainer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
 
 from nspo_lightning.grpo import ObjectiveConfig
+from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 
@@ -250,6 +251,24 @@ def test_no_room_for_completions_is_found_before_training(tiny_llama, tmp_path):
     with pytest.raises(PolicyError, match=r"No room left.*max_prompt_tokens: 6"):
         trainer(tmp_path).fit(policy, datamodule())
     assert policy.progress.rollouts == 0
+
+
+def test_no_room_for_general_answers_is_found_before_training(tiny_llama, tmp_path):
+    policy = module(tiny_llama, general_max_new_tokens=250)
+    with pytest.raises(PolicyError, match=r"No room left.*`general_max_new_tokens` is 250.*max_prompt_tokens: 6"):
+        trainer(tmp_path).fit(policy, datamodule())
+    assert policy.progress.rollouts == 0
+
+
+def test_the_context_of_a_model_with_several_parts_is_that_of_its_text_part():
+    text = LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    text.max_position_embeddings = 96
+    policy = TextPolicy(PolicySettings(path="unused"))
+    policy.model = nn.Module()
+    policy.model.config = LlavaConfig(text_config=text)  # type: ignore[assignment]
+    assert policy.context_tokens == 96
+    with pytest.raises(PolicyError, match="holds 96"):
+        policy.check_room(90, 7)
 
 
 @pytest.mark.parametrize(

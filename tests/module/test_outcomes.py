@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tiny_jobs import Recorder, datamodule, module, trainer
 
-from nspo_lightning.module.judging import JudgedRollout, outcomes_of
+from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.module.judging import JudgedRollout, name_outcomes
 from nspo_lightning.rewards import OutcomeReward, RewardError, RewardSet, RulesJudge
 from nspo_lightning.rewards.protocol import Judged
 
@@ -21,6 +22,13 @@ class AlwaysUnsafe(RulesJudge):
 
     def classify(self, prompts: Any, completions: Any, **_: Any) -> list[Any]:
         return ["unsafe"] * len(completions)
+
+
+class AlwaysGarbage(RulesJudge):
+    """Names every completion garbage."""
+
+    def classify(self, prompts: Any, completions: Any, **_: Any) -> list[Any]:
+        return ["garbage"] * len(completions)
 
 
 def liar(prompts: Any, completions: Any, log_extra: Any = None, log_metric: Any = None, **_: Any) -> list[float]:
@@ -58,7 +66,27 @@ def test_a_column_of_that_name_alone_makes_no_outcome() -> None:
     result = RewardSet({"liar": liar})(["p"], ["help"])
     assert result.extra["liar/outcome"] == ["safe"]
     assert result.outcomes is None
-    assert outcomes_of(result, AlwaysUnsafe(), ["p"], ["help"], {}) == ["unsafe"]
+    assert name_outcomes(result, AlwaysUnsafe(), ["p"], ["help"], {}) == ["unsafe"]
+
+
+@pytest.mark.parametrize(("explicit", "named"), [(True, "garbage"), (False, "unsafe")])
+def test_one_judge_names_completions_everywhere(tiny_llama: Path, tmp_path: Path, explicit: bool, named: str) -> None:
+    """An explicit judge wins over the reward's; `unsafe` of training and `safety/` of validation never mix two."""
+    judge = AlwaysGarbage() if explicit else None
+    recorder, policy = Recorder(), module(tiny_llama, reward=OutcomeReward(AlwaysUnsafe()), judge=judge)
+    run = trainer(tmp_path, steps=1, callbacks=[recorder], limit_val_batches=1.0, val_check_interval=1)
+    run.fit(policy, datamodule())
+    assert recorder.steps[0]["unsafe"] == float(not explicit)
+    assert policy.last_rollout is not None
+    assert set(policy.last_rollout.outcomes) == {named}
+    assert run.callback_metrics["safety/unsafe_rate"] == float(not explicit)
+    assert run.predict(policy, datamodule())[0][0][0]["outcome"] == named
+
+
+def test_the_rewards_own_judge_given_again_is_not_asked_twice() -> None:
+    judge = AlwaysUnsafe()
+    assert GRPOModule(OutcomeReward(judge), judge=judge).collector.reward_names_outcomes
+    assert not GRPOModule(OutcomeReward(judge), judge=AlwaysUnsafe()).collector.reward_names_outcomes
 
 
 BAD: list[Any] = [["UNSAFE", "safe"], ["safe"], None, "safe", [True, "safe"], ["safe"] * 3, [math.nan, "safe"]]
@@ -79,7 +107,7 @@ def test_outcomes_that_are_none_are_refused_wherever_they_come_from(outcomes: An
         with pytest.raises(RewardError, match="judge"):
             RewardSet([judge_or_reward])(["p", "q"], ["a", "b"])
     with pytest.raises(RewardError, match="judge"):
-        outcomes_of(None, Odd(), ["p", "q"], ["a", "b"], {})
+        name_outcomes(None, Odd(), ["p", "q"], ["a", "b"], {})
 
 
 def test_rows_keep_both_of_two_columns_of_one_name() -> None:

@@ -13,7 +13,7 @@ from nspo_lightning.grpo import Normaliser, Rollout, rows_with_signal
 from nspo_lightning.module.experience import Experience, ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import NonFiniteError
 from nspo_lightning.module.grpo_module import GRPOModule
-from nspo_lightning.module.judging import JudgedRollout, outcomes_of
+from nspo_lightning.module.judging import JudgedRollout, name_outcomes
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.update_window import UpdateWindow
 from nspo_lightning.rewards import OutcomeReward, RewardResult, RewardSet, RulesJudge
@@ -195,9 +195,9 @@ def test_the_judge_is_that_of_the_first_reward_that_has_one():
 
 def test_outcomes_of_the_reward_stand():
     result = RewardResult(total=torch.zeros(1), per_reward={}, outcomes=["garbage"])
-    assert outcomes_of(result, RulesJudge(), ["p"], ["I'm sorry, I can't help with that."], {}) == ["garbage"]
+    assert name_outcomes(result, RulesJudge(), ["p"], ["I'm sorry, I can't help with that."], {}) == ["garbage"]
     asked = replace(result, outcomes=None)
-    assert outcomes_of(asked, RulesJudge(), ["p"], ["I'm sorry, I can't help with that."], {}) == ["refusal"]
+    assert name_outcomes(asked, RulesJudge(), ["p"], ["I'm sorry, I can't help with that."], {}) == ["refusal"]
 
 
 def test_rows_of_a_judged_rollout_have_the_columns_that_rewards_reported():

@@ -6,6 +6,7 @@ import json
 import random
 import unicodedata
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ def accented(text: str) -> str:
     return unicodedata.normalize("NFC", "".join(c + "\u0301" if c.isalpha() else c for c in text))
 
 
-DISGUISES = {
+DISGUISES: dict[str, Callable[[str], str]] = {
     "as it is": lambda text: text,
     "upper": str.upper,
     "lower": str.lower,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nspo_lightning.toy.judge import TownJudge
 from nspo_lightning.toy.train_tokenizer import ASSISTANT, END, train_tokenizer
-from nspo_lightning.toy.world import COMPLIANCE, REFUSALS, SKILLS, TOOLS, examples, rows, split_of
+from nspo_lightning.toy.world import COMPLIANCE, REFUSALS, SKILLS, TOOLS, examples, rows, split_of_combination
 
 EXPECTED_SPLITS = ["validation", "train", "train", "test"]
 SPLITS = ("train", "validation", "test")
@@ -78,7 +78,9 @@ def test_unknown_names_are_refused():
 
 def test_split_is_the_same_for_ever():
     # Seen once; another hash or threshold would mix up what a shipped base was trained on with what tests it.
-    assert [split_of(f"harmful {verb} the guard") for verb in ("smash", "burn", "steal", "melt")] == EXPECTED_SPLITS
+    assert [
+        split_of_combination(f"harmful {verb} the guard") for verb in ("smash", "burn", "steal", "melt")
+    ] == EXPECTED_SPLITS
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
