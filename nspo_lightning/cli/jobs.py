@@ -51,7 +51,19 @@ SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the resolved configuration beside the run and show it in TensorBoard."""
+    """Save the resolved configuration beside the run and show it in TensorBoard.
+
+    A run that goes on keeps its file until its checkpoint was accepted: a refusal changes nothing.
+    """
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit" or not self.config.get("ckpt_path"):
+            super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
     @override
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -153,6 +153,18 @@ def test_an_interrupted_run_resumes(run, monkeypatch):
     assert before[0] == before[1]
 
 
+def test_a_refused_resume_leaves_the_runs_files(run, monkeypatch):
+    assert run("fit", "--trainer.limit_train_batches", 1)[0] == 0
+    before = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()}
+    code, said = run("fit", "--trainer.limit_train_batches", 2, "--ckpt_path", "last", "--model.group_size", 6)
+    assert code == 1
+    assert "`model.group_size` 4 -> 6" in said
+    assert "Traceback" not in said
+    assert {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()} == before
+    assert run("fit", "--trainer.limit_train_batches", 1, "--trainer.max_epochs", 2, "--ckpt_path", "last")[0] == 0
+    assert "max_epochs: 2" in Path("runs/tiny/config.yaml").read_text()
+
+
 def no_template(tokenizer, folder):
     from copy import deepcopy
 
