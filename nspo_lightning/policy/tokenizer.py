@@ -27,7 +27,7 @@ def read_chat_template(setting: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     if "{" not in setting:
         raise PolicyError(
-            f"`policy.chat_template` is neither a Jinja template nor a file that is there: {setting[:80]!r}. "
+            f"`policy.chat_template` is neither a Jinja template nor a file that is there: {setting[:300]!r}. "
             "Give the template's text or the path of a .jinja file."
         )
     return setting
