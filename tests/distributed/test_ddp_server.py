@@ -9,6 +9,7 @@ from lora_server import BASE, LoraServer
 pytestmark = pytest.mark.timeout(1800)
 
 
+@pytest.mark.slow
 def test_ranks_share_a_server_and_train_as_one_process(job, tiny_llama):
     final, published = {}, {}
     for processes in (2, 1):

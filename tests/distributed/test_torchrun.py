@@ -9,6 +9,7 @@ from processes import END_S, end, free_port
 pytestmark = pytest.mark.timeout(1800)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_one_adapter_and_it_is_that_of_one_process(job):
     options = ["--trainer.strategy", "ddp", "--trainer.num_nodes", "2", "--data.batch_size", "2"]
     fit = ["fit", "-c", "job.yaml", *options, "--trainer.devices", "1", "--name", "nodes"]

@@ -21,7 +21,7 @@ def probe(name, **arguments):
     return [f"--trainer.callbacks+=probes.{name}", *given]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_exception_on_one_rank_ends_both_and_is_seen(job, rank):
     process = job.start([job.command("fit", 2, "--name", f"fails-{rank}", *probe("Fails", rank=rank))], "fails")
     code, printed = job.wait(process, "fails")
@@ -32,6 +32,7 @@ def test_an_exception_on_one_rank_ends_both_and_is_seen(job, rank):
     assert not anyone_left(process)
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_waited_for_and_the_limit_is_the_strategys(job):
     strategy = ["--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy"]
     late = probe("Sleeps", rank=1, seconds=8.0)
