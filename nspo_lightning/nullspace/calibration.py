@@ -27,7 +27,7 @@ from nspo_lightning.nullspace.basis_set import (
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
 from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.domains import combine, domain_shares
-from nspo_lightning.nullspace.passes import CalibrationText, ForwardCall, plan_passes
+from nspo_lightning.nullspace.passes import CalibrationText, ForwardCall, PassPlan
 from nspo_lightning.nullspace.shapes import input_width
 from nspo_lightning.nullspace.sketch import (
     MOST_PASSES,
@@ -76,19 +76,10 @@ def calibrate_modules(
     builder = BasisBuilder(settings)
     result = Calibration(bases=builder.bases, groups={}, settings=settings)
     budget = None if memory_budget_gb is None else memory_budget_gb * 1e9
-    plan = plan_passes(text, budget)
-    groups = plan.groups
-    for only in plan.passes:
-        collector: InputCollector[SecondMoment] = InputCollector(modules, groups=groups, only=only)
-        firsts = _collect(text, collector, result, only)
-        if strays := _strays(collector):  # they read something else in some batch: once more, each for itself
-            apart = _apart(collector.groups, strays)
-            only = None if only is None else [*only, *strays]
-            collector = InputCollector(modules, groups=apart, only=only)
-            for first in firsts:
-                result.groups.pop(first)
-            firsts = _collect(text, collector, result, only)
-        for index, first in enumerate(firsts):
+    plan = PassPlan(text, budget)
+    for only in plan.passes:  # both lists grow by layers that turn out to read something of their own
+        collector: InputCollector[SecondMoment] = InputCollector(modules, groups=plan.groups, only=only)
+        for index, first in enumerate(_collect(text, collector, result, plan, only)):
             report("layers", index + 1)
             sums = collector.over_ranks(first)
             _count_tokens(result, first, sums)
@@ -101,36 +92,32 @@ def calibrate_modules(
         assert budget is not None  # without one, no input is too wide
         report("layers", 1)
         columns = sketch_columns(input_width(modules[first]), budget)
-        builder.add(first, _sketched_spectrum(text, first, groups, columns, settings, result))
+        builder.add(first, _sketched_spectrum(text, first, plan, columns, result))
     builder.finish()
     return result
 
 
-def _strays(collector: InputCollector[Any]) -> set[str]:
-    """Return layers that left their group in some batch, on any rank (cross-rank synchronisation)."""
-    return set().union(*ranks.gather_objects(collector.strays))
-
-
-def _apart(groups: Mapping[str, Sequence[str]], strays: set[str]) -> dict[str, list[str]]:
-    """Return the groups with some layers each on its own."""
-    left = {first: [name for name in names if name not in strays] for first, names in groups.items()}
-    return {first: names for first, names in left.items() if names} | {name: [name] for name in sorted(strays)}
-
-
 def _collect(
-    text: CalibrationText, collector: InputCollector[Any], result: Calibration, only: Sequence[str] | None
+    text: CalibrationText,
+    collector: InputCollector[Any],
+    result: Calibration,
+    plan: PassPlan,
+    only: Sequence[str] | None,
 ) -> list[str]:
     """Make a pass; note groups and output energies in the result, and return the inputs that were summed."""
     text.run(collector)
-    silent = collector.silent()
+    groups, apart = collector.agreed_groups()
+    called = {name for names in groups.values() for name in names}
+    silent = [name for name in text.modules if name not in called]
     if silent:
         raise ValueError(
             f"{len(silent)} of {len(text.modules)} layers saw no input during calibration, so nothing can protect "
             f"them: {', '.join(silent[:5])}{' ...' if len(silent) > 5 else ''}. Their weights are used without calling "
             "the module (as torch.nn.MultiheadAttention does), or no text reaches them. Freeze them or leave them out."
         )
-    firsts = [first for first in collector.groups if only is None or first in only]
-    result.groups |= {first: collector.groups[first] for first in firsts}
+    plan.settle(groups, apart, only)
+    firsts = [first for first in groups if first not in apart and (only is None or first in only)]
+    result.groups |= {first: groups[first] for first in firsts}
     result.domain_energy |= _energy_by_domain(collector)
     result.output_energy = least_energy(result.domain_energy, result.settings)
     return firsts
@@ -160,7 +147,7 @@ def _count_tokens(result: Calibration, first: str, sums: Mapping[str, RunningSum
         raise ValueError(f"No calibration row counted for {first}: every mask entry was False.")
     # A module that is called several times in a forward sees each token several times: the least is the count.
     known = result.domain_tokens
-    result.domain_tokens = {d: min(s.rows, known.get(d, s.rows)) for d, s in sums.items()}
+    result.domain_tokens = known | {d: min(s.rows, known.get(d, s.rows)) for d, s in sums.items()}
 
 
 def _exact_spectrum(
@@ -192,19 +179,21 @@ def _exact_spectrum(
 def _sketched_spectrum(
     text: CalibrationText,
     first: str,
-    groups: Mapping[str, Sequence[str]] | None,
+    plan: PassPlan,
     columns: int,
-    settings: BasisSettings,
     result: Calibration,
 ) -> Spectrum:
     """Return the leading eigenpairs of an input too wide to hold, by several passes over the text (see `sketch`)."""
+    settings = result.settings
     test = random_test_matrix(input_width(text.modules[first]), columns + PROBES, settings.seed)
     before: Tensor | None = None
     probes = torch.empty(0)
     for number in range(MOST_PASSES):
-        collector = InputCollector(text.modules, groups=groups, only=(first,), new_sum=partial(RangeSketch, test=test))
+        collector = InputCollector(
+            text.modules, groups=plan.groups, only=(first,), new_sum=partial(RangeSketch, test=test)
+        )
         if number == 0:  # the image of a random matrix: only its range is used
-            _collect(text, collector, result, (first,))
+            _collect(text, collector, result, plan, (first,))
             sums = collector.over_ranks(first)
             _count_tokens(result, first, sums)
         else:

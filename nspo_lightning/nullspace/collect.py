@@ -167,6 +167,10 @@ class InputCollector(Generic[Sum]):
         Raises:
             RepeatBatch: If the pass must be run again, now that it is known who shares inputs.
         """
+        for name, leader in self._leaders.items():
+            calls = len(self._entered.get(leader, []))
+            if name != leader and self._is_summed(leader) and self._taken.get(name, 0) != calls:
+                self.strays.add(name)
         if self._groups is None and self._shared.groups():
             self._settle(self._shared.groups())
             conflict = self._shared.partly_shared()
@@ -196,13 +200,29 @@ class InputCollector(Generic[Sum]):
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """First module -> modules that share its input."""
+        """First module -> modules that share its input, in the batches of this rank."""
         return self._groups or {}
 
-    def silent(self) -> list[str]:
-        """Return the names of modules whose forward was never called."""
-        called = {name for names in self.groups.values() for name in names}
-        return [name for name in self._modules if name not in called]
+    def agreed_groups(self) -> tuple[dict[str, list[str]], set[str]]:
+        """Return who shared inputs in all batches of all ranks (cross-rank synchronisation).
+
+        Returns:
+            First module -> modules, in one order on all ranks; and the modules set apart, each as a group of its own,
+            since they shared an input in some batches only: their sums of this pass are not theirs.
+        """
+        leaders: dict[str, set[str]] = {}
+        apart: set[str] = set()
+        for groups, strays in ranks.gather_objects((self.groups, self.strays)):
+            apart |= strays
+            for first, names in groups.items():
+                for name in names:
+                    leaders.setdefault(name, set()).add(first)
+        apart |= {name for name, firsts in leaders.items() if len(firsts) > 1}
+        apart |= {name for name, firsts in leaders.items() if firsts & apart}
+        agreed: dict[str, list[str]] = {}
+        for name, firsts in leaders.items():
+            agreed.setdefault(name if name in apart else min(firsts), []).append(name)
+        return agreed, apart
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def listen(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -223,8 +243,9 @@ class InputCollector(Generic[Sum]):
             leader = self._leaders.setdefault(name, name)  # first called in a later batch: a group of its own
             if leader == name:
                 self._groups.setdefault(name, [name])
-            self._compare(name, leader, inputs)
-        if not self._counting or (self._only is not None and leader not in self._only):
+            if self._is_summed(leader):
+                self._compare(name, leader, inputs)
+        if not self._counting or not self._is_summed(leader):
             return
         if isinstance(output, Tensor):
             for domain, mask, part in self._split(output):
@@ -236,6 +257,9 @@ class InputCollector(Generic[Sum]):
             if domain not in by_domain:
                 by_domain[domain] = self._new_sum(inputs.shape[-1])
             by_domain[domain].update(select_rows(part, mask, layer=name).detach())
+
+    def _is_summed(self, leader: str) -> bool:
+        return self._only is None or leader in self._only
 
     def _compare(self, name: str, leader: str, inputs: Tensor) -> None:
         """Note a layer that is not given what its group's first layer was given, call by call."""

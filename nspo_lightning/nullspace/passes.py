@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -78,6 +78,8 @@ class CalibrationText:
 
         Raises:
             ValueError: If there are no batches.
+
+        Both are the same on all ranks (cross-rank synchronisation).
         """
         domains: set[str] = set()
         first: ForwardCall | None = None
@@ -89,45 +91,63 @@ class CalibrationText:
         collector: InputCollector[SecondMoment] = InputCollector(self.modules)
         with collector:
             self._forward(collector, first, counting=False)
-        return collector.groups, len(domains)
+        everywhere = set[str]().union(*ranks.gather_objects(domains))
+        return ranks.broadcast_object(collector.groups, 0), len(everywhere)
 
 
-@dataclass(frozen=True, kw_only=True)
 class PassPlan:
-    """Which inputs are summed together."""
-
-    groups: Mapping[str, Sequence[str]] | None = None
-    """First layer -> layers that read the same input; None = found on the way."""
-    passes: Sequence[Sequence[str] | None] = (None,)
-    """Inputs of each pass; None = all."""
-    too_wide: Sequence[str] = ()
-    """Inputs whose second moment does not fit."""
-
-
-def plan_passes(text: CalibrationText, budget_bytes: float | None) -> PassPlan:
-    """Return the inputs spread over as many passes as a memory budget asks for.
+    """Which inputs are summed together; it grows while layers are found that read something of their own.
 
     Args:
         text: Model and text.
         budget_bytes: Limit for second moments and the workspace of their decomposition; None = one pass.
+
+    Attributes:
+        groups: First layer -> layers that read the same input; None = found in the first pass.
+        passes: Inputs of each pass; None = all.
+        too_wide: Inputs whose second moment does not fit.
     """
-    if budget_bytes is None:
-        return PassPlan()
-    groups, domains = text.look()
-    passes: list[list[str]] = []
-    too_wide: list[str] = []
-    used = budget_bytes
-    for first in groups:
-        width = input_width(text.modules[first])
-        sums = 8.0 if width <= 8192 else 4.0
-        # A running sum for each domain, one product and one block of gathered rows; then the eigenvectors' workspace.
-        need, workspace = width * width * (sums * domains + 8.0), width * width * 24.0
-        if need + workspace > budget_bytes:
-            too_wide.append(first)
-        elif used + need + workspace > budget_bytes:
-            passes.append([first])
-            used = need
+
+    def __init__(self, text: CalibrationText, budget_bytes: float | None) -> None:
+        self._modules, self._budget, self._domains = text.modules, budget_bytes, 1
+        self.groups: dict[str, list[str]] | None = None
+        self.passes: list[list[str] | None] = []
+        self.too_wide: list[str] = []
+        if budget_bytes is None:
+            self.passes.append(None)
         else:
-            passes[-1].append(first)
-            used += need
-    return PassPlan(groups=groups, passes=passes, too_wide=too_wide)
+            self.groups, self._domains = text.look()
+            self._add(list(self.groups))
+
+    def settle(self, groups: dict[str, list[str]], apart: set[str], only: Sequence[str] | None) -> None:
+        """Take over what a pass found, and plan what it did not sum.
+
+        Args:
+            groups: See `InputCollector.agreed_groups`.
+            apart: Layers whose sums of this pass are not theirs.
+            only: Inputs of the pass.
+        """
+        unplanned = set() if only is None else {first for first in groups if first not in (self.groups or {})}
+        self.groups = groups
+        self._add(sorted(apart | unplanned))
+
+    def _add(self, firsts: list[str]) -> None:
+        """Plan passes for inputs."""
+        if self._budget is None:
+            if firsts:
+                self.passes.append(firsts)
+            return
+        used = self._budget
+        for first in firsts:
+            width = input_width(self._modules[first])
+            sums = 8.0 if width <= 8192 else 4.0
+            # A running sum a domain, one product and one block of gathered rows; then the eigenvectors' workspace.
+            need, workspace = width * width * (sums * self._domains + 8.0), width * width * 24.0
+            if need + workspace > self._budget:
+                self.too_wide.append(first)
+            elif used + need + workspace > self._budget:
+                self.passes.append([first])
+                used = need
+            else:
+                cast(list[str], self.passes[-1]).append(first)
+                used += need

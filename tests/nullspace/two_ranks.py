@@ -72,6 +72,20 @@ def calibrate_job(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def routes_job(rank: int, folder: Path) -> dict[str, Any]:
+    """Calibrate on text whose batches take different routes; the bases by layer."""
+    from routes import PLANS_OF_RANKS, WIDTH, Routes, calibrated, calls_of
+
+    torch.manual_seed(0)
+    model, calls = Routes("abcd"), calls_of(PLANS_OF_RANKS)
+    found = {
+        "none": calibrated(model, calls),
+        "one input": calibrated(model, calls, 1.05 * WIDTH * WIDTH * 40 / 1e9),
+        "sharded": calibrated(model, calls[rank::2], 1.05 * WIDTH * WIDTH * 40 / 1e9, sharded=True),
+    }
+    return {name: {layer: c.basis_of(layer) for layer in model.layers} for name, c in found.items()}
+
+
 def sharded_job(rank: int, folder: Path) -> dict[str, Any]:
     """Hold a row-sharded adapter (FSDP2's layout; 5 rows over 2 ranks) and a row-sharded full weight in place."""
     from torch.distributed.device_mesh import init_device_mesh
