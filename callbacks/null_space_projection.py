@@ -42,8 +42,8 @@ from nspo_lightning.callbacks.null_space.verification import EndToEndCheck, Veri
 from nspo_lightning.callbacks.null_space.watch import (
     Buffers,
     TrainedParameters,
-    has_running_statistics,
     hold_statistics,
+    running_statistics,
 )
 from nspo_lightning.compat.lightning import callbacks_of, logs_this_batch
 from nspo_lightning.compat.torch import RunningNorm
@@ -205,18 +205,17 @@ class NullSpaceProjection(Callback):
         to_freeze = report_unprotected(plan, self.unprotected, self.target_modules)
         require_float32(plan)
         self._still = hold_statistics(pl_module, self.unprotected)
-        self._normalised = self.unprotected != "warn" and has_running_statistics(pl_module)
+        self._normalised = self.unprotected != "warn" and bool(running_statistics(pl_module))
         references: dict[str, Tensor] = self._resumed.get("references", {})
-        self._hold = Hold(plan.layers, references=references)
-        with self._hold.at_start():
-            calibration = self._obtain_bases(trainer, pl_module, plan)
         self._hold = Hold(
             plan.layers,
-            calibration,
             references=references,
             project_gradients=self.project_gradients,
             project_displacement=self.project_displacement,
         )
+        with self._hold.at_start():
+            calibration = self._obtain_bases(trainer, pl_module, plan)
+        self._hold.set_bases(calibration)
         self._hold.refuse_swapping(trainer.optimizers)
         self._hold.freeze_(to_freeze)
         if not goes_on and self.project_initialization:

@@ -54,8 +54,7 @@ class Hold:
     """Keepers of a run's optimizers, and parameters that do not train.
 
     Args:
-        layers: What to hold.
-        calibration: Has a basis for each layer; None = nothing is held.
+        layers: What to hold; nothing is held before `set_bases`.
         references: Layer name -> its whole matrix at the start of training, from a checkpoint; where a layer has none,
             training starts now.
         project_gradients: See `NullSpaceKeeper`.
@@ -65,29 +64,32 @@ class Hold:
     def __init__(
         self,
         layers: Sequence[ProtectedLayer] = (),
-        calibration: Calibration | None = None,
         *,
         references: Mapping[str, Tensor] | None = None,
         project_gradients: bool = True,
         project_displacement: bool = True,
     ) -> None:
         self._layers = list(layers)
-        self._output_energy = {} if calibration is None else calibration.output_energy
+        self._output_energy: Mapping[str, float] = {}
         self._project_gradients, self._project_displacement = project_gradients, project_displacement
         self._references = references_of(self._layers)
         for index, layer in enumerate(self._layers):
             if references and layer.name in references and self._references[index] is not None:
                 self._references[index] = local_reference(layer, references[layer.name])
-        on_device: dict[tuple[int, torch.device], Basis] = {}
         self._bases: list[Basis] = []
-        for layer in self._layers:
-            if calibration is None:
-                break
-            basis, device = calibration.basis_of(layer.name), layer.matrix.device
-            self._bases.append(on_device.setdefault((id(basis), device), basis.to(device)))
         self._kept: dict[int, _Kept] = {}
         self._handles: list[RemovableHandle] = []
         self._dropped: list[nn.Parameter] = []
+
+    def set_bases(self, calibration: Calibration) -> None:
+        """Say what is held: each layer's basis, on the layer's device."""
+        self._output_energy, leaders = calibration.output_energy, calibration.leaders()
+        on_device: dict[tuple[str, torch.device], Basis] = {}
+        for layer in self._layers:
+            key = leaders[layer.name], layer.matrix.device
+            if key not in on_device:
+                on_device[key] = calibration.bases[key[0]].to(key[1])
+            self._bases.append(on_device[key])
 
     def start_(self) -> None:
         """Bring adapters into their null spaces."""

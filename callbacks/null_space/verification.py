@@ -86,10 +86,11 @@ class EndToEndCheck:
     ) -> None:
         self._trainer, self._module = trainer, pl_module
         self._layers = tuple(layers)
-        self._bases = {layer.name: calibration.basis_of(layer.name).to(layer.matrix.device) for layer in layers}
         self._energy = calibration.output_energy
         self._groups = calibration.groups
-        self._leader = {name: first for first, names in calibration.groups.items() for name in names}
+        self._leader = calibration.leaders()
+        bases = calibration.bases
+        self._bases = {layer.name: bases[self._leader[layer.name]].to(layer.matrix.device) for layer in layers}
         self._collect = collect
         self._generator = torch.Generator().manual_seed(0)
 

@@ -68,17 +68,12 @@ class TrainedParameters:
 
 
 def running_statistics(pl_module: nn.Module) -> dict[str, RunningNorm]:
-    """List normalisations whose running statistics training would change, by name."""
+    """List normalisations that keep running statistics, by name; those in training mode change them."""
     return {
         name: module
         for name, module in pl_module.named_modules()
-        if isinstance(module, RunningNorm) and module.training and module.running_mean is not None
+        if isinstance(module, RunningNorm) and module.running_mean is not None
     }
-
-
-def has_running_statistics(pl_module: nn.Module) -> bool:
-    """Return whether there is any such normalisation, in whatever mode."""
-    return any(isinstance(module, RunningNorm) and module.running_mean is not None for module in pl_module.modules())
 
 
 def hold_statistics(pl_module: nn.Module, mode: Unprotected) -> list[RunningNorm]:
@@ -90,7 +85,7 @@ def hold_statistics(pl_module: nn.Module, mode: Unprotected) -> list[RunningNorm
     Raises:
         MisconfigurationException: In mode ``error``, naming them.
     """
-    found = running_statistics(pl_module)
+    found = {name: module for name, module in running_statistics(pl_module).items() if module.training}
     if not found:
         return []
     names = ", ".join(list(found)[:_SHOWN])

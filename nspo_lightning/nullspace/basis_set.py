@@ -102,14 +102,18 @@ class Calibration:
         Raises:
             KeyError: If the layer was not calibrated.
         """
-        for first, names in self.groups.items():
-            if layer in names:
-                return self.bases[first]
-        raise KeyError(f"No basis for layer {layer!r}; calibrated layers: {sorted(self.layer_names())[:8]} ...")
+        leaders = self.leaders()
+        if layer not in leaders:
+            raise KeyError(f"No basis for layer {layer!r}; calibrated layers: {sorted(leaders)[:8]} ...")
+        return self.bases[leaders[layer]]
+
+    def leaders(self) -> dict[str, str]:
+        """Return layer -> first layer of its input, the name of its basis."""
+        return {name: first for first, names in self.groups.items() for name in names}
 
     def layer_names(self) -> set[str]:
         """Return the names of all calibrated layers."""
-        return {name for names in self.groups.values() for name in names}
+        return set(self.leaders())
 
     def recombined(self, settings: BasisSettings) -> Calibration:
         """Return bases for other settings (another criterion, a domain left out) from the kept moments.

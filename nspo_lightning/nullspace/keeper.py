@@ -117,12 +117,13 @@ class NullSpaceKeeper:
         if not self._project_displacement or (self._soft and self._before is None):
             return
         values = self._matrices()
+        references = [self._reference(i) for i in self._trained] if any(self._anchored) else []
         for number, pack in enumerate(self._packs):
             stacked = pack.gather(values)
             if self._before is not None:
                 stacked = stacked - pack.component(stacked - self._before[number])
             elif self._anchored[self._trained[pack.slots[0].index]]:
-                reference = pack.gather([self._reference(i) for i in self._trained])
+                reference = pack.gather(references)
                 stacked = reference + pack.apply(stacked - reference)
             else:
                 stacked = pack.apply(stacked)
