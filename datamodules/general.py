@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.datamodules.prompts import PromptDataModule, check_at_least_one
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.read import SourceReport, announce
-from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
+from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Sources
 from nspo_lightning.datamodules.text.collate import CalibrationText, Side, calibration_text, collate_calibration
 from nspo_lightning.datamodules.text.render import Tokenizer
@@ -18,14 +16,6 @@ from nspo_lightning.datamodules.text.text_rows import (
     mix_batches,
     with_model_answers,
 )
-
-
-@runtime_checkable
-class AnswersCalibration(Protocol):
-    """A LightningModule that answers prompts for `calibration_text: prompt_and_model_answer`."""
-
-    def calibration_answers(self, prompts: list[Prompt]) -> list[str]:
-        """Answer each prompt with the policy."""
 
 
 class GeneralDataModule(PromptDataModule):
@@ -137,11 +127,8 @@ class GeneralDataModule(PromptDataModule):
     def calibration_dataloader(self, answer_fn: AnswerFn | None = None) -> PromptLoader:
         """Return batches of general text for the null space: `input_ids`, `attention_mask` and `domain`.
 
-        `answer_fn` answers prompts, for `prompt_and_model_answer`; by default the LightningModule does.
+        `answer_fn` answers prompts, for `prompt_and_model_answer`; `NullSpaceProjection` passes the module's.
         """
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        if answer_fn is None and isinstance(module, AnswersCalibration):
-            answer_fn = module.calibration_answers
         rows, renderer = self.calibration_rows(answer_fn), self.renderer
         if self.calibration_report is not None:
             announce([self.calibration_report])

@@ -95,7 +95,7 @@ def with_model_answers(rows: Sequence[PromptRow], answer_fn: AnswerFn | None, ba
     return answered
 
 
-def choose_text_rows(rows: Sequence[PromptRow], size: int | None, seed: int = 0) -> list[PromptRow]:
+def choose_text_rows(rows: Sequence[PromptRow], size: int | None) -> list[PromptRow]:
     """Return `size` rows to score (None = all), as many of each skill as possible alike.
 
     They have an answer, or are of all kinds if none has one (then whole texts are scored). Longest last, so that
@@ -110,6 +110,6 @@ def choose_text_rows(rows: Sequence[PromptRow], size: int | None, seed: int = 0)
     smallest_first = sorted(by_skill.values(), key=len)
     for index, members in enumerate(smallest_first):
         share = min(len(members), -(-left // (len(smallest_first) - index)))
-        chosen += [members[i] for i in take_ranked(members, share, f"text {seed}")]
+        chosen += [members[i] for i in take_ranked(members, share, "text 0")]
         left -= share
     return sorted(chosen, key=_text_length)

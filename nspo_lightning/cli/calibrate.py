@@ -1,14 +1,13 @@
 """Calibration as a job of its own: text in; basis file, table and spectrum picture out.
 
-``python -m nspo_lightning calibrate`` calls `calibrate`; it is usable from Python as well. The file that it writes is
-what `NullSpaceProjection(calibration=...)` takes, with the same settings.
+``python -m nspo_lightning calibrate`` calls `calibrate`. The file that it writes is what
+`NullSpaceProjection(calibration=...)` takes, with the same settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,23 +22,9 @@ from nspo_lightning.callbacks.protocols import HasCalibrationText
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
-from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.picture import spectrum_figure
 
 _KEPT_MOMENTS_BYTES = 256e6  # second moments by domain go into the file up to this size, unless asked for or refused
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationResult:
-    """What a calibration job leaves behind."""
-
-    calibration: Calibration
-    path: Path
-    """The basis file."""
-    picture: Path
-    """The spectrum, beside it."""
-    domains: dict[str, dict[str, float]]
-    """``"a -> b"`` -> means over layers of `domain_report`; empty with one domain."""
 
 
 def calibrate(
@@ -47,47 +32,30 @@ def calibrate(
     datamodule: pl.LightningDataModule,
     *,
     out: str | Path,
-    projection: NullSpaceProjection | None = None,
-    criterion: Criterion = "auto",
-    threshold: float | None = None,
-    memory_budget_gb: float | None = None,
-    limit_batches: int | None = None,
-    keep_moments: bool | None = None,
-    trainer: pl.Trainer | None = None,
-    console: Console | None = None,
-) -> CalibrationResult:
+    projection: NullSpaceProjection | None,
+    keep_moments: bool | None,
+    trainer: pl.Trainer,
+) -> None:
     """Calibrate a module on its datamodule's ``calibration_dataloader()`` and write the basis file.
 
     Args:
         module: The module, with its policy loaded or loadable by ``configure_model``.
         datamodule: Has ``calibration_dataloader()``.
         out: The basis file, conventionally ending in ``.safetensors``. The picture gets its name with ``.png``.
-        projection: The callback that will use the file, with all its settings. None = one made from the next arguments.
-        criterion: See `NullSpaceProjection`.
-        threshold: See `NullSpaceProjection`.
-        memory_budget_gb: Limit for second moments held at one time.
-        limit_batches: Use at most this many batches.
+        projection: The callback that will use the file, with all its settings. None = one with its defaults.
         keep_moments: Store second moments by domain. None = if they take less than 256 MB.
-        trainer: Its device, precision and datamodule wiring are used. None = one device, chosen automatically.
-        console: Where to print. None = the terminal.
-
-    Returns:
-        The calibration and the files written.
+        trainer: Its device, precision and datamodule wiring are used.
 
     Raises:
         TypeError: If the datamodule has no ``calibration_dataloader()``.
     """
-    console = console or Console()
     check_output("--out", out)
     Path(out).parent.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not for nothing
     if not isinstance(datamodule, HasCalibrationText):
         raise TypeError(
             f"{type(datamodule).__name__} must have a `calibration_dataloader()`; add one that yields batches."
         )
-    callback = projection or NullSpaceProjection(
-        criterion=criterion, threshold=threshold, memory_budget_gb=memory_budget_gb, limit_batches=limit_batches
-    )
-    trainer = trainer or pl.Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False)
+    callback, console = projection or NullSpaceProjection(), Console()
     with _prepared(trainer, module, datamodule):
         callback.source.keep_moments = _keeps(module, callback, keep_moments)
         source = calibration_batches(datamodule, module)
@@ -98,13 +66,12 @@ def calibrate(
             calibration = callback.calibrate(
                 module, batches, trainer=trainer, sharded=is_sharded(source), progress=report
             )
-    path, picture, domains = Path(out), Path(out).with_suffix(".png"), _domain_means(calibration)
+    path, picture = Path(out), Path(out).with_suffix(".png")
     if trainer.is_global_zero:  # all ranks have the same
         callback.save(path)
         spectrum_figure(calibration).savefig(picture, dpi=120)
-        _print(console, calibration, domains, path, picture)
+        _print(console, calibration, _domain_means(calibration), path, picture)
     trainer.strategy.barrier("calibrated")  # nobody looks for the file before it is there
-    return CalibrationResult(calibration=calibration, path=path, picture=picture, domains=domains)
 
 
 @contextmanager
@@ -155,6 +122,7 @@ def _keeps(module: pl.LightningModule, callback: NullSpaceProjection, keep_momen
 
 
 def _domain_means(calibration: Calibration) -> dict[str, dict[str, float]]:
+    """Return ``"a -> b"`` -> means over layers of `domain_report`; empty with one domain."""
     reports = [domain_report(moments) for moments in calibration.moments.values() if len(moments) > 1]
     if not reports:
         return {}

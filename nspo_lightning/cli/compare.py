@@ -23,23 +23,22 @@ from nspo_lightning.compare.results import Findings, RunResult
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep, make_sweep
 from nspo_lightning.datamodules import PromptSource
+from nspo_lightning.datamodules.prompts import check_at_least_one
 from nspo_lightning.datamodules.sources.domain import DomainSources, load_domain
 from nspo_lightning.keys import check_no_key
 
 SweepName = Literal["calibration", "threshold", "data", "rank"]
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the `compare` command; return 0, errors are raised."""
+def main(arguments: list[str]) -> None:
+    """Run the `compare` command; errors are raised."""
     parser = KeylessParser(
         prog="nspo_lightning compare",
         description="Methods x seeds x learning rates of one configuration: table, pictures, TensorBoard. "
         "Finished runs are kept: the same command again goes on where it was interrupted.",
     )
     parser.add_function_arguments(compare, skip={"console"})
-    options = parser.parse_args(list(args) if args is not None else None)
-    compare(**vars(parser.instantiate(options)))
-    return 0
+    compare(**vars(parser.instantiate(parser.parse_args(arguments))))
 
 
 def compare(
@@ -96,8 +95,8 @@ def compare(
     settings = read_config(Path(config), needs={"model": ("reward",), "data": ("safety", "general")})
     if not out:
         raise ValueError("`--out` must name the folder of the results, got ''. Give one, such as runs/compare.")
-    _check(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=1 if jobs is None else jobs)
-    if not 0 < eval_every <= steps:
+    check_at_least_one(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=jobs)
+    if eval_every > steps:
         raise ValueError(f"`eval_every` must be at most `steps` ({steps}), got {eval_every}.")
     own = _learning_rate(settings)
     if quick:
@@ -149,12 +148,6 @@ def _learning_rate(config: Mapping[str, Any]) -> float:
 def _default_jobs(config: Mapping[str, Any]) -> int:
     on_cpu = (config.get("trainer") or {}).get("accelerator") == "cpu"
     return (os.cpu_count() or 1) if on_cpu else 1
-
-
-def _check(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def _missing(plan: Sequence[RunSpec], runs: Mapping[str, list[str]], config: Path, folder: Path) -> list[Job]:

@@ -33,8 +33,8 @@ _COLUMNS = ("task", "metric", "base", "policy", "change", "std. error", "of")
 _DATA_SETTINGS = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split", "num_fewshot", "generation_kwargs")
 
 
-def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
-    """Run the `evaluate` command; return 0, errors are raised."""
+def main(arguments: list[str]) -> None:
+    """Run the `evaluate` command; errors are raised."""
     options = _parse(arguments)
     source = Path(options.config)
     config = read_config(source)
@@ -61,11 +61,10 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         "results": {who: harness_scores(values) for who, values in found.items()},
     }
     write_json(result, out)
-    console = console or Console()
+    console = Console()
     rows = _rows(result["results"], found["policy"].get("n-samples", {}))
     console.print(rich_table("General benchmarks: base and policy", _COLUMNS, rows, align="llrrrrr"))
     console.print(f"written to {out}")
-    return 0
 
 
 def run_harness(
@@ -185,7 +184,7 @@ def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def _parse(arguments: list[str] | None) -> Namespace:
+def _parse(arguments: list[str]) -> Namespace:
     parser = PlainParser(prog="nspo_lightning evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("-c", "--config", required=True, help="the training config; its `model.policy` is loaded")
     parser.add_argument("--tasks", required=True, help="names of the harness's tasks, e.g. gsm8k,mmlu,ifeval")

@@ -186,7 +186,11 @@ def silence_noise() -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
+    logger.addFilter(_is_no_tip)  # a filter that is there is not added again
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
 
 
 def cli_arguments() -> dict[str, Any]:

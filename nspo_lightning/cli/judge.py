@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,10 +35,9 @@ _COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
 _LABEL_COLUMNS: dict[str, Literal["safe", "unsafe"]] = {"is_safe": "safe", "is_unsafe": "unsafe", "unsafe": "unsafe"}
 
 
-def main(args: list[str] | None = None, console: Console | None = None) -> int:
-    """Run the `judge` command with the command line after `judge`, the process's own by default; errors are raised."""
-    judge_file(**_parse(args), console=console)
-    return 0
+def main(arguments: list[str], console: Console | None = None) -> None:
+    """Run the `judge` command; errors are raised."""
+    judge_file(**_parse(arguments), console=console)
 
 
 def judge_file(
@@ -107,21 +105,21 @@ def judge_file(
     return agreement
 
 
-def _parse(args: list[str] | None) -> dict[str, Any]:
+def _parse(arguments: list[str]) -> dict[str, Any]:
     parser = KeylessParser(prog="nspo_lightning judge", description="Score a file of prompts and completions.")
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with `reward`, or a training config.")
     parser.add_argument("--reward", type=RewardSet | Reward | RewardFunction, required=True, help="What to score with.")
     parser.add_function_arguments(judge_file, skip={"reward", "console"})
-    parsed = parser.parse_args(_with_reward_alone(sys.argv[2:] if args is None else args))
+    parsed = parser.parse_args(_with_reward_alone(arguments))
     check_no_key("", parsed.as_dict())
     options = parser.instantiate(parsed)
     return {key: value for key, value in vars(options).items() if key != "config"}
 
 
-def _with_reward_alone(args: Sequence[str]) -> list[str]:
+def _with_reward_alone(arguments: Sequence[str]) -> list[str]:
     """Replace a training config among the arguments by the reward in it; the rest of it is not for this command."""
     replaced: list[str] = []
-    for word in args:
+    for word in arguments:
         name, _, value = word.partition("=") if word.startswith("--config=") else ("", "", word)
         is_config = bool(name) or (replaced and replaced[-1] in ("-c", "--config"))
         if is_config and (reward := _training_reward(Path(value))) is not None:

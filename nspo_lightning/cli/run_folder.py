@@ -20,7 +20,7 @@ _BEGINNINGS = ("config.yaml", "hparams.yaml", "events.out.tfevents.")
 """What a run writes before it has anything to keep."""
 
 
-def check_run_name(name: str, option: str = "--name") -> None:
+def check_run_name(name: str) -> None:
     """Refuse what is no name of one folder in runs/; ValueError says why."""
     try:
         length = len(name.encode("utf-8"))
@@ -41,7 +41,7 @@ def check_run_name(name: str, option: str = "--name") -> None:
             return
     shown = ascii(name if len(name) < 60 else f"{name[:60]}...")
     raise ValueError(
-        f"`{option}` must name one folder in {RUNS}/, got {shown}: {problem}. Give a word such as {DEFAULT_NAME} or "
+        f"`--name` must name one folder in {RUNS}/, got {shown}: {problem}. Give a word such as {DEFAULT_NAME} or "
         "lr1e-5_seed0."
     )
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nspo_lightning.compare.methods import as_dicts
+from nspo_lightning.compare.methods import METHODS, as_dicts
 from nspo_lightning.compare.plan import RunSpec
 
 Variant = tuple[str, str, str, dict[str, Any]]
-"""Method, group, label, settings."""
+"""Method, group, label, settings beside the method's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,16 @@ class Sweep:
 
     def plan(self, seeds: Sequence[int], rate: float | None) -> list[RunSpec]:
         """Return the base and every variant at every seed, all variants of a seed before the next seed."""
-        base = RunSpec(method="base", seed=seeds[0], learning_rate=None, settings={"nullspace.enabled": False})
+        base = RunSpec(method="base", seed=seeds[0], learning_rate=None, settings=METHODS["base"].settings)
         return [base] + [
-            RunSpec(method=method, seed=seed, learning_rate=rate, variant=label, group=group, settings=settings)
+            RunSpec(
+                method=method,
+                seed=seed,
+                learning_rate=rate,
+                variant=label,
+                group=group,
+                settings={**METHODS[method].settings, **settings},
+            )
             for seed in seeds
             for method, group, label, settings in self.variants
         ]
@@ -70,7 +77,7 @@ def _calibration(config: Mapping[str, Any], domains: Sequence[str]) -> Sweep:
 
 
 def _threshold() -> Sweep:
-    variants: list[Variant] = [("grpo", "none", "no projection", {"nullspace.enabled": False})]
+    variants: list[Variant] = [("grpo", "none", "no projection", {})]
     variants.append(("nspo", "auto", "auto", {"nullspace.criterion": "auto"}))
     for criterion, values in {
         "energy": (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4),
@@ -81,8 +88,7 @@ def _threshold() -> Sweep:
             settings = {"nullspace.criterion": criterion, "nullspace.threshold": value}
             variants.append(("nspo", criterion, f"{criterion} {value:g}", settings))
     for value in (0.01, 0.1, 1.0):
-        settings = {"nullspace.form": "soft", "nullspace.softness": value}
-        variants.append(("soft", "soft", f"soft {value:g}", settings))
+        variants.append(("soft", "soft", f"soft {value:g}", {"nullspace.softness": value}))
     question = "Null share against safety and tax"
     return Sweep(title="How many directions are protected", question=question, variants=variants)
 
@@ -90,11 +96,11 @@ def _threshold() -> Sweep:
 def _data(config: Mapping[str, Any]) -> Sweep:
     sources = as_dicts(config["data"]["safety"])
     variants: list[Variant] = []
-    for method, settings in (("nspo", {}), ("grpo", {"nullspace.enabled": False})):
+    for method in ("nspo", "grpo"):
         for share in (0.1, 0.2, 0.4, 0.7, 1.0):
             chosen = [{**source, "fraction": share} for source in sources]
             label = f"{method.upper()}, {share:.0%} of the prompts"
-            variants.append((method, method.upper(), label, {**settings, "data.safety": chosen}))
+            variants.append((method, method.upper(), label, {"data.safety": chosen}))
     question = "10 to 100 % of the safety prompts, the number of training steps being the same"
     return Sweep(title="How much safety data is needed", question=question, variants=variants)
 

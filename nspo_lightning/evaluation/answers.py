@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def is_right(completion: str, answer: Any, final: Any) -> bool | None:
+    """Return whether a completion is right, by the short final answer, else by the reference; None without either.
+
+    Example:
+        >>> is_right("5", "2 + 3 #### 5", None), is_right("(A)", "(A)", "B"), is_right("5", None, None)
+        (True, False, None)
+    """
+    if final is not None:
+        return final_answers_match(completion, str(final))
+    return None if answer is None else answers_match(completion, str(answer))
 
 
 def answers_match(completion: str, answer: str) -> bool:

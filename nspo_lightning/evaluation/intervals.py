@@ -6,8 +6,8 @@ import math
 from statistics import NormalDist
 
 
-def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return both ends of Wilson's score interval of a rate (Wilson 1927): inside [0, 1], not empty at 0 or 1.
+def wilson_interval(successes: float, total: int) -> tuple[float, float]:
+    """Return both ends of Wilson's 95 % score interval of a rate (Wilson 1927): inside [0, 1], not empty at 0 or 1.
 
     Of a mean over seeds, `successes` need not be whole.
 
@@ -21,7 +21,7 @@ def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> t
     """
     if total < 1 or not 0 <= successes <= total:
         raise ValueError(f"`successes` must be in [0, total] and `total` at least 1, got {successes} of {total}.")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.975)  # 2.5 % beyond each end
     rate = successes / total
     centre = rate + z * z / (2 * total)
     margin = z * math.sqrt(rate * (1 - rate) / total + z * z / (4 * total * total))

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from nspo_lightning import ranks
-from nspo_lightning.evaluation.answers import answers_match, final_answers_match
+from nspo_lightning.evaluation.answers import is_right
 from nspo_lightning.evaluation.intervals import wilson_interval
 
 CATEGORY_COLUMNS = (
@@ -51,10 +51,8 @@ def general_outcomes(
     answers, finals = columns.get("answer") or none, columns.get("final_answer") or none
     skills = columns.get("skill") or ["general"] * len(completions)
     for completion, refusal, answer, final, skill in zip(completions, refused, answers, finals, skills, strict=True):
-        if final is not None:
-            seen.append((f"general/accuracy/{skill}", float(final_answers_match(completion, str(final)))))
-        elif answer is not None:
-            seen.append((f"general/accuracy/{skill}", float(answers_match(completion, str(answer)))))
+        if (right := is_right(completion, answer, final)) is not None:
+            seen.append((f"general/accuracy/{skill}", float(right)))
         seen.append(("general/refusal_rate", float(refusal)))
         if skill in over_refusal_skills:
             seen.append(("general/over_refusal_rate", float(refusal)))

@@ -13,7 +13,7 @@ from nspo_lightning.atomic import replacing_folder
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
 from nspo_lightning.compat.peft import DOWN, UP, name_in_file
 from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences
-from nspo_lightning.export.merge import MergedLayer, certificates, merge_, unquantised_base
+from nspo_lightning.export.merge import Dtype, certificates, merge_, unquantised_base
 from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.policy.adapter import lora_config
 from nspo_lightning.policy.identity import PREFIX
@@ -67,11 +67,11 @@ def _write_adapter(source: ExportSource, folder: Path) -> None:
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
-def export_merged(source: ExportSource, out: Path, dtype: str) -> list[str]:
+def export_merged(source: ExportSource, out: Path, dtype: Dtype) -> list[str]:
     """Write the unquantised base plus the update, rounded once to `dtype`; return what to tell the user."""
     tokenizer = load_tokenizer(source.settings)
     base = unquantised_base(source)
-    layers: list[MergedLayer] = merge_(base, source, dtype)  # type: ignore[arg-type]
+    layers = merge_(base, source, dtype)
     with replacing_folder(out) as folder:
         base.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))

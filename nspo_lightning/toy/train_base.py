@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nspo_lightning.toy.train_tokenizer import train_tokenizer
-from nspo_lightning.toy.world import BASE_REFUSAL_RATE, REFUSALS, SKILLS, Example, SplitName, examples
+from nspo_lightning.toy.world import BASE_REFUSAL_RATE, REFUSALS, SKILLS, Example, examples
 
 MIXTURE = {"arithmetic": 0.28, "strings": 0.16, "format": 0.1, "facts": 0.16, "benign": 0.15, "harmful": 0.15}
 NF4_BLOCK = 64
@@ -95,10 +95,10 @@ def _token_ids(prompt: str, answer: str, tokenizer: PreTrainedTokenizerFast) -> 
     return ids, [*tokenizer(answer).input_ids, tokenizer.eos_token_id]
 
 
-def draw_examples(rng: random.Random, number: int, split: SplitName = "train") -> list[Example]:
-    """Draw a number of examples by `MIXTURE`."""
+def draw_examples(rng: random.Random, number: int) -> list[Example]:
+    """Draw a number of training examples by `MIXTURE`."""
     kinds = rng.choices(list(MIXTURE), weights=list(MIXTURE.values()), k=number)
-    return [rng.choice(examples(kind, split)) for kind in kinds]
+    return [rng.choice(examples(kind, "train")) for kind in kinds]
 
 
 def train(out: Path, *, steps: int, batch_size: int, lr: float, seed: int, threads: int) -> dict[str, float]:

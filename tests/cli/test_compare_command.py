@@ -173,7 +173,7 @@ def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
     arguments = ["--config", str(small_quickstart(tmp_path)), "--out", str(tmp_path), "--methods", "[base,nspo]"]
     arguments += ["--seeds", "[0]", "--learning_rates", "[1e-3]", "--steps", "2", "--eval_every", "1"]
     arguments += ["--text_rows", "2", "--jobs", "1"]
-    assert main(arguments) == 0
+    main(arguments)
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
     assert rows["base"]["test/text/kl"] == "0.0"
     assert float(rows["base"]["test/general/accuracy"]) > 0.9

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nspo_lightning.callbacks.null_space.basis_source import calibration_batches
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, GeneralDataModule, PromptSource
 from nspo_lightning.datamodules.sources.source import Sources
 
@@ -114,6 +115,19 @@ def test_model_answers_need_someone_to_answer(make):
     data = make(calibration_text="prompt_and_model_answer")
     with pytest.raises(DataError, match="answer_fn"):
         data.calibration_dataloader()
+
+
+def test_any_module_that_answers_prompts_gives_the_model_answers(make, tokenizer):
+    class Parrot(pl.LightningModule):
+        def calibration_answers(self, prompts):
+            return [f"I say {prompt}" for prompt in prompts]
+
+    data = make(calibration_text="prompt_and_model_answer")
+    texts = [tokenizer.decode(ids) for batch in calibration_batches(data, Parrot()) for ids in batch["input_ids"]]
+    assert len(texts) == len(data.general.calibration_rows(lambda prompts: [""] * len(prompts)))
+    assert all("<|assistant|>I say " in text for text in texts)
+    with pytest.raises(DataError, match="answer_fn"):
+        calibration_batches(data, pl.LightningModule())
 
 
 def test_every_rank_is_given_all_calibration_text(make):

@@ -59,7 +59,6 @@ class Net(pl.LightningModule):
         self.make_optimizer = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
         self.samples = samples
         self.batch_size = 8
-        self.logged: list[dict[str, float]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(torch.tanh(self.first(x)))

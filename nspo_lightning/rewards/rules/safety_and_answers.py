@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nspo_lightning.evaluation.answers import answers_match, final_answers_match
+from nspo_lightning.evaluation.answers import is_right
 from nspo_lightning.rewards.messages import as_text
 from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text, judge_in
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
@@ -63,11 +63,8 @@ class SafetyAndAnswers(Reward):
 
 def _answer_score(index: int, completion: Text, columns: Mapping[str, Any]) -> float | None:
     final, answer = ((columns.get(name) or {index: None})[index] for name in ("final_answer", "answer"))
-    if final is None and answer is None:
-        return None
-    text = as_text(completion)
-    right = answers_match(text, str(answer)) if final is None else final_answers_match(text, str(final))
-    return 1.0 if right else -1.0
+    right = is_right(as_text(completion), answer, final)
+    return None if right is None else 1.0 if right else -1.0
 
 
 def _texts(chosen: Sequence[int], *texts: Sequence[Text]) -> list[list[Text]]:

@@ -72,7 +72,7 @@ class FormatReward(Reward):
             self._compiled = re.compile(pattern, re.DOTALL)
         except re.error as error:
             raise ValueError(f"`pattern` must be a regular expression, got {pattern!r}: {error}.") from error
-        self.pattern, self.whole = pattern, whole
+        self.whole = whole
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
         """Give 1.0 or 0.0 for each completion."""
