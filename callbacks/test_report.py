@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from nspo_lightning.atomic import write_json
+from nspo_lightning.atomic import json_text, write_json
 from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows, HasHeldOutText, LimitsContext
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
 from nspo_lightning.evaluation.report import AnswerCounts, rates_summary, report_table, side_by_side
@@ -76,7 +75,7 @@ class TestReport(Callback):
         self._counts.update(answers, batch.get("columns", {}), harmful=harmful, device=pl_module.device)
         with self._file.open("a", encoding="utf-8") as file:
             for row in side_by_side(answers, batch, harmful=harmful):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json_text(row) + "\n")
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

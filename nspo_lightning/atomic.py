@@ -42,6 +42,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     partial, old = _beside(path, PARTIAL), _beside(path, ".old")
     path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this number
     partial.mkdir()
     try:
         yield partial

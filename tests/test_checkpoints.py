@@ -96,7 +96,11 @@ def test_a_folder_is_old_or_new_whatever_happens(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert (tmp_path / "out" / "file").read_text() == "old"
+    killed = tmp_path / f".out.{os.getpid()}.partial"  # by a process that had this one's number
+    killed.mkdir()
+    (killed / "other").write_text("half")
     with replacing_folder(tmp_path / "out") as folder:
+        assert not list(folder.iterdir())
         (folder / "file").write_text("new")
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

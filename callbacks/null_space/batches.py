@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -14,13 +14,6 @@ from nspo_lightning.nullspace import ForwardCall
 
 BatchToInputs = Callable[[Any], tuple[Any, Tensor | None]]
 """From a batch to (forward arguments, mask); arguments are a tensor, a tuple or a dict; mask True = counts."""
-
-
-@runtime_checkable
-class HasLogits(Protocol):
-    """The output of a model of transformers."""
-
-    logits: Any
 
 
 def to_call(batch: Any, batch_to_inputs: BatchToInputs | None) -> ForwardCall:
@@ -83,5 +76,5 @@ def floating_tensors(output: Any) -> list[Tensor]:
     elif is_dataclass(output) and not isinstance(output, type):
         parts = [vars(output)[field.name] for field in fields(output)]
     else:
-        parts = [output.logits] if isinstance(output, HasLogits) else []
+        parts = []
     return [found for part in parts for found in floating_tensors(part)]

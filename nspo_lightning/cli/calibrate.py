@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +60,7 @@ def calibrate(
     with _prepared(trainer, module, datamodule):
         callback.source.keep_moments = _keeps(module, callback, keep_moments)
         source = calibration_batches(datamodule, module)
-        batches = list(source)
-        if callback.source.limit_batches is not None:
-            batches = batches[: callback.source.limit_batches]
+        batches = list(itertools.islice(iter(source), callback.source.limit_batches))
         with _progress(console, len(batches), visible=trainer.is_global_zero) as report:
             calibration = callback.calibrate(
                 module, batches, trainer=trainer, sharded=is_sharded(source), progress=report

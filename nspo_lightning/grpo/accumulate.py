@@ -24,7 +24,7 @@ class _GradientsInForward(torch.autograd.Function):
     def forward(
         ctx: Any,
         chunks: Iterable[Any],
-        loss_fn: Callable[[Any], Tensor | None],
+        loss_fn: Callable[[Any], Tensor],
         loss_scale: float,
         *parameters: Tensor,
     ) -> Tensor:
@@ -33,10 +33,9 @@ class _GradientsInForward(torch.autograd.Function):
         for chunk in chunks:
             with torch.enable_grad():
                 loss = loss_fn(chunk)
-                if loss is None or not loss.requires_grad:
-                    continue
                 total += loss.detach()
-                scaled, loss = loss * loss_scale, None
+                scaled = loss * loss_scale
+                del loss
             for i, new in enumerate(torch.autograd.grad(scaled, parameters, allow_unused=True)):
                 so_far = gradients[i]
                 if new is not None:
@@ -57,7 +56,7 @@ class _GradientsInForward(torch.autograd.Function):
 def accumulated_loss(
     parameters: Sequence[Tensor],
     chunks: Iterable[Chunk],
-    loss_fn: Callable[[Chunk], Tensor | None],
+    loss_fn: Callable[[Chunk], Tensor],
     loss_scale: float = 1.0,
 ) -> Tensor:
     """Sum the losses of all chunks into one scalar with a gradient, holding one chunk's graph at a time.
@@ -65,7 +64,7 @@ def accumulated_loss(
     Args:
         parameters: The trainable parameters, all on one device.
         chunks: Micro-batches; consumed lazily.
-        loss_fn: Maps a chunk to its share of the loss, a scalar with gradient, or None to skip it.
+        loss_fn: Maps a chunk to its share of the loss, a scalar with gradient.
         loss_scale: Factor on each loss before its backward pass, undone afterwards: the gradient scaler's current
             scale under float16, so that small gradients do not underflow inside. It changes no result otherwise.
 

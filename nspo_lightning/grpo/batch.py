@@ -57,11 +57,6 @@ class Rollout:
         """P, the number of prompts."""
         return self.prompt_ids.shape[0]
 
-    @property
-    def num_rows(self) -> int:
-        """P * G, the number of completions."""
-        return self.completion_ids.shape[0]
-
     def to(self, device: torch.device | str) -> Rollout:
         """Return the same rollout on a device."""
         return map_tensors(self, lambda tensor: tensor.to(device))

@@ -371,21 +371,6 @@ class GRPOModule(pl.LightningModule):
         """Batches of prompts that were rolled out so far."""
         return self.progress.rollouts
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of prompts and completions so far, over all ranks."""
-        return self.progress.num_tokens
-
-    @property
-    def updates_skipped(self) -> int:
-        """Updates that were not taken because no group had a signal."""
-        return self.progress.updates_skipped
-
-    @property
-    def updates_nonfinite(self) -> int:
-        """Updates that were not taken because something was not finite."""
-        return self.progress.updates_nonfinite
-
     def require_policy(self) -> Any:
         """Return the loaded model."""
         return self.text_policy.require()

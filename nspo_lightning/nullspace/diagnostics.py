@@ -34,8 +34,6 @@ class LayerCertificate:
     """Upper bound of the root mean square change of the layer's outputs on the rows of any calibration domain (and of
     any mixture of them), relative to the outputs' own root mean square there (to the inputs' where no output energy was
     measured)."""
-    energy_left: float
-    """Share of the general energy outside the protected directions."""
     protected: int
     null_dims: int
 
@@ -86,7 +84,6 @@ def certify(
         leak=leak,
         update_norm=total,
         output_change=math.sqrt(change / reference) if reference > 0 else 0.0,
-        energy_left=basis.choice.energy_left,
         protected=basis.protected,
         null_dims=basis.null_dims,
     )

@@ -130,10 +130,6 @@ class NullSpaceKeeper:
             _write([values[slot.index] for slot in pack.slots], pack.split(stacked))
         self._before = None
 
-    def certificates(self, output_energy: Mapping[str, float] | None = None) -> list[LayerCertificate]:
-        """Return a certificate of every layer's update since the start."""
-        return certify_layers(self.layers, self.bases, self._references, output_energy or {})
-
     def _matrices(self) -> list[Tensor]:
         return [_values(self.layers[i]) for i in self._trained]
 

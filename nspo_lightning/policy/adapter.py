@@ -1,4 +1,4 @@
-"""The LoRA adapter: make one, load a saved one, save one."""
+"""The LoRA adapter: make one, load a saved one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySett
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
@@ -90,12 +90,6 @@ def lora_config(lora: LoraSettings, **changes: Any) -> LoraConfig:
 def has_adapter(policy: nn.Module) -> bool:
     """Tell whether there is an adapter to switch off (`nullspace.modes.adapters_off`)."""
     return bool(adapted_models(policy))
-
-
-def save_adapter(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write what was trained as a PEFT adapter (or, without one, the whole model), and the tokenizer beside it."""
-    cast("PreTrainedModel", policy).save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
 
 
 def load_adapter_(policy: nn.Module, folder: Path) -> None:

@@ -24,7 +24,6 @@ def score_completions(
     temperature: float = 1.0,
     share_prefix: bool = True,
     with_entropy: bool = False,
-    logits_chunk_tokens: int | None = None,
 ) -> TokenScores:
     """Return scores of the sampled tokens under the model as it is now, of shape (P * G, C), zero at padding.
 
@@ -36,7 +35,6 @@ def score_completions(
         temperature: Divides the logits, as in sampling.
         share_prefix: Run each prompt once. False = each row in full, the plain path.
         with_entropy: Also compute entropies (without gradient).
-        logits_chunk_tokens: Positions whose logits may exist at once; None = by memory.
 
     Raises:
         ValueError: If a completion has no token.
@@ -59,7 +57,6 @@ def score_completions(
         head_is_frozen=parts.head_is_frozen,
         temperature=temperature,
         with_entropy=with_entropy,
-        chunk_tokens=logits_chunk_tokens,
     )
 
     def spread(values: Tensor) -> Tensor:

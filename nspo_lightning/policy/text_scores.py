@@ -19,17 +19,13 @@ from nspo_lightning.policy.scoring import positions
 
 
 @torch.no_grad()
-def score_text(
-    policy: nn.Module, batch: Mapping[str, Any], *, with_base: bool = True, chunk_tokens: int | None = None
-) -> TextSums:
+def score_text(policy: nn.Module, batch: Mapping[str, Any]) -> TextSums:
     """Return sums over the scored tokens of a batch of text; `kl` is NaN without an adapter.
 
     Args:
         policy: A PEFT model, or a plain causal language model; run in eval mode, and left in the mode it was in.
         batch: `input_ids` and `attention_mask` (1 = real token) of shape (B, T), padded on either side; `labels_mask`
             (1 = score this token) of the same shape, or every real token but the first is scored.
-        with_base: Also measure the KL to the base.
-        chunk_tokens: Positions whose logits may exist at once; None = by memory.
     """
     device = next(policy.parameters()).device
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
@@ -47,7 +43,7 @@ def score_text(
 
     with evaluation_mode(policy):
         policy_states, base_states = states(), None
-        if with_base and has_adapter(policy):
+        if has_adapter(policy):
             with adapters_off(policy):
                 base_states = states()
         return text_sums(
@@ -57,19 +53,12 @@ def score_text(
             base_states,
             parts.head if parts.head_is_frozen else base_head,
             vocab_size=parts.vocab_size,
-            chunk_tokens=chunk_tokens,
         )
 
 
-def score_texts(
-    policy: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    with_base: bool = True,
-    chunk_tokens: int | None = None,
-) -> TextSums:
+def score_texts(policy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> TextSums:
     """Score this rank's share of batches (see `score_text`) and return the sums over all tokens of all ranks."""
-    total = TextSums(kl=0.0 if with_base and has_adapter(policy) else float("nan"))
+    total = TextSums(kl=0.0 if has_adapter(policy) else float("nan"))
     for batch in batches:
-        total += score_text(policy, batch, with_base=with_base, chunk_tokens=chunk_tokens)
+        total += score_text(policy, batch)
     return total.over_ranks(next(policy.parameters()).device)

@@ -32,7 +32,6 @@ class RolloutServer:
         self.settings = settings
         self.client = ServerClient(settings)
         self.shelf = AdapterShelf(self.client)
-        self.reloads = 0
 
     def check(self, sampling: SamplingConfig) -> None:
         """See that the server is there, serves the base, and will load adapters, or say how to mend it."""
@@ -128,7 +127,6 @@ class RolloutServer:
             try:
                 return self.client.post("/completions", request)
             except AdapterGoneError:  # the server has restarted: it shall have the adapter again
-                self.reloads += 1
                 self.shelf.load(request["model"])
         raise RolloutServerError(
             f"The rollout server loaded the adapter '{request['model']}' {self.settings.retries + 1} times and did not "

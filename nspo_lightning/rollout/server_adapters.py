@@ -7,7 +7,6 @@ comes back under the right name can't be of an older one, and loading twice does
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nspo_lightning.atomic import replacing_folder
 from nspo_lightning.rollout.server_client import RolloutServerError, ServerClient
 
 
@@ -81,12 +81,9 @@ class AdapterShelf:
 
     def _write(self, policy: Any, name: str) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.folder / f".{name}.part"
-            shutil.rmtree(beside, ignore_errors=True)
-            policy.save_pretrained(str(beside), save_embedding_layers=False)
-            beside.chmod(0o755)
-            os.replace(beside, self.folder / name)
+            with replacing_folder(self.folder / name) as beside:
+                policy.save_pretrained(str(beside), save_embedding_layers=False)
+                beside.chmod(0o755)
         except OSError as error:
             raise RolloutServerError(
                 f"`rollout_server.adapter_folder`: could not write the adapter to {self.folder} ({error}). Give a "

@@ -27,7 +27,6 @@ class ServerClient:
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        self.retries_done = 0
         self._retry = RetryPolicy(
             max_retries=settings.retries, backoff_s=settings.backoff_s, backoff_max_s=LONGEST_WAIT_S
         )
@@ -92,7 +91,6 @@ class ServerClient:
             wait_s = self._retry.wait_s(tries, asked_s, self._rng) if patient else None
             if wait_s is None:
                 raise failure from None
-            self.retries_done += 1
             time.sleep(wait_s)
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:

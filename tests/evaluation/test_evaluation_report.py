@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,8 @@ from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySett
 from nspo_lightning.policy.text_scores import score_texts
 from nspo_lightning.rewards import RulesJudge
 from nspo_lightning.rollout import SamplingConfig
+
+HALF = "\ud800"
 
 
 def zero_reward(prompts, completions, **_):
@@ -53,7 +56,7 @@ def job(tiny_llama, tmp_path):
     return tiny_llama, data, policy, tmp_path
 
 
-def measure(policy, data, folder, **changes):
+def measure(policy, data, folder, *callbacks, **changes):
     report = TestReport(folder=str(folder), **changes)
     options: dict[str, Any] = {
         "logger": False,
@@ -61,7 +64,7 @@ def measure(policy, data, folder, **changes):
         "enable_checkpointing": False,
         "accelerator": "cpu",
     }
-    trainer = pl.Trainer(callbacks=[report], default_root_dir=folder, **options)
+    trainer = pl.Trainer(callbacks=[*callbacks, report], default_root_dir=folder, **options)
     logged = trainer.test(policy, data, verbose=False)
     lines = (folder / "test_completions.jsonl").read_text().splitlines()
     return json.loads((folder / "test.json").read_text()), [json.loads(line) for line in lines], logged
@@ -116,6 +119,18 @@ def test_the_report_counts_what_the_completions_file_shows(job):
     wrong.adapter_folder = folder / "adapter"
     with pytest.raises(PolicyError, match="has r 4"):
         wrong.configure_model()
+
+
+def test_completions_are_written_whatever_the_columns_hold(job):
+    _, data, policy, folder = job
+
+    class Columns(pl.Callback):
+        def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            batch["columns"]["skill"] = [[f"half {HALF}", date(2026, 1, 2)]] * len(batch["prompt"])
+
+    _, lines, _ = measure(policy, data, folder / "out", Columns(), base=False, text_rows=0)
+    assert len(lines) == 12
+    assert all(line["skill"] == [f"half {HALF}", "2026-01-02"] for line in lines)
 
 
 def test_categories_come_as_text_lists_and_tables():

@@ -64,13 +64,19 @@ def gradient(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
-def test_unused_parameters_and_skipped_chunks_get_nothing():
+def test_unused_parameters_get_nothing():
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    loss = accumulated_loss([used, unused], [1.0, None, 2.0], lambda x: None if x is None else (used * x).sum())
+    loss = accumulated_loss([used, unused], [1.0, 2.0], lambda x: (used * x).sum())
     loss.backward()
     assert loss == 6
     assert gradient(used).tolist() == [3, 3]
     assert unused.grad is None
+
+
+def test_a_loss_that_lost_its_graph_is_not_passed_over():
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        accumulated_loss([weight], [1.0, 2.0], lambda x: (weight.detach() if x == 2 else weight).sum() * x)
 
 
 def test_loss_scale_saves_small_half_precision_gradients_and_changes_no_result():

@@ -18,7 +18,7 @@ def make():
 @pytest.mark.parametrize("index", [[1], slice(1, None), torch.tensor([1]), torch.tensor([False, True])])
 def test_select_keeps_whole_groups(index):
     part = make().select(index)
-    assert (part.num_prompts, part.num_rows) == (1, 2)
+    assert (part.num_prompts, len(part.completion_ids)) == (1, 2)
     assert part.prompt_ids.tolist() == [[3, 4, 5]]
     assert part.completion_ids[:, 0].tolist() == [8, 12]
     assert part.finished.tolist() == [True, True]

@@ -27,7 +27,7 @@ def cost(micro, share):
     rollout = micro.rollout
     if share:
         return int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
-    return rollout.num_rows * (rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1])
+    return len(rollout.completion_ids) * (rollout.prompt_ids.shape[1] + rollout.completion_ids.shape[1])
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -35,10 +35,10 @@ def cost(micro, share):
 def test_every_row_once_within_the_budget(share, budget):
     rollout = make_rollout()
     micros = split_microbatches(rollout, budget, share_prefix=share)
-    assert sorted(torch.cat([m.rows for m in micros]).tolist()) == list(range(rollout.num_rows))
+    assert sorted(torch.cat([m.rows for m in micros]).tolist()) == list(range(len(rollout.completion_ids)))
     for micro in micros:
         part = micro.rollout
-        assert part.num_rows == 1 or budget is None or cost(micro, share) <= budget
+        assert len(part.completion_ids) == 1 or budget is None or cost(micro, share) <= budget
         # Rows still belong to their prompts, and nothing but padding was cut off.
         owner = part.prompt_ids[:, -1].repeat_interleave(part.group_size)
         assert owner.equal(micro.rows // GROUP + 1)
@@ -61,7 +61,7 @@ def test_a_long_group_is_cut_into_as_few_parts_as_fit():
 def test_take_slices_columns_and_vectors():
     rollout = make_rollout()
     micro = split_microbatches(rollout, 20)[0]
-    values = torch.arange(rollout.num_rows)
+    values = torch.arange(len(rollout.completion_ids))
     assert micro.take(values).equal(micro.rows)
     assert micro.take(rollout.completion_mask).shape == micro.rollout.completion_mask.shape
 

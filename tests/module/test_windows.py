@@ -91,7 +91,7 @@ def test_completions_that_are_all_cut_move_neither_weights_nor_moments(
     assert any(not torch.equal(a, b) for a, b in zip(states.seen[0], learnt, strict=False))
     for state in after:
         assert all(torch.equal(a, b) for a, b in zip(learnt, state, strict=True))
-    assert policy.updates_skipped == 2
+    assert policy.progress.updates_skipped == 2
 
 
 class Passes:
@@ -150,4 +150,4 @@ def test_a_batch_with_fewer_prompts_than_parts_takes_as_many_steps(tiny_llama: P
     trainer(tmp_path, steps=-1, max_epochs=1).fit(policy, data)
     assert len(data.train_dataloader().rows) % 3 == 2
     assert policy.rollouts == len(data.train_dataloader()) / 3
-    assert policy.updates_skipped == 1
+    assert policy.progress.updates_skipped == 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nspo_lightning.policy.adapter import save_adapter
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import check_4bit_widths, load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
@@ -88,12 +89,13 @@ def test_gradient_checkpointing_trains(tiny_llama):
 
 
 def test_a_trained_adapter_is_refused_and_can_be_merged(tiny_llama, tmp_path):
-    policy = load_policy(settings(tiny_llama, quantization="none"), CPU)
+    policy: Any = load_policy(settings(tiny_llama, quantization="none"), CPU)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    save_adapter(policy, load_tokenizer(settings(tiny_llama)), tmp_path / "sft")
     adapter = str(tmp_path / "sft")
+    policy.save_pretrained(adapter)
+    load_tokenizer(settings(tiny_llama)).save_pretrained(adapter)
     with pytest.raises(PolicyError, match="its B is not zero.*merge_adapter"):
         load_policy(settings(tiny_llama, quantization="none", adapter=adapter), CPU)
     with pytest.raises(PolicyError, match="would round the adapter away"):

@@ -1,6 +1,7 @@
 """Scoring with shared prompts against full sequences through the model, architecture by architecture."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from nspo_lightning.grpo import (
     split_microbatches,
     token_weights,
 )
+from nspo_lightning.policy import scoring
+from nspo_lightning.policy.log_probs import chosen_log_probs
 from nspo_lightning.policy.scoring import score_completions
 
 LOG_PROB = 1e-5  # absolute, float32
@@ -45,7 +48,7 @@ def trainable(policy):
 def full_log_probs(policy, rollout, temperature=1.0):
     """Each row on its own, without padding, straight through the model."""
     rows = []
-    for r in range(rollout.num_rows):
+    for r in range(len(rollout.completion_ids)):
         p = r // rollout.group_size
         prompt = rollout.prompt_ids[p][rollout.prompt_mask[p]]
         tail = rollout.completion_ids[r][rollout.completion_mask[r]]
@@ -114,7 +117,7 @@ def test_gradient_checkpointing_changes_nothing_and_is_used(name):
 def test_every_loss_in_micro_batches_equals_one_plain_batch(loss_type, beta):
     policy, rollout = tiny_policy(), make_rollout()
     config = ObjectiveConfig(loss_type=loss_type, beta=beta)
-    mask, advantages = rollout.completion_mask, torch.linspace(-1, 1, rollout.num_rows)
+    mask, advantages = rollout.completion_mask, torch.linspace(-1, 1, len(rollout.completion_ids))
     weights = token_weights(mask, loss_type, Normaliser.of(mask, 10))
     with torch.no_grad():
         old = score_completions(policy, rollout, share_prefix=False).log_probs + 0.1 * mask
@@ -175,15 +178,16 @@ def test_each_prompt_token_goes_through_the_layers_once():
     with torch.no_grad():
         score_completions(policy, rollout)
     # All real prompt tokens, and all real completion tokens but each row's last.
-    assert tokens == [int(rollout.prompt_mask.sum() + rollout.completion_mask.sum()) - rollout.num_rows]
+    assert tokens == [int(rollout.prompt_mask.sum() + rollout.completion_mask.sum()) - len(rollout.completion_ids)]
 
 
-def test_the_largest_logits_are_one_chunk():
+def test_the_largest_logits_are_one_chunk(monkeypatch):
     policy, rollout = tiny_policy(), make_rollout()
     score_completions(policy, rollout)
     sizes = []
     policy.get_output_embeddings().register_forward_hook(lambda _m, _a, out: sizes.append(out.shape[:-1].numel()))
-    score_completions(policy, rollout, logits_chunk_tokens=4).log_probs.sum().backward()
+    monkeypatch.setattr(scoring, "chosen_log_probs", partial(chosen_log_probs, chunk_tokens=4))
+    score_completions(policy, rollout).log_probs.sum().backward()
     assert max(sizes) == 4
 
 

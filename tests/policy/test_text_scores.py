@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from nspo_lightning.policy import text_scores
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.divergence import TextSums, predicted_positions, text_sums
 from nspo_lightning.policy.loading import load_policy
@@ -54,14 +57,15 @@ def dense(policy, ids, keep):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("chunk", [None, 1, 4])
-def test_sums_are_those_of_the_rows_alone(policy, side, chunk):
+def test_sums_are_those_of_the_rows_alone(policy, side, chunk, monkeypatch):
+    monkeypatch.setattr(text_scores, "text_sums", partial(text_sums, chunk_tokens=chunk))
     policy.eval()
     given = batch(side)
     expected = torch.zeros(3, dtype=torch.float64)
     for ids, mask in zip(given["input_ids"], given["attention_mask"].bool(), strict=True):
         row = ids[mask]
         expected += torch.tensor(dense(policy, row, torch.ones(len(row) - 1, dtype=torch.bool)))
-    found = score_text(policy, given, chunk_tokens=chunk)
+    found = score_text(policy, given)
     assert found.tokens == int(expected[2]) == 18
     assert found.nll == pytest.approx(float(expected[0]), rel=TOLERANCE)
     assert found.kl == pytest.approx(float(expected[1]), rel=1e-3)

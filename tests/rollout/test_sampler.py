@@ -124,12 +124,14 @@ def test_each_step_draws_from_the_distribution_of_generate(settings):
     ids, mask = ragged_prompts()
     for share in (True, False):
         rollout = draw(policy, share, **settings)
-        uniform = torch.rand(LIMIT, rollout.num_rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        uniform = torch.rand(
+            LIMIT, len(rollout.completion_ids), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         config = policy.generation_config.__class__(
             do_sample=True, eos_token_id=EOS, pad_token_id=PAD, **{"temperature": 1.3, "top_k": 0, **settings}
         )
         policy.get_base_model()._prepare_special_tokens(config, kwargs_has_attention_mask=True)
-        for row in range(rollout.num_rows):
+        for row in range(len(rollout.completion_ids)):
             prompt = ids[row // 4][mask[row // 4]][None]
             chain = policy.get_base_model()._get_logits_processor(
                 config, input_ids_seq_length=prompt.shape[1], device="cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nspo_lightning.policy.scoring import score_completions
-from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout import SamplingConfig, server_client
 from nspo_lightning.rollout.server import RolloutServer
 from nspo_lightning.rollout.server_client import RolloutServerError
 from nspo_lightning.rollout.server_config import ServerSettings
@@ -63,6 +65,19 @@ def draw(source, name, tokenizer, sampling=SAMPLING, seed=5, group_size=3):
         vocab_size=len(tokenizer),
         seed=seed,
     )
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """What clients wait before they try again, in seconds."""
+    seen = []
+
+    def sleep(seconds):
+        seen.append(seconds)
+        time.sleep(seconds)
+
+    monkeypatch.setattr(server_client, "time", SimpleNamespace(sleep=sleep))
+    return seen
 
 
 @pytest.fixture
@@ -141,14 +156,13 @@ def test_a_restart_in_the_middle_reloads_the_adapter(server, policy, tok, tmp_pa
     before, _ = draw(source, name, tok)
     server.forget_next = True
     after, log_probs = draw(source, name, tok)
-    assert source.reloads >= 1
+    assert server.log.count(("load", name)) >= 2
     assert torch.equal(before.completion_ids, after.completion_ids)
     assert (score_completions(policy, after).log_probs - log_probs).abs().max() < SAME_NUMBERS
 
 
-def test_a_server_that_is_away_for_a_while_is_waited_for(tiny_llama, policy, tok, tmp_path):
+def test_a_server_that_is_away_for_a_while_is_waited_for(tiny_llama, policy, tok, tmp_path, waits):
     import threading
-    import time
 
     with LoraServer(tiny_llama) as first:
         source = rollouts(first, tmp_path, retries=8, backoff_s=0.1)
@@ -166,16 +180,16 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(tiny_llama, policy, tok
     rollout, log_probs = draw(source, name, tok)
     back.join()
     ready.__exit__()
-    assert source.client.retries_done >= 1  # a connection still open may yet have been served by the one that left
+    assert len(waits) >= 1  # a connection still open may yet have been served by the one that left
     assert (score_completions(policy, rollout).log_probs - log_probs).abs().max() < SAME_NUMBERS
 
 
-def test_busy_servers_are_asked_again_and_timeouts_end(server, policy, tok, tmp_path):
+def test_busy_servers_are_asked_again_and_timeouts_end(server, policy, tok, tmp_path, waits):
     source = rollouts(server, tmp_path)
     name = source.publish(policy, 0)
     server.fail_next = [503, 429]
     draw(source, name, tok)
-    assert source.client.retries_done == 2
+    assert len(waits) == 2
     impatient = rollouts(server, tmp_path, timeout_s=0.05, retries=1)
     server.delay_s = 0.3
     with pytest.raises(RolloutServerError, match=r"no answer within `rollout_server.timeout_s` = 0.05 s \(2 tries\)"):
