@@ -28,6 +28,8 @@ class Rollout:
         completion_ids: Shape (P * G, C), right-padded.
         completion_mask: Shape (P * G, C), bool, True = generated token, the closing EOS included.
         finished: Shape (P * G,), bool, True = ended by EOS, False = cut by the length limit.
+        log_probs: Shape (P * G, C), float32, of the tokens under the weights that drew them, zero at padding; None
+            where they were not asked for.
     """
 
     prompt_ids: Tensor
@@ -36,6 +38,7 @@ class Rollout:
     completion_ids: Tensor
     completion_mask: Tensor
     finished: Tensor
+    log_probs: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check once that prompts, rows and group size fit together; else raise ValueError."""
@@ -84,6 +87,7 @@ class Rollout:
             prompt_mask=self.prompt_mask[:, start:],
             completion_ids=self.completion_ids[:, :stop],
             completion_mask=self.completion_mask[:, :stop],
+            log_probs=None if self.log_probs is None else self.log_probs[:, :stop],
         )
 
     def completion_tokens(self) -> list[list[int]]:
@@ -91,8 +95,8 @@ class Rollout:
         return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the fields, for checkpoints; `Rollout(**state)` makes it again."""
-        return dict(vars(self))
+        """Return the fields that are there, for checkpoints; `Rollout(**state)` makes it again."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def _take(self, prompts: Tensor, rows: Tensor, group_size: int) -> Rollout:
         return Rollout(
@@ -102,4 +106,5 @@ class Rollout:
             completion_ids=self.completion_ids[rows],
             completion_mask=self.completion_mask[rows],
             finished=self.finished[rows],
+            log_probs=None if self.log_probs is None else self.log_probs[rows],
         )

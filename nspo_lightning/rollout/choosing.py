@@ -126,3 +126,12 @@ def draw_tokens(logits: Tensor, uniform: Tensor, *, greedy: bool) -> Tensor:
     target = uniform[:, None] * cumulative[:, -1:]
     # right=True: the first entry *above* the target, which a token of probability zero never is.
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+
+
+def drawn_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(logits / temperature) of each row's token, (r, V) and (r,) to (r,), as the policy is scored.
+
+    The logits are the model's own, before processors: training knows the temperature alone.
+    """
+    scaled = logits if temperature in {0, 1} else logits / temperature
+    return scaled.gather(-1, tokens[:, None]).squeeze(-1) - scaled.logsumexp(-1)

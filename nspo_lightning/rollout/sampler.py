@@ -19,6 +19,7 @@ from nspo_lightning.rollout.choosing import (
     NonFiniteLogitsError,
     build_processors,
     draw_tokens,
+    drawn_log_probs,
     noise,
     nonfinite_logits,
     without_distribution,
@@ -42,6 +43,7 @@ def sample(
     generator: torch.Generator | None = None,
     share_prefix: bool = True,
     prompt_places: Places | None = None,
+    with_log_probs: bool = False,
 ) -> Rollout:
     """Sample ``group_size`` completions for each prompt.
 
@@ -56,6 +58,7 @@ def sample(
         generator: Source of the noise; the same state gives the same completions.
         share_prefix: Run each prompt once. False = the plain path, same results.
         prompt_places: Where these prompts stand in a larger batch, whose noise they get; None = they are all of it.
+        with_log_probs: Also keep the log-probabilities of the drawn tokens, see `drawn_log_probs`.
 
     Returns:
         The rollout, C = length of the longest completion.
@@ -83,6 +86,7 @@ def sample(
     lengths = torch.full((total,), limit, device=device)
     finished = torch.zeros(total, dtype=torch.bool, device=device)
     rows = torch.arange(total, device=device)  # the rows that are still running
+    log_probs = torch.zeros(total, limit, device=device) if with_log_probs else None
 
     shared = share_prefix and can_share_prompts(parts.model)
     memory = SharedMemory(parts, group_size) if shared else RowMemory(parts, group_size)
@@ -96,6 +100,8 @@ def sample(
                 broken |= without_distribution(logits)
             token = draw_tokens(logits, uniform[step, rows], greedy=config.temperature == 0)
             sequence[rows, length + step] = token
+            if log_probs is not None:
+                log_probs[rows, step] = drawn_log_probs(raw, token, config.temperature)
             ended = torch.isin(token, eos)
             some_broken, some_ended = torch.stack([broken.any(), ended.any()]).tolist()  # one synchronisation
             if some_broken:
@@ -118,6 +124,7 @@ def sample(
         completion_ids=sequence[:, length : length + longest].clone(),
         completion_mask=torch.arange(longest, device=device) < lengths[:, None],
         finished=finished,
+        log_probs=None if log_probs is None else log_probs[:, :longest].clone(),
     )
 
 

@@ -12,6 +12,7 @@ def make():
         completion_ids=torch.arange(16).view(4, 4),
         completion_mask=torch.arange(4) < torch.tensor([1, 2, 3, 1])[:, None],
         finished=torch.tensor([True, False, True, True]),
+        log_probs=-torch.arange(16.0).view(4, 4),
     )
 
 
@@ -22,12 +23,13 @@ def test_select_keeps_whole_groups(index):
     assert part.prompt_ids.tolist() == [[3, 4, 5]]
     assert part.completion_ids[:, 0].tolist() == [8, 12]
     assert part.finished.tolist() == [True, True]
+    assert part.log_probs[:, 0].tolist() == [-8, -12]
 
 
 def test_trim_cuts_common_padding_only():
     rollout = make().trim()
     assert rollout.prompt_ids.tolist() == [[1, 2], [4, 5]]
-    assert rollout.completion_ids.shape == (4, 3)
+    assert rollout.completion_ids.shape == rollout.log_probs.shape == (4, 3)
     assert rollout.completion_mask.sum() == make().completion_mask.sum()
 
 

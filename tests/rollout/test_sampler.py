@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_policies import CONFIGS, SHARING, VOCABULARY, ragged_prompts, tiny_policy
 
+from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.choosing import NonFiniteLogitsError
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory
@@ -15,7 +16,7 @@ PAD = 0
 LIMIT = 9
 
 
-def draw(policy, share=True, group=4, seed=1, eos=EOS, prompts=None, **settings):
+def draw(policy, share=True, group=4, seed=1, eos=EOS, prompts=None, with_log_probs=False, **settings):
     ids, mask = ragged_prompts() if prompts is None else prompts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -29,6 +30,7 @@ def draw(policy, share=True, group=4, seed=1, eos=EOS, prompts=None, **settings)
             pad_token_id=PAD,
             generator=torch.Generator().manual_seed(seed),
             share_prefix=share,
+            with_log_probs=with_log_probs,
         )
 
 
@@ -143,6 +145,22 @@ def test_each_step_draws_from_the_distribution_of_generate(settings):
                 cumulative = logits.softmax(-1)[0].double().cumsum(0)
                 expected = int((cumulative > uniform[step, row] * cumulative[-1]).int().argmax())
                 assert int(rollout.completion_ids[row, step]) == expected
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.6, "top_k": 7, "repetition_penalty": 1.2}])
+def test_log_probs_of_drawn_tokens_are_those_of_scoring(share, settings):
+    """At the temperature alone: what training scores tokens with, whatever processors chose them."""
+    policy = tiny_policy()
+    rollout = draw(policy, share, with_log_probs=True, **settings)
+    temperature = settings.get("temperature", 1.3)
+    with torch.no_grad():
+        scored = score_completions(policy.eval(), rollout, temperature=temperature).log_probs
+    assert scored.shape == rollout.log_probs.shape
+    assert not rollout.finished.all()
+    assert rollout.finished.any()
+    assert (rollout.log_probs - scored).abs().max() <= 1e-5
+    assert draw(policy, share, **settings).completion_ids.equal(rollout.completion_ids)
 
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.8}, {"min_new_tokens": 4}])
