@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nspo_lightning.atomic import whole
+from nspo_lightning.datamodules.sources.cells import BadRow, kind_of
 from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.rows import Message, Prompt, PromptRow, RawRow
@@ -14,10 +15,6 @@ from nspo_lightning.datamodules.sources.source import Kind, PromptSource
 MAX_PROMPT_CHARS = 1_000_000
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "trainer_state")
 _ROLES = ("system", "user", "assistant", "tool")
-
-
-class BadRow(ValueError):
-    """A row whose prompt cannot be used: `bad_rows` decides whether it stops the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +84,11 @@ def _by_columns(plan: RowPlan, raw: RawRow) -> PromptRow:
         prompt = check_prompt(row[column])
     columns = {plan.prompt_column, plan.messages_column, plan.answer_column}
     taken = {*columns, "skill", "kind", "source", *RESERVED_COLUMNS}
-    kinds: dict[str, Kind] = {"harmful": "harmful", "benign": "benign"}
-    kind = kinds.get(str(row.get("kind")), plan.default_kind)
     return PromptRow(
         prompt=prompt,
         answer=_text(answer),
         skill=plan.source.skill or _text(row.get("skill")) or plan.default_skill,
-        kind=plan.source.kind or kind,
+        kind=plan.source.kind or kind_of(row.get("kind"), "kind", plan.default_kind),
         source=plan.default_skill,
         where=raw.where,
         columns={name: value for name, value in row.items() if name not in taken},
@@ -123,10 +118,11 @@ def _apply(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:
         return reason
     value = row[preset.prompt] if isinstance(preset.prompt, str) else preset.prompt(row)
     prompt: Prompt = split_chat(value)[0] if isinstance(value, list) else check_prompt(value)
-    kind = preset.kind if isinstance(preset.kind, str) else preset.kind(row)
-    if preset.shared_layout and plan.recognised:
-        kind = plan.default_kind
-    kind = plan.part_kind or kind
+    kind = (
+        plan.source.kind or plan.part_kind or (plan.default_kind if preset.shared_layout and plan.recognised else None)
+    )
+    if kind is None:
+        kind = preset.kind if isinstance(preset.kind, str) else preset.kind(row)
     columns = {name: row[name] for name in preset.keep if name in row and name not in RESERVED_COLUMNS}
     if preset.final_answer is not None:
         columns["final_answer"] = _field(preset.final_answer, row)
@@ -134,7 +130,7 @@ def _apply(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:
         prompt=prompt,
         answer=_field(preset.answer, row),
         skill=plan.source.skill or (preset.skill(row) if callable(preset.skill) else preset.skill) or preset.name,
-        kind=plan.source.kind or kind,
+        kind=kind,
         source=preset.name,
         where=raw.where,
         columns=columns,

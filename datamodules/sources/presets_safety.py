@@ -6,6 +6,7 @@ import re
 from functools import partial
 from typing import Any
 
+from nspo_lightning.datamodules.sources.cells import kind_of
 from nspo_lightning.datamodules.sources.presets import Preset, Row, first_of
 from nspo_lightning.datamodules.sources.rows import Message
 from nspo_lightning.datamodules.sources.source import Kind
@@ -20,7 +21,7 @@ def _harmbench_prompt(row: Row) -> str:
 
 
 def _labelled_kind(row: Row) -> Kind:
-    return "benign" if str(row["label"]).lower() == "safe" else "harmful"
+    return kind_of(row["label"], "label")
 
 
 def _labelled_skill(row: Row) -> str:

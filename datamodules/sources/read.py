@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from nspo_lightning.datamodules.sources.convert import BadRow, convert
+from nspo_lightning.datamodules.sources.cells import BadRow
+from nspo_lightning.datamodules.sources.convert import convert
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.opening import open_source
 from nspo_lightning.datamodules.sources.rows import PromptRow, RawRow

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from nspo_lightning.datamodules.sources.cells import csv_value
 from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.lines import MAX_LINE_BYTES, numbered_lines
 from nspo_lightning.datamodules.sources.rows import RawRow
@@ -191,7 +192,7 @@ def _read_csv(path: Path, header: Sequence[str] | None, delimiter: str) -> Itera
                     f"{len(fields)} fields, but {len(names)} columns ({listing(names)})",
                     "Quote fields that hold the separator, or set the preset whose columns these are.",
                 )
-            yield RawRow(where=where, data=dict(zip(names, fields, strict=True)))
+            yield RawRow(where=where, data=dict(zip(names, map(csv_value, fields), strict=True)))
     except csv.Error as error:
         raise DataError(
             f"{path}, line {next_line}",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nspo_lightning.datamodules.sources.cells import is_missing
 from nspo_lightning.datamodules.sources.source import Kind
 
 Message = dict[str, str]
@@ -16,10 +17,19 @@ Prompt = str | list[Message]
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
-    """One row as a reader found it; `where` has the file and line or row, or the hub id and row."""
+    """One row as a reader found it, but for NaN, which is None here.
+
+    Attributes:
+        where: The file and line or row, or the hub id and row.
+    """
 
     where: str
     data: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if any(is_missing(value) for value in self.data.values()):
+            cleaned = {name: None if is_missing(value) else value for name, value in self.data.items()}
+            object.__setattr__(self, "data", cleaned)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 Kind = Literal["harmful", "benign"]
 
 _BAD_ROW_CHOICES = ("error", "drop")
+_KINDS = ("harmful", "benign")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,9 @@ class PromptSource:
     skill: str | None = None
     """The name under which results are reported. Default: the row's `skill`, else the preset's or the file's name."""
     kind: Kind | None = None
-    """Whether a good policy refuses these prompts (`harmful`) or answers them (`benign`). Default: as the preset says,
-    else by where the source stands: `harmful` among safety prompts, `benign` among general data."""
+    """Whether a good policy refuses these prompts (`harmful`) or answers them (`benign`). Default: as the preset or the
+    row's `kind` says (also unsafe, safe, true, 1, ...), else by where the source stands: `harmful` among safety
+    prompts, `benign` among general data."""
     system_prompt: str | None = None
     """A system message put before every prompt that has none."""
     weight: float | None = None
@@ -57,7 +59,8 @@ class PromptSource:
     max_prompt_tokens: int | None = None
     """Leave out, and report, rows whose rendered prompt is longer. Default: the datamodule's."""
     bad_rows: Literal["error", "drop"] = "error"
-    """What an empty, null, non-text or absurdly long prompt does: stop, or be left out and reported."""
+    """What a row does that cannot be used (an empty, null, non-text or absurdly long prompt, an unknown `kind`): stop,
+    or be left out and reported."""
     streaming: bool = False
     """Read rows as they come and stop after `count` usable ones (needs `count`)."""
 
@@ -93,6 +96,8 @@ class PromptSource:
         if self.preset is not None and self.named_columns:
             field = next(iter(self.named_columns))
             raise ValueError(f"{label}: `preset` ({self.preset}) names the columns, not `{field}`. Keep one.")
+        if self.kind is not None and self.kind not in _KINDS:
+            raise ValueError(f"{label}: `kind` must be one of {_KINDS} or left out, got {self.kind!r}.")
         if self.bad_rows not in _BAD_ROW_CHOICES:
             raise ValueError(f"{label}: `bad_rows` must be one of {_BAD_ROW_CHOICES}, got {self.bad_rows!r}.")
 

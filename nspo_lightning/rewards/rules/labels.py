@@ -12,8 +12,10 @@ from torch import Tensor
 
 from nspo_lightning.rewards.protocol import RewardError
 
-_TRUE = frozenset({"true", "yes", "1", "harmful", "unsafe", "malicious", "toxic", "bad"})
-_FALSE = frozenset({"false", "no", "0", "harmless", "unharmful", "benign", "general", "safe", "good"})
+_TRUE = frozenset({"true", "yes", "1", "1.0", "harmful", "unsafe", "malicious", "toxic", "bad"})
+_FALSE = frozenset({"false", "no", "0", "0.0", "harmless", "unharmful", "benign", "general", "safe", "good"})
+LABELS = "harmful, unsafe, toxic, true, 1 or benign, harmless, safe, false, 0"
+"""The vocabulary of labels, for messages."""
 
 
 def truth_value(value: Any) -> bool | None:
