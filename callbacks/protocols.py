@@ -22,6 +22,15 @@ class Evaluable(Protocol):
 
 
 @runtime_checkable
+class CountsUpdates(Protocol):
+    """A module that skips updates, and counts those that it takes; `trainer.global_step` counts both."""
+
+    @property
+    def updates(self) -> int:
+        """Updates that were taken so far."""
+
+
+@runtime_checkable
 class ScoresText(Protocol):
     """A module that compares itself with its base on given text."""
 

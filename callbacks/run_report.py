@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
-from nspo_lightning.callbacks.protocols import Certifies, Evaluable
+from nspo_lightning.callbacks.protocols import Certifies, CountsUpdates, Evaluable
 from nspo_lightning.checkpoints import best_of, read_checkpoint
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, is_fast_dev_run, model_checkpoints
 from nspo_lightning.evaluation.tables import rich_table
@@ -75,12 +75,15 @@ class RunReport(Callback):
         if self.evaluate:
             rank_zero_info("Measuring the policy after training ...")
             after = _measure(trainer, pl_module)
+        steps = trainer.global_step
+        updates = pl_module.updates if isinstance(pl_module, CountsUpdates) else steps
         summary: dict[str, Any] = {
             **{f"before/{name}": value for name, value in self.before.items()},
             **{f"after/{name}": value for name, value in after.items()},
             "nullspace/leak_max": _leak_max(trainer),
             "seconds": round(self._elapsed(), 1),
-            "updates": trainer.global_step,
+            "updates": updates,
+            "updates_skipped": steps - updates,
             "checkpoint": best,
         }
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
@@ -146,4 +149,6 @@ def _print(table: Table, summary: Mapping[str, Any], folder: Path) -> None:
     console.print(table)
     leak = summary["nullspace/leak_max"]
     promise = "no projection" if leak is None else f"largest leak into the protected space {leak:.1e}"
-    console.print(f"{promise}; {summary['updates']} updates in {summary['seconds']:.0f} s; written to {folder}")
+    updates, skipped = summary["updates"], summary["updates_skipped"]
+    taken = f"{updates} updates{f' ({skipped} more skipped)' if skipped else ''}" if updates else "NO UPDATE WAS TAKEN"
+    console.print(f"{promise}; {taken} in {summary['seconds']:.0f} s; written to {folder}")

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
 from nspo_lightning.callbacks import NullSpaceProjection
-from nspo_lightning.callbacks.protocols import Evaluable
+from nspo_lightning.callbacks.protocols import CountsUpdates, Evaluable
 from nspo_lightning.compare.general_text import HasPolicy, text_metrics
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of
@@ -29,7 +29,7 @@ _Split = Literal["validation", "test"]
 _PREFIXES = ("safety/", "general/", "text/")
 
 
-class Trained(Evaluable, HasPolicy, Protocol):
+class Trained(Evaluable, CountsUpdates, HasPolicy, Protocol):
     """What is asked of the module that `fit` trains; `GRPOModule` has it."""
 
     @property
@@ -137,7 +137,7 @@ class Trajectory(Callback):
         record = {
             "steps": float(trainer.fit_loop.total_batch_idx + 1),
             "rollouts": float(_trained(pl_module).rollouts),
-            "updates": float(trainer.global_step),
+            "updates": float(_trained(pl_module).updates),
             **rates,
             **self._text(trainer, pl_module, "validation"),
         }

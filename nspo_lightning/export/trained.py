@@ -18,7 +18,7 @@ from torch import Tensor
 from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.compat.peft import DOWN, UP
 from nspo_lightning.nullspace import Calibration, load_calibration
-from nspo_lightning.policy.identity import STATE_KEY
+from nspo_lightning.policy.identity import STATE_KEY, updates_in
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
 
@@ -49,6 +49,7 @@ class ExportSource:
     weights: Mapping[str, Tensor]
     """Trained parameters by their name in the module (``policy. ...``)."""
     updates: int
+    """Steps that the optimizer took."""
     state: Mapping[str, Any]
     """What the module itself noted in the checkpoint."""
     projection: Mapping[str, Any] | None
@@ -127,7 +128,7 @@ def export_source(
         config=config,
         settings=settings,
         weights=content["state_dict"],
-        updates=int(content.get("global_step", 0)),
+        updates=updates_in(content),
         state=state,
         projection=projection,
         summary=json.loads(summary.read_text()) if summary.is_file() else {},

@@ -28,12 +28,14 @@ class Collected:
     Attributes:
         buffer: To learn from.
         judged: To show.
+        rewards: Shape (R,), of all ranks; NaN = excluded.
         metrics: To log; of all ranks.
         num_tokens: Of all ranks, each completion with its own prompt.
     """
 
     buffer: ExperienceBuffer
     judged: JudgedRollout
+    rewards: Tensor
     metrics: dict[str, Tensor | float]
     num_tokens: int
 
@@ -79,6 +81,7 @@ class Collector:
         return Collected(
             buffer=ExperienceBuffer(experience, settings.num_minibatches, settings.num_iterations),
             judged=JudgedRollout(prompts=prompts, completions=drawn.texts, result=result, outcomes=outcomes),
+            rewards=everyone.rewards.total,
             metrics=rollout_metrics(everyone, group),
             num_tokens=everyone.num_tokens(group),
         )

@@ -50,7 +50,7 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
-from nspo_lightning.policy.identity import STATE_KEY, policy_identity
+from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
 from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import score_text
@@ -88,6 +88,8 @@ class GRPOModule(pl.LightningModule):
             `over_refusal`); where there are none, all harmless prompts count.
         max_nonfinite_updates: Skipped updates in a row, for a loss, gradient, reward or log-probability that is not
             finite, after which the run stops.
+        max_unscored_rollouts: Rollouts in a row in which every reward gave None for every completion, after which the
+            run stops.
         rollout_server: Server that draws training completions; null = this process does. See docs/server.md.
 
     Raises:
@@ -113,6 +115,7 @@ class GRPOModule(pl.LightningModule):
         general_max_new_tokens: int = 64,
         over_refusal_skills: Sequence[str] = ("over_refusal",),
         max_nonfinite_updates: int = 5,
+        max_unscored_rollouts: int = 5,
         rollout_server: ServerSettings | None = None,
     ) -> None:
         super().__init__()
@@ -125,6 +128,7 @@ class GRPOModule(pl.LightningModule):
             num_minibatches=num_minibatches,
             tokens_per_microbatch=tokens_per_microbatch,
             max_nonfinite_updates=max_nonfinite_updates,
+            max_unscored_rollouts=max_unscored_rollouts,
             rollout_server=rollout_server,
         )
         self.strict_loading = False  # checkpoints hold trained parameters only
@@ -159,7 +163,7 @@ class GRPOModule(pl.LightningModule):
             general=self.general_sampling,
             over_refusal_skills=tuple(over_refusal_skills),
         )
-        self.progress = Progress(max_nonfinite=max_nonfinite_updates)
+        self.progress = Progress(max_nonfinite=max_nonfinite_updates, max_unscored=max_unscored_rollouts)
         self.last_rollout: JudgedRollout | None = None
         self.step_state_to_save: dict[str, Any] | None = None
 
@@ -208,6 +212,10 @@ class GRPOModule(pl.LightningModule):
         self.require_policy().train()
         check_repetitions(self.trainer, self.settings)
         self.progress.load_rollouts(self.device)
+
+    @override
+    def on_train_end(self) -> None:
+        self.progress.check_end(self.trainer.global_step)
 
     # ------------------------------------------------------------------ training
 
@@ -258,11 +266,11 @@ class GRPOModule(pl.LightningModule):
         buffer = progress.open_rollouts.get(number)
         if buffer is None:
             collected = self.collector.collect(batch, progress.noise_seed, self.trainer.global_step)
-            progress.rollouts += 1
             progress.num_tokens += collected.num_tokens
             buffer, self.last_rollout = collected.buffer, collected.judged
             progress.open_rollouts.put(number, buffer, at_most=self.trainer.accumulate_grad_batches)
             self._log_step({**collected.metrics, "num_tokens": float(progress.num_tokens)})
+            progress.count_rewards(collected.rewards, self.settings.group_size, self.reward.names)
         return buffer
 
     @override
@@ -292,6 +300,7 @@ class GRPOModule(pl.LightningModule):
             self._skip_nonfinite("gradient, at a loss scale below 1")
         elif (after or 1.0) >= (before or 1.0):
             self.progress.nonfinite_in_a_row = 0
+            self.progress.updates += 1
 
     def _skip_nonfinite(self, seen: str) -> None:
         self._log_step({"updates_nonfinite": float(self.progress.updates_nonfinite + 1)})
@@ -350,6 +359,7 @@ class GRPOModule(pl.LightningModule):
             now = training_settings(self.settings, self.policy_settings, trainer)
             check_same_training(checkpoint[STATE_KEY].get("settings", {}), now)
         self.progress.load_state_dict(checkpoint[STATE_KEY])
+        self.progress.updates = updates_in(checkpoint)
 
     # ------------------------------------------------------------------ what callbacks, data and commands ask for
 
@@ -370,6 +380,11 @@ class GRPOModule(pl.LightningModule):
     def rollouts(self) -> int:
         """Batches of prompts that were rolled out so far."""
         return self.progress.rollouts
+
+    @property
+    def updates(self) -> int:
+        """Updates that were taken so far; the Trainer's `global_step` counts skipped ones too."""
+        return self.progress.updates
 
     def require_policy(self) -> Any:
         """Return the loaded model."""

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from nspo_lightning import ranks
 from nspo_lightning.module.finite import NonFiniteError, nonfinite_gradient, nonfinite_message, on_any_rank
 from nspo_lightning.module.open_rollouts import OpenRollouts
 from nspo_lightning.module.update_window import UpdateWindow
+from nspo_lightning.rewards import RewardError
 
-COUNTERS = ("rollouts", "num_tokens", "updates_skipped", "updates_nonfinite", "nonfinite_in_a_row")
+COUNTERS = (
+    *("rollouts", "rollouts_scored", "unscored_in_a_row", "num_tokens"),
+    *("updates", "updates_skipped", "updates_nonfinite", "nonfinite_in_a_row"),
+)
+_CURE = (
+    "Return a number wherever there is something to score. If it comes from a judge with `on_error: exclude`, see why "
+    "that fails (`judge/<name>/errors` and `excluded`)."
+)
+
+
+class UnscoredError(RewardError):
+    """Rewards gave None for every completion, and nothing was learnt."""
+
+    raised_on_all_ranks = True
+    """All have seen the same rewards."""
 
 
 @dataclass(kw_only=True)
@@ -24,9 +39,13 @@ class Progress:
 
     Attributes:
         max_nonfinite: Updates in a row that are skipped for something not finite, before the run ends.
+        max_unscored: Rollouts in a row without one score, before the run ends.
         seed: The run's, for the noise of rollouts.
         rollouts: Batches that were rolled out.
+        rollouts_scored: Of those, the ones with a score.
+        unscored_in_a_row: Rollouts since the last one with a score.
         num_tokens: Tokens of prompts and completions, over all ranks.
+        updates: Updates that were taken: steps of the optimizer. Lightning's `global_step` counts skipped ones too.
         updates_skipped: Updates without signal.
         updates_nonfinite: Updates that were skipped because something was not finite.
         nonfinite_in_a_row: Of those, the ones since the last update that was taken.
@@ -36,9 +55,13 @@ class Progress:
     """
 
     max_nonfinite: int
+    max_unscored: int = 1
     seed: int = 0
     rollouts: int = 0
+    rollouts_scored: int = 0
+    unscored_in_a_row: int = 0
     num_tokens: int = 0
+    updates: int = 0
     updates_skipped: int = 0
     updates_nonfinite: int = 0
     nonfinite_in_a_row: int = 0
@@ -50,6 +73,64 @@ class Progress:
     def noise_seed(self) -> int:
         """The next rollout's."""
         return self.seed * 1_000_003 + self.rollouts
+
+    def count_rewards(self, rewards: Tensor, group_size: int, names: Sequence[str]) -> None:
+        """Count a rollout, and see whether there is anything to learn from it; ranks must ask with the same.
+
+        Args:
+            rewards: Shape (R,), of all ranks; NaN = excluded.
+            group_size: Completions a prompt.
+            names: What the rewards are called.
+
+        Raises:
+            UnscoredError: If too many rollouts in a row have no score at all.
+        """
+        self.rollouts += 1
+        scored = rewards.isfinite().view(-1, group_size)
+        if bool(scored.any()):
+            self.rollouts_scored, self.unscored_in_a_row = self.rollouts_scored + 1, 0
+            groups = rewards.view(-1, group_size)
+            low, high = (groups.masked_fill(~scored, end) for end in (torch.inf, -torch.inf))
+            if self.rollouts == 1 and not bool((high.amax(1) > low.amin(1)).any()):
+                rank_zero_warn(
+                    "All completions of a prompt got the same reward, for each prompt of rollout 1: no group has a "
+                    "signal, and without one (and at `beta` 0) a step is no update (`updates_skipped`). If it stays "
+                    "so, let the reward tell completions apart, or raise `sampling.temperature` or `group_size`."
+                )
+            return
+        self.unscored_in_a_row += 1
+        told = ", ".join(f"'{name}'" for name in names)
+        if self.unscored_in_a_row >= self.max_unscored:
+            raise UnscoredError(
+                f"Reward {told} gave None for all completions of {self.unscored_in_a_row} rollouts in a row "
+                f"(`max_unscored_rollouts` is {self.max_unscored}), so nothing was learnt from them. {_CURE}"
+            )
+        if self.unscored_in_a_row == 1:
+            rank_zero_warn(
+                f"Reward {told} gave None for all {len(rewards)} completions of rollout {self.rollouts}: nothing is "
+                f"learnt from it. After {self.max_unscored} such rollouts in a row the run ends "
+                f"(`max_unscored_rollouts`). {_CURE}"
+            )
+
+    def check_end(self, steps: int) -> None:
+        """See when training is over whether it was any.
+
+        Args:
+            steps: Of the Trainer, with those that were skipped.
+
+        Raises:
+            UnscoredError: If not one completion was scored.
+        """
+        if self.unscored_in_a_row and not self.rollouts_scored:
+            raise UnscoredError(
+                f"Nothing was learnt: not one completion of {self.rollouts} rollouts was scored, the rewards gave None "
+                f"for all. {_CURE}"
+            )
+        if self.rollouts and not self.updates:
+            rank_zero_warn(
+                f"No update was taken in {steps} steps ({self.updates_skipped} without a signal, "
+                f"{self.updates_nonfinite} not finite): the policy is what it was before."
+            )
 
     def close_window(self, parameters: Iterable[nn.Parameter], *, look: bool) -> UpdateWindow:
         """Return the window, with what a look at its gradients shows, and begin a new one."""

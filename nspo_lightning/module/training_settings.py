@@ -21,6 +21,7 @@ class TrainingSettings:
     num_minibatches: int
     tokens_per_microbatch: int | None
     max_nonfinite_updates: int
+    max_unscored_rollouts: int
     rollout_server: ServerSettings | None
 
     @property
@@ -35,7 +36,8 @@ class TrainingSettings:
                 f"`group_size` must be at least 2, got {self.group_size}: an advantage compares a completion with the "
                 "others of its group. 8 is a good start."
             )
-        for name in ("num_iterations", "tokens_per_microbatch", "num_minibatches", "max_nonfinite_updates"):
+        limits = ("max_nonfinite_updates", "max_unscored_rollouts")
+        for name in ("num_iterations", "tokens_per_microbatch", "num_minibatches", *limits):
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")

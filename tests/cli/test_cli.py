@@ -31,6 +31,10 @@ def short_reward(prompts, completions, **_):
     return [0.0]
 
 
+def no_reward(prompts, completions, **_):
+    return [None] * len(completions)
+
+
 def raising_reward(prompts, completions, **_):
     raise RuntimeError("the judge is out")
 
@@ -106,6 +110,14 @@ def test_an_earlier_run_is_set_aside_and_never_lost(run):
 def test_the_callback_is_one_flag(run):
     assert run("fit", "--nullspace.enabled", "false", "--trainer.limit_train_batches", 1)[0] == 0
     assert json.loads(Path("runs/tiny/summary.json").read_text())["nullspace/leak_max"] is None
+
+
+def test_a_run_without_one_score_fails_and_writes_no_result(run):
+    code, said = run("fit", "--model.reward.init_args.path", "test_cli.no_reward")
+    assert code == 1
+    assert "not one completion of 3 rollouts was scored" in said
+    assert "on_error: exclude" in said
+    assert not Path("runs/tiny/summary.json").exists()
 
 
 def test_printed_config_runs(run, capsys):

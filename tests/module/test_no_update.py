@@ -1,0 +1,123 @@
+"""A run that learns nothing says so: rewards that are all None or all alike, updates that were skipped."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from tiny_jobs import adapter, constant, datamodule, even_tokens, module, trainer
+
+from nspo_lightning.callbacks import RunReport
+from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.module.progress import Progress
+from nspo_lightning.policy.identity import updates_in
+from nspo_lightning.rewards import RewardError
+
+
+def nothing(prompts: list[str], completions: list[str], **_: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+class Scripted:
+    """One of the rewards above after the other, a rollout each; the last stays."""
+
+    name = "scripted"
+
+    def __init__(self, *rewards: Any) -> None:
+        self.rewards = list(rewards)
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Any:
+        reward = self.rewards.pop(0) if len(self.rewards) > 1 else self.rewards[0]
+        return reward(prompts, completions, **columns)
+
+
+def test_rewards_that_are_all_none_are_warned_of_at_once_and_end_the_run(tiny_llama, tmp_path):
+    policy = module(tiny_llama, reward=nothing, max_unscored_rollouts=3)
+    with (
+        pytest.warns(UserWarning, match=r"'nothing' gave None for all 8 completions of rollout 1"),
+        pytest.raises(RewardError, match=r"3 rollouts in a row.*`max_unscored_rollouts`"),
+    ):
+        trainer(tmp_path, steps=6).fit(policy, datamodule())
+    assert policy.rollouts == 3
+    assert policy.updates == 0
+
+
+def test_a_run_that_ends_before_that_without_any_score_ends_as_an_error_too(tiny_llama, tmp_path):
+    policy = module(tiny_llama, reward=nothing, max_unscored_rollouts=100)
+    none = pytest.warns(UserWarning, match="gave None for all")
+    with none, pytest.raises(RewardError, match="not one completion of 2 rollouts was scored"):
+        trainer(tmp_path, steps=2).fit(policy, datamodule())
+
+
+def test_a_score_in_between_begins_the_count_anew(tiny_llama, tmp_path):
+    policy = module(tiny_llama, reward=Scripted(nothing, even_tokens, nothing, even_tokens), max_unscored_rollouts=2)
+    with pytest.warns(UserWarning, match="gave None for all"):
+        trainer(tmp_path, steps=4).fit(policy, datamodule())
+    assert policy.updates == 2
+
+
+def test_rewards_that_are_all_alike_are_warned_of_once(tiny_llama, tmp_path):
+    policy = module(tiny_llama, reward=constant)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run = trainer(tmp_path, steps=3)
+        run.fit(policy, datamodule())
+    alike = [str(one.message) for one in said if "the same reward" in str(one.message)]
+    assert len(alike) == 1
+    assert "rollout 1" in alike[0]
+    assert (policy.updates, run.global_step) == (0, 3)
+    assert all(not weight.any() for name, weight in adapter(policy).items() if "lora_B" in name)
+
+
+def test_a_first_rollout_with_a_signal_is_not_warned_of(tiny_llama, tmp_path):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(tmp_path, steps=2).fit(module(tiny_llama, reward=Scripted(even_tokens, constant)), datamodule())
+    assert not [one for one in said if "the same reward" in str(one.message) or "gave None" in str(one.message)]
+
+
+def test_updates_are_those_that_were_taken_wherever_they_are_told(tiny_llama, tmp_path, capsys):
+    policy = module(tiny_llama, reward=Scripted(even_tokens, constant, even_tokens, constant))
+    run = trainer(tmp_path, steps=5, callbacks=[RunReport(str(tmp_path / "out"), evaluate=False)])
+    run.fit(policy, datamodule())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    assert run.global_step == 5, "Lightning counts steps that were skipped"
+    steps = {int(state["step"]) for state in run.optimizers[0].state.values()}
+    assert steps == {policy.updates} == {2}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["updates"], summary["updates_skipped"]) == (2, 3)
+    assert "2 updates (3 more skipped)" in " ".join(capsys.readouterr().out.split())
+    content = read_checkpoint(tmp_path / "end.ckpt")
+    assert updates_in(content) == 2
+    again = module(tiny_llama)
+    trainer(tmp_path, steps=7).fit(again, datamodule(), ckpt_path=tmp_path / "end.ckpt")
+    assert again.updates == 4
+
+
+def test_a_run_without_an_update_does_not_claim_one(tiny_llama, tmp_path, capsys):
+    policy = module(tiny_llama, reward=constant)
+    report = RunReport(str(tmp_path / "out"), evaluate=False)
+    with pytest.warns(UserWarning, match="No update was taken"):
+        trainer(tmp_path, steps=2, callbacks=[report]).fit(policy, datamodule())
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["updates"] == 0
+    assert "no update was taken" in " ".join(capsys.readouterr().out.split()).lower()
+
+
+def test_a_checkpoint_of_before_the_count_has_the_steps_less_the_skipped():
+    old = {"global_step": 9, "nspo_lightning": {"counters": {"updates_skipped": 2, "updates_nonfinite": 1}}}
+    assert updates_in(old) == 6
+
+
+def test_one_rank_with_a_score_is_enough():
+    progress = Progress(max_nonfinite=1, max_unscored=1)
+    progress.count_rewards(torch.tensor([float("nan"), 0.0, 1.0, float("nan")]), 2, ("r",))
+    assert progress.unscored_in_a_row == 0
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_the_limit_is_checked(tiny_llama, value):
+    with pytest.raises(ValueError, match="`max_unscored_rollouts` must be at least 1"):
+        module(tiny_llama, max_unscored_rollouts=value)
