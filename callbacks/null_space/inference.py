@@ -16,6 +16,7 @@ from torch import Tensor
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.batches import floating_tensors, move_call
 from nspo_lightning.callbacks.protocols import HasCalibrationForward
+from nspo_lightning.compat.torch import full_precision_products
 from nspo_lightning.nullspace import ForwardCall
 from nspo_lightning.nullspace.modes import evaluation_mode
 
@@ -58,10 +59,12 @@ def ready(call: ForwardCall, trainer: pl.Trainer | None, pl_module: pl.Lightning
     return replace(moved, args=convert(moved.args), kwargs=convert(dict(moved.kwargs)))
 
 
+@full_precision_products()
 def plain_outputs(call: ForwardCall, pl_module: pl.LightningModule) -> list[Tensor]:
     """Return the floating-point tensors of what the module's own forward gives, at all positions that count.
 
-    Inside `inference`, on a `ready` call. A module that draws noise in eval mode draws the same each time.
+    Inside `inference`, on a `ready` call. A module that draws noise in eval mode draws the same each time. Float32
+    products are float32's: the rounding of TF32 ones would be taken for a change.
 
     Raises:
         MisconfigurationException: If it gives nothing that could be compared.

@@ -1,8 +1,12 @@
-"""torch: private names. Multi-tensor functions have no public form; schedulers keep what they compute from."""
+"""torch: private names, and a setting whose name has changed.
+
+Multi-tensor functions have no public form; schedulers keep what they compute from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +28,32 @@ def version_of(tensor: Tensor) -> int:
 def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy many tensors in place, in one launch where the device allows it."""
     torch._foreach_copy_(list(targets), list(sources))
+
+
+@contextmanager
+def full_precision_products() -> Iterator[None]:
+    """Compute float32 matrix products in float32, whatever the user has chosen; the choice is restored.
+
+    TF32 (on a GPU) and bfloat16 (on some CPUs) products are off by 1e-3, and so would be all that is projected or
+    summed with them.
+    """
+    matmul: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    if not all(hasattr(backend, "fp32_precision") for backend in matmul):  # before torch 2.9
+        chosen = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(chosen)
+        return
+    before = [backend.fp32_precision for backend in matmul]
+    try:
+        for backend in matmul:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(matmul, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def scale_scheduler_(scheduler: Any, factor: float) -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from nspo_lightning import ranks
+from nspo_lightning.compat.torch import full_precision_products
 
 _FLOAT64_PRODUCT_WIDTH = 256  # up to this width a float64 product costs less than the Python around it
 _FLOAT64_SUM_WIDTH = 8192  # beyond it, the running sum stays float32: 0.25 GB instead of 0.5 GB a layer
@@ -76,8 +76,8 @@ def add_gram_(total: Tensor, rows: Tensor) -> Tensor:
         tensor([[10., 14.],
                 [14., 20.]])
     """
-    # TF32 or bf16x3 products would put 1e-3 of relative noise into the spectrum's tail: they are switched off here.
-    with torch.autocast(device_type=rows.device.type, enabled=False), _full_precision_products(rows.device):
+    # TF32 products would put 1e-3 of relative noise into the spectrum's tail.
+    with torch.autocast(device_type=rows.device.type, enabled=False), full_precision_products():
         for start, end in _tiles(rows.shape[1]):
             target = total[start:end, start:]
             if total.dtype == rows.dtype:
@@ -97,19 +97,6 @@ def mirror_(total: Tensor) -> Tensor:
 def _tiles(width: int) -> Iterable[tuple[int, int]]:
     count = _TILES if width >= _TILED_WIDTH else 1
     return itertools.pairwise(width * i // count for i in range(count + 1))
-
-
-@contextmanager
-def _full_precision_products(device: torch.device) -> Iterator[None]:
-    """Switch TF32 matrix products off while a CUDA Gram is formed, and restore the user's setting."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class SecondMoment:

@@ -2,7 +2,10 @@
 
 A model has four adapter inputs a layer, so a step that projects each alone costs its time in launches. Here matrices
 that share an input are stacked as rows (q, k and v: one basis, 3 r rows), and inputs of equal width and row count are
-batched: one `bmm` pair for all of them, over bases padded with zero columns (which change nothing) and stacked once.
+batched: one `bmm` pair for all of them, over bases padded with zero columns (which change nothing). How many pairs a
+model needs is bounded by its shapes, however many layers it has.
+
+Bases are kept once: each becomes a view of the stack that it is in, and its own memory is let go.
 """
 
 from __future__ import annotations
@@ -35,22 +38,24 @@ class Pack:
 
     Args:
         slots: The matrices, in the order in which their rows are stacked.
-        bases: One for each entry, all of one width, form and kind.
+        bases: One for each entry, all of one width and form; their ``vectors`` become views of this pack's stack.
         rows: Rows of each entry.
     """
 
     def __init__(self, slots: Sequence[Slot], bases: Sequence[Basis], rows: int) -> None:
         self.slots = tuple(slots)
         self.entries, self.rows, self.width = len(bases), rows, bases[0].width
-        self._complement = bases[0].complement
         self._weights: Tensor | None = None
-        if len(bases) == 1:
-            self._vectors = bases[0].vectors.unsqueeze(0)  # shares memory with the basis
-        else:
-            self._vectors = pad_sequence([basis.vectors.T for basis in bases], batch_first=True).mT
+        self._vectors = _stacked([basis.vectors for basis in bases])
         weights = [basis.weights for basis in bases if basis.weights is not None]
         if weights:
             self._weights = pad_sequence(weights, batch_first=True).unsqueeze(1)
+        # Entries that store null directions keep M Z Z^T, the others M - M Z Z^T.
+        self._complement = bases[0].complement
+        self._factors: tuple[Tensor, Tensor] | None = None
+        if len({basis.complement for basis in bases}) == 2:
+            kept = self._vectors.new_tensor([[[float(basis.complement)]] for basis in bases])
+            self._factors = 1 - kept, 2 * kept - 1
 
     def gather(self, matrices: Sequence[Tensor]) -> Tensor:
         """Return this pack's matrices stacked, shape ``(entries, rows, width)``."""
@@ -73,7 +78,20 @@ class Pack:
     def apply(self, stacked: Tensor) -> Tensor:
         """Return the projected (hard) or damped (soft) rows, shape ``(entries, rows, width)``."""
         inside = self.component(stacked)
+        if self._factors is not None:
+            whole, part = (factor.to(stacked.dtype) for factor in self._factors)
+            return (stacked * whole).addcmul_(inside, part)
         return inside if self._complement else stacked - inside
+
+
+def _stacked(vectors: Sequence[Tensor]) -> Tensor:
+    """Return bases as one tensor, shape ``(entries, width, columns)``, that they share memory with from now on."""
+    if len(vectors) == 1:
+        return vectors[0].unsqueeze(0)
+    stack = pad_sequence([v.T for v in vectors], batch_first=True).mT
+    for own, packed in zip(vectors, stack, strict=True):
+        own.data = packed[:, : own.shape[1]]  # whoever holds the basis sees the stack, so the copy can be let go
+    return stack
 
 
 def build_packs(rows: Sequence[int], bases: Sequence[Basis], keys: Sequence[object]) -> list[Pack]:
@@ -95,7 +113,7 @@ def build_packs(rows: Sequence[int], bases: Sequence[Basis], keys: Sequence[obje
     for indices in shared.values():
         basis = bases[indices[0]]
         total = sum(rows[i] for i in indices)
-        kind = (basis.width, total, basis.complement, basis.form, basis.vectors.device, basis.vectors.dtype)
+        kind = (basis.width, total, basis.form, basis.vectors.device, basis.vectors.dtype)
         alike.setdefault((*kind, keys[indices[0]]), []).append(indices)
     packs = []
     for groups in alike.values():

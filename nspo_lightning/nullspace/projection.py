@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nspo_lightning.compat.torch import full_precision_products
 from nspo_lightning.nullspace.basis import Basis
 
 
@@ -28,8 +29,9 @@ def along(matrix: Tensor, vectors: Tensor, weights: Tensor | None = None) -> Ten
         >>> along(torch.tensor([[3.0, 4.0]]), torch.eye(2)[:, :1], torch.tensor([0.5]))
         tensor([[1.5000, 0.0000]])
     """
-    coordinates = matrix @ vectors
-    return (coordinates if weights is None else coordinates * weights) @ vectors.mT
+    with torch.autocast(device_type=matrix.device.type, enabled=False), full_precision_products():
+        coordinates = matrix @ vectors
+        return (coordinates if weights is None else coordinates * weights) @ vectors.mT
 
 
 def apply(basis: Basis, matrix: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nspo_lightning import ranks
+from nspo_lightning.compat.torch import full_precision_products
 from nspo_lightning.nullspace.basis import Spectrum
 from nspo_lightning.nullspace.partial import with_tail
 
@@ -68,7 +69,8 @@ class RangeSketch:
         rows = rows.to(torch.float32)
         self.rows += rows.shape[0]
         self._test = self._test.to(rows.device)
-        self.total().addmm_(rows.T, rows @ self._test)
+        with torch.autocast(device_type=rows.device.type, enabled=False), full_precision_products():
+            self.total().addmm_(rows.T, rows @ self._test)
         self._trace = self._trace + rows.square().sum(dtype=torch.float64).cpu()
 
     def total(self) -> Tensor:
@@ -105,6 +107,7 @@ def combined_image(sketches: Mapping[str, RangeSketch], weights: Mapping[str, fl
     return total
 
 
+@full_precision_products()
 def sketch_spectrum(test: Tensor, image: Tensor, *, probes: Tensor, trace: float, tokens: int) -> Spectrum:
     """Rayleigh-Ritz: eigenpairs of C inside the range of Q, and a tail that holds the energy outside.
 
