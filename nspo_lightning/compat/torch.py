@@ -30,6 +30,11 @@ def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(targets), list(sources))
 
 
+def float32_backends() -> list[Any]:
+    """Return what chooses how float32 products are computed, on a GPU and on the CPU."""
+    return [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+
+
 @contextmanager
 def full_precision_products() -> Iterator[None]:
     """Compute float32 matrix products in float32, whatever the user has chosen; the choice is restored.
@@ -37,7 +42,7 @@ def full_precision_products() -> Iterator[None]:
     TF32 (on a GPU) and bfloat16 (on some CPUs) products are off by 1e-3, and so would be all that is projected or
     summed with them.
     """
-    matmul: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    matmul = float32_backends()
     if not all(hasattr(backend, "fp32_precision") for backend in matmul):  # before torch 2.9
         chosen = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.null_space.inference import plain_outputs
-from nspo_lightning.compat.torch import full_precision_products
+from nspo_lightning.compat.torch import float32_backends, full_precision_products
 from nspo_lightning.nullspace import ForwardCall, apply, build_basis, calibrate_modules, choose_rank, plan_layers
 from nspo_lightning.nullspace.basis import Basis, Spectrum
 from nspo_lightning.nullspace.basis_set import BasisSettings
@@ -44,8 +44,7 @@ class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen[func.overloadpacket] += 1
         if func.overloadpacket in PRODUCTS:
-            matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-            self.precisions |= {backend.fp32_precision for backend in matmul}
+            self.precisions |= {backend.fp32_precision for backend in float32_backends()}
         return func(*args, **(kwargs or {}))
 
     @property
@@ -57,16 +56,16 @@ class Watching(TorchDispatchMode):
         return {op: self.seen[op] for op in WAITING if self.seen[op]}
 
 
-def held(count: int, width: int = 40, out: int = 6) -> tuple[nn.ModuleList, list[Basis], NullSpaceKeeper]:
+def held(count: int, width: int = 40, out: int = 6) -> tuple[list[LoraLinear], list[Basis], NullSpaceKeeper]:
     """Adapters whose bases have as many columns as an `auto` cut gives: below and above half the width."""
-    model = nn.ModuleList([LoraLinear(width, out) for _ in range(count)])
+    model = [LoraLinear(width, out) for _ in range(count)]
     values, bases = torch.linspace(2, 1, width, dtype=torch.float64), []
     for index in range(count):
         vectors = torch.linalg.qr(torch.randn(width, width)).Q
         choice = choose_rank(values, "rank", round(width * (0.35 + 0.3 * (7 * index % 17) / 16)))
         bases.append(build_basis(Spectrum(values=values, vectors=vectors, tokens=9), choice))
     assert count < 3 or len({basis.complement for basis in bases}) == 2
-    return model, bases, NullSpaceKeeper(plan_layers(model).layers, bases)
+    return model, bases, NullSpaceKeeper(plan_layers(nn.ModuleList(model)).layers, bases)
 
 
 @pytest.mark.parametrize("count", [3, 24])
@@ -83,13 +82,14 @@ def test_a_step_is_two_products_a_projection_however_many_layers_there_are(count
 
 def test_the_products_are_those_of_single_matrices():
     model, bases, keeper = held(24)
-    for layer in model:
-        layer.down.weight.grad = torch.randn_like(layer.down.weight)
-    gradients = [layer.down.weight.grad.clone() for layer in model]
+    gradients = [torch.randn_like(layer.down.weight) for layer in model]
+    for layer, gradient in zip(model, gradients, strict=True):
+        layer.down.weight.grad = gradient.clone()
     weights = [layer.down.weight.detach().clone() for layer in model]
     keeper.project_gradients_()
     keeper.reproject_()
     for layer, basis, gradient, weight in zip(model, bases, gradients, weights, strict=True):
+        assert layer.down.weight.grad is not None
         assert (layer.down.weight.grad - apply(basis, gradient)).abs().max() < FLOAT32
         assert (layer.down.weight - apply(basis, weight)).abs().max() < FLOAT32
 
@@ -98,7 +98,7 @@ def test_bases_are_kept_once():
     """Stacking must not double what is the largest thing that a run holds beside the model."""
     model, bases, _ = held(24, width=400)
     before = [basis.vectors.clone() for basis in bases]
-    NullSpaceKeeper(plan_layers(model).layers, bases)  # again, as a second fit does
+    NullSpaceKeeper(plan_layers(nn.ModuleList(model)).layers, bases)  # again, as a second fit does
     storages = {basis.vectors.untyped_storage().data_ptr(): basis.vectors.untyped_storage() for basis in bases}
     assert len(storages) == 1
     assert sum(storage.nbytes() for storage in storages.values()) < 1.3 * sum(basis.vectors.nbytes for basis in bases)
@@ -109,7 +109,7 @@ def test_bases_are_kept_once():
 @pytest.fixture
 def low_precision():
     """What Lightning advises on a GPU; it also chooses bfloat16 products on CPUs that have them."""
-    if not hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
+    if not all(hasattr(backend, "fp32_precision") for backend in float32_backends()):
         pytest.skip("torch before 2.9 does not say which precision is in force")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
