@@ -63,17 +63,25 @@ def collate_calibration(
 def collate_text(rows: Sequence[PromptRow], renderer: ChatRenderer, max_tokens: int | None = None) -> dict[str, Any]:
     """Return a batch of text to score, cut at its end where it is longer than `max_tokens`.
 
-    It has `input_ids`, `attention_mask` and `labels_mask` (1 = score this token: the answer's; all tokens of a row
-    without an answer) of shape (rows, tokens), right-padded; `domain`, one name a row.
+    It has `input_ids`, `attention_mask` and `labels_mask` (1 = score this token: the answer's, with the end of its
+    turn; all tokens of a row without an answer) of shape (rows, tokens), right-padded; `domain`, one name a row.
     """
-    prompts = renderer.encode_prompts(rows)
-    texts = renderer.encode([renderer.text(row.prompt, row.answer or None) for row in rows])
-    ids, mask = pad_token_ids([text[:max_tokens] for text in texts], renderer.pad_token_id, "right")
-    starts = torch.tensor([len(p) if row.answer else 0 for p, row in zip(prompts, rows, strict=True)])
-    labels = mask & (torch.arange(ids.shape[1]) >= starts[:, None])
+    texts = [_scored(row, renderer) for row in rows]
+    ids, mask = pad_token_ids([text[:max_tokens] for text, _, _ in texts], renderer.pad_token_id, "right")
+    bounds = torch.tensor([[start, stop] for _, start, stop in texts]).reshape(-1, 2, 1)
+    columns = torch.arange(ids.shape[1])
+    labels = mask & (columns >= bounds[:, 0]) & (columns < bounds[:, 1])
     return {
         "input_ids": ids,
         "attention_mask": mask.long(),
         "labels_mask": labels.long(),
         "domain": [row.skill for row in rows],
     }
+
+
+def _scored(row: PromptRow, renderer: ChatRenderer) -> tuple[list[int], int, int]:
+    """Return a row's ids and which of them [start, stop) are scored."""
+    if row.answer:
+        return renderer.encode_answer(row.prompt, row.answer)
+    (ids,) = renderer.encode_prompts([row])
+    return ids, 0, len(ids)

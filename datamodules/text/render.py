@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 from nspo_lightning.datamodules.sources.data_error import DataError, clip
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
+from nspo_lightning.policy.turns import SpecialTokens, answer_place, common_start, end_of_turn, special_ids
 
 
-class Tokenizer(Protocol):
+class Tokenizer(SpecialTokens, Protocol):
     """The part of a Hugging Face tokenizer that prompts need."""
 
     chat_template: Any
@@ -80,6 +81,20 @@ class ChatRenderer:
         if not texts:
             return []
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def encode_answer(self, prompt: Prompt, answer: str) -> tuple[list[int], int, int]:
+        """Encode a prompt with its answer, and find what the template gives to the answer.
+
+        Returns:
+            The ids of the whole text, and which of them [start, stop) hold the answer and the token that ends its turn
+            (all that stands behind the answer, where no special token does).
+        """
+        text, start, end = answer_place(lambda given: self.text(prompt, given), answer)
+        ids, before, until = self.encode([text, text[:start], text[:end]])
+        # A token that holds characters of both the template and the answer is the answer's.
+        first, last = common_start(ids, before), common_start(ids, until)
+        ends = end_of_turn(ids[last:], special_ids(self.tokenizer))
+        return ids, first, len(ids) if ends is None else last + ends + 1
 
     def encode_prompts(self, rows: Sequence[PromptRow]) -> list[list[int]]:
         """Render and encode the prompts of rows, without their answers."""
