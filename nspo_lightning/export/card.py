@@ -61,6 +61,16 @@ def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str)
     return lines
 
 
+def untied_sentences(layers: Sequence[MergedLayer]) -> list[str]:
+    """Say which layers have got a weight of their own, for the terminal and the card; nothing where none has."""
+    return [
+        f"{_short(layer.name)} has a weight of its own here; in the base it is that of {', '.join(layer.untied)}, "
+        "which its update would have moved too. The folder's config says `tie_word_embeddings: false`."
+        for layer in layers
+        if layer.untied
+    ]
+
+
 def no_basis_sentence(source: ExportSource) -> str:
     """Say why there is nothing to measure a leak against."""
     if source.basis_path is not None:
@@ -74,7 +84,7 @@ def card(
     source: ExportSource,
     *,
     certificates: Sequence[LayerCertificate],
-    merged: Sequence[MergedLayer] | None,
+    merged: Sequence[str] | None,
     dtype: str,
     name: str,
 ) -> str:
@@ -83,7 +93,7 @@ def card(
     Args:
         source: The checkpoint.
         certificates: Of its adapter; empty if not measured.
-        merged: Layers of a merged model, None for an adapter.
+        merged: What is to be said of a merged model, None for an adapter.
         dtype: Of the written weights.
         name: Name of the folder.
     """
@@ -95,7 +105,7 @@ def card(
         "Data": _yaml(source.config.get("data"), DATA_FIELDS),
         "Recipe": _recipe(source),
         "Before and after": _before_after(source),
-        "Null space": _null_space(source, certificates, merged, dtype),
+        "Null space": _null_space(source, certificates, merged),
         "How to load it": _loading(source, merged is not None, dtype),
     }
     parts = [_header(source, merged is not None), f"# {name}", f"{what} trained with nspo-lightning: safety GRPO{how}."]
@@ -155,9 +165,7 @@ def _before_after(source: ExportSource) -> str:
     return "\n".join(lines)
 
 
-def _null_space(
-    source: ExportSource, certificates: Sequence[LayerCertificate], merged: Sequence[MergedLayer] | None, dtype: str
-) -> str:
+def _null_space(source: ExportSource, certificates: Sequence[LayerCertificate], merged: Sequence[str] | None) -> str:
     lines: list[str] = []
     if certificates:
         lines.append(
@@ -174,7 +182,7 @@ def _null_space(
     elif merged is None:
         lines.append(no_basis_sentence(source))
     if merged is not None:
-        lines.append(" ".join(rounding_sentences(merged, dtype, no_basis_sentence(source))))
+        lines.append("\n".join(merged))
     if source.projection is not None:
         lines.append("Fingerprint of the calibration (model, text, settings):")
         lines.append(_yaml(source.projection, ("fingerprint",)))

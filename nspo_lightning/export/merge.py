@@ -8,6 +8,7 @@ beside a small update.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
@@ -20,6 +21,7 @@ from nspo_lightning.policy.adapter import merge_adapter
 from nspo_lightning.policy.identity import PREFIX, policy_fingerprint
 from nspo_lightning.policy.loading import TORCH_DTYPES, from_pretrained, load_base
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
+from nspo_lightning.policy.tied import untie_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +41,8 @@ class MergedLayer:
     """Of the written weight minus the base's."""
     rounding: float
     """||written - (W + D)||_F / ||D||_F; 0 for D = 0."""
+    untied: tuple[str, ...] = ()
+    """Layers that had the same weight before."""
 
 
 def unquantised_base(source: ExportSource) -> PreTrainedModel:
@@ -59,6 +63,12 @@ def unquantised_base(source: ExportSource) -> PreTrainedModel:
             "the original one (with `--config`, if its folder has moved)."
         )
     return base
+
+
+def merged_from(folder: Path, source: ExportSource, dtype: Dtype) -> PreTrainedModel:
+    """Return a merged model as it was written into a folder."""
+    settings = replace(source.settings, path=str(folder), revision=None, quantization="none", dtype=dtype)
+    return load_base(settings, torch.device("cpu"))
 
 
 def _stored_dtype(settings: PolicySettings) -> Literal["float32", "bfloat16", "float16"]:
@@ -89,12 +99,13 @@ def merge_(base: PreTrainedModel, source: ExportSource, dtype: Dtype) -> list[Me
 
 
 def _merge_low_rank_(
-    base: nn.Module, calibration: Calibration | None, name: str, update: LowRank, target: torch.dtype
+    base: PreTrainedModel, calibration: Calibration | None, name: str, update: LowRank, target: torch.dtype
 ) -> MergedLayer:
     try:
-        module = base.get_submodule(name.removeprefix(PREFIX).removeprefix(MODEL_PREFIX))
+        module: nn.Module = base.get_submodule(name.removeprefix(PREFIX).removeprefix(MODEL_PREFIX))
     except AttributeError as error:
         raise PolicyError(f"The base has no layer '{name}', which was trained: is it the right one?") from error
+    untied = untie_(base, module)
     weight = cast(nn.Parameter, module.weight)
     old, dense = _rows(module, weight).float(), update.dense()
     if dense.shape != old.shape:
@@ -107,6 +118,7 @@ def _merge_low_rank_(
         before=_certificate(calibration, name, update),
         after=_certificate(calibration, name, change),
         rounding=_relative(change - dense, dense),
+        untied=tuple(untied),
     )
 
 

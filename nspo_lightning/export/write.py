@@ -9,14 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nspo_lightning.atomic import replacing_folder
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
 from nspo_lightning.compat.peft import DOWN, UP, name_in_file
-from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences
-from nspo_lightning.export.merge import Dtype, certificates, merge_, unquantised_base
+from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences, untied_sentences
+from nspo_lightning.export.merge import Dtype, certificates, merge_, merged_from, unquantised_base
+from nspo_lightning.export.outputs import OutputsBefore
 from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.policy.adapter import lora_config
 from nspo_lightning.policy.identity import PREFIX
+from nspo_lightning.policy.loading import TORCH_DTYPES
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 
@@ -71,11 +75,16 @@ def export_merged(source: ExportSource, out: Path, dtype: Dtype) -> list[str]:
     """Write the unquantised base plus the update, rounded once to `dtype`; return what to tell the user."""
     tokenizer = load_tokenizer(source.settings)
     base = unquantised_base(source)
+    wanted = OutputsBefore(base, source, tokenizer)
+    half = {base.dtype, TORCH_DTYPES[dtype]} != {torch.float32}
     layers = merge_(base, source, dtype)
     with replacing_folder(out) as folder:
         base.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-        text = card(source, certificates=certificates(source), merged=layers, dtype=dtype, name=out.absolute().name)
+        del base  # one model at a time
+        outputs = wanted.compare(merged_from(folder, source, dtype), half=half)
+        said = [outputs.sentence(), *untied_sentences(layers)]
+        said += rounding_sentences(layers, dtype, no_basis_sentence(source))
+        text = card(source, certificates=certificates(source), merged=said, dtype=dtype, name=out.absolute().name)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    said = rounding_sentences(layers, dtype, no_basis_sentence(source))
     return [f"Model with {len(layers)} merged matrices in {dtype} after {source.updates} updates: {out}", *said]

@@ -370,10 +370,13 @@ class GRPOModule(pl.LightningModule):
         return logits
 
     def calibration_forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Run the policy over text for calibration: with logits of the last token only, where the head is frozen."""
+        """Run the policy over text for calibration: with logits of the last token only, if only the decoder trains."""
         policy = self.require_policy()
-        head: nn.Module = causal_model(policy).get_output_embeddings()
-        few = {} if any(p.requires_grad for p in head.parameters()) else {"logits_to_keep": 1}
+        model = causal_model(policy)
+        head = model.get_output_embeddings()
+        in_decoder = {id(p) for p in model.base_model.parameters()} - {id(p) for p in head.parameters()}
+        decoder_only = all(id(p) in in_decoder for p in self.text_policy.trainable_parameters())
+        few = {"logits_to_keep": 1} if decoder_only else {}
         policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **few)
 
     @property

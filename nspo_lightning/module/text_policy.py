@@ -86,7 +86,9 @@ class TextPolicy:
 
     def save(self, folder: str | Path) -> None:
         """Write what was trained as a PEFT adapter (or, without one, the whole model) that `from_pretrained` loads."""
-        self.require().save_pretrained(str(folder))
+        plain = self.settings.lora is None
+        # PEFT would write the frozen weight of an adapted head too.
+        self.require().save_pretrained(str(folder), **({} if plain else {"save_embedding_layers": False}))
         self.tokenizer.save_pretrained(str(folder))
 
     def generate(

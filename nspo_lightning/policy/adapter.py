@@ -10,6 +10,7 @@ from torch import nn
 from nspo_lightning.compat.peft import is_lora_parameter
 from nspo_lightning.nullspace.modes import adapted_models
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
+from nspo_lightning.policy.tied import untie_adapted_
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -67,7 +68,9 @@ def merge_adapter(base: PreTrainedModel, folder: str) -> PreTrainedModel:
     """Add a saved adapter to an unquantised base, and freeze the sum."""
     from peft import PeftModel
 
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    adapted: Any = PeftModel.from_pretrained(base, folder)
+    untie_adapted_(adapted.get_base_model())  # else the head's update would move the embedding too
+    merged: PreTrainedModel = adapted.merge_and_unload()
     merged.requires_grad_(False)
     return merged
 

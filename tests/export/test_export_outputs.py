@@ -1,0 +1,153 @@
+"""A merged model, loaded from its folder, gives the logits of base and adapter, also where weights are shared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from nspo_lightning.export import merge
+from nspo_lightning.export.trained import ExportSource, LowRank
+from nspo_lightning.export.write import export_merged
+from nspo_lightning.policy.identity import policy_fingerprint
+from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tied(tokenizer, tmp_path_factory):
+    """A random Llama whose head is its embedding."""
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("tied")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.15,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained(settings: PolicySettings) -> Any:
+    """A policy whose B is not zero, as after training."""
+    torch.manual_seed(4)
+    policy: Any = load_policy(settings, CPU).eval()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return policy
+
+
+def source(settings: PolicySettings, policy: Any, base: str | None = None) -> ExportSource:
+    return ExportSource(
+        checkpoint=Path("last.ckpt"),
+        config={},
+        settings=settings,
+        weights={f"policy.{name}": p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad},
+        updates=1,
+        state={"policy": base or policy_fingerprint(policy)},
+        projection=None,
+        summary={},
+        basis=None,
+        basis_path=None,
+    )
+
+
+def settings_of(path: Path, *targets: str, **options: Any) -> PolicySettings:
+    lora = LoraSettings(r=4, alpha=8, target_modules=list(targets))
+    return PolicySettings(path=str(path), quantization="none", dtype="float32", lora=lora, **options)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model.eval()(input_ids=torch.arange(5, 45).view(2, 20)).logits
+    return found.float()
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("lm_head", "q_proj", "down_proj"), ("q_proj",)])
+def test_a_trained_head_is_merged_apart_from_the_embedding_that_it_was(tied, tmp_path, targets):
+    settings = settings_of(tied, *targets)
+    policy = trained(settings)
+    wanted, base = logits(policy), logits(AutoModelForCausalLM.from_pretrained(tied))
+    said = "\n".join(export_merged(source(settings, policy), tmp_path / "out", "float32"))
+    assert distance(base, wanted) > 0.1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert distance(logits(merged), wanted) < 1e-5
+    shared = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert shared == ("lm_head" not in targets)
+    assert ("a weight of its own" in said) == ("lm_head" in targets)
+
+
+def test_an_earlier_adapter_of_a_shared_head_is_merged_as_it_answered(tied, tmp_path):
+    settings = settings_of(tied, "lm_head", "q_proj")
+    policy = trained(settings)
+    wanted = logits(policy)
+    policy.save_pretrained(tmp_path / "adapter")
+    again = settings_of(tied, "q_proj", adapter=str(tmp_path / "adapter"), merge_adapter=True)
+    goes_on = load_policy(again, CPU)
+    assert distance(logits(goes_on), wanted) < 1e-5  # the new adapter's B is zero
+    goes_on = trained(again)
+    export_merged(source(again, goes_on), tmp_path / "out", "float32")
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(goes_on)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_card_says_how_far_the_loaded_folder_is_from_base_and_adapter(tied, tmp_path, dtype):
+    settings = settings_of(tied, "lm_head", "q_proj")
+    policy = trained(settings)
+    said = "\n".join(export_merged(source(settings, policy), tmp_path / "out", dtype))
+    card = (tmp_path / "out" / "README.md").read_text()
+    line = next(line for line in said.splitlines() if "loaded from the folder" in line)
+    assert line in card
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=getattr(torch, dtype))
+    far = distance(logits(merged), logits(policy))
+    assert (far < 1e-5) == (dtype == "float32")
+    said_far = float(line.split(" by ")[1].split()[0])
+    assert said_far == pytest.approx(far, rel=3, abs=1e-6)  # of another text: the same size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", ["the head stays tied", "the update has the wrong sign"])
+def test_a_merge_that_does_not_answer_as_the_adapter_is_refused_and_leaves_nothing(
+    tied, tmp_path, monkeypatch, fault, dtype
+):
+    settings = settings_of(tied, "lm_head", "q_proj")
+    policy = trained(settings)
+    if fault == "the head stays tied":
+        monkeypatch.setattr(merge, "untie_", lambda *_: [])
+    else:
+        monkeypatch.setattr(LowRank, "dense", lambda self: -self.scale * (self.up @ self.down))
+    with pytest.raises(PolicyError, match="does not answer as base and adapter"):
+        export_merged(source(settings, policy), tmp_path / "out", dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_weights_of_a_model_with_a_shared_head_are_written_as_trained(tied, tmp_path):
+    settings = replace(settings_of(tied), lora=None)
+    policy: Any = load_policy(settings, CPU).eval()
+    before = policy_fingerprint(policy)
+    for parameter in policy.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    wanted = logits(policy)
+    export_merged(source(settings, policy, before), tmp_path / "out", "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert distance(logits(merged), wanted) < 1e-6
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
