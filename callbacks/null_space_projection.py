@@ -171,6 +171,7 @@ class NullSpaceProjection(Callback):
         self._normalised = False
         self._energy: list[GradientEnergy] = []
         self._resumed: dict[str, Any] = {}
+        self._start_late: Callable[[], None] | None = None
         self._held: list[weakref.ref[nn.Parameter]] = []
 
     @property
@@ -192,8 +193,13 @@ class NullSpaceProjection(Callback):
                 parameter.requires_grad_(False)
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_late = lambda: self.on_train_start(trainer, pl_module)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._release()
+        self._start_late = None
         if not self.enabled:
             return
         ranks.reshard(pl_module)
@@ -281,6 +287,7 @@ class NullSpaceProjection(Callback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_late = None
         # Not at the end of training: other callbacks may put other weights in place there (averages, the best ones).
         check, self._check = self._check, None
         if check is not None:
@@ -333,6 +340,8 @@ class NullSpaceProjection(Callback):
 
     def certificates(self) -> list[LayerCertificate]:
         """Return each layer's certificate: leak, update norm, bound on the output change."""
+        if self._resumed and self._start_late is not None:  # training was over in the checkpoint, so it never started
+            self._start_late()
         return self._hold.certificates()
 
     def certificate(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from nspo_lightning.evaluation.tables import rich_table
 if TYPE_CHECKING:
     from rich.table import Table
 
+SUMMARY = "summary.json"
 HEADLINES = (
     "safety/unsafe_rate",
     "safety/refusal_rate",
@@ -35,7 +37,8 @@ class RunReport(Callback):
     """Write ``summary.json`` and ``adapter/`` into the run's folder and print a table of before and after.
 
     The figures come from the datamodule's test split, which neither stopping nor the choice of the checkpoint has seen.
-    What is reported and saved is the checkpoint that `ModelCheckpoint` calls best, else the last state.
+    What is reported and saved is the checkpoint that `ModelCheckpoint` calls best, else the last state. A run that was
+    over and reported on already keeps what it has.
 
     Args:
         folder: Where to write; default: the logger's folder.
@@ -47,6 +50,7 @@ class RunReport(Callback):
         self.evaluate = evaluate
         self.before: dict[str, float] = {}
         self._start = 0.0
+        self._trained = False
         self._seconds = 0.0
 
     @override
@@ -59,7 +63,7 @@ class RunReport(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = time.monotonic()
+        self._start, self._trained = time.monotonic(), False
         if self.evaluate and not self.before:
             if trainer.global_step > 0:
                 rank_zero_info("RunReport: resumed, but the checkpoint holds no figures from before the run.")
@@ -67,15 +71,28 @@ class RunReport(Callback):
             self.before = _measure(trainer, pl_module)
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._trained = True
+
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_fast_dev_run(trainer) or not isinstance(pl_module, Evaluable):
+            return
+        folder, steps = Path(self.folder or trainer.log_dir or trainer.default_root_dir), trainer.global_step
+        if not self._trained and _is_reported(folder / SUMMARY, steps):
+            rank_zero_info(
+                f"This run is over: its checkpoint stands at step {steps}, its end, and nothing was trained now. What "
+                f"it left in {folder} stays as it is. To train on, raise `--trainer.max_steps` or "
+                "`--trainer.max_epochs`; to measure, use `test --ckpt_path best`."
+            )
             return
         best = _load_best(trainer, pl_module)
         after: dict[str, float] = {}
         if self.evaluate:
             rank_zero_info("Measuring the policy after training ...")
             after = _measure(trainer, pl_module)
-        steps = trainer.global_step
         updates = pl_module.updates if isinstance(pl_module, CountsUpdates) else steps
         summary: dict[str, Any] = {
             **{f"before/{name}": value for name, value in self.before.items()},
@@ -86,11 +103,10 @@ class RunReport(Callback):
             "updates_skipped": steps - updates,
             "checkpoint": best,
         }
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             pl_module.save_adapter(folder / "adapter")
-            write_json(summary, folder / "summary.json")
+            write_json(summary, folder / SUMMARY)
             _print(_change_table(self.before, after), summary, folder)
 
     @override
@@ -116,6 +132,15 @@ def _measure(trainer: pl.Trainer, module: Evaluable | pl.LightningModule) -> dic
     assert isinstance(module, Evaluable)  # setup made sure
     loaders = datamodule.test_dataloader()
     return dict(sorted(module.evaluate(loaders if isinstance(loaders, (list, tuple)) else [loaders]).items()))
+
+
+def _is_reported(summary: Path, steps: int) -> bool:
+    """Tell whether a summary is that of a run of so many steps."""
+    try:
+        said = json.loads(summary.read_text())
+        return int(said["updates"]) + int(said.get("updates_skipped", 0)) == steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _load_best(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from nspo_lightning.atomic import json_text, write_json
+from nspo_lightning.atomic import json_text, partial_of, remove_leftovers, set_aside_other, write_json
 from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows, HasHeldOutText, LimitsContext
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
 from nspo_lightning.evaluation.report import AnswerCounts, rates_summary, report_table, side_by_side
@@ -28,7 +28,9 @@ class TestReport(Callback):
 
     Counts what the module's `test_step` answered (it returns `{"answers": Answers}`), by category where the rows have
     one, beside what the base answers to the same prompts with the same noise. Each rank writes the completions of its
-    own rows; rates are reduced over ranks. Does nothing for other modules.
+    own rows; rates are reduced over ranks. Does nothing for other modules. What an earlier `test` left stays until this
+    one is complete, and if it was about something else (another checkpoint, other rows, a limit) it is kept in
+    ``test.1/``.
 
     Args:
         base: Also let the base answer (twice the time).
@@ -55,7 +57,15 @@ class TestReport(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         name = COMPLETIONS if trainer.global_rank == 0 else COMPLETIONS.replace(".", f".{trainer.global_rank}.", 1)
         self._file = folder / name
-        self._file.write_text("")
+        if trainer.is_global_zero:
+            remove_leftovers(folder)
+        partial_of(self._file).write_text("")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._file is not None:
+            partial_of(self._file).unlink(missing_ok=True)
+            self._file = None
 
     @override
     def on_test_batch_end(
@@ -73,7 +83,7 @@ class TestReport(Callback):
         if self.base and (base := pl_module.base_answer(batch, dataloader_idx, batch_idx)) is not None:
             answers["base"] = base
         self._counts.update(answers, batch.get("columns", {}), harmful=harmful, device=pl_module.device)
-        with self._file.open("a", encoding="utf-8") as file:
+        with partial_of(self._file).open("a", encoding="utf-8") as file:
             for row in side_by_side(answers, batch, harmful=harmful):
                 file.write(json_text(row) + "\n")
 
@@ -84,12 +94,18 @@ class TestReport(Callback):
         rates = self._counts.rates(pl_module.device)
         text = self._text(trainer, pl_module).over_ranks(pl_module.device).as_dict()
         self.result = {
-            "identity": _identity(trainer, pl_module),
+            "identity": {**_identity(trainer, pl_module), "base": self.base, "text_rows": self.text_rows},
             **rates_summary(rates),
             "text": text,
             "completions": COMPLETIONS,
         }
-        folder = self._file.parent
+        file, folder, self._file = self._file, self._file.parent, None
+        if trainer.is_global_zero:
+            others = sorted(folder.glob(COMPLETIONS.replace(".", "*.", 1)))
+            if kept := set_aside_other(folder / RESULT, self.result["identity"], others):
+                rank_zero_info(f"An earlier test of something else stood there; it is now in {kept}.")
+        trainer.strategy.barrier("earlier test set aside")
+        partial_of(file).replace(file)
         if trainer.is_global_zero:
             from rich.console import Console
 

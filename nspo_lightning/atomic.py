@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file beside its place; at the end of the block flush it to the disk and rename it over the old one."""
-    partial = _beside(path, PARTIAL)
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -34,6 +34,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def partial_of(path: Path) -> Path:
+    """Return where this process writes a file until it is complete."""
+    return _beside(path, PARTIAL)
 
 
 @contextlib.contextmanager
@@ -61,6 +66,45 @@ def write_json(content: Any, path: Path) -> None:
     """Write a JSON file, whole or not at all; what JSON does not know is written as text."""
     with replacing(path) as partial:
         partial.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
+
+
+def set_aside(files: Sequence[Path], kind: str) -> Path | None:
+    """Move files of one folder, those that are there, into a new one in it: `<kind>.1`, or the next free number.
+
+    Returns:
+        The new folder; None if none of them is there.
+    """
+    there, number = [file for file in files if file.exists()], 1
+    if not there:
+        return None
+    while os.path.lexists(kept := there[0].with_name(f"{kind}.{number}")):
+        number += 1
+    kept.mkdir()
+    for file in there:
+        file.rename(kept / file.name)
+    return kept
+
+
+def set_aside_other(result: Path, identity: Mapping[str, Any], files: Sequence[Path] = ()) -> Path | None:
+    """Move a result (JSON) and its files out of the way if it is about something else than what will be written.
+
+    Args:
+        result: Its `identity` says what it is about.
+        identity: What the new one is about.
+        files: What belongs to it, in the same folder.
+
+    Returns:
+        Where it is now; None if it may be replaced, or is not there.
+    """
+    try:
+        there = json.loads(result.read_text(encoding="utf-8"))["identity"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # none of ours
+        there = None
+    if json_text(there) == json_text(json.loads(json_text(identity))):  # 1 batch is not 1.0 = all of them
+        return None
+    return set_aside([result, *files], result.stem)
 
 
 def json_text(content: Any, indent: int | None = None) -> str:

@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from nspo_lightning.atomic import write_json
+from nspo_lightning.atomic import set_aside_other, write_json
 from nspo_lightning.checkpoints import find_checkpoint, read_checkpoint
 from nspo_lightning.cli.parser import PlainParser
 from nspo_lightning.cli.run_config import policy_settings, read_config
@@ -60,8 +60,10 @@ def main(arguments: list[str]) -> None:
         },
         "results": {who: harness_scores(values) for who, values in found.items()},
     }
-    write_json(result, out)
     console = Console()
+    if kept := set_aside_other(out, result["identity"]):
+        console.print(f"An earlier result of something else stood in {out}; it is now in {kept}.")
+    write_json(result, out)
     rows = _rows(result["results"], found["policy"].get("n-samples", {}))
     console.print(rich_table("General benchmarks: base and policy", _COLUMNS, rows, align="llrrrrr"))
     console.print(f"written to {out}")

@@ -169,10 +169,11 @@ def _rates(trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) ->
 def _null_space(trainer: pl.Trainer) -> dict[str, float | None]:
     """Read leak, null share and energy left off the projection callback, None where it is off."""
     for callback in callbacks_of(trainer):
+        leaks = callback.certificate() if isinstance(callback, NullSpaceProjection) else {}
         if isinstance(callback, NullSpaceProjection) and callback.calibration is not None:
             bases = callback.calibration.bases.values()
             return {
-                "leak": max(callback.certificate().values(), default=0.0),
+                "leak": max(leaks.values(), default=0.0),
                 "null_share": fmean(b.null_dims / b.width for b in bases),
                 "energy_left": fmean(b.choice.energy_left for b in bases),
             }

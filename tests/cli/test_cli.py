@@ -293,3 +293,22 @@ def test_every_shipped_config_is_parsed_and_instantiated(config, monkeypatch, tm
     cli = CLI(**cli_arguments(), run=False, args=arguments)
     assert cli.model is not None
     assert cli.datamodule is not None
+
+
+def test_going_on_with_a_run_that_is_over_changes_nothing(run, caplog):
+    assert run("fit", "--trainer.limit_train_batches", 2)[0] == 0
+    results = ["summary.json", "config.yaml", "adapter/adapter_model.safetensors", "checkpoints/last.ckpt"]
+    before = {name: (Path("runs/tiny") / name).read_bytes() for name in results}
+    caplog.clear()
+    assert run("fit", "--trainer.limit_train_batches", 2, "--ckpt_path", "last")[0] == 0
+    assert "This run is over" in caplog.text
+    assert "certificate" not in caplog.text
+    assert {name: (Path("runs/tiny") / name).read_bytes() for name in results} == before
+    # Killed after training and before the report: it is made then, with all that belongs to it.
+    Path("runs/tiny/summary.json").unlink()
+    assert run("fit", "--trainer.limit_train_batches", 2, "--ckpt_path", "last")[0] == 0
+    first, again = json.loads(before["summary.json"]), json.loads(Path("runs/tiny/summary.json").read_text())
+    assert again.keys() == first.keys()
+    assert again["nullspace/leak_max"] == pytest.approx(first["nullspace/leak_max"], rel=0.5)
+    same = [name for name in first if name.startswith(("before/", "after/", "updates"))]
+    assert {name: again[name] for name in same} == {name: first[name] for name in same}

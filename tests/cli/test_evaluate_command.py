@@ -93,7 +93,10 @@ def test_base_and_policy_on_a_local_task(job, capsys):
     assert {"torch", "lm-eval", "peft"} <= identity["versions"].keys()
     assert "colours" in capsys.readouterr().out
     main([*arguments, "--limit", "3", "--seed", "1", "--name", "other"])
-    assert json.loads((folder / "runs/other/benchmarks.json").read_text())["identity"]["limit"] == 3
+    limited = json.loads((folder / "runs/other/benchmarks.json").read_text())
+    assert limited["identity"]["limit"] == 3
+    main([*arguments, "--limit", "1", "--seed", "1", "--name", "other"])
+    assert json.loads((folder / "runs/other/benchmarks.1/benchmarks.json").read_text()) == limited
 
 
 def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nspo_lightning.callbacks import TestReport
+from nspo_lightning.callbacks import PredictionWriter, TestReport
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.evaluation.rates import Rate, RateTable, row_categories
 from nspo_lightning.module.grpo_module import GRPOModule
@@ -150,3 +150,45 @@ def test_counts_stay_with_rates():
     assert found == {"x": Rate(successes=2.0, total=3)}
     assert found["x"].as_dict()["rate"] == pytest.approx(2 / 3)
     assert table.compute_counts(torch.device("cpu")) == {}
+
+
+def test_a_test_of_something_else_does_not_replace_a_report(job):
+    _, data, policy, folder = job
+    whole, rows, _ = measure(policy, data, folder)
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    options |= {"accelerator": "cpu", "default_root_dir": folder, "callbacks": [TestReport(folder=str(folder))]}
+    pl.Trainer(**options, limit_test_batches=1).test(policy, data, verbose=False)
+    assert json.loads((folder / "test.json").read_text())["identity"]["limit_batches"] == 1
+    assert json.loads((folder / "test.1" / "test.json").read_text()) == whole
+    kept = (folder / "test.1" / "test_completions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == rows
+    pl.Trainer(**options, limit_test_batches=1).test(policy, data, verbose=False)
+    assert not (folder / "test.2").exists(), "the same once more takes its place"
+
+
+def test_a_test_that_fails_half_way_leaves_the_report(job, monkeypatch):
+    _, data, policy, folder = job
+    whole, rows, _ = measure(policy, data, folder)
+    original = TestReport.on_test_batch_end
+
+    def fails(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        original(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(TestReport, "on_test_batch_end", fails)
+    with pytest.raises(RuntimeError):
+        measure(policy, data, folder)
+    assert json.loads((folder / "test.json").read_text()) == whole
+    assert [json.loads(line) for line in (folder / "test_completions.jsonl").read_text().splitlines()] == rows
+    assert not list(folder.glob(".*.partial"))
+
+
+def test_fewer_predictions_do_not_replace_more(job):
+    _, data, policy, folder = job
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    options |= {"accelerator": "cpu", "default_root_dir": folder, "callbacks": [PredictionWriter()]}
+    pl.Trainer(**options).predict(policy, data)
+    more = (folder / "predictions.jsonl").read_text()
+    pl.Trainer(**options, limit_predict_batches=1).predict(policy, data)
+    assert (folder / "predictions.1" / "predictions.jsonl").read_text() == more
+    assert 0 < (folder / "predictions.jsonl").read_text().count("\n") < more.count("\n")
