@@ -9,6 +9,7 @@ moments, which are counted from the code); nothing in here is fitted but the coe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 CHUNK_ELEMENTS = 2**25
 """Elements of one chunk of logits in scoring (nspo_lightning/policy/log_probs.py)."""
@@ -132,6 +133,27 @@ def lora_parameters(shape: Shape, rank: int) -> int:
 def lora_bytes(shape: Shape, rank: int) -> int:
     """float32: the parameter, its gradient, Adam's two moments, and the sum that micro-batches add to."""
     return lora_parameters(shape, rank) * 4 * 5
+
+
+Weights = Literal["quantized", "dequantized", "merged"]
+"""What completions are drawn with (`policy.sampling_weights`)."""
+
+
+def sampling_copy_bytes(shape: Shape, weights: Weights, *, compute_bytes: int = 2) -> int:
+    """The copy of all linear maps, alive while completions are drawn."""
+    return 0 if weights == "quantized" else shape.linear_parameters * compute_bytes
+
+
+def read_bytes(shape: Shape, rank: int, weights: Weights, *, fused: bool = False, compute_bytes: int = 2) -> float:
+    """Bytes that move for one step of decoding: linear maps, the adapter in float32, and the rest of the base.
+
+    Of 4-bit weights a product with few rows reads the packed ones alone (`fused`); with more rows they are read,
+    written in 16 bit and read again.
+    """
+    packed = 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK)
+    a_parameter = packed + (0 if fused else 2 * compute_bytes) if weights == "quantized" else compute_bytes
+    adapter = 0 if weights == "merged" else lora_parameters(shape, rank) * 4
+    return shape.linear_parameters * a_parameter + adapter + shape.other_parameters * 2
 
 
 # -------------------------------------------------------------------------------------------------------- activations

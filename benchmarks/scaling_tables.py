@@ -15,7 +15,6 @@ PROTECTED = ("1,024 directions", "a tenth", "half")
 """What of each input is protected, or, where more is protected than not, what is left free."""
 PEAK_FLOPS, USED = 989e12, 0.4  # an H100's dense bfloat16 products, and the share that training usually reaches
 BANDWIDTH, READ = 3.35e12, 0.6  # its memory's bytes a second, likewise
-DECODED_BYTES = 0.52 + 2 + 2  # a 4-bit parameter is read, written in 16 bit and read again for a product with many rows
 
 
 def write_tables(result: dict[str, Any]) -> None:
@@ -57,14 +56,17 @@ def memory_rows(shape: Shape, kept: Activations, copies: float) -> dict[str, flo
     }
     cache = formula.cache_bytes(shape, LOAD)
     bases = protected_bytes(shape, PROTECTED[0])
+    copied = formula.sampling_copy_bytes(shape, "merged")
     return {
         "base in NF4, embeddings and head in 16 bit": base,
         "adapter, gradients, Adam (rank 16, float32)": adapter,
         "bases, 1,024 directions protected": bases,
         **training,
         "keys and values while sampling": cache,
+        "copy of the linear maps while sampling (`dequantized`, `merged`)": copied,
         "**training**": base + adapter + bases + sum(training.values()),
-        "**sampling**": base + adapter + bases + cache,
+        "**sampling**, `quantized`": base + adapter + bases + cache,
+        "**sampling** from a copy": base + adapter + bases + cache + copied,
         "second moments, all layers at once (from the code, not measured)": formula.grams_bytes(shape, LOAD.domains),
         "largest layer's second moment and its decomposition (likewise)": max(
             width * width * (8.0 if width <= 8192 else 4.0) + width * width * 32.0 for width in shape.inputs
@@ -115,14 +117,18 @@ def work_table() -> str:
         scoring = formula.scoring_flops(shape, LOAD)
         backward = formula.backward_flops(shape, LOAD, checkpointing=True)
         total = sampling + scoring + backward
-        decoded = shape.linear_parameters * DECODED_BYTES + shape.other_parameters * 2
-        reading = LOAD.completion_tokens * decoded / (BANDWIDTH * READ)
+
+        def seconds(weights: formula.Weights, shape: Shape = shape, work: float = sampling) -> str:
+            moved = LOAD.completion_tokens * formula.read_bytes(shape, LOAD.rank, weights)
+            return f"{max(moved / (BANDWIDTH * READ), work / (PEAK_FLOPS * USED)):.0f}"
+
         for name, value in {
             "PFLOPs": f"{total / 1e15:.1f}",
             "sampling, scoring, backward with recomputation": " / ".join(
                 f"{part / total:.0%}" for part in (sampling, scoring, backward)
             ),
-            "sampling, s (reading weights 512 times)": f"{max(reading, sampling / (PEAK_FLOPS * USED)):.0f}",
+            "sampling, s, `quantized`": seconds("quantized"),
+            "sampling, s, from a copy": seconds("merged"),
             "scoring and backward, s": f"{(scoring + backward) / (PEAK_FLOPS * USED):.0f}",
         }.items():
             rows.setdefault(name, []).append(value)

@@ -105,6 +105,7 @@ class Evaluator:
     def identity(self) -> dict[str, Any]:
         """Say who judges and how prompts are answered, as plain values."""
         decoding = {"harmful": describe(self.harmful), "general": describe(self.general), "seed": EVALUATION_SEED}
+        decoding["weights"] = self.policy.sampling_mode
         return {"judge": describe(self.judge), "decoding": decoding}
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:

@@ -25,7 +25,7 @@ class Experience:
         advantages: Shape (R,).
         old_log_probs: Shape (R, C), under the policy that sampled; None while that is still the current policy.
         reference_log_probs: Shape (R, C), under the base; None at beta 0.
-        sampling_log_probs: Shape (R, C), as a server says that it drew them; None if this process drew them.
+        sampling_log_probs: Shape (R, C), as a server or a merged copy drew them; None if the policy itself drew them.
     """
 
     rollout: Rollout

@@ -37,7 +37,7 @@ from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
 from nspo_lightning.module.judging import JudgedRollout
 from nspo_lightning.module.progress import Progress
-from nspo_lightning.module.resumed_settings import check_same_training, training_settings
+from nspo_lightning.module.resumed_settings import check_same_training, training_settings, warn_of_other_weights
 from nspo_lightning.module.rollouts import make_rollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
 from nspo_lightning.module.start_checks import (
@@ -349,6 +349,7 @@ class GRPOModule(pl.LightningModule):
         snapshot, self.step_state_to_save = self.step_state_to_save, None
         checkpoint[STATE_KEY] |= self.progress.state_dict(snapshot)
         checkpoint[STATE_KEY]["settings"] = training_settings(self.settings, self.policy_settings, self.trainer)
+        checkpoint[STATE_KEY]["sampling_weights"] = self.text_policy.sampling_mode
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -358,6 +359,7 @@ class GRPOModule(pl.LightningModule):
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             now = training_settings(self.settings, self.policy_settings, trainer)
             check_same_training(checkpoint[STATE_KEY].get("settings", {}), now)
+            warn_of_other_weights(checkpoint[STATE_KEY].get("sampling_weights"), self.text_policy.sampling_mode)
         self.progress.load_state_dict(checkpoint[STATE_KEY])
         self.progress.updates = updates_in(checkpoint)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 
 from nspo_lightning.compat.lightning import callbacks_of
 from nspo_lightning.module.training_settings import TrainingSettings
@@ -63,6 +64,19 @@ def check_same_training(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Non
             "stopped, with the optimizer's state and the rollouts that were begun, and these settings would change "
             "what it learns on the way. Resume with the checkpoint's own (the first of each two), or begin a new run "
             "from the trained adapter (`export` writes it; `policy.adapter`, docs/questions.md)."
+        )
+
+
+def warn_of_other_weights(saved: str | None, now: str) -> None:
+    """Warn where completions are drawn with other weights than before a resume. Earlier checkpoints don't say which.
+
+    Not refused: the policy is the same up to rounding, and a smaller device may have no room for a copy.
+    """
+    if saved is not None and saved != now:
+        rank_zero_warn(
+            f"The run drew its completions from {saved} weights and goes on with {now} ones: the same policy with "
+            f"other rounding, so not bit for bit as if it had never stopped. For that, set `policy.sampling_weights: "
+            f"{saved}`."
         )
 
 

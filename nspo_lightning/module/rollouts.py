@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -29,7 +29,8 @@ class Drawn:
     Attributes:
         rollout: R = P * G completions.
         texts: The same as text.
-        sampling_log_probs: Shape (R, C), what another program drew the tokens with; None if the policy drew them.
+        sampling_log_probs: Shape (R, C), what another program or a merged copy drew the tokens with; None if the policy
+            itself drew them.
     """
 
     rollout: Rollout
@@ -66,7 +67,7 @@ class LocalRollouts(Rollouts):
         """See `Rollouts.draw`."""
         places = places_among_ranks(len(batch["prompt_ids"]))
         rollout, texts = self.policy.generate(batch, self.settings.sampling, self.settings.group_size, seed, places)
-        return Drawn(rollout=rollout, texts=texts)
+        return Drawn(rollout=replace(rollout, log_probs=None), texts=texts, sampling_log_probs=rollout.log_probs)
 
 
 @dataclass

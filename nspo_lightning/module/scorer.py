@@ -78,7 +78,6 @@ class Scorer:
     def loss(self, minibatch: Minibatch, normaliser: Normaliser, loss_scale: float) -> PolicyLoss:
         """Build one scalar whose backward hands out the gradients of all micro-batches; all ranks ask together."""
         experience, mask, config = minibatch.experience, minibatch.mask, self.settings.objective
-        server = self.settings.rollout_server
         weights = token_weights(mask, config.loss_type, normaliser)
         kept = torch.zeros(mask.shape, device=mask.device)
         metrics: list[ObjectiveMetrics] = []
@@ -99,7 +98,7 @@ class Scorer:
                 reference_log_probs=part(experience.reference_log_probs),
                 entropy=scores.entropy,
                 sampling_log_probs=part(experience.sampling_log_probs),
-                importance_cap=None if server is None else server.importance_cap,
+                importance_cap=self.settings.importance_cap,
             )
             metrics.append(result.metrics)
             return result.loss

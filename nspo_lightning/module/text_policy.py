@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.parts import causal_model, text_setting
+from nspo_lightning.policy.sampling_weights import Mode, SamplingWeights, choose_sampling_weights
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
 from nspo_lightning.rollout import SamplingConfig, sample
@@ -36,12 +38,16 @@ class TextPolicy:
         self.share_prefix = share_prefix
         self.model: nn.Module | None = None
         self.fingerprint = ""
+        self._weights: SamplingWeights | None = None
         self._trained: frozenset[str] = frozenset()
         self._tokenizer: Any = None
 
     def load(self, device: torch.device) -> nn.Module:
-        """Load base and adapter and return the model, ready to train."""
+        """Load base and adapter and return the model, ready to train; all ranks load together."""
         self.model = load_policy(self.settings, device)
+        self._weights, note = choose_sampling_weights(self.model, self.settings)
+        if note:
+            rank_zero_info(note)
         self.fingerprint = policy_fingerprint(self.model)
         self._trained = self._trainable_names()
         return self.model
@@ -64,6 +70,11 @@ class TextPolicy:
         """Where the model is."""
         device: torch.device = next(self.require().parameters()).device
         return device
+
+    @property
+    def sampling_mode(self) -> Mode:
+        """Which weights completions are drawn with."""
+        return "quantized" if self._weights is None else self._weights.mode
 
     @property
     def context_tokens(self) -> int | None:
@@ -109,22 +120,26 @@ class TextPolicy:
             prompt_places: Where the prompts stand in the batch of all ranks, see `rollout.places`; None = alone.
 
         Returns:
-            The rollout, and the P * G completions as text.
+            The rollout, with log-probabilities where other weights than the trained ones drew it, and the P * G
+            completions as text.
         """
         model = self.require()
+        weights = self._weights or SamplingWeights(model, "quantized")
         self.check_room(batch["prompt_ids"].shape[1], sampling.max_new_tokens)
-        rollout = sample(
-            model,
-            batch["prompt_ids"],
-            batch["prompt_mask"],
-            group_size=group_size,
-            config=sampling,
-            eos_token_ids=stop_token_ids(model, self.tokenizer),
-            pad_token_id=self.tokenizer.pad_token_id,
-            generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
-            share_prefix=self.share_prefix,
-            prompt_places=prompt_places,
-        )
+        with weights.in_place():
+            rollout = sample(
+                model,
+                batch["prompt_ids"],
+                batch["prompt_mask"],
+                group_size=group_size,
+                config=sampling,
+                eos_token_ids=stop_token_ids(model, self.tokenizer),
+                pad_token_id=self.tokenizer.pad_token_id,
+                generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
+                share_prefix=self.share_prefix,
+                prompt_places=prompt_places,
+                with_log_probs=weights.differ,
+            )
         return rollout, self.decode(rollout)
 
     def decode(self, rollout: Rollout) -> list[str]:

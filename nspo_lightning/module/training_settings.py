@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig
 from nspo_lightning.rollout import SamplingConfig
-from nspo_lightning.rollout.server_config import ServerSettings
+from nspo_lightning.rollout.server_config import IMPORTANCE_CAP, ServerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,11 @@ class TrainingSettings:
     def steps_a_rollout(self) -> int:
         """Training steps that one rollout feeds."""
         return self.num_iterations * self.num_minibatches
+
+    @property
+    def importance_cap(self) -> float:
+        """Most that a token counts for which others than the policy itself drew: a server, or a merged copy."""
+        return IMPORTANCE_CAP if self.rollout_server is None else self.rollout_server.importance_cap
 
     def __post_init__(self) -> None:
         """Check the values; one that is out of its range raises ValueError."""

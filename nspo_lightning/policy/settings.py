@@ -60,6 +60,10 @@ class PolicySettings:
         chat_template: Jinja template, or a file that holds one, for a tokenizer without its own.
         attn_implementation: Passed to transformers.
         gradient_checkpointing: Recompute activations in the backward pass.
+        sampling_weights: What completions are drawn with in this process. "quantized": the weights as they are trained.
+            "dequantized": the 4-bit values unpacked once a rollout, the same function with fewer products.
+            "merged": those plus the adapter's update, rounded; training corrects the rounding. Both need memory while
+            completions are drawn. "auto": "merged" where a GPU has room, else "quantized". See docs/performance.md.
         trust_remote_code: Run code that comes with the checkpoint. Off unless you have read it.
     """
 
@@ -75,6 +79,7 @@ class PolicySettings:
     chat_template: str | None = None
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
+    sampling_weights: Literal["auto", "quantized", "dequantized", "merged"] = "auto"
     trust_remote_code: bool = False
 
     @property

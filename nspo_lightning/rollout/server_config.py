@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nspo_lightning.keys import check_address, check_key_name
 
+IMPORTANCE_CAP = 2.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
@@ -37,7 +39,7 @@ class ServerSettings:
     retries: int = 12
     backoff_s: float = 1.0
     concurrency: int = 64
-    importance_cap: float = 2.0
+    importance_cap: float = IMPORTANCE_CAP
     warn_logp_difference: float = 0.1
     max_logp_difference: float = 1.0
 
