@@ -1,0 +1,124 @@
+"""Tokens a second and peak memory of sampling, in each mode: decoding x the weights that are sampled with."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from device import Device, listening
+from made_model import made_bases, policy_settings
+from record import Record
+from workload import Scale, batches, bf16_roofline, write_folder
+
+from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.policy.settings import PolicySettings
+from nspo_lightning.rollout import SamplingConfig
+
+DECODINGS, WEIGHTS = ("dynamic", "static", "graphs"), ("quantized", "dequantized", "merged")
+FIRST = [("graphs", "merged"), ("dynamic", "quantized"), ("graphs", "quantized"), ("graphs", "dequantized")]
+REST = [(d, w) for w in WEIGHTS for d in DECODINGS if (d, w) not in FIRST]
+OLD = {"decoding": "dynamic", "sampling_weights": "quantized"}  # what code without the settings does
+
+
+def setting(owner: type, name: str, value: str) -> dict[str, str]:
+    """Return a setting as keyword argument, nothing where the installed code has none and does just that.
+
+    Raises:
+        NotImplementedError: If the installed code has no such setting, and does something else.
+    """
+    if name in {field.name for field in fields(owner)}:
+        return {name: value}
+    if value in {OLD[name], "auto"}:
+        return {}
+    raise NotImplementedError(f"the installed code has no `{name}`, so nothing to measure as '{value}'")
+
+
+class Sampler:
+    """A policy with one kind of sampling weights at a time, and rollouts of it."""
+
+    def __init__(self, scale: Scale, device: Device, folder: Path) -> None:
+        self.scale, self.device = scale, device
+        self._folder = write_folder(scale, folder)
+        self._batch = batches(scale, 1, device.torch)[0]
+        self._policy: TextPolicy | None = None
+        self._weights = ""
+        self._reference: torch.Tensor | None = None
+
+    def draw(self, decoding: str, tokens: int, policy: TextPolicy) -> torch.Tensor:
+        """Sample completions of a forced length, and return their ids."""
+        config = SamplingConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, **setting(SamplingConfig, "decoding", decoding)
+        )
+        rollout, _ = policy.generate(self._batch, config, self.scale.group, seed=0)
+        shape = tuple(rollout.completion_ids.shape)
+        if shape != (self.scale.rows, tokens) or not bool(rollout.completion_mask.all()):
+            raise RuntimeError(f"Expected {self.scale.rows} completions of {tokens} tokens, got {shape}.")
+        return rollout.completion_ids
+
+    def policy(self, weights: str) -> TextPolicy:
+        """Return the policy that samples with these weights, in train mode as training has it."""
+        if self._policy is None or weights != self._weights:
+            self._policy = None
+            self.device.clear()
+            more = setting(PolicySettings, "sampling_weights", weights)
+            made = TextPolicy(policy_settings(self._folder, self.scale.rank, checkpointing=True, **more))
+            torch.manual_seed(0)  # the same weights for each mode
+            with made_bases():
+                made.load(self.device.torch)
+            move_(made)
+            self._policy, self._weights = made, weights
+        return self._policy
+
+    def measure(self, decoding: str, weights: str) -> dict[str, Any]:
+        """Measure one mode: a rollout to warm up (with graphs: to capture), then one that counts."""
+        setting(SamplingConfig, "decoding", decoding)
+        scale, device = self.scale, self.device
+        with listening() as heard:
+            begin = device.now()
+            policy = self.policy(weights)
+            made, warm = device.now(), scale.new_tokens if decoding != "dynamic" else scale.warm_up_tokens
+            device.clear()
+            self.draw(decoding, warm, policy)
+            warmed = device.now()
+            device.reset_peak()
+            ids = self.draw(decoding, scale.new_tokens, policy)
+            seconds = device.now() - warmed
+        tokens = scale.rows * scale.new_tokens
+        if self._reference is None and (decoding, weights) == ("dynamic", "quantized"):
+            self._reference = ids
+        same = None if self._reference is None else float((ids == self._reference).float().mean())
+        speed = device.bytes_a_second()
+        return {
+            "tokens_a_second": tokens / seconds,
+            "seconds": seconds,
+            "tokens": tokens,
+            "peak_gb": device.peak_gb(),
+            "reserved_gb": device.reserved_gb(),
+            "share_of_bf16_roofline": None if speed is None else tokens / seconds / bf16_roofline(scale, speed),
+            "same_tokens_as_dynamic_quantized": same,
+            "warm_up_s": warmed - made,
+            "model_made_s": made - begin,
+            "said": heard,
+        }
+
+
+def move_(policy: TextPolicy) -> None:
+    """Give the adapter's B values, as after some updates: a zero B would leave out what merging has to get right."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.require().named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1e-3)
+
+
+def main(scale: Scale, device: Device, record: Record, folder: Path, rest: bool, earlier: set[str]) -> None:
+    """Measure modes, the most telling first."""
+    sampler, modes = Sampler(scale, device, folder), [m for m in FIRST if "+".join(m) not in earlier]
+    modes = [*modes, *REST] if rest else FIRST
+    slowest = 0.0
+    for decoding, weights in modes:
+        found = record.attempt(f"{decoding}+{weights}", lambda d=decoding, w=weights: sampler.measure(d, w), slowest)
+        if found is not None:
+            slowest = max(slowest, found["seconds"])
