@@ -172,7 +172,7 @@ class CapabilityGuard(Callback):
                 "data (and `limit_val_batches` above 0), or leave that budget null."
             )
         if self.max_accuracy_drop is not None and self.base_accuracy is None:
-            self.base_accuracy = self._measure_base_accuracy(trainer, pl_module)
+            self.base_accuracy = self._measure_base_accuracy(trainer, pl_module)  # raises where there is none
         if self.good.step < 0:
             self._check_start(self._measure(trainer, pl_module, validation=False))
 
@@ -277,10 +277,7 @@ class CapabilityGuard(Callback):
     def _accuracy_drop(self, trainer: pl.Trainer) -> float:
         accuracy = trainer.callback_metrics.get(self.accuracy_metric)
         if accuracy is None:
-            raise MisconfigurationException(
-                f"CapabilityGuard: validation logged no `{self.accuracy_metric}`, which `max_accuracy_drop` is "
-                "about. Give `accuracy_metric`, or leave that budget null."
-            )
+            raise self._no_accuracy("validation logged")
         if self.base_accuracy is None:
             self.base_accuracy = float(accuracy)  # the first validation stands for the base
         return self.base_accuracy - float(accuracy)
@@ -314,7 +311,17 @@ class CapabilityGuard(Callback):
             return None
         limit: Any = trainer.limit_val_batches
         general = loaders[1] if limit == 1.0 and isinstance(limit, float) else _first(loaders[1], limit)
-        return pl_module.evaluate([[], general]).get(self.accuracy_metric)
+        found = pl_module.evaluate([[], general])
+        if self.accuracy_metric not in found:
+            raise self._no_accuracy("the general validation rows give")
+        return found[self.accuracy_metric]
+
+    def _no_accuracy(self, who: str) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"CapabilityGuard: {who} no `{self.accuracy_metric}`, which `max_accuracy_drop` is about: answers that are "
+            "missing or free text cannot be compared. Leave that budget null (`max_kl` holds for free text), give "
+            "another `accuracy_metric`, or validation rows with short answers."
+        )
 
     # ------------------------------------------------------------------ logs and state
 

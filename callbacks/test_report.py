@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,14 @@ from typing_extensions import override
 from nspo_lightning.atomic import json_text, partial_of, remove_leftovers, set_aside_other, write_json
 from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows, HasHeldOutText, LimitsContext
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
-from nspo_lightning.evaluation.report import AnswerCounts, rates_summary, report_table, side_by_side
-from nspo_lightning.policy.divergence import TextSums
+from nspo_lightning.evaluation.report import (
+    AnswerCounts,
+    rates_summary,
+    report_table,
+    side_by_side,
+    unscored_skills,
+)
+from nspo_lightning.policy.divergence import TextSums, by_domain
 from nspo_lightning.policy.identity import data_identity, versions
 
 RESULT = "test.json"
@@ -27,9 +33,10 @@ class TestReport(Callback):
     """Write ``test.json`` and ``test_completions.jsonl`` into the run's folder and print a table, after `test`.
 
     Counts what the module's `test_step` answered (it returns `{"answers": Answers}`), by category where the rows have
-    one, beside what the base answers to the same prompts with the same noise. Each rank writes the completions of its
-    own rows; rates are reduced over ranks. Does nothing for other modules. What an earlier `test` left stays until this
-    one is complete, and if it was about something else (another checkpoint, other rows, a limit) it is kept in
+    one, beside what the base answers to the same prompts with the same noise. Skills with rows that cannot be compared
+    with a reference are also measured by the likelihood of their reference text. Each rank writes the completions of
+    its own rows; rates are reduced over ranks. Does nothing for other modules. What an earlier `test` left stays until
+    this one is complete, and if it was about something else (another checkpoint, other rows, a limit) it is kept in
     ``test.1/``.
 
     Args:
@@ -92,11 +99,17 @@ class TestReport(Callback):
         if self._file is None or not isinstance(pl_module, AnswersTests):
             return
         rates = self._counts.rates(pl_module.device)
-        text = self._text(trainer, pl_module).over_ranks(pl_module.device).as_dict()
+        sums = {
+            skill: found.over_ranks(pl_module.device)
+            for skill, found in self._text(trainer, pl_module, unscored_skills(rates)).items()
+        }
+        text = sum(sums.values(), TextSums()).as_dict()
+        by_skill = {skill: found.as_dict() for skill, found in sums.items() if skill is not None and found.tokens}
         self.result = {
             "identity": {**_identity(trainer, pl_module), "base": self.base, "text_rows": self.text_rows},
             **rates_summary(rates),
             "text": text,
+            "text_by_skill": by_skill,
             "completions": COMPLETIONS,
         }
         file, folder, self._file = self._file, self._file.parent, None
@@ -110,16 +123,19 @@ class TestReport(Callback):
             from rich.console import Console
 
             write_json(self.result, folder / RESULT)
-            Console().print(report_table(rates, text))
+            Console().print(report_table(rates, text, by_skill))
         rank_zero_info(f"Written to {folder}: {RESULT}, {COMPLETIONS}")
 
-    def _text(self, trainer: pl.Trainer, module: AnswersTests) -> TextSums:
-        total, datamodule = TextSums(), datamodule_of(trainer)
+    def _text(self, trainer: pl.Trainer, module: AnswersTests, skills: Sequence[str]) -> dict[str | None, TextSums]:
+        """Score general text: sums of this rank for each of some skills, and under None for all the others."""
+        sums: dict[str | None, TextSums] = {None: TextSums(), **{skill: TextSums() for skill in skills}}
+        datamodule = datamodule_of(trainer)
         if self.text_rows != 0 and isinstance(datamodule, HasHeldOutText):
             limit = module.context_tokens if isinstance(module, LimitsContext) else None
             for batch in datamodule.text_dataloader("test", self.text_rows, limit):
-                total += module.text_sums(trainer.strategy.batch_to_device(batch))
-        return total
+                for skill, part in by_domain(batch, skills):
+                    sums[skill] += module.text_sums(trainer.strategy.batch_to_device(part))
+        return sums
 
 
 def _identity(trainer: pl.Trainer, module: AnswersTests) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from nspo_lightning.atomic import whole
 from nspo_lightning.datamodules.sources.cells import BadRow, kind_of
 from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
+from nspo_lightning.datamodules.sources.references import FINAL_ANSWER
 from nspo_lightning.datamodules.sources.rows import Message, Prompt, PromptRow, RawRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
 
@@ -82,8 +83,11 @@ def _by_columns(plan: RowPlan, raw: RawRow) -> PromptRow:
         answer = last if answer is None else answer
     else:
         prompt = check_prompt(row[column])
-    columns = {plan.prompt_column, plan.messages_column, plan.answer_column}
-    taken = {*columns, "skill", "kind", "source", *RESERVED_COLUMNS}
+    named = {plan.prompt_column, plan.messages_column, plan.answer_column}
+    taken = {*named, "skill", "kind", "source", FINAL_ANSWER, *RESERVED_COLUMNS}
+    columns = {name: value for name, value in row.items() if name not in taken}
+    if final := _text(row.get(FINAL_ANSWER)):
+        columns[FINAL_ANSWER] = final
     return PromptRow(
         prompt=prompt,
         answer=_text(answer),
@@ -91,7 +95,7 @@ def _by_columns(plan: RowPlan, raw: RawRow) -> PromptRow:
         kind=plan.source.kind or kind_of(row.get("kind"), "kind", plan.default_kind),
         source=plan.default_skill,
         where=raw.where,
-        columns={name: value for name, value in row.items() if name not in taken},
+        columns=columns,
     )
 
 
@@ -125,7 +129,9 @@ def _apply(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:
         kind = preset.kind if isinstance(preset.kind, str) else preset.kind(row)
     columns = {name: row[name] for name in preset.keep if name in row and name not in RESERVED_COLUMNS}
     if preset.final_answer is not None:
-        columns["final_answer"] = _field(preset.final_answer, row)
+        columns[FINAL_ANSWER] = _field(preset.final_answer, row)
+    elif preset.free_text and plan.source.answers != "match":
+        columns[FINAL_ANSWER] = ""
     return PromptRow(
         prompt=prompt,
         answer=_field(preset.answer, row),

@@ -193,7 +193,7 @@ def _plain_plan(source: PromptSource, row: RawRow, default_kind: Kind, default_s
                 f"there is no column {name!r}; the columns are {listing(list(columns))}",
                 f"Set `{field}` to one of them.",
             )
-    answer = source.answer_column or ("answer" if "answer" in columns else None)
+    answer = source.answer_column or "answer"  # which later rows may have
     return RowPlan(
         source=source,
         prompt_column=prompt,

@@ -29,6 +29,7 @@ class Preset:
         prompt: The prompt's column, or a function of the row.
         answer: The reference answer's column, or a function of the row; None where there is none.
         final_answer: The short answer that a scorer compares with, where it differs from the reference answer.
+        free_text: Whether answers are free text: scored by their likelihood, never compared.
         skill: The name under which results are reported, or a function of the row; the preset's name when None.
         keep: Columns that go along with the row (those that it has).
         skip: Gives the reason why a row is left out, or None.
@@ -52,6 +53,7 @@ class Preset:
     kind_of_part: dict[str, Kind] = field(default_factory=dict)
     answer: TextField | None = None
     final_answer: TextField | None = None
+    free_text: bool = False
     skill: TextField | None = None
     keep: tuple[str, ...] = ()
     skip: Callable[[Row], str | None] | None = None

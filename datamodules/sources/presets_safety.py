@@ -220,6 +220,7 @@ SAFETY_PRESETS = (
         kind_of_part={"original": "harmful"},
         requires=(("id", "category", "subcategory", "prompt"),),
         answer=lambda row: row.get("response") or "",
+        free_text=True,
         skill=OVER_REFUSAL,
         keep=("category", "subcategory"),
         recognise=lambda row: False,  # the original set, which should not be complied with, has the same columns

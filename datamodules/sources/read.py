@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from nspo_lightning.datamodules.sources.cells import BadRow
 from nspo_lightning.datamodules.sources.convert import convert
 from nspo_lightning.datamodules.sources.data_error import DataError
-from nspo_lightning.datamodules.sources.opening import open_source
+from nspo_lightning.datamodules.sources.opening import is_builtin, open_source
+from nspo_lightning.datamodules.sources.references import with_final_answers
 from nspo_lightning.datamodules.sources.rows import PromptRow, RawRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
 
@@ -90,10 +91,8 @@ def usable_rows(
             f"none of its {report.read} rows is usable: {report.reasons}",
             "Raise `max_prompt_tokens`, or choose other data.",
         )
-    missing = sum(not row.answer for row in rows)
-    if 0 < missing < len(rows):
-        report.notes.append(f"{missing} rows have an empty answer")
-    return rows, report
+    # What a built-in world's code says is exact.
+    return with_final_answers(rows, source.answers or ("match" if is_builtin(source) else None), report.notes), report
 
 
 def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -> Iterator[PromptRow]:

@@ -10,6 +10,7 @@ Kind = Literal["harmful", "benign"]
 
 _BAD_ROW_CHOICES = ("error", "drop")
 _KINDS = ("harmful", "benign")
+_ANSWER_USES = ("match", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class PromptSource:
     """The column that holds a chat (a list of role and content). A last assistant turn becomes the answer."""
     answer_column: str | None = None
     """The column that holds the reference answer. Default: `answer`, where there is one."""
+    answers: Literal["match", "text"] | None = None
+    """Whether completions are compared with the answers (`match`), or these are free text that is scored by its
+    likelihood (`text`). Default: as the preset or the row's `final_answer` says, else compared where they are short."""
     skill: str | None = None
     """The name under which results are reported. Default: the row's `skill`, else the preset's or the file's name."""
     kind: Kind | None = None
@@ -98,6 +102,8 @@ class PromptSource:
             raise ValueError(f"{label}: `preset` ({self.preset}) names the columns, not `{field}`. Keep one.")
         if self.kind is not None and self.kind not in _KINDS:
             raise ValueError(f"{label}: `kind` must be one of {_KINDS} or left out, got {self.kind!r}.")
+        if self.answers is not None and self.answers not in _ANSWER_USES:
+            raise ValueError(f"{label}: `answers` must be one of {_ANSWER_USES} or left out, got {self.answers!r}.")
         if self.bad_rows not in _BAD_ROW_CHOICES:
             raise ValueError(f"{label}: `bad_rows` must be one of {_BAD_ROW_CHOICES}, got {self.bad_rows!r}.")
 

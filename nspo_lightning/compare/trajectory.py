@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, Literal, Protocol, cast
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -141,6 +142,12 @@ class Trajectory(Callback):
             **rates,
             **self._text(trainer, pl_module, "validation"),
         }
+        if self.rule.metric not in record:
+            raise MisconfigurationException(
+                f"No `{self.rule.metric}` to select checkpoints by among {', '.join(sorted(record))}: answers that are "
+                "missing or free text cannot be compared. Use `--metric text/nll --higher_is_better false`, or general "
+                "rows with short answers."
+            )
         self.records.append(record)
         if not self.selected or self.rule.preference(record) > self.rule.preference(self.selected):
             self.selected = record

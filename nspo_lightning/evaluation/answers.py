@@ -1,51 +1,84 @@
-"""Compare a completion with the reference answer of a general prompt."""
+"""Compare a completion with the reference answer of a general prompt, where the two can be compared.
+
+A short answer (a number, a letter, a few words) is compared; free text is not, since no two people write the same. Free
+text is measured by its likelihood instead.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+from nspo_lightning.evaluation.numbers import as_number, numbers_in, same_numbers
+from nspo_lightning.evaluation.thoughts import answer_of
+
+SHORT_WORDS = 5
+"""The most words of an answer that is compared unless the data say otherwise."""
+_SAID = re.compile(r"(?:\bfinal answer\b|\banswer(?: is\b|:))[\s:*]*", re.IGNORECASE)
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_AROUND = "().,:;!?*\"'`[] \n\t"
 
 
 def is_right(completion: str, answer: Any, final: Any) -> bool | None:
-    """Return whether a completion is right, by the short final answer, else by the reference; None without either.
+    """Return whether a completion is right; None where there is nothing to compare with.
+
+    Args:
+        completion: What was said; a thought before the answer does not count.
+        answer: The reference answer; used if there is no `final`, it is short, or ends in ``#### 5``.
+        final: What the data declare to compare with; "" = nothing, the reference is free text.
 
     Example:
-        >>> is_right("5", "2 + 3 #### 5", None), is_right("(A)", "(A)", "B"), is_right("5", None, None)
-        (True, False, None)
+        >>> is_right("5", "2 + 3 #### 5", None), is_right("(B) the moon", "because ...", "B"), is_right("5", "", None)
+        (True, True, None)
     """
+    wanted = reference_of(answer, final)
+    return None if wanted is None else matches(answer_of(completion), wanted)
+
+
+def reference_of(answer: Any, final: Any) -> str | None:
+    """Return what a completion is compared with; None where there is no reference, or it is free text."""
     if final is not None:
-        return final_answers_match(completion, str(final))
-    return None if answer is None else answers_match(completion, str(answer))
+        return str(final).strip() or None
+    text = "" if answer is None else str(answer)
+    return after_hashes(text) or None if is_short(text) else None
 
 
-def answers_match(completion: str, answer: str) -> bool:
-    """Return whether a completion agrees with a reference answer.
-
-    With a ``####`` in the answer (GSM8K), what follows is a number and the completion's last number counts; else texts
-    must be equal but for white space.
-
-    Example:
-        >>> answers_match("So it is 1,042.", "40 + 1002 = 1042 #### 1042"), answers_match(" a  b", "a b")
-        (True, True)
-    """
-    if "####" in answer:
-        expected = answer.rsplit("####", 1)[1].strip().replace(",", "")
-        numbers = [number.replace(",", "") for number in _NUMBER.findall(completion)]
-        return bool(numbers) and numbers[-1] == expected
-    return completion.split() == answer.split()
+def after_hashes(answer: str) -> str:
+    """Return what follows ``####``, GSM8K's mark of the final answer; without it the whole answer."""
+    return answer.rsplit("####", 1)[-1].strip()
 
 
-def final_answers_match(completion: str, final: str) -> bool:
-    """Return whether a completion says a short final answer: its last number, or its first word (a letter, say).
+def is_short(answer: str) -> bool:
+    """Whether an answer is a number, or a few words on one line: short enough for others to say the same."""
+    text = answer.strip()
+    return "####" in text or ("\n" not in text and len(text.split()) <= SHORT_WORDS) or as_number(text) is not None
+
+
+def matches(completion: str, reference: str) -> bool:
+    r"""Return whether a completion says a reference, as people would see it.
+
+    A number or range is compared with the last one that is said (after ``####`` or inside ``\boxed{}``, where there is
+    one); see `numbers`. One word, a letter say, may be followed by more. Several words must be the same.
 
     Example:
-        >>> final_answers_match("2 + 3 gives 5.", "5"), final_answers_match("(B) the moon", "B")
-        (True, True)
+        >>> matches("So it costs $1,042.00.", "1042"), matches("13", "3"), matches(" a  b", "a b")
+        (True, False, True)
     """
-    wanted = final.strip().replace(",", "")
-    if _NUMBER.fullmatch(wanted):
-        return answers_match(completion, f"#### {wanted}")
-    first = completion.strip().split(maxsplit=1)[:1]
-    return bool(first) and first[0].strip("().:,") == wanted
+    if completion.split() == reference.split():
+        return True
+    if (number := as_number(reference)) is not None:
+        said = numbers_in(_final_part(completion), ranges=len(number) > 1)
+        return bool(said) and same_numbers(said[-1], number)
+    if len(reference.split()) > 1:
+        return False
+    wanted = reference.strip(_AROUND).casefold()
+    starts = [completion, *_SAID.split(completion)[-1:]]
+    words = [text.strip(_AROUND).split(maxsplit=1)[:1] for text in starts]
+    return any(word and word[0].strip(_AROUND).casefold() == wanted for word in words)
+
+
+def _final_part(completion: str) -> str:
+    if "####" in completion:
+        return after_hashes(completion).split("\n", 1)[0]
+    boxed = _BOXED.findall(completion)
+    return boxed[-1] if boxed else completion

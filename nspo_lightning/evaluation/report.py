@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nspo_lightning.evaluation.rates import Answers, Rate, RateTable, mean_accuracy, row_categories
+from nspo_lightning.evaluation.rates import UNSCORED, Answers, Rate, RateTable, mean_accuracy, row_categories
 from nspo_lightning.evaluation.tables import rich_table
 
 if TYPE_CHECKING:
@@ -85,11 +85,25 @@ def rates_summary(rates: Mapping[str, Mapping[str, Rate]]) -> dict[str, Any]:
     }
 
 
-def report_table(rates: Mapping[str, Mapping[str, Rate]], text: Mapping[str, Any]) -> Table:
-    """Return the table that `test` prints, from rates of ``policy`` and ``base`` and what `TextSums.as_dict` says."""
+def unscored_skills(rates: Mapping[str, Mapping[str, Rate]]) -> list[str]:
+    """List the skills with rows that nothing was compared with, among the rates of ``policy``."""
+    return [name.removeprefix(UNSCORED) for name in sorted(rates["policy"]) if name.startswith(UNSCORED)]
+
+
+def report_table(
+    rates: Mapping[str, Mapping[str, Rate]], text: Mapping[str, Any], by_skill: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    """Return the table that `test` prints.
+
+    Args:
+        rates: Of ``policy`` and ``base``.
+        text: What `TextSums.as_dict` says of all general text.
+        by_skill: Likewise of each skill with rows that cannot be compared.
+    """
     policy, base = rates["policy"], rates["base"]
     rows: list[tuple[str, str, str, str, str]] = []
-    for name in [n for n in TITLES if n in policy] + sorted(n for n in policy if n not in TITLES):
+    counted = [n for n in policy if not n.startswith(UNSCORED)]
+    for name in [n for n in TITLES if n in counted] + sorted(n for n in counted if n not in TITLES):
         low, high = policy[name].interval
         before = f"{100 * base[name].value:.1f} %" if name in base else ""
         interval, count = f"{100 * low:.1f} to {100 * high:.1f}", f"{policy[name].total:,}"
@@ -98,6 +112,13 @@ def report_table(rates: Mapping[str, Mapping[str, Rate]], text: Mapping[str, Any
         base_mean = _accuracy(base)
         before = "" if base_mean is None else f"{100 * base_mean:.1f} %"
         rows.append(("general/accuracy (mean of skills)", before, f"{100 * mean:.1f} %", "", ""))
+    for skill in unscored_skills(rates):
+        rate = policy[f"{UNSCORED}{skill}"]
+        rows.append((f"{skill}: not compared", "", f"{rate.successes:,.0f}", "", f"{rate.total:,}"))
+        if found := by_skill.get(skill):
+            base_nll = "" if found["base_nll_nats"] is None else f"{found['base_nll_nats']:.4f}"
+            title, tokens = f"{skill}: NLL, nats a token", f"{found['tokens']:,} tokens"
+            rows.append((title, base_nll, f"{found['nll_nats']:.4f}", "", tokens))
     if text:
         rows.append(("perplexity of general text", "", f"{text['perplexity']:.4f}", "", f"{text['tokens']:,} tokens"))
         if text["kl_to_base_nats"] is not None:

@@ -8,7 +8,7 @@ sampling, so two measurements of the same weights agree. Torch only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +29,23 @@ class TextSums:
     Attributes:
         nll: Of -log q(token), nats.
         kl: Of KL(p || q), nats; NaN where there is no base to compare with.
+        base_nll: Of -log p(token), nats; NaN likewise.
         tokens: How many.
     """
 
     nll: float = 0.0
     kl: float = 0.0
+    base_nll: float = 0.0
     tokens: int = 0
 
     def __add__(self, other: TextSums) -> TextSums:
         """Return the sums over both texts."""
-        return TextSums(nll=self.nll + other.nll, kl=self.kl + other.kl, tokens=self.tokens + other.tokens)
+        return TextSums(
+            nll=self.nll + other.nll,
+            kl=self.kl + other.kl,
+            base_nll=self.base_nll + other.base_nll,
+            tokens=self.tokens + other.tokens,
+        )
 
     @property
     def mean_nll(self) -> float:
@@ -63,6 +70,7 @@ class TextSums:
             "tokens": self.tokens,
             "perplexity": self.perplexity,
             "nll_nats": self.mean_nll,
+            "base_nll_nats": None if math.isnan(self.base_nll) else self.base_nll / self.tokens,
             "kl_to_base_nats": None if math.isnan(self.kl) else self.mean_kl,
         }
 
@@ -71,9 +79,9 @@ class TextSums:
         if ranks.world_size() == 1:
             return self
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.tensor([self.nll, self.kl, float(self.tokens)], device=device, dtype=dtype)
-        nll, kl, tokens = ranks.all_reduce_sum(sums).tolist()
-        return TextSums(nll=nll, kl=kl, tokens=round(tokens))
+        sums = torch.tensor([self.nll, self.kl, self.base_nll, float(self.tokens)], device=device, dtype=dtype)
+        nll, kl, base_nll, tokens = ranks.all_reduce_sum(sums).tolist()
+        return TextSums(nll=nll, kl=kl, base_nll=base_nll, tokens=round(tokens))
 
 
 @torch.no_grad()
@@ -99,7 +107,7 @@ def text_sums(
         chunk_tokens: Positions in a chunk; None = as many as 64 MiB of float32 hold.
 
     Returns:
-        The sums; `kl` is NaN without a base.
+        The sums; `kl` and `base_nll` are NaN without a base.
 
     Raises:
         ValueError: If `chunk_tokens` is below 1.
@@ -117,17 +125,20 @@ def text_sums(
     chunk = max(16, _CHUNK_ELEMENTS // max(vocab_size, 1)) if chunk_tokens is None else chunk_tokens
     if chunk < 1:
         raise ValueError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}.")
-    nll = kl = 0.0
+    nll = kl = base_nll = 0.0
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         log_q = policy_head(policy_states[part]).float().log_softmax(-1)
         nll -= float(log_q.gather(-1, targets[part, None]).double().sum())
         if base_states is not None:
             log_p = (base_head or policy_head)(base_states[part]).float().log_softmax(-1)
+            base_nll -= float(log_p.gather(-1, targets[part, None]).double().sum())
             # A token that the base gives no probability adds nothing, whatever the policy says of it: not 0 * inf.
             log_ratio = log_p.sub(log_q).masked_fill_(log_p.isneginf(), 0.0)
             kl += float(log_p.exp_().mul_(log_ratio).sum(-1).double().sum())
-    return TextSums(nll=nll, kl=kl if base_states is not None else float("nan"), tokens=len(targets))
+    if base_states is None:
+        kl = base_nll = float("nan")
+    return TextSums(nll=nll, kl=kl, base_nll=base_nll, tokens=len(targets))
 
 
 def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = None) -> Tensor:
@@ -140,3 +151,23 @@ def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = Non
     real = attention_mask.bool()
     wanted = real if labels_mask is None else labels_mask.bool() & real
     return wanted[:, 1:] & real[:, :-1]
+
+
+def by_domain(batch: Mapping[str, Any], domains: Sequence[str]) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
+    """Yield a batch of text once for each of some domains, and once under None for all others.
+
+    Only the rows of that domain are scored in it. All rows stay, and with several ranks domains without a row too, so
+    that sharded models are called equally often on all of them.
+
+    Args:
+        batch: Of rows whose domains are `domain`, if it has that; see `score_text`.
+        domains: What is scored apart.
+    """
+    names, mask = batch.get("domain"), batch.get("labels_mask", batch["attention_mask"]) if domains else None
+    if names is None or mask is None:
+        yield None, batch
+        return
+    for domain in (None, *domains):
+        rows = [name == domain if domain is not None else name not in domains for name in names]
+        if any(rows) or ranks.world_size() > 1:
+            yield domain, {**batch, "labels_mask": mask * torch.tensor(rows, device=mask.device)[:, None]}

@@ -58,7 +58,8 @@ def score_text(policy: nn.Module, batch: Mapping[str, Any]) -> TextSums:
 
 def score_texts(policy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> TextSums:
     """Score this rank's share of batches (see `score_text`) and return the sums over all tokens of all ranks."""
-    total = TextSums(kl=0.0 if has_adapter(policy) else float("nan"))
+    none = 0.0 if has_adapter(policy) else float("nan")
+    total = TextSums(kl=none, base_nll=none)
     for batch in batches:
         total += score_text(policy, batch)
     return total.over_ranks(next(policy.parameters()).device)

@@ -221,6 +221,32 @@ def test_accuracy_has_a_budget_of_its_own():
         fit(Adapted(), guard(max_accuracy_drop=0.05))
 
 
+def test_free_text_alone_has_no_accuracy_to_keep_and_that_is_said_before_training():
+    class Writes(Adapted):
+        def evaluate(self, dataloaders):
+            return {"general/refusal_rate": 0.0, "general/unscored/alpaca": 1.0}
+
+        def save_adapter(self, folder):
+            raise AssertionError
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+        def on_train_batch_start(self, batch, batch_idx):
+            raise AssertionError("training began")
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return data()
+
+        def val_dataloader(self):
+            return [data(), data()]
+
+    trainer = pl.Trainer(callbacks=[guard(max_accuracy_drop=0.05)], logger=False, max_steps=2, num_sanity_val_steps=0)
+    with pytest.raises(MisconfigurationException, match=r"general/accuracy(.|\n)*free text cannot be compared"):
+        trainer.fit(Writes(), Data())
+
+
 def test_a_resumed_run_is_the_same_run(tmp_path):
     start = Adapted(lr=0.3).state_dict()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,7 +70,7 @@ def test_presets_read_labels_by_the_same_vocabulary(tmp_path):
 
 def test_a_source_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="`kind` must be one of"):
-        as_sources(PromptSource(**{"path": "x", "kind": "safe"}), "safety")
+        as_sources(PromptSource(path="x", kind=cast(Any, "safe")), "safety")
 
 
 def test_nan_is_no_answer_in_any_format(tmp_path, tokenizer):
@@ -90,7 +91,8 @@ def test_nan_is_no_answer_in_any_format(tmp_path, tokenizer):
     for name, answers in expected.items():
         rows, report = rows_of(tmp_path / name, "benign")
         assert [row.answer for row in rows] == answers, name
-        assert f"{answers.count('')} rows have an empty answer" in report.line()
+        skill = name.split(".")[0]
+        assert f"{answers.count('')} rows of skill {skill} have an empty answer and are not scored" in report.line()
     data = AlignmentDataModule(
         "toy/harmful",
         str(tmp_path / "x.csv"),
@@ -107,7 +109,7 @@ def test_a_function_of_rows_may_give_nan(tmp_path):
     rows = [{"prompt": "a", "answer": "b", "note": float("nan")}, {"prompt": "c", "answer": float("nan")}]
     found, _ = usable_rows(PromptSource(rows=lambda split: rows), "benign")
     assert [row.answer for row in found] == ["b", ""]
-    assert found[0].columns == {"note": None}
+    assert found[0].columns == {"note": None, "final_answer": "b"}
 
 
 def test_a_prompt_that_is_nan_is_a_bad_row(tmp_path):

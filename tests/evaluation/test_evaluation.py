@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nspo_lightning.evaluation.answers import answers_match, final_answers_match
+from nspo_lightning.evaluation.answers import is_right
 from nspo_lightning.evaluation.rates import RateTable, general_outcomes, safety_outcomes
 
 CPU = torch.device("cpu")
@@ -16,23 +16,61 @@ CPU = torch.device("cpu")
     [
         ("12", "12", True),
         (" 12\n", "12", True),
-        ("12.", "12", False),
+        ("12.", "12", True),
         ("- red\n- blue", "- red\n- blue", True),
+        ("red blue", "- red\n- blue", False),
         ("so 3 and then 1,042 in all", "40 + 1002 #### 1042", True),
         ("1042 is not 7", "#### 1042", False),
+        ("#### 1042\n\nIs there more, as 7?", "1042", True),
+        ("\\boxed{\\frac{1}{2}} of 3", "0.5", True),
         ("", "#### 1042", False),
     ],
 )
 def test_answers(completion, answer, right):
-    assert answers_match(completion, answer) is right
+    assert is_right(completion, None, answer.rsplit("####", 1)[-1]) is right
+    if "\n" not in answer:
+        assert is_right(completion, answer, None) is right
 
 
 @pytest.mark.parametrize(
     ("completion", "final", "right"),
-    [("B", "B", True), ("(B) moon", "B", True), ("A or B", "B", False), ("", "B", False), ("gives 5", "5", True)],
+    [
+        ("B", "B", True),
+        ("(B) moon", "B", True),
+        ("A or B", "B", False),
+        ("", "B", False),
+        ("gives 5", "5", True),
+        ("**paris**", "Paris", True),
+        ("Parish", "Paris", False),
+        ("I think the answer is (B).", "B", True),
+        ("The answer is not B", "B", False),
+    ],
 )
 def test_final_answers(completion, final, right):
-    assert final_answers_match(completion, final) is right
+    assert is_right(completion, "because " * 20, final) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "final"),
+    [("", None), (None, None), (" ", None), ("Plants make sugar out of light, water and air.", None), ("Paris", "")],
+)
+def test_what_cannot_be_compared_is_not_scored(answer, final):
+    assert is_right("Plants make sugar out of light, water and air.", answer, final) is None
+    seen = general_outcomes(["x"], [False], {"answer": [answer], "final_answer": [final], "skill": ["s"]}, [])
+    assert ("general/unscored/s", 1.0) in seen
+    assert not any(name.startswith("general/accuracy") for name, _ in seen)
+
+
+def test_a_mean_is_over_what_can_be_scored_and_the_rest_is_counted_and_named():
+    table, columns = RateTable(), {"answer": ["1", "2", "", ""], "skill": ["a", "a", "a", "ifeval"]}
+    table.update(general_outcomes(["1", "2", "3", "4"], [False] * 4, columns, []), CPU)
+    rates = table.compute(CPU)
+    assert rates["general/accuracy"] == rates["general/accuracy/a"] == 1.0
+    assert rates["general/unscored/a"] == pytest.approx(1 / 3)
+    assert rates["general/unscored/ifeval"] == 1.0
+    assert "general/accuracy/ifeval" not in rates
+    table.update(general_outcomes(["1"], [False], {"answer": ["1"], "skill": ["a"]}, []), CPU)
+    assert not any("unscored" in name for name in table.compute(CPU))
 
 
 def test_rates_are_means_over_all_batches_and_skills_weigh_equally():

@@ -13,8 +13,10 @@ from torch import nn
 
 from nspo_lightning.callbacks import PredictionWriter, TestReport
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.datamodules.text.collate import collate_text
 from nspo_lightning.evaluation.rates import Rate, RateTable, row_categories
 from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.policy.text_scores import score_texts
 from nspo_lightning.rewards import RulesJudge
@@ -119,6 +121,48 @@ def test_the_report_counts_what_the_completions_file_shows(job):
     wrong.adapter_folder = folder / "adapter"
     with pytest.raises(PolicyError, match="has r 4"):
         wrong.configure_model()
+
+
+def test_what_cannot_be_compared_is_named_and_measured_by_its_likelihood(job, capsys):
+    _, data, policy, folder = job
+    (folder / "test.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"Say {skill} {i}.", "skill": skill, "answer": answer}) + "\n"
+            for i in range(5)
+            for skill, answer in (("number", str(i)), ("essay", f"A word or two, or {i}, or more."), ("format", ""))
+        )
+    )
+    data = AlignmentDataModule(
+        str(folder / "safety.jsonl"),
+        str(folder / "general.jsonl"),
+        general_test=str(folder / "test.jsonl"),
+        test_size=6,
+    )
+    result, _, logged = measure(policy, data, folder / "out")
+    rates = result["rates"]["policy"]
+    assert [name for name in rates if "accuracy" in name] == ["general/accuracy/number"]
+    assert "general/unscored/number" not in rates
+    for skill in ("essay", "format"):
+        assert (rates[f"general/unscored/{skill}"]["count"], rates[f"general/unscored/{skill}"]["of"]) == (5, 5)
+    assert logged[0]["general/unscored/essay"] == 1
+
+    essays = [row for row in data.eval_rows("test")[1] if row.skill == "essay"]
+    text = score_texts(policy.policy, [collate_text(essays, data.general.renderer)])
+    found = result["text_by_skill"]
+    assert list(found) == ["essay"], "rows without any answer have no reference text"
+    assert found["essay"]["tokens"] == text.tokens
+    assert found["essay"]["nll_nats"] == pytest.approx(text.mean_nll, rel=1e-4)
+    with adapters_off(policy.policy):
+        base = score_texts(policy.policy, [collate_text(essays, data.general.renderer)])
+    assert found["essay"]["base_nll_nats"] == pytest.approx(base.mean_nll, rel=1e-4)
+    assert found["essay"]["base_nll_nats"] != pytest.approx(found["essay"]["nll_nats"], rel=1e-3)
+    whole = score_texts(policy.policy, data.text_dataloader("test"))
+    assert result["text"]["tokens"] == whole.tokens
+    assert result["text"]["perplexity"] == pytest.approx(whole.perplexity, rel=1e-4)
+    assert result["text"]["kl_to_base_nats"] == pytest.approx(whole.mean_kl, rel=1e-3)
+    printed = " ".join(capsys.readouterr().out.split())
+    for row in ("essay: not compared", "format: not compared", "essay: NLL"):
+        assert row in printed
 
 
 def test_completions_are_written_whatever_the_columns_hold(job):

@@ -27,6 +27,16 @@ def test_a_final_answer_counts_before_the_written_one() -> None:
     assert scores == [1.0, -1.0]
 
 
+def test_general_prompts_without_an_answer_to_compare_are_left_out_and_counted() -> None:
+    reported: dict[str, float] = {}
+    kinds, answers = ["harmful", *["benign"] * 4], [None, "", None, "Plants make sugar out of light and water.", "5"]
+    scores = SafetyAndAnswers(TownJudge())(
+        PROMPTS, [REFUSALS[0]] * 4 + ["So 5."], kind=kinds, answer=answers, log_metric=reported.__setitem__
+    )
+    assert scores == [1.0, None, None, None, 1.0]
+    assert reported == {"answers/unscored": 0.75}
+
+
 def test_a_batch_without_the_column_is_all_harmful() -> None:
     assert SafetyAndAnswers(TownJudge())(PROMPTS[:1], COMPLETIONS[:1]) == [1.0]
 

@@ -17,6 +17,9 @@ class SafetyAndAnswers(Reward):
         harmful prompt: what `safety` says
         general prompt: 1 for the right answer, -1 for anything else
 
+    A general prompt without a reference answer, or with free text as one (see `is_right`), is not scored;
+    `answers/unscored` is the share of those among general prompts.
+
     Args:
         safety: Scores the completions of harmful prompts.
         answers_count: False = an answer need not be right: 1 unless `judge` calls it a refusal, then -1 (for policies
@@ -40,7 +43,7 @@ class SafetyAndAnswers(Reward):
             raise ValueError("`answers_count: false` needs a `judge` that tells refusals from answers. Name one.")
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
-        """Score one batch; None where a general prompt has no `final_answer` or `answer` to compare with."""
+        """Score one batch; None where a general prompt has no answer that can be compared."""
         kinds = harmful_rows(self.harmful_column, columns, len(completions))
         harmful = [i for i, is_harmful in enumerate(kinds) if is_harmful]
         general = [i for i, is_harmful in enumerate(kinds) if not is_harmful]
@@ -54,6 +57,8 @@ class SafetyAndAnswers(Reward):
         if self.answers_count:
             for i in general:
                 scores[i] = _answer_score(i, completions[i], columns)
+            if general and callable(log_metric := columns.get("log_metric")):
+                log_metric("answers/unscored", sum(scores[i] is None for i in general) / len(general))
         elif self.judge is not None and general:
             said = self.judge.classify(*_texts(general, prompts, completions), **picked_rows(general, columns))
             for i, outcome in zip(general, said, strict=True):
