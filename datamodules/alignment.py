@@ -45,7 +45,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         calibration_max_tokens: The longest calibration text; longer rows are left out and reported.
         calibration_padding: Where short calibration rows are padded.
         system_prompt: A system message for prompts that have none, unless their source sets its own.
-        chat_template: A Jinja template or its path, where the tokenizer's own is missing or wrong.
+        chat_template: Another name of `policy.chat_template`, for datamodules that are used without a policy.
         mixture: When an epoch of several safety sources ends: before the first repeats a row (`shortest`), or when
             all were seen whole (`longest`).
         repeat_batches: How often each training batch comes (one rollout feeds that many steps).

@@ -28,6 +28,14 @@ class HasTokenizer(Protocol):
         """The policy's tokenizer."""
 
 
+@runtime_checkable
+class TakesChatTemplate(Protocol):
+    """A LightningModule whose tokenizer holds the one chat template."""
+
+    def use_chat_template(self, template: str) -> None:
+        """Use a template for everything; an error if the module was told another."""
+
+
 def check_at_least_one(**sizes: int | None) -> None:
     """Refuse sizes below 1, given by the names of their settings; None means that there is no limit."""
     for name, value in sizes.items():
@@ -48,7 +56,7 @@ class PromptDataModule(pl.LightningDataModule):
         test_size: Test rows; None as for `val_size`.
         max_prompt_tokens: The longest rendered prompt; longer rows are left out and reported.
         system_prompt: A system message for prompts that have none, unless their source sets its own.
-        chat_template: A Jinja template or its path, where the tokenizer's own is missing or wrong.
+        chat_template: Another name of `policy.chat_template`, for datamodules that are used without a policy.
         seed: Decides order and held-out rows.
         tokenizer: The policy's tokenizer; taken from the LightningModule when None.
 
@@ -105,17 +113,20 @@ class PromptDataModule(pl.LightningDataModule):
         Raises:
             DataError: If there is no tokenizer, or no template.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None and self.trainer is not None:
-            module = self.trainer.lightning_module
-            tokenizer = module.tokenizer if isinstance(module, HasTokenizer) else None
+        tokenizer, template = self.tokenizer, self.chat_template
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if template is not None and isinstance(module, TakesChatTemplate):
+            module.use_chat_template(template)
+            template = template if tokenizer is not None else None  # the module's tokenizer holds it now
+        if tokenizer is None and isinstance(module, HasTokenizer):
+            tokenizer = module.tokenizer
         if tokenizer is None:
             raise DataError(
                 "the datamodule",
                 "it has no tokenizer",
                 "Pass `tokenizer=...`, or give the LightningModule a `tokenizer`.",
             )
-        return ChatRenderer(tokenizer, self.chat_template)
+        return ChatRenderer(tokenizer, template)
 
     @property
     def all_sources(self) -> list[PromptSource]:

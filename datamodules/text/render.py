@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from nspo_lightning.datamodules.sources.data_error import DataError, clip
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
+from nspo_lightning.policy.chat_template import read_chat_template
 from nspo_lightning.policy.turns import SpecialTokens, answer_place, common_start, end_of_turn, special_ids
 
 
@@ -34,17 +34,18 @@ class ChatRenderer:
 
     Raises:
         DataError: If there is no template at all.
+        PolicyError: If a template is given that is none.
     """
 
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.template = None if chat_template is None else _read_template(chat_template)
+        self.template = None if chat_template is None else read_chat_template(chat_template)
         if self.template is None and not tokenizer.chat_template:
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise DataError(
                 f"tokenizer {name!r}",
                 "it has no chat template, and none was given",
-                "Set `data.chat_template` to a Jinja template or the path of one, or use an instruction-tuned model.",
+                "Set `policy.chat_template` to a Jinja template or the path of one, or use an instruction-tuned model.",
             )
 
     @property
@@ -72,7 +73,7 @@ class ChatRenderer:
             raise DataError(
                 "the chat template",
                 f"it failed on the roles {roles}: {clip(str(error), 160)}",
-                "If it knows no system role, leave `system_prompt` out; otherwise give another `data.chat_template`.",
+                "If it knows no system role, leave `system_prompt` out; otherwise give another `policy.chat_template`.",
             ) from error
         return str(text)
 
@@ -99,16 +100,3 @@ class ChatRenderer:
     def encode_prompts(self, rows: Sequence[PromptRow]) -> list[list[int]]:
         """Render and encode the prompts of rows, without their answers."""
         return self.encode([self.text(row.prompt) for row in rows])
-
-
-def _read_template(template: str) -> str:
-    if "{" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        raise DataError(
-            f"data.chat_template {clip(template, 80)!r}",
-            "neither a Jinja template nor a file that is there",
-            "Give the template's text or the path of a .jinja file.",
-        )
-    return path.read_text(encoding="utf-8")

@@ -23,13 +23,13 @@ _EXAMPLE_CHARS = 1200
 
 
 def data_report(
-    datamodule: AlignmentDataModule, tokenizer: Any, console: Console | None = None, examples: int = 3
+    datamodule: AlignmentDataModule, tokenizer: Any = None, console: Console | None = None, examples: int = 3
 ) -> dict[str, Any]:
     """Print counts, drops with their reasons, lengths and rendered examples.
 
     Args:
         datamodule: The configured datamodule.
-        tokenizer: The policy's tokenizer.
+        tokenizer: The policy's tokenizer; None = the datamodule's own, or its module's.
         console: Where to print; standard output when None.
         examples: How many rendered texts of each use are shown.
 
@@ -41,7 +41,8 @@ def data_report(
         DataError: If the data cannot be used.
     """
     console = console or Console()
-    datamodule.tokenizer = tokenizer
+    if tokenizer is not None:
+        datamodule.tokenizer = tokenizer
     renderer = datamodule.general.renderer
     reports = list(datamodule.reports)
     uses = rendered_uses(datamodule, renderer)

@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from nspo_lightning.keys import check_no_key
+from nspo_lightning.policy.chat_template import with_chat_template
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
 
@@ -70,10 +71,11 @@ def policy_settings(config: Mapping[str, Any], source: Path) -> PolicySettings:
         source: Its file, for messages.
 
     Returns:
-        `model.policy`; what is not said in it has its default.
+        `model.policy`, with `data.chat_template` if it has no template; what is not said in it has its default.
 
     Raises:
         ConfigError: If there is no `model`, or a setting is unknown or of the wrong type.
+        PolicyError: If `data` has another chat template.
     """
     model = config.get("model")
     if not isinstance(model, Mapping):
@@ -85,4 +87,5 @@ def policy_settings(config: Mapping[str, Any], source: Path) -> PolicySettings:
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}: `model.policy` does not fit: {error}") from error
     settings: PolicySettings = parsed.policy
-    return settings
+    data = config.get("data")
+    return with_chat_template(settings, data.get("chat_template") if isinstance(data, Mapping) else None)

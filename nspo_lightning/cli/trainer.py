@@ -56,4 +56,7 @@ class Trainer(pl.Trainer):
         """
         from nspo_lightning.cli.data import data_report
 
-        data_report(datamodule, model.tokenizer, examples=examples)
+        self.strategy.connect(model)
+        datamodule.trainer = self
+        datamodule.setup()
+        data_report(datamodule, examples=examples)

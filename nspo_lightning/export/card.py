@@ -28,7 +28,15 @@ RECIPE_FIELDS = (
     "num_iterations",
     "num_minibatches",
 )
-POLICY_FIELDS = ("quantization", "double_quantization", "dtype", "lora", "adapter", "merge_adapter")
+POLICY_FIELDS = (
+    "quantization",
+    "double_quantization",
+    "dtype",
+    "lora",
+    "adapter",
+    "merge_adapter",
+    "chat_template_kwargs",
+)
 WORST = 5
 
 
@@ -127,6 +135,10 @@ def _base(source: ExportSource, merged: bool) -> str:
     lines = [f"{shown}{f', revision {settings.revision}' if settings.revision else ''}."]
     if settings.adapter is not None:
         lines.append(f"The adapter `{settings.adapter}` was merged into it before this training.")
+    if settings.chat_template is not None or settings.chat_template_kwargs:
+        lines.append(
+            "Prompts were rendered with the chat template of the tokenizer in this folder, not the base's own."
+        )
     if settings.quantization != "none":
         lines.append(f"Trained on it in {settings.quantization} ({settings.dtype} arithmetic).")
         if merged:
@@ -142,7 +154,7 @@ def _recipe(source: ExportSource) -> str:
     reward = model.get("reward")
     recipe = {key: model[key] for key in RECIPE_FIELDS if model.get(key) is not None}
     policy = model.get("policy") or {}
-    recipe["policy"] = {key: policy[key] for key in POLICY_FIELDS if policy.get(key) is not None}
+    recipe["policy"] = {key: policy[key] for key in POLICY_FIELDS if policy.get(key) not in (None, {})}
     names = reward if isinstance(reward, list) else [reward]
     recipe["reward"] = [entry["class_path"] for entry in names if isinstance(entry, Mapping) and "class_path" in entry]
     recipe["batch_size"] = (source.config.get("data") or {}).get("batch_size")

@@ -400,6 +400,10 @@ class GRPOModule(pl.LightningModule):
         """The policy's tokenizer."""
         return self.text_policy.tokenizer
 
+    def use_chat_template(self, template: str) -> None:
+        """Take a datamodule's chat template for all uses; PolicyError if `policy.chat_template` is another."""
+        self.text_policy.use_chat_template(template)
+
     @property
     def policy_settings(self) -> PolicySettings:
         """The model and its adapter."""

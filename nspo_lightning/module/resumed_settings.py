@@ -15,6 +15,7 @@ from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.settings import LoraSettings, PolicySettings
 
 _SHARED = ("group_size", "scale_rewards", "num_iterations", "num_minibatches")
+_LONGEST_SHOWN = 80
 
 
 class ResumeError(ValueError):
@@ -33,6 +34,7 @@ def training_settings(settings: TrainingSettings, policy: PolicySettings, traine
     values = {f"model.{name}": vars(settings)[name] for name in _SHARED}
     values |= {f"model.objective.{name}": value for name, value in asdict(settings.objective).items()}
     values |= {f"model.sampling.{name}": value for name, value in asdict(settings.sampling).items()}
+    values |= {f"model.policy.{name}": vars(policy)[name] for name in ("chat_template", "chat_template_kwargs")}
     if policy.lora is not None:
         values["model.policy.lora.dropout"] = policy.lora.dropout
     if not any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)):
@@ -81,4 +83,5 @@ def warn_of_other_weights(saved: str | None, now: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)
+    text = "null" if value is None else str(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from nspo_lightning.grpo import Rollout
+from nspo_lightning.policy.chat_template import set_chat_template_, with_chat_template
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.parts import causal_model, text_setting
@@ -64,6 +65,12 @@ class TextPolicy:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.settings)
         return self._tokenizer
+
+    def use_chat_template(self, template: str) -> None:
+        """Take a datamodule's chat template for all uses; PolicyError if the settings have another."""
+        self.settings = with_chat_template(self.settings, template)
+        if self._tokenizer is not None:
+            set_chat_template_(self._tokenizer, self.settings)
 
     @property
     def device(self) -> torch.device:

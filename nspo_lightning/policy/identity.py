@@ -91,6 +91,8 @@ def policy_identity(module: _HasPolicy, checkpoint: str | None) -> dict[str, Any
             "fingerprint": module.fingerprint,
             "quantization": settings.quantization,
             "dtype": settings.dtype,
+            "chat_template": settings.chat_template,
+            "chat_template_kwargs": settings.chat_template_kwargs,
         },
         "adapter": {
             "checkpoint": checkpoint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 TOY = "toy"
 TOY_PATH = Path(__file__).parents[1] / "toy" / "base"
@@ -57,7 +57,10 @@ class PolicySettings:
             an unquantised base first (`merge_adapter`), else refused.
         merge_adapter: Merge `adapter` into the base before a new adapter is added.
         tokenizer: Folder or hub id of the tokenizer, if not that of the policy.
-        chat_template: Jinja template, or a file that holds one, for a tokenizer without its own.
+        chat_template: Jinja template, or a file that holds one; the tokenizer's own if null. It serves all uses
+            (prompts, calibration, evaluation) and is saved with the adapter.
+        chat_template_kwargs: Variables that the chat template reads, for all uses too: `{enable_thinking: false}`
+            makes Qwen3 answer without a thought. They become the saved template's defaults.
         attn_implementation: Passed to transformers.
         gradient_checkpointing: Recompute activations in the backward pass.
         sampling_weights: What completions are drawn with in this process. "quantized": the weights as they are trained.
@@ -77,6 +80,7 @@ class PolicySettings:
     merge_adapter: bool = False
     tokenizer: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
     sampling_weights: Literal["auto", "quantized", "dequantized", "merged"] = "auto"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from nspo_lightning.policy.chat_template import set_chat_template_
 from nspo_lightning.policy.loading import from_pretrained
 from nspo_lightning.policy.parts import causal_model, text_setting
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
@@ -16,36 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_chat_template(setting: str) -> str:
-    """Return the chat template that a setting gives: itself, or the content of the file whose path it is.
-
-    Raises:
-        PolicyError: If it is neither.
-    """
-    path = os.path.expanduser(setting)
-    if os.path.isfile(path):  # unlike pathlib's, it takes a template of any length as no file
-        return Path(path).read_text(encoding="utf-8")
-    if "{" not in setting:
-        raise PolicyError(
-            f"`policy.chat_template` is neither a Jinja template nor a file that is there: {setting[:300]!r}. "
-            "Give the template's text or the path of a .jinja file."
-        )
-    return setting
-
-
 def load_tokenizer(settings: PolicySettings) -> PreTrainedTokenizerBase:
     """Load the tokenizer, left-padding, with a pad token and a chat template; PolicyError if it can't be had."""
     from transformers import AutoTokenizer
 
     path = settings.tokenizer or settings.model_path
     tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, "tokenizer", settings, path)
-    if settings.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(settings.chat_template)
-    if not tokenizer.chat_template:
-        raise PolicyError(
-            f"The tokenizer of '{path}' has no chat template, so prompts can't be rendered. "
-            "Give one as `policy.chat_template` (a Jinja template, or a file that holds one)."
-        )
+    set_chat_template_(tokenizer, settings)
     tokenizer.padding_side = "left"
     if tokenizer.eos_token_id is None:
         raise PolicyError(f"The tokenizer of '{path}' has no EOS token, so no completion could ever end. Set one.")

@@ -12,9 +12,11 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nspo_lightning.cli.app import main
+from nspo_lightning.cli.run_config import policy_settings, read_config
+from nspo_lightning.policy.tokenizer import load_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -235,6 +237,27 @@ def test_bad_data_files_are_named(run, content, message):
 
 def test_a_model_without_chat_template(run, tokenizer, tmp_path):
     check(run("fit", "--model.policy.tokenizer", no_template(tokenizer, tmp_path / "bare")), r"no chat template")
+
+
+def test_one_chat_template_for_everything(run, tokenizer, tmp_path):
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ 'Loud: ' if loud else '' }}{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    Path("mine.jinja").write_text(template)
+    bare = no_template(tokenizer, tmp_path / "bare")
+    given = ["--model.policy.tokenizer", bare, "--data.chat_template", "mine.jinja"]
+    given += ["--model.policy.chat_template_kwargs", '{"loud": true}']
+    check(run("fit", *given, "--model.policy.chat_template", "{{ messages }}"), r"two names of one setting")
+    assert run("data", *given)[0] == 0
+    assert run("fit", *given, "--data.calibration_text", "prompt_and_model_answer", "--trainer.max_steps", 2)[0] == 0
+    folder = Path("runs/tiny")
+    read = policy_settings(read_config(folder / "config.yaml"), folder / "config.yaml")
+    main(["export", "--ckpt", str(folder / "checkpoints" / "last.ckpt"), "--out", "exported"])
+    chat = [{"role": "user", "content": "Hi"}]
+    for made in (*map(AutoTokenizer.from_pretrained, (folder / "adapter", "exported")), load_tokenizer(read)):
+        assert made.apply_chat_template(chat, tokenize=False) == "<|user|>Loud: Hi<|end|>"
+    assert "loud: true" in Path("exported/README.md").read_text()
 
 
 def test_a_width_that_4bit_cannot_take(run, tokenizer, tmp_path):

@@ -9,10 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from nspo_lightning.policy.chat_template import read_chat_template
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import check_4bit_widths, load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
-from nspo_lightning.policy.tokenizer import load_tokenizer, read_chat_template, stop_token_ids
+from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
 
 CPU = torch.device("cpu")
 SMALL_LORA = LoraSettings(r=4, alpha=8)
