@@ -24,7 +24,7 @@ from nspo_lightning.checkpoints import FOLDER, LAST, AtomicCheckpointIO, check_r
 from nspo_lightning.cli.errors import exit_codes
 from nspo_lightning.cli.parser import Parser
 from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS, check_run_name, own_folder
-from nspo_lightning.cli.standard_callbacks import with_standard_callbacks
+from nspo_lightning.cli.standard_callbacks import with_standard_callbacks, without_extras
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.compat.lightning import is_fast_dev_run, model_checkpoints
 from nspo_lightning.compat.lightning_cli import CLIWithoutStoredSettings
@@ -46,6 +46,10 @@ NOISE = (
     ".*Checkpoint directory .* exists and is not empty.*",  # resuming
     ".*there is no last checkpoint available.*",  # we say it ourselves
     ".*weights_only. was not set.*",  # ours is always True
+)
+_BAREBONES_OFF = (
+    *("logger", "log_every_n_steps", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+    *("num_sanity_val_steps", "profiler"),
 )
 SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name them without their module
 
@@ -115,12 +119,17 @@ class CLI(CLIWithoutStoredSettings):
         silence_noise()  # libraries that were imported meanwhile brought filters of their own
         config = self.settings.trainer
         _check_trainer(config)
-        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
+        bare = bool(config.get("barebones"))
+        if bare:
+            # What a file says of an ordinary run, Lightning refuses here.
+            kwargs |= {**dict.fromkeys(_BAREBONES_OFF), "detect_anomaly": False}
+        elif config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             kwargs["logger"] = TensorBoardLogger(RUNS, name=self.settings.name, version="")
+        callbacks = config.get("callbacks") or []
         kwargs["callbacks"] = with_standard_callbacks(
-            config.get("callbacks") or [],
-            checkpoints=config.get("enable_checkpointing") is not False,
-            progress_bar=config.get("enable_progress_bar") is not False,
+            without_extras(callbacks) if bare else callbacks,
+            checkpoints=config.get("enable_checkpointing") is not False and not bare,
+            progress_bar=config.get("enable_progress_bar") is not False and not bare,
         )
         given = config.get("plugins") or []
         plugins = list(given) if isinstance(given, (list, tuple)) else [given]

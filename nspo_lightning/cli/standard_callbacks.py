@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    RichProgressBar,
+)
+from lightning.pytorch.utilities import rank_zero_info
 
 from nspo_lightning.callbacks import (
     EndTogether,
@@ -43,3 +54,15 @@ def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, pro
         if not any(isinstance(other, kind) for other in callbacks):
             callbacks.append(callback)
     return sorted(callbacks, key=lambda callback: isinstance(callback, ModelCheckpoint) and bool(callback.save_last))
+
+
+NOT_BAREBONES = (Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelSummary, ProgressBar)
+"""Callbacks that need what `trainer.barebones` turns off: files, logged metrics, a screen."""
+
+
+def without_extras(given: Sequence[Callback]) -> list[Callback]:
+    """Leave out, and name, what a `barebones` Trainer refuses."""
+    left_out = sorted({type(callback).__name__ for callback in given if isinstance(callback, NOT_BAREBONES)})
+    if left_out:
+        rank_zero_info(f"`trainer.barebones` leaves out {', '.join(left_out)}: nothing is logged or saved on the way.")
+    return [callback for callback in given if not isinstance(callback, NOT_BAREBONES)]

@@ -6,12 +6,16 @@ the advantages leave out. B is the number of completions.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,13 @@ from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
 
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 """Columns that the arguments proper replace, as in TRL."""
+
+_CALLERS = (
+    *(str(Path(__file__).with_name(name)) for name in ("compose.py", "function.py", "part.py", "runner.py")),
+    *(str(Path(library.__file__).parent) for library in (asyncio, concurrent.futures)),
+)
+"""Files that call rewards: no news in a traceback."""
+_FRAMES = 5
 
 _Checked = tuple[Tensor, list[Outcome | None] | None]
 """One reward's scores, and the outcomes that they were made from, if it handed any out."""
@@ -223,9 +234,15 @@ def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[
     except (Exception, SystemExit) as error:
         raise RewardError(
             f"Reward '{name}' raised {type(error).__name__} on a batch of {batch_size} completions: {error}. Mend the "
-            f"reward (its traceback stands above), or have it return None for samples that it can't score.",
+            f"reward, or have it return None for samples that it can't score.{_where(error)}",
             name,
         ) from error
+
+
+def _where(error: BaseException) -> str:
+    """Say where an error was raised: the last frames, without those that call rewards."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_CALLERS)]
+    return f"\nIt was raised here:\n{''.join(traceback.format_list(frames[-_FRAMES:]))}".rstrip() if frames else ""
 
 
 def _arguments(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,8 +127,8 @@ class RewardPart:
     def _number(self, index: int, value: Any) -> float:
         if value is None:
             return math.nan
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
+        if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.nbytes == value.itemsize:
+            value = value.item()  # the one number of a tensor, an array, a NumPy scalar (np.bool_ is no Python number)
         if not isinstance(value, (numbers.Real, bool)):
             raise RewardError(
                 f"Reward '{self.name}' must return numbers or None, but sample {index} got {_shown(value)} of type "

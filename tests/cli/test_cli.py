@@ -122,6 +122,14 @@ def test_a_run_without_one_score_fails_and_writes_no_result(run):
     assert not Path("runs/tiny/summary.json").exists()
 
 
+def test_a_barebones_trainer_trains(run):
+    code, said = run("fit", "--trainer.barebones", "true", "--trainer.enable_progress_bar", "true")
+    assert code == 0, said
+    summary = json.loads(Path("runs/summary.json").read_text())
+    assert summary["updates"] > 0
+    assert not Path("runs/tiny").exists()
+
+
 def test_printed_config_runs(run, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "-c", "config.yaml", "--print_config"])

@@ -170,7 +170,15 @@ def test_every_form_of_async_reward_is_awaited(reward):
 
 @pytest.mark.parametrize(
     "returned",
-    [(1, True, None), np.array([1.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 2.0]), [np.float32(1), torch.tensor(1.0), 3]],
+    [
+        (1, True, None),
+        np.array([1.0, 1.0, 0.0]),
+        torch.tensor([1.0, 1.0, 2.0]),
+        [np.float32(1), torch.tensor(1.0), 3],
+        [np.bool_(True), np.array(1), np.int64(3)],
+        [np.array([1.0]), torch.tensor([True]), None],
+        np.array([np.bool_(True), 1, None], dtype=object),
+    ],
 )
 def test_sequences_of_numbers_are_accepted(returned):
     assert RewardSet({"r": lambda **kw: returned})(PROMPTS, COMPLETIONS).total[:2].tolist() == [1.0, 1.0]
@@ -192,6 +200,11 @@ def test_sequences_of_numbers_are_accepted(returned):
         ([1.0, "0.5", 0.0], r"sample 1 got '0.5' of type str.*float\(\)"),
         ([[1.0], [1.0], [1.0]], r"sample 0 got \[1.0\] of type list"),
         ([1.0, 1j, 0.0], r"of type complex"),
+        ([1.0, np.complex64(1j), 0.0], r"of type complex"),
+        ([1.0, np.str_("1"), 0.0], r"of type str"),
+        ([1.0, np.datetime64("2020-01-01"), 0.0], r"of type date"),
+        ([1.0, np.bool_(False), np.float32("nan")], r"returned nan for sample 2"),
+        ([1.0, np.array([1.0, 2.0]), 0.0], r"of type ndarray"),
     ],
 )
 def test_bad_return_values_name_the_reward_the_fact_and_the_cure(returned, message):
@@ -221,8 +234,25 @@ def test_raising_async_reward():
     async def bad(completions, **kwargs):
         raise KeyError("answer")
 
-    with pytest.raises(RewardError, match="Reward 'bad' raised KeyError"):
+    with pytest.raises(RewardError, match="Reward 'bad' raised KeyError") as caught:
         RewardSet([bad, length_reward])(PROMPTS, COMPLETIONS)
+    assert 'raise KeyError("answer")' in str(caught.value)
+
+
+def divide(value):
+    return value / 0  # here
+
+
+@pytest.mark.parametrize("timeout_s", [5.0, None])
+def test_where_a_reward_raised_is_told_and_not_who_called_it(timeout_s):
+    with pytest.raises(RewardError) as caught:
+        RewardSet({"bad": lambda **kw: [divide(1)] * 3}, timeout_s=timeout_s)(PROMPTS, COMPLETIONS)
+    told = str(caught.value)
+    assert "value / 0  # here" in told
+    assert "in divide" in told
+    assert "runner.py" not in told
+    assert "compose.py" not in told
+    assert len(told.splitlines()) < 15
 
 
 def test_keyboard_interrupt_is_not_swallowed():
