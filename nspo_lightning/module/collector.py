@@ -19,6 +19,7 @@ from nspo_lightning.module.rollouts import Rollouts
 from nspo_lightning.module.scorer import Scorer
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rewards import Judge, RewardSet
+from nspo_lightning.rewards.trainer_state import TrainerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +61,17 @@ class Collector:
     reward_names_outcomes: bool
     scorer: Scorer
 
-    def collect(self, batch: Mapping[str, Any], seed: int, update: int) -> Collected:
-        """Turn a batch of P prompts, with the rewards' other `columns`, into experience of P * G completions."""
+    def collect(self, batch: Mapping[str, Any], seed: int, state: TrainerState) -> Collected:
+        """Return experience of P * G completions to a batch of P prompts, with the rewards' other `columns`.
+
+        `seed` is that of the noise, `state` says where training is.
+        """
         settings, group = self.settings, self.settings.group_size
-        drawn = self.rollouts.draw(batch, seed, update)
+        drawn = self.rollouts.draw(batch, seed, state.global_step)
         prompts = _repeat(batch["prompt"], group)
         columns = {key: _repeat(values, group) for key, values in batch.get("columns", {}).items()}
-        result = self.reward(prompts, drawn.texts, columns, completion_ids=drawn.rollout.completion_tokens())
+        ids = drawn.rollout.completion_tokens()
+        result = self.reward(prompts, drawn.texts, columns, completion_ids=ids, trainer_state=state)
         own = result if self.reward_names_outcomes else None
         outcomes = name_outcomes(own, self.judge, prompts, drawn.texts, columns)
         everyone = JudgedRows.of(drawn.rollout, result, outcomes).of_all_ranks()

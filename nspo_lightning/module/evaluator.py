@@ -15,6 +15,7 @@ from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.identity import describe
 from nspo_lightning.rewards import Judge, RewardSet
+from nspo_lightning.rewards.trainer_state import TrainerState
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import places_among_ranks
 
@@ -89,11 +90,17 @@ class Evaluator:
                 rates.update(self.answer(to_device(batch), index, batch_idx).observations, self.policy.device)
         return rates.compute(self.policy.device)
 
-    def predict(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> list[dict[str, Any]]:
-        """Answer a batch and score the answers: a dict a prompt, whose `reward` is None where nothing scored."""
+    def predict(
+        self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int, state: TrainerState
+    ) -> list[dict[str, Any]]:
+        """Return answers to a batch with their scores: a dict a prompt, whose `reward` is None where nothing scored.
+
+        `state` says where training was, to rewards that ask.
+        """
         prompts, columns = batch["prompt"], batch.get("columns", {})
         rollout, texts = self._complete(batch, dataloader_idx, batch_idx)
-        result = self.reward(prompts, texts, columns, completion_ids=rollout.completion_tokens())
+        ids = rollout.completion_tokens()
+        result = self.reward(prompts, texts, columns, completion_ids=ids, trainer_state=state)
         own = result if self.reward_names_outcomes else None
         outcomes = name_outcomes(own, self.judge, prompts, texts, columns)
         rewards = [None if math.isnan(reward) else reward for reward in result.total.tolist()]

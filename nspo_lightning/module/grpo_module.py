@@ -48,6 +48,7 @@ from nspo_lightning.module.start_checks import (
 )
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
+from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
@@ -265,7 +266,8 @@ class GRPOModule(pl.LightningModule):
         progress, number = self.progress, batch.get("batch_number")
         buffer = progress.open_rollouts.get(number)
         if buffer is None:
-            collected = self.collector.collect(batch, progress.noise_seed, self.trainer.global_step)
+            state = trainer_state(self.trainer, progress, len(batch["prompt"]))
+            collected = self.collector.collect(batch, progress.noise_seed, state)
             progress.num_tokens += collected.num_tokens
             buffer, self.last_rollout = collected.buffer, collected.judged
             progress.open_rollouts.put(number, buffer, at_most=self.trainer.accumulate_grad_batches)
@@ -327,7 +329,8 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        return self.evaluator.predict(batch, dataloader_idx, batch_idx)
+        state = trainer_state(self.trainer, self.progress, len(batch["prompt"]))
+        return self.evaluator.predict(batch, dataloader_idx, batch_idx, state)
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -70,6 +70,11 @@ class Progress:
     saved_rollouts: list[Any] = field(default_factory=list)
 
     @property
+    def skipped(self) -> int:
+        """Updates that were not taken."""
+        return self.updates_skipped + self.updates_nonfinite
+
+    @property
     def noise_seed(self) -> int:
         """The next rollout's."""
         return self.seed * 1_000_003 + self.rollouts

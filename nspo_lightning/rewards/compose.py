@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import inspect
 import math
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -27,13 +28,14 @@ from nspo_lightning.rewards.messages import match_format
 from nspo_lightning.rewards.part import RewardPart
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Text
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
+from nspo_lightning.rewards.trainer_state import TrainerState
 
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 """Columns that the arguments proper replace, as in TRL."""
 
 _CALLERS = (
     *(str(Path(__file__).with_name(name)) for name in ("compose.py", "function.py", "part.py", "runner.py")),
-    *(str(Path(library.__file__).parent) for library in (asyncio, concurrent.futures)),
+    *(os.path.dirname(inspect.getfile(library)) for library in (asyncio, concurrent.futures)),
 )
 """Files that call rewards: no news in a traceback."""
 _FRAMES = 5
@@ -129,7 +131,7 @@ class RewardSet:
         columns: Mapping[str, Sequence[Any]] | None = None,
         *,
         completion_ids: Sequence[Sequence[int]] | None = None,
-        trainer_state: Any = None,
+        trainer_state: TrainerState | None = None,
     ) -> RewardResult:
         """Return the weighted sum and each reward's scores; under `torch.distributed` all ranks must call it.
 
@@ -138,7 +140,7 @@ class RewardSet:
             completions: B completions; where the prompt is a chat, a string becomes an assistant message.
             columns: The rows' other columns, B values each.
             completion_ids: Token ids of each completion, for rewards that take them.
-            trainer_state: Anything with TRL's `global_step` and the like, for rewards that take it.
+            trainer_state: Where training is, for rewards that take it; None where nothing is trained.
 
         Raises:
             RewardError: On all ranks, if a reward raised, hung, or returned anything but B finite numbers or None.
@@ -250,7 +252,7 @@ def _arguments(
     completions: Sequence[Text],
     columns: Mapping[str, Sequence[Any]],
     completion_ids: Sequence[Sequence[int]] | None,
-    trainer_state: Any,
+    trainer_state: TrainerState | None,
 ) -> dict[str, Any]:
     size = len(completions)
     arguments: dict[str, Any] = {"prompts": list(prompts)}

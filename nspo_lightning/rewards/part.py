@@ -32,6 +32,13 @@ from nspo_lightning.rewards.protocol import (
 
 _LARGEST = 1e30  # float32 holds little more, and weighted sums and deviations must fit too
 
+_NOT_GIVEN = {
+    "trainer_state": "which says where training is, and nothing is trained now.",
+    "completion_ids": "and a file of texts has no token ids.",
+    "environments": "which TRL gives to agents alone (`environment_factory`): there are no tools or environments here.",
+}
+"""TRL's arguments that are not always there, and why."""
+
 
 class RewardPart:
     """A reward of any form a user may give: a function, sync or async, or an object, ours or of theirs.
@@ -118,11 +125,20 @@ class RewardPart:
                 )
             if parameter.name in named and parameter.default is Parameter.empty and parameter.name not in accepted:
                 raise RewardError(
-                    f"Reward '{self.name}' needs the argument '{parameter.name}', but the batch has only "
-                    f"{', '.join(sorted(arguments))}. Add the column to the data, or give the argument a default.",
+                    f"Reward '{self.name}' needs the argument '{parameter.name}', "
+                    + self._why_not(parameter.name, arguments),
                     self.name,
                 )
         return accepted
+
+    @staticmethod
+    def _why_not(name: str, arguments: Mapping[str, Any]) -> str:
+        if name in _NOT_GIVEN:
+            return f"{_NOT_GIVEN[name]} Give it a default (`{name}=None`)."
+        return (
+            f"but the batch has only {', '.join(sorted(arguments))}. Add the column to the data, or give the argument "
+            "a default."
+        )
 
     def _number(self, index: int, value: Any) -> float:
         if value is None:

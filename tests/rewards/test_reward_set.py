@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import math
 import pickle
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from nspo_lightning.rewards import FunctionReward, RewardError, RewardSet
+from nspo_lightning.rewards.trainer_state import _NOT_GIVEN, TrainerState
 
 PROMPTS = ["p0", "p1", "p2"]
 COMPLETIONS = ["a", "bb", "ccc"]
@@ -83,11 +86,48 @@ class ChattyReward:
 
 
 def test_trls_extra_arguments_reach_the_reward():
-    state = type("State", (), {"global_step": 7})()
-    result = RewardSet([ChattyReward()])(PROMPTS, COMPLETIONS, trainer_state=state)
+    result = RewardSet([ChattyReward()])(PROMPTS, COMPLETIONS, trainer_state=TrainerState(global_step=7))
     assert result.extra == {"upper": ["A", "BB", "CCC"]}
     assert result.metrics == {"chatty/step": 7.0}
     assert list(result.per_reward) == ["chatty_reward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("trainer_state", r"needs the argument 'trainer_state', which says where training is.*`trainer_state=None`"),
+        ("environments", r"needs the argument 'environments', which TRL gives to agents alone"),
+        ("completion_ids", r"needs the argument 'completion_ids', and a file of texts has no token ids"),
+        ("level", r"needs the argument 'level', but the batch has only completions"),
+    ],
+)
+def test_an_argument_that_cant_be_given_is_refused_by_its_name(name, reason):
+    source: dict[str, Any] = {}
+    exec(f"def needs(prompts, completions, {name}, **_): return [0.0] * len(completions)", source)
+    with pytest.raises(RewardError, match=reason):
+        RewardSet([source["needs"]])(PROMPTS, COMPLETIONS)
+
+
+def test_what_trls_state_has_and_ours_not_is_refused_with_the_reason():
+    def curriculum(prompts, completions, trainer_state):
+        return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
+
+    def remembers(prompts, completions, trainer_state):
+        return [entry["loss"] for entry in trainer_state.log_history] or [0.0] * len(completions)
+
+    state = TrainerState(global_step=2, max_steps=8, epoch=None)
+    assert RewardSet([curriculum])(PROMPTS, COMPLETIONS, trainer_state=state).total.tolist() == [0.25] * 3
+    with pytest.raises(RewardError, match=r"`trainer_state.log_history` is kept by transformers' Trainer"):
+        RewardSet([remembers])(PROMPTS, COMPLETIONS, trainer_state=state)
+    with pytest.raises(RewardError, match=r"`trainer_state.max_steps` is not known: training has no end"):
+        RewardSet([curriculum])(PROMPTS, COMPLETIONS, trainer_state=TrainerState(global_step=2))
+    with pytest.raises(AttributeError, match=r"is not there; there are global_step, max_steps"):
+        _ = state.gobal_step
+    assert {field.name for field in dataclasses.fields(transformers.TrainerState)} <= {
+        *vars(state),
+        *TrainerState.__annotations__,
+        *_NOT_GIVEN,
+    }, "every name of transformers' class is given or has its reason"
 
 
 def test_trls_own_rewards_work_unchanged():
