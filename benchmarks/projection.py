@@ -1,6 +1,6 @@
 """What the null space costs: thin against dense projection, shares of a step, the basis, calibration, the sketch.
 
-    python benchmarks/projection.py [--parts thin,step,run,calibration,basis,sketch]
+    python benchmarks/projection.py [--parts thin,step,run,calibration,basis,sketch,plan]
 
 Ratios as a table, JSON in ``results/projection.json`` with the versions and the machine; parts that are not run keep
 the numbers that are there. ``step`` times a forward and backward pass of 16 x 128 tokens of a 27 M-parameter model, the
@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from nspo_lightning.nullspace import BasisSettings, ForwardCall, Spectrum, calibrate_modules, choose_rank, plan_layers
 from nspo_lightning.nullspace.basis import build_basis
 from nspo_lightning.nullspace.basis_set import decompose_for
+from nspo_lightning.nullspace.budget import peak_bytes, plan_passes, sketch_columns
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper
 from nspo_lightning.nullspace.projection import apply
-from nspo_lightning.nullspace.sketch import sketch_columns
 
 
 def median(function: Callable[[], Any], repeats: int) -> float:
@@ -230,6 +230,34 @@ def against_svd(values: Tensor, settings: dict[str, tuple[Any, float | None]]) -
     return result
 
 
+# Work a second that `plan` takes for granted; not measured here.
+FORWARD_RATE, FLOAT32_RATE, SOLVER_RATE = 300e12, 40e12, 2e12
+
+
+def plan() -> dict[str, Any]:
+    """Passes, memory and work of Qwen2.5-7B's calibration within 8 GB: 1,000 texts of 256 tokens, by formula."""
+    inputs, tokens, linear_parameters = {"hidden": (3584, 84), "down": (18944, 28)}, 256_000, 6.5e9
+    widths = {f"{name}.{i}": width for name, (width, count) in inputs.items() for i in range(count)}
+    result: dict[str, Any] = {}
+    for domains in (1, 3):
+        passes, sketched = plan_passes(widths, domains, 8e9, "cuda")
+        forward = 2 * linear_parameters * tokens
+        products = tokens * sum(2 * 0.625 * width**2 for width in widths.values())
+        solving = sum(9.0 * width**3 for width in widths.values())
+        result[f"{domains}_domains"] = {
+            "passes": float(len(passes)),
+            "sketched": float(len(sketched)),
+            "peak_gb": max(peak_bytes([widths[name] for name in p], domains, "cuda") for p in passes) / 1e9,
+            "forward_flops_of_a_pass": forward,
+            "product_flops": products,
+            "decomposition_flops": solving,
+            "forward_s": len(passes) * forward / FORWARD_RATE,
+            "product_s": products / FLOAT32_RATE,
+            "decomposition_s": solving / SOLVER_RATE,
+        }
+    return result
+
+
 def sketch() -> dict[str, Any]:
     """Memory of a sketch at 18,944 within 2 GB, in a fresh process; and its energy against the exact basis's."""
     child = subprocess.run(
@@ -311,6 +339,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "calibration": calibration,
     "basis": basis,
     "sketch": sketch,
+    "plan": plan,
 }
 
 

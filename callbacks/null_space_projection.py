@@ -17,6 +17,7 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -88,6 +89,7 @@ class NullSpaceProjection(Callback):
         domain_weights: Weight of each calibration domain; None = equal.
         without_domains: Domains to leave out.
         memory_budget_gb: Limit for second moments held at one time; more passes are made, wide inputs are sketched.
+            None = one pass on the CPU, on a GPU 60 % of its free memory.
         keep_moments: Store the second moments by domain in the basis file.
         cache_dir: Keeps calibrations by fingerprint: "auto" = ``<default_root_dir>/nullspace``, None = nowhere.
         seed: Of the random subspace and the sketch.
@@ -393,6 +395,7 @@ class NullSpaceProjection(Callback):
                 keep_moments=self.source.keep_moments,
                 sharded=job.sharded,
                 progress=progress,
+                say=rank_zero_info,
             )
         self.calibration.fingerprint = job.fingerprint
         return self.calibration

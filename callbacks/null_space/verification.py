@@ -158,7 +158,9 @@ class EndToEndCheck:
     def _seen(self, call: ForwardCall) -> dict[str, Tensor]:
         """Return the rows that enter each group of layers, as calibration collects them."""
         modules = {layer.name: layer.module for layer in self._layers}
-        collector: InputCollector[Rows] = InputCollector(modules, groups=self._groups, new_sum=Rows)
+        collector: InputCollector[Rows] = InputCollector(
+            modules, groups=self._groups, new_sum=lambda _, width: Rows(width)
+        )
         with collector:
             collector.begin(call.mask, call.domains)
             self._collect(*call.args, **call.kwargs)

@@ -19,6 +19,7 @@ from nspo_lightning.nullspace.partial import LEAST_WIDTH, MOST_WIDTH, FindCut, l
 Form = Literal["hard", "soft"]
 Subspace = Literal["null", "random", "protected"]
 
+_FLOAT64_WIDTH = 4096
 SOFT_TRUNCATION = 0.1
 """``soft`` leaves directions alone whose eigenvalue is below this share of m: they move outputs by less anyway."""
 
@@ -92,6 +93,11 @@ class Basis:
         return replace(self, vectors=self.vectors.to(device), weights=weights)
 
 
+def working_dtype(width: int, device_type: str) -> torch.dtype:
+    """Return what a second moment of a width is decomposed in: float64 up to 4,096 where the device has it."""
+    return torch.float64 if width <= _FLOAT64_WIDTH and device_type != "mps" else torch.float32
+
+
 def decompose(
     moment: Tensor,
     *,
@@ -103,7 +109,7 @@ def decompose(
 ) -> Spectrum:
     """Diagonalise a second moment.
 
-    float64 up to a width of 4,096 on the CPU and 2,048 elsewhere; float32 above, where it would cost more than the
+    Where the moment is, and in `working_dtype`: float32 above a width of 4,096, where float64 would cost more than the
     calibration itself. Where the cut is known to need leading eigenpairs only, these alone are computed, in float64
     (see `partial`), unless they cannot be had as exactly as by the full decomposition.
 
@@ -140,8 +146,7 @@ def decompose(
             noise = resolution * min(float(found[0][0]), rounded_energy)
             if float(found[0][found[1].shape[1] - 1]) > noise:
                 return Spectrum(values=found[0], vectors=found[1], tokens=tokens)
-    wide = moment.shape[0] > (4096 if moment.device.type == "cpu" else 2048)
-    work = moment.to(torch.float32 if wide or moment.device.type == "mps" else torch.float64)
+    work = moment.to(working_dtype(moment.shape[0], moment.device.type))
     values, vectors = torch.linalg.eigh(work)
     values = values.flip(0).to(device="cpu", dtype=torch.float64)
     largest = float(values[0].clamp_min(0))

@@ -7,8 +7,7 @@ Under a memory budget the inputs are spread over several passes; a single input 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ from nspo_lightning.nullspace.sketch import (
     combined_image,
     random_test_matrix,
     settled,
-    sketch_columns,
     sketch_spectrum,
 )
 
@@ -52,6 +50,7 @@ def calibrate_modules(
     keep_moments: bool = False,
     sharded: bool = False,
     progress: Callable[[str, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Run calibration text through a model and build a basis for each distinct layer input.
 
@@ -60,10 +59,12 @@ def calibrate_modules(
         forward: Called with each batch's arguments; under no_grad, the caller sets eval mode and precision.
         calls: Returns the batches, anew for each pass.
         settings: What decides the bases.
-        memory_budget_gb: Limit for moments and sketches at one time, on each rank; None = one pass.
+        memory_budget_gb: Limit for moments and sketches at one time, on each rank; None = one pass, on a GPU 60 % of
+            its free memory.
         keep_moments: Keep the second moments by domain (on the CPU, float32), for `Calibration.recombined`.
         sharded: Each rank's ``calls`` yield different batches already; else rank r takes every world-th one.
         progress: Called with (stage, batches or layers done).
+        say: Called with a line about passes and memory, where there is a limit.
 
     Returns:
         The calibration, the same on every rank.
@@ -77,22 +78,26 @@ def calibrate_modules(
     result = Calibration(bases=builder.bases, groups={}, settings=settings)
     budget = None if memory_budget_gb is None else memory_budget_gb * 1e9
     plan = PassPlan(text, budget)
-    for only in plan.passes:  # both lists grow by layers that turn out to read something of their own
+    if plan.budget is not None and say is not None:
+        say(f"Null space: {plan.describe()}.")
+    while plan.passes or plan.too_wide:  # both grow by layers that turn out to read something of their own
+        if not plan.passes:
+            for first, spectrum in _sketched_spectra(text, plan, result):
+                report("layers", builder.count + 1)
+                builder.add(first, spectrum)
+            continue
+        only = plan.passes.pop(0)
         collector: InputCollector[SecondMoment] = InputCollector(modules, groups=plan.groups, only=only)
         for index, first in enumerate(_collect(text, collector, result, plan, only)):
             report("layers", index + 1)
             sums = collector.over_ranks(first)
-            _count_tokens(result, first, sums)
-            moments = {domain: s.second_moment() for domain, s in sums.items()}
-            if keep_moments:
-                result.moments[first] = {d: m.to(device="cpu", dtype=torch.float32) for d, m in moments.items()}
-            builder.add(first, _exact_spectrum(moments, sums, settings, builder.count))
             collector.moments.pop(first, None)
-    for first in plan.too_wide:
-        assert budget is not None  # without one, no input is too wide
-        report("layers", 1)
-        columns = sketch_columns(input_width(modules[first]), budget)
-        builder.add(first, _sketched_spectrum(text, first, plan, columns, result))
+            _count_tokens(result, first, sums)
+            moments = {domain: s.take() for domain, s in sums.items()}
+            if keep_moments:
+                kept = {d: m.to(device="cpu", dtype=torch.float32, copy=True) for d, m in moments.items()}
+                result.moments[first] = kept
+            builder.add(first, _exact_spectrum(moments, sums, settings, builder.count))
     builder.finish()
     return result
 
@@ -151,10 +156,11 @@ def _count_tokens(result: Calibration, first: str, sums: Mapping[str, RunningSum
 
 
 def _exact_spectrum(
-    moments: Mapping[str, Tensor], sums: Mapping[str, SecondMoment], settings: BasisSettings, index: int
+    moments: dict[str, Tensor], sums: Mapping[str, SecondMoment], settings: BasisSettings, index: int
 ) -> Spectrum:
     """Return eigenpairs found on one rank, so that all ranks hold the same vectors even where eigenvalues coincide."""
-    moment = combine(moments, settings.domain_weights, without=settings.without_domains)
+    moment = combine(moments, settings.domain_weights, without=settings.without_domains, in_place=True)
+    moments.clear()
     tokens, resolution = sum(s.rows for s in sums.values()), max(s.resolution for s in sums.values())
     rounded_energy = max(s.rounded_energy for s in sums.values() if s.resolution == resolution)
     owner = index % ranks.world_size()
@@ -176,42 +182,49 @@ def _exact_spectrum(
     )
 
 
-def _sketched_spectrum(
-    text: CalibrationText,
-    first: str,
-    plan: PassPlan,
-    columns: int,
-    result: Calibration,
-) -> Spectrum:
-    """Return the leading eigenpairs of an input too wide to hold, by several passes over the text (see `sketch`)."""
-    settings = result.settings
-    test = random_test_matrix(input_width(text.modules[first]), columns + PROBES, settings.seed)
-    before: Tensor | None = None
-    probes = torch.empty(0)
+def _sketched_spectra(text: CalibrationText, plan: PassPlan, result: Calibration) -> Iterator[tuple[str, Spectrum]]:
+    """Yield the leading eigenpairs of inputs too wide to hold, by several passes over the text (see `sketch`)."""
+    settings, sketches = result.settings, plan.next_sketches()
+    tests = {
+        first: random_test_matrix(input_width(text.modules[first]), columns + PROBES, settings.seed)
+        for first, columns in sketches.items()
+    }
+    before: dict[str, Tensor] = {}
+    probes: dict[str, Tensor] = {}
     for number in range(MOST_PASSES):
         collector = InputCollector(
-            text.modules, groups=plan.groups, only=(first,), new_sum=partial(RangeSketch, test=test)
+            text.modules,
+            groups=plan.groups,
+            only=list(tests),
+            new_sum=lambda first, width: RangeSketch(width, tests[first]),
         )
         if number == 0:  # the image of a random matrix: only its range is used
-            _collect(text, collector, result, plan, (first,))
-            sums = collector.over_ranks(first)
-            _count_tokens(result, first, sums)
+            found = _collect(text, collector, result, plan, list(tests))
+            for first in set(tests) - set(found):
+                del tests[first]
         else:
             text.run(collector)
-            sums = collector.over_ranks(first)
-        weights, tokens = _domain_weights(sums, settings)
-        trace = sum(weight * sums[d].trace for d, weight in weights.items())
-        image = combined_image(sums, weights)
-        if number == 0:
-            probes, image = image[:, columns:].clone(), image[:, :columns]
-        else:
-            spectrum = sketch_spectrum(test, image, probes=probes, trace=trace, tokens=tokens)
-            last = number == MOST_PASSES - 1
-            if last or settled(spectrum.values, before, protected_count(spectrum, settings), columns):
-                return spectrum
-            before = spectrum.values
-        test = torch.linalg.qr(image).Q
-        del image
+        for first in list(tests):
+            sums, columns = collector.over_ranks(first), sketches[first]
+            collector.moments.pop(first, None)
+            weights, tokens = _domain_weights(sums, settings)
+            trace = sum(weight * sums[d].trace for d, weight in weights.items())
+            image = combined_image(sums, weights)
+            if number == 0:
+                _count_tokens(result, first, sums)
+                probes[first], image = image[:, columns:].clone(), image[:, :columns]
+            else:
+                spectrum = sketch_spectrum(tests[first], image, probes=probes[first], trace=trace, tokens=tokens)
+                last = number == MOST_PASSES - 1
+                if last or settled(spectrum.values, before.get(first), protected_count(spectrum, settings), columns):
+                    del tests[first], probes[first]
+                    yield first, spectrum
+                    continue
+                before[first] = spectrum.values
+            tests[first] = torch.linalg.qr(image).Q
+            del image
+        if not tests:
+            return
     raise AssertionError("the last pass returns")
 
 

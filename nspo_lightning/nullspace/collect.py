@@ -8,7 +8,8 @@ are kept apart, as sums and counts, so that they can be weighted, united or left
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from nspo_lightning import ranks
 from nspo_lightning.compat.torch import version_of
-from nspo_lightning.nullspace.covariance import SecondMoment, select_rows
+from nspo_lightning.nullspace.covariance import SecondMoment, fold_together, rows_that_count, select_rows
 
 DEFAULT_DOMAIN = "general"
 
@@ -87,14 +88,26 @@ class OutputEnergy:
         self.total: Tensor | float = 0.0
         self.rows = 0
 
-    def update(self, outputs: Tensor, keep: Tensor | None) -> None:
-        """Add a module's output, shape ``(..., out)``; ``keep`` has True for the rows that count."""
+    def update(self, outputs: Tensor, mask: Tensor | None, counted: Tensor | None) -> None:
+        """Add a module's output, shape ``(..., out)``; see `select_rows` for the mask."""
         exact = torch.promote_types(outputs.dtype, torch.float32)
         squares = torch.linalg.vector_norm(outputs.detach(), dim=-1, dtype=exact).square()
-        if keep is not None and keep.shape == squares.shape:
-            squares = squares[keep.to(squares.device).ne(0)]
+        if mask is not None and counted is not None and mask.shape == squares.shape:
+            squares = squares.reshape(-1).index_select(0, counted)
         self.rows += squares.numel()
         self.total = self.total + squares.sum(dtype=torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """The samples of a batch that belong to one domain."""
+
+    domain: str
+    samples: Tensor | None
+    """Which they are; None = all."""
+    mask: Tensor | None
+    counted: Tensor | None
+    """The mask's `rows_that_count`."""
 
 
 class InputCollector(Generic[Sum]):
@@ -106,7 +119,7 @@ class InputCollector(Generic[Sum]):
         modules: Name -> module. Hooks see the first positional input of each call.
         groups: Known groups of modules with one input (first -> all); None = find them in the first forward pass.
         only: Groups to sum in this pass; None = all.
-        new_sum: Makes the running sum of one input from its width.
+        new_sum: Makes the running sum of one input from its first module's name and its width.
     """
 
     def __init__(
@@ -115,7 +128,7 @@ class InputCollector(Generic[Sum]):
         *,
         groups: Mapping[str, Sequence[str]] | None = None,
         only: Sequence[str] | None = None,
-        new_sum: Callable[[int], Sum] = SecondMoment,  # type: ignore[assignment]
+        new_sum: Callable[[str, int], Sum] = lambda _, width: SecondMoment(width),  # type: ignore[assignment, return-value]
     ) -> None:
         self._modules = dict(modules)
         self._only = None if only is None else frozenset(only)
@@ -129,6 +142,7 @@ class InputCollector(Generic[Sum]):
             self._settle({first: list(names) for first, names in groups.items()})
         self._handles: list[Any] = []
         self._mask: Tensor | None = None
+        self._parts: dict[torch.device, list[_Part]] = {}
         self._domains: list[str] | None = None
         self._counting = True
         self.moments: dict[str, dict[str, Sum]] = {}
@@ -160,6 +174,7 @@ class InputCollector(Generic[Sum]):
         self._domains = list(domains) if domains is not None else None
         self._entered.clear()
         self._taken.clear()
+        self._parts.clear()
 
     def end(self) -> None:
         """Close a forward pass; after the first one the groups are settled.
@@ -193,7 +208,7 @@ class InputCollector(Generic[Sum]):
             return local
         described = ranks.gather_objects({domain: moment.width for domain, moment in local.items()})
         widths = {domain: width for found in described for domain, width in found.items()}
-        reduced = {domain: local.get(domain) or self._new_sum(widths[domain]) for domain in sorted(widths)}
+        reduced = {domain: local.get(domain) or self._new_sum(name, widths[domain]) for domain in sorted(widths)}
         for moment in reduced.values():
             moment.all_reduce()
         return reduced
@@ -248,15 +263,19 @@ class InputCollector(Generic[Sum]):
         if not self._counting or not self._is_summed(leader):
             return
         if isinstance(output, Tensor):
-            for domain, mask, part in self._split(output):
-                self.output_energy.setdefault(name, {}).setdefault(domain, OutputEnergy()).update(part, mask)
+            for domain, mask, counted, part in self._split(output):
+                self.output_energy.setdefault(name, {}).setdefault(domain, OutputEnergy()).update(part, mask, counted)
         if leader != name:
             return
-        for domain, mask, part in self._split(inputs):
-            by_domain = self.moments.setdefault(name, {})
+        by_domain = self.moments.setdefault(name, {})
+        for domain, mask, counted, part in self._split(inputs):
             if domain not in by_domain:
-                by_domain[domain] = self._new_sum(inputs.shape[-1])
-            by_domain[domain].update(select_rows(part, mask, layer=name).detach())
+                by_domain[domain] = self._new_sum(name, inputs.shape[-1])
+            rows = part.reshape(-1, part.shape[-1])
+            if mask is not None and counted is not None:
+                rows = select_rows(part, mask, layer=name, counted=counted)
+            by_domain[domain].update(rows.detach())
+        fold_together(by_domain.values())
 
     def _is_summed(self, leader: str) -> bool:
         return self._only is None or leader in self._only
@@ -271,16 +290,26 @@ class InputCollector(Generic[Sum]):
         if number >= len(calls) or calls[number][0]() is not inputs or calls[number][1] != version_of(inputs):
             self.strays.add(name)
 
-    def _split(self, inputs: Tensor) -> Iterable[tuple[str, Tensor | None, Tensor]]:
-        if self._domains is None or len(set(self._domains)) == 1:
-            yield (self._domains[0] if self._domains else DEFAULT_DOMAIN), self._mask, inputs
-            return
-        if inputs.shape[0] != len(self._domains):
+    def _split(self, inputs: Tensor) -> Iterable[tuple[str, Tensor | None, Tensor | None, Tensor]]:
+        """Yield domain, mask, the mask's `rows_that_count` and the part of the tensor that belongs to the domain."""
+        if inputs.device not in self._parts:  # worked out once in a forward pass: it reads from the device
+            self._parts[inputs.device] = list(self._parts_on(inputs.device))
+        parts = self._parts[inputs.device]
+        if self._domains is not None and len(parts) > 1 and inputs.shape[0] != len(self._domains):
             raise ValueError(
                 f"A batch of {len(self._domains)} samples of several domains enters a layer as {inputs.shape[0]} rows: "
                 "they cannot be told apart. Give each batch a single domain."
             )
-        for domain in sorted(set(self._domains)):
-            index = torch.tensor([i for i, d in enumerate(self._domains) if d == domain], device=inputs.device)
-            mask = None if self._mask is None else self._mask.to(inputs.device)[index]
-            yield domain, mask, inputs[index]
+        for part in parts:
+            yield part.domain, part.mask, part.counted, inputs if part.samples is None else inputs[part.samples]
+
+    def _parts_on(self, device: torch.device) -> Iterator[_Part]:
+        domains = sorted(set(self._domains or (DEFAULT_DOMAIN,)))
+        whole = None if self._mask is None else self._mask.to(device)
+        for domain in domains:
+            samples, mask = None, whole
+            if self._domains is not None and len(domains) > 1:
+                samples = torch.tensor([i for i, d in enumerate(self._domains) if d == domain]).to(device)
+                mask = None if whole is None else whole[samples]
+            counted = None if mask is None else rows_that_count(mask)
+            yield _Part(domain=domain, samples=samples, mask=mask, counted=counted)

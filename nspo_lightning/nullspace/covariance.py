@@ -1,11 +1,16 @@
 """Second moments of layer inputs: C = X^T X / N over the rows X (tokens, width) that count.
 
 The moment is *uncentred*: D x = 0 must hold for the inputs themselves, not for their deviation from a mean.
-Padding never counts, and the sums are float32 at least, whatever the model computes in. Rows are gathered until a
-matrix product over them is efficient; calibration sets with fewer tokens than the layer is wide are summed in float64
-throughout, because a Gram matrix squares the condition number and float32 would lose directions below
-3e-4 of the largest singular value. So are rows whose norm is far above the others' (the massive activations of large
-models): in float32 the rounding of their squares would cover what ordinary rows add.
+Padding never counts, and the sums are float32 at least, whatever the model computes in. Rows are gathered on the
+device that they are on until a matrix product over them is efficient; calibration sets with fewer tokens than the layer
+is wide are summed in float64 throughout, because a Gram matrix squares the condition number and float32 would lose
+directions below 3e-4 of the largest singular value. So are rows whose norm is far above the others' (the massive
+activations of large models): in float32 the rounding of their squares would cover what ordinary rows add.
+
+A float32 product never runs over more than `fold_rows` rows before it is folded into the float64 sum: longer ones round
+more. Up to a width of 8,192 that is; beyond it the sum is float32, and so are all products.
+
+On a GPU nothing waits for it: one number is read for each fold (are there massive rows?), none for each batch.
 """
 
 from __future__ import annotations
@@ -21,20 +26,37 @@ from nspo_lightning import ranks
 from nspo_lightning.compat.torch import full_precision_products
 
 _FLOAT64_PRODUCT_WIDTH = 256  # up to this width a float64 product costs less than the Python around it
-_FLOAT64_SUM_WIDTH = 8192  # beyond it, the running sum stays float32: 0.25 GB instead of 0.5 GB a layer
+FLOAT64_SUM_WIDTH = 8192  # beyond it, the running sum stays float32: 0.25 GB instead of 0.5 GB a layer
 _FOLD_ROWS = 2048  # rows gathered before a product: tall enough that the matrix product runs at full speed
 _TILES = 4  # column tiles of the symmetric product: 10 of 16 tile products instead of 16
 _TILED_WIDTH = 512  # below it one product is faster than four
 _MASSIVE = 64.0  # a row with more than so many times the median energy is multiplied in float64
 
 
-def select_rows(inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer") -> Tensor:
+def fold_rows(width: int) -> int:
+    """Return how many rows of an input are gathered before they are multiplied."""
+    return max(_FOLD_ROWS, width)
+
+
+def rows_that_count(mask: Tensor) -> Tensor | None:
+    """Return the flat positions of a mask's True (non-zero) entries on its device, None if all are.
+
+    Reads from the device: a forward pass asks once, not each of its layers.
+    """
+    found = mask.reshape(-1).nonzero().squeeze(1)
+    return None if found.numel() == mask.numel() else found
+
+
+def select_rows(
+    inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer", counted: Tensor | None = None
+) -> Tensor:
     """Return the rows of ``inputs`` that count, as a matrix.
 
     Args:
         inputs: A layer's input, shape ``(..., width)``.
         mask: True (or non-zero) = counts, shape ``inputs.shape[:-1]``; None = all count.
         layer: Name used in the error message.
+        counted: The mask's `rows_that_count`, on the device of the inputs; None = find them.
 
     Returns:
         Shape ``(rows, width)``; may share memory with ``inputs``.
@@ -45,11 +67,11 @@ def select_rows(inputs: Tensor, mask: Tensor | None, *, layer: str = "this layer
     rows = inputs.reshape(-1, inputs.shape[-1])
     if mask is None:
         return rows
-    keep = mask.to(device=rows.device).ne(0)
-    if mask.shape == inputs.shape[:-1]:
-        return rows[keep.reshape(-1)]
-    if bool(keep.all()):
+    counted = rows_that_count(mask.to(rows.device)) if counted is None else counted
+    if counted is None:
         return rows
+    if mask.shape == inputs.shape[:-1]:
+        return rows.index_select(0, counted)
     # As many rows is not enough: they may come in another order (transposed, routed to experts, sorted).
     raise ValueError(
         f"The mask must have the shape of the rows that enter {layer}: they are {tuple(inputs.shape[:-1])}, the mask "
@@ -102,8 +124,8 @@ def _tiles(width: int) -> Iterable[tuple[int, int]]:
 class SecondMoment:
     """Running sum of x x^T over rows, and how many rows there were.
 
-    Products are float64 while the rows are fewer than ``width`` or the width is at most 256, and for massive rows;
-    float32 for the others.
+    Up to a width of 8,192 products are float64 while the rows are fewer than ``width`` or the width is at most 256, and
+    for massive rows; float32 for the others.
 
     Args:
         width: Number of input features.
@@ -112,76 +134,94 @@ class SecondMoment:
     def __init__(self, width: int) -> None:
         self.width = width
         self.rows = 0
+        self.gathered = 0
+        """Rows that wait for a product."""
         self._sum: Tensor | None = None
-        self._pending: list[Tensor] = []
-        self._pending_rows = 0
-        self._float32_energy = 0.0
+        self._waiting: list[Tensor] = []
+        self._rounded: Tensor | float = 0.0
 
     def update(self, rows: Tensor) -> None:
         """Add rows of shape ``(n, width)``; they are copied unless they are used up at once."""
-        if rows.shape[0] == 0:
-            return
         self.rows += rows.shape[0]
-        self._pending_rows += rows.shape[0]
-        if self._pending_rows >= max(_FOLD_ROWS, self.width):
-            self._pending.append(rows)
-            self._fold()
-        else:
-            self._pending.append(rows.to(torch.float32, copy=True))
+        full = fold_rows(self.width)
+        while rows.shape[0] >= full:
+            self._add(rows[:full])
+            rows = rows[full:]
+        if rows.shape[0]:
+            self._waiting.append(rows.to(torch.float32, copy=True))
+            self.gathered += rows.shape[0]
+        if self.gathered >= full:
+            self.fold()
+
+    def fold(self) -> None:
+        """Add the product of the rows that wait to the sum."""
+        if self._waiting:
+            rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+            self._waiting, self.gathered = [], 0
+            self._add(rows, own=True)
 
     def second_moment(self) -> Tensor:
         """Return C = sum / rows in float64 (float32 beyond 8,192 features), zero where nothing was seen."""
         return self.total() / max(self.rows, 1)
 
+    def take(self) -> Tensor:
+        """Return C in the memory of the sum, which is gone afterwards."""
+        total, self._sum = self.total(), None
+        return total.div_(max(self.rows, 1))
+
     def total(self) -> Tensor:
         """Return the sum of x x^T, shape ``(width, width)``."""
-        if self._pending_rows or self._sum is None:
-            self._fold()
-        assert self._sum is not None  # _fold always leaves one
-        return mirror_(self._sum)
+        self.fold()
+        return mirror_(self._total_on(torch.device("cpu")))
 
     @property
     def resolution(self) -> float:
         """Relative size of rounding noise in the eigenvalues, in units of `rounded_energy` or of the largest."""
-        return torch.finfo(torch.float32 if self._float32_energy else torch.float64).eps
+        return torch.finfo(torch.float32 if float(self._rounded) else torch.float64).eps
 
     @property
     def rounded_energy(self) -> float:
         """Trace of the part of C whose rounding counts; infinite where all of it does."""
-        if self._float32_energy and self.width <= _FLOAT64_SUM_WIDTH:
-            return self._float32_energy / max(self.rows, 1)
+        if float(self._rounded) and self.width <= FLOAT64_SUM_WIDTH:
+            return float(self._rounded) / max(self.rows, 1)
         return math.inf
 
     def all_reduce(self) -> None:
         """Add up over ranks (cross-rank synchronisation)."""
         total = self.total()
-        counts = torch.tensor([self.rows, self._float32_energy], dtype=torch.float64)
+        counts = torch.tensor([self.rows, float(self._rounded)], dtype=torch.float64)
         self._sum = ranks.all_reduce_sum(total)
         counts = ranks.all_reduce_sum(counts)
-        self.rows, self._float32_energy = int(counts[0]), float(counts[1])
+        self.rows, self._rounded = int(counts[0]), float(counts[1])
 
-    def _fold(self) -> None:
-        """Add the product of the rows gathered to the sum."""
-        exact = self.rows <= self.width or self.width <= _FLOAT64_PRODUCT_WIDTH
-        dtype = torch.float64 if exact else torch.float32
-        parts = [part.to(dtype) for part in self._pending] or [torch.zeros(0, self.width, dtype=dtype)]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        total = self._total_on(rows.device)
-        if not exact and total.dtype == torch.float64:
-            energy = rows.square().sum(1, dtype=torch.float64)
+    def _add(self, rows: Tensor, *, own: bool = False) -> None:
+        """Add the product of rows to the sum; ``own`` = they may be overwritten."""
+        total, wide = self._total_on(rows.device), self.width > FLOAT64_SUM_WIDTH
+        if not wide and (self.rows <= self.width or self.width <= _FLOAT64_PRODUCT_WIDTH):
+            add_gram_(total, rows.to(torch.float64))
+            return
+        rows = rows.to(torch.float32)
+        energy = torch.linalg.vector_norm(rows, dim=1).square()
+        if not wide and total.dtype == torch.float64:
             massive = energy > _MASSIVE * energy.median()
             if bool(massive.any()):
                 add_gram_(total, rows[massive].to(torch.float64))
-                rows, energy = rows[~massive], energy[~massive]
-            self._float32_energy += float(energy.sum())
-        elif not exact:
-            self._float32_energy += float(rows.square().sum(dtype=torch.float64))
+                rows = (rows.masked_fill_ if own else rows.masked_fill)(massive.unsqueeze(1), 0.0)
+                energy = energy.masked_fill(massive, 0.0)
+        self._rounded = self._rounded + energy.sum(dtype=torch.float64)
         add_gram_(total, rows)
-        self._pending, self._pending_rows = [], 0
 
     def _total_on(self, device: torch.device) -> Tensor:
         if self._sum is None:
-            double = self.width <= _FLOAT64_SUM_WIDTH and device.type != "mps"
+            double = self.width <= FLOAT64_SUM_WIDTH and device.type != "mps"
             dtype = torch.float64 if double else torch.float32
             self._sum = torch.zeros(self.width, self.width, dtype=dtype, device=device)
         return self._sum
+
+
+def fold_together(sums: Iterable[object]) -> None:
+    """Fold the sums of one input's domains once their rows together are as many as one of them would gather."""
+    waiting = [s for s in sums if isinstance(s, SecondMoment) and s.gathered]
+    if len(waiting) > 1 and sum(s.gathered for s in waiting) >= fold_rows(waiting[0].width):
+        for moment in waiting:
+            moment.fold()

@@ -20,6 +20,7 @@ def combine(
     weights: Mapping[str, float] | None = None,
     *,
     without: Sequence[str] = (),
+    in_place: bool = False,
 ) -> Tensor:
     """Return the weighted mean of the domains' second moments.
 
@@ -27,13 +28,14 @@ def combine(
         moments: Domain -> C_d, shape ``(width, width)``.
         weights: Domain -> weight; None = equal.
         without: Domains to leave out.
+        in_place: In the memory of the first of them; its own moment is lost.
 
     Returns:
         Shape ``(width, width)``.
-
     """
-    result = torch.zeros_like(next(iter(moments.values())))
-    for name, share in domain_shares(moments, weights, without=without).items():
+    (first, share), *others = domain_shares(moments, weights, without=without).items()
+    result = moments[first].mul_(share) if in_place else moments[first] * share
+    for name, share in others:
         result.add_(moments[name], alpha=share)
     return result
 

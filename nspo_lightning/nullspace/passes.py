@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
+from nspo_lightning.nullspace.basis import working_dtype
+from nspo_lightning.nullspace.budget import (
+    device_budget,
+    peak_bytes,
+    plan_passes,
+    sketch_columns,
+    sketched_together,
+)
 from nspo_lightning.nullspace.collect import DEFAULT_DOMAIN, InputCollector, RepeatBatch
 from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.shapes import input_width
@@ -73,6 +83,11 @@ class CalibrationText:
         if window:
             yield (window[mine], True) if mine < len(window) else (window[0], False)
 
+    def device(self) -> torch.device:
+        """Return where the first layer's weight is, and with it the inputs and their sums."""
+        weights = (parameter for module in self.modules.values() for parameter in module.parameters())
+        return next((weight.device for weight in weights), torch.device("cpu"))
+
     def look(self) -> tuple[dict[str, list[str]], int]:
         """Return who shares inputs, from one forward pass, and how many domains there are.
 
@@ -100,23 +115,30 @@ class PassPlan:
 
     Args:
         text: Model and text.
-        budget_bytes: Limit for second moments and the workspace of their decomposition; None = one pass.
+        budget_bytes: Limit for second moments and the workspace of their decomposition; None = one pass, on a GPU a
+            share of its free memory.
 
     Attributes:
+        budget: The limit in force, the same on all ranks.
         groups: First layer -> layers that read the same input; None = found in the first pass.
-        passes: Inputs of each pass; None = all.
+        passes: Inputs of each pass that is left to make; None = all.
         too_wide: Inputs whose second moment does not fit.
     """
 
     def __init__(self, text: CalibrationText, budget_bytes: float | None) -> None:
-        self._modules, self._budget, self._domains = text.modules, budget_bytes, 1
+        self._modules, self.domains = text.modules, 1
+        self._device = text.device()
+        self.budget = budget_bytes
+        if budget_bytes is None and self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._device)
+            self.budget = min(ranks.gather_objects(device_budget(free)))
         self.groups: dict[str, list[str]] | None = None
         self.passes: list[list[str] | None] = []
         self.too_wide: list[str] = []
-        if budget_bytes is None:
+        if self.budget is None:
             self.passes.append(None)
         else:
-            self.groups, self._domains = text.look()
+            self.groups, self.domains = text.look()
             self._add(list(self.groups))
 
     def settle(self, groups: dict[str, list[str]], apart: set[str], only: Sequence[str] | None) -> None:
@@ -133,21 +155,39 @@ class PassPlan:
 
     def _add(self, firsts: list[str]) -> None:
         """Plan passes for inputs."""
-        if self._budget is None:
+        if self.budget is None:
             if firsts:
                 self.passes.append(firsts)
             return
-        used = self._budget
-        for first in firsts:
-            width = input_width(self._modules[first])
-            sums = 8.0 if width <= 8192 else 4.0
-            # A running sum a domain, one product and one block of gathered rows; then the eigenvectors' workspace.
-            need, workspace = width * width * (sums * self._domains + 8.0), width * width * 24.0
-            if need + workspace > self._budget:
-                self.too_wide.append(first)
-            elif used + need + workspace > self._budget:
-                self.passes.append([first])
-                used = need
-            else:
-                cast(list[str], self.passes[-1]).append(first)
-                used += need
+        passes, too_wide = plan_passes(self._widths(firsts), self.domains, self.budget, self._device.type)
+        self.passes += passes
+        self.too_wide += too_wide
+
+    def next_sketches(self) -> dict[str, int]:
+        """Return inputs that are sketched in common passes, and the columns of each."""
+        assert self.budget is not None  # without one, no input is too wide
+        widths = self._widths(self.too_wide)
+        together = sketched_together(widths, self.domains, self.budget)
+        self.too_wide = [first for first in self.too_wide if first not in together]
+        return {first: sketch_columns(widths[first], self.budget, self.domains) for first in together}
+
+    def describe(self) -> str:
+        """Return one line: what is summed how, in how many passes, and where."""
+        if self.budget is None or self.groups is None:
+            return "one pass over the text"
+        planned = [self._widths(only or []) for only in self.passes]
+        most = max((peak_bytes(list(w.values()), self.domains, self._device.type) for w in planned), default=0.0)
+        counts = Counter(width for widths in planned for width in widths.values())
+        exact = ", ".join(
+            f"{count} of width {width} ({str(working_dtype(width, self._device.type)).removeprefix('torch.')})"
+            for width, count in sorted(counts.items())
+        )
+        line = (
+            f"{len(planned)} pass(es) over the text on {self._device}, at most {most / 1e9:.2g} GB: {exact or 'none'}"
+        )
+        wide = Counter(self._widths(self.too_wide).values())
+        sketched = ", ".join(f"{count} of width {width}" for width, count in sorted(wide.items()))
+        return line + (f"; sketched in further passes: {sketched}" if sketched else "")
+
+    def _widths(self, firsts: Sequence[str]) -> dict[str, int]:
+        return {first: input_width(self._modules[first]) for first in firsts}

@@ -28,24 +28,8 @@ MOST_PASSES = 8  # over the text, for one input
 USABLE = 0.75  # share of the columns that may be protected: the last ones converge slowly and serve the others
 _NOTHING_LEFT = 5e-4  # share of the energy outside the range: no other subspace of any size can hold more than it more
 _SETTLED = 2e-4  # change of the protected share between passes; what later passes add is less than twice that
-_MAX_COLUMNS = 4096
 PROBES = 10  # random vectors that bound what is outside
 _PROBE_FACTOR = 10 * math.sqrt(2 / math.pi)
-
-
-def sketch_columns(width: int, budget_bytes: float) -> int:
-    """Return how many sketch columns fit into a budget: Q, Z and the workspace of a QR decomposition, float32 each.
-
-    Raises:
-        ValueError: If fewer than 16 fit.
-    """
-    columns = int(min(budget_bytes / (4.0 * 5 * width), width, _MAX_COLUMNS))
-    if columns < 16:
-        raise ValueError(
-            f"A memory budget of {budget_bytes / 1e9:.3g} GB holds only {columns} sketch columns for an input of width "
-            f"{width}; at least 16 are needed. Raise `memory_budget_gb` to {16 * 20 * width / 1e9:.3g} or more."
-        )
-    return columns
 
 
 class RangeSketch:

@@ -17,6 +17,7 @@ from nspo_lightning.nullspace import (
     save_calibration,
     table_rows,
 )
+from nspo_lightning.nullspace.budget import peak_bytes
 from nspo_lightning.nullspace.collect import InputCollector
 from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.store import check_fingerprint
@@ -140,7 +141,7 @@ def test_a_budget_makes_more_passes_with_the_same_result():
         return block(x)
 
     whole = calibrate(block, calls)
-    need = 12 * 12 * 40 / 1e9  # one input at a time
+    need = peak_bytes([12], 1, "cpu") / 1e9  # one input at a time
     split = calibrate_modules(
         modules_of(block),
         forward,

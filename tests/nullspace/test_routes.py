@@ -12,7 +12,9 @@ from routes import PLANS_OF_RANKS, WIDTH, Routes, calibrated, calls_of
 from torch import Tensor
 from two_ranks import routes_job, spawn
 
-ONE_INPUT = WIDTH * WIDTH * 40 / 1e9
+from nspo_lightning.nullspace.budget import peak_bytes
+
+ONE_INPUT = peak_bytes([WIDTH], 1, "cpu") / 1e9
 BUDGETS = {
     "none": None,
     "one input": 1.05 * ONE_INPUT,

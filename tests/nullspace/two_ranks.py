@@ -76,12 +76,14 @@ def routes_job(rank: int, folder: Path) -> dict[str, Any]:
     """Calibrate on text whose batches take different routes; the bases by layer."""
     from routes import PLANS_OF_RANKS, WIDTH, Routes, calibrated, calls_of
 
+    from nspo_lightning.nullspace.budget import peak_bytes
+
     torch.manual_seed(0)
     model, calls = Routes("abcd"), calls_of(PLANS_OF_RANKS)
     found = {
         "none": calibrated(model, calls),
-        "one input": calibrated(model, calls, 1.05 * WIDTH * WIDTH * 40 / 1e9),
-        "sharded": calibrated(model, calls[rank::2], 1.05 * WIDTH * WIDTH * 40 / 1e9, sharded=True),
+        "one input": calibrated(model, calls, 1.05 * peak_bytes([WIDTH], 1, "cpu") / 1e9),
+        "sharded": calibrated(model, calls[rank::2], 1.05 * peak_bytes([WIDTH], 1, "cpu") / 1e9, sharded=True),
     }
     return {name: {layer: c.basis_of(layer) for layer in model.layers} for name, c in found.items()}
 
