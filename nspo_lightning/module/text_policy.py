@@ -18,6 +18,7 @@ from nspo_lightning.policy.parts import causal_model, text_setting
 from nspo_lightning.policy.sampling_weights import Mode, SamplingWeights, choose_sampling_weights
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
+from nspo_lightning.policy.vocabulary import check_vocabulary
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.places import Places
 
@@ -46,6 +47,7 @@ class TextPolicy:
     def load(self, device: torch.device) -> nn.Module:
         """Load base and adapter and return the model, ready to train; all ranks load together."""
         self.model = load_policy(self.settings, device)
+        check_vocabulary(self.model, self.tokenizer, self.settings)
         self._weights, note = choose_sampling_weights(self.model, self.settings)
         if note:
             rank_zero_info(note)
