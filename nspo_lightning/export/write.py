@@ -13,7 +13,7 @@ import torch
 
 from nspo_lightning.atomic import replacing_folder
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
-from nspo_lightning.compat.peft import DOWN, UP, name_in_file
+from nspo_lightning.compat.peft import DOWN, MODEL_PREFIX, UP, name_in_file
 from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences, untied_sentences
 from nspo_lightning.export.merge import Dtype, certificates, merge_, merged_from, unquantised_base
 from nspo_lightning.export.outputs import OutputsBefore
@@ -59,9 +59,9 @@ def _write_adapter(source: ExportSource, folder: Path) -> None:
         "base_model_name_or_path": source.settings.model_path,
         "revision": source.settings.revision,
         "inference_mode": True,
+        # By whole names: parts that no text reaches may have layers of the same names.
+        "target_modules": sorted(name.removeprefix(PREFIX).removeprefix(MODEL_PREFIX) for name in layers),
     }
-    if lora.target_modules == "all-linear":  # it becomes the names that it stood for, as PEFT itself does
-        changes["target_modules"] = sorted({name.rpartition(".")[2] for name in layers})
     lora_config(lora, **changes).save_pretrained(str(folder))
     tensors = {}
     for name, layer in layers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from nspo_lightning.compat.peft import is_lora_parameter
 from nspo_lightning.nullspace.modes import adapted_models
+from nspo_lightning.policy.reach import beyond_text, inside
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.policy.tied import untie_adapted_
 
@@ -37,15 +39,32 @@ def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
                 "`policy.lora: null` trains all weights, which 4-bit ones can't be. "
                 "Set `policy.quantization: none`, or give `policy.lora`."
             )
-        return cast(nn.Module, base.requires_grad_(True))
+        base.requires_grad_(True)
+        for name in _left_out(base):
+            base.get_submodule(name).requires_grad_(False)
+        return cast(nn.Module, base)
+    left_out = _left_out(base)
+    changes = {"exclude_modules": inside(left_out)} if left_out else {}
     try:
-        policy: nn.Module = get_peft_model(base, lora_config(settings.lora))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You have passed exclude_modules")  # no target was among them
+            policy: nn.Module = get_peft_model(base, lora_config(settings.lora, **changes))
     except ValueError as error:
         raise PolicyError(f"`policy.lora` does not fit the model: {error}") from error
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return policy
+
+
+def _left_out(base: PreTrainedModel) -> list[str]:
+    """Return what text never reaches, and say that it is not trained."""
+    names = beyond_text(base)
+    if names:
+        warnings.warn(
+            f"No text reaches {', '.join(names)} of {type(base).__name__}: nothing is trained there.", stacklevel=3
+        )
+    return names
 
 
 def _check_merge(settings: PolicySettings) -> None:

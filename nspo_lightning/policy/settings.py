@@ -22,7 +22,8 @@ class LoraSettings:
         r: Rank.
         alpha: Scaling numerator; the update is ``alpha / r * B A`` (``alpha / sqrt(r)`` with `use_rslora`).
         dropout: Dropout before A in training; it loosens the null-space promise in train mode, so 0 by default.
-        target_modules: Names of linear layers, or "all-linear" (all but the output head).
+        target_modules: Names of linear layers, or "all-linear" (all but the output head). What text never reaches, such
+            as a vision tower, gets no adapter.
         use_rslora: Scale by ``alpha / sqrt(r)``.
     """
 
