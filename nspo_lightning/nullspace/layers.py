@@ -178,8 +178,8 @@ def _adapter_obstacle(
     if adapter.raw_parameter is not None:
         return (
             f"it adapts the raw parameter {adapter.raw_parameter!r} (mixture-of-experts weights), whose inputs no "
-            "module sees",
-            "Target linear layers instead of `target_parameters`",
+            "module shows",
+            "Adapt attention layers alone, by name (LoRA: `target_modules: [q_proj, k_proj, v_proj, o_proj]`)",
         )
     if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
         return ("it is an adapter of a convolution, not of a linear map", "Leave convolutions out of `target_modules`")
@@ -247,6 +247,9 @@ def _refuse(name: str, parameter: nn.Parameter, target_modules: str | Sequence[s
     elif name.endswith("bias"):
         reason = "a trained bias moves the outputs on every input"
         cure = "Freeze it (LoRA: bias='none', lora_bias=False)"
+    elif parameter.ndim == 3:
+        reason = f"its shape {tuple(parameter.shape)} is that of several experts' weights, whose inputs no module shows"
+        cure = "Freeze it"
     elif parameter.ndim == 1:
         reason, cure = "a trained scale (normalisation) moves the outputs on every input", "Freeze it"
     else:
