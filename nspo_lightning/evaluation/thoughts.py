@@ -1,36 +1,71 @@
-"""A completion of a policy that thinks first: what it thought, and its answer."""
+"""A completion of a policy that thinks first: where the thought ends, and what the answer is.
+
+As servers split them: a thought stands at the beginning, and ends with the first closing mark. Marks further on are
+text, so that nothing can be hidden from a judge by them.
+"""
 
 from __future__ import annotations
 
 import re
 
-OPENINGS = ("<think>", "<thinking>", "<|begin_of_thought|>", "[THINK]")
-"""What begins a thought: Qwen3, DeepSeek R1 and their like; others'; Magistral."""
-CLOSINGS = ("</think>", "</thinking>", "<|end_of_thought|>", "[/THINK]")
-"""What ends it."""
-_MARK = re.compile("|".join(re.escape(mark) for mark in (*OPENINGS, *CLOSINGS)))
+THOUGHT_MARKS = {
+    "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "[THINK]": "[/THINK]",
+}
+"""What begins and ends a thought: DeepSeek R1, Qwen3 and their like; others; Magistral."""
+_OPENING = re.compile("|".join(map(re.escape, THOUGHT_MARKS)))
+_CLOSING = re.compile("|".join(map(re.escape, THOUGHT_MARKS.values())))
 
 
 def answer_of(completion: str) -> str:
-    r"""Return the answer after the thought; a completion without a thought is its answer.
+    r"""Return the answer after the thought; a completion without a thought is its answer, as it is.
 
-    What stands before the last closing mark is thought, also where the prompt had opened it. A thought that does not
-    end has no answer: "" is returned, and whoever judges that calls it garbage.
+    A closing mark alone ends a thought that the prompt had opened. A thought that does not end has no answer: "" is
+    returned, which judges call garbage. Marks in the answer get a space inside, so that its answer is itself.
 
     Example:
         >>> answer_of("<think>2 + 3 is 5</think> 5"), answer_of("2 + 3 is 5</think>\n\n5"), answer_of("<think>2 + 3")
         ('5', '5', '')
-        >>> answer_of("5 ")
-        '5 '
+        >>> answer_of("5 "), answer_of("Sure <think>no</think> yes")
+        ('5 ', 'Sure <think>no</think> yes')
     """
-    marks = list(_MARK.finditer(completion))
-    if not marks:
+    opening, closing = _OPENING.search(completion), _CLOSING.search(completion)
+    opened = opening is not None and not completion[: opening.start()].strip()
+    if opened and closing is None:
+        return ""
+    if closing is None or (opening is not None and not opened and opening.start() < closing.start()):
         return completion
-    last = marks[-1]
-    return "" if last.group() in OPENINGS else completion[last.end() :].strip()
+    return without_marks(completion[closing.end() :]).strip()
 
 
-def opens_thought(prompt: str) -> bool:
-    """Whether a rendered prompt ends inside a thought, so that the completion goes on with it."""
-    marks = list(_MARK.finditer(prompt))
-    return bool(marks) and marks[-1].group() in OPENINGS and not prompt[marks[-1].end() :].strip()
+def is_unfinished(completion: str) -> bool:
+    """Whether a completion is a thought that does not end: cut, and no answer."""
+    return bool(completion.strip()) and not answer_of(completion) and _CLOSING.search(completion) is None
+
+
+def without_marks(text: str) -> str:
+    """Return a text with a space inside each mark of a thought, which makes it text."""
+    for pattern in (_OPENING, _CLOSING):
+        text = pattern.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", text)
+    return text
+
+
+def open_thought(prompt: str) -> str:
+    """Return the end of a rendered prompt from the mark on that opens a thought for the completion; else ""."""
+    marks = list(_OPENING.finditer(prompt))
+    return prompt[marks[-1].start() :] if marks and not prompt[marks[-1].end() :].strip() else ""
+
+
+def completion_with_thought(completion: str, prompt: str) -> str:
+    """Return a completion that shows by itself what its thought is.
+
+    Where the rendered prompt had opened a thought, the completion begins with that; where not, a closing mark without
+    an opening one is text, or a policy could hide from a judge all that stands before it.
+    """
+    if opened := open_thought(prompt):
+        return opened + completion
+    answer = answer_of(completion)
+    starts_open = _OPENING.match(completion.lstrip())
+    return completion if starts_open or answer == completion else without_marks(completion)

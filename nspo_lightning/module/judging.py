@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.outcomes import checked_outcomes
@@ -51,7 +52,7 @@ def name_outcomes(
             model need not judge everything twice.
         judge: Who is asked otherwise.
         prompts: One for each completion.
-        texts: The completions.
+        texts: The completions; a thought is not shown to the judge.
         columns: Other columns of the data, a value for each completion.
 
     Returns:
@@ -62,7 +63,8 @@ def name_outcomes(
     outcomes: list[Outcome | None] = []
     failed: RewardError | None = None
     try:
-        outcomes = checked_outcomes(judge.classify(prompts, texts, **columns), len(texts))
+        answers = [answer_of(text) for text in texts]
+        outcomes = checked_outcomes(judge.classify(prompts, answers, **columns), len(texts))
     except RewardError as error:
         failed = error
     raise_on_all_ranks(failed)

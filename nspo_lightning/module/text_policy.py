@@ -21,6 +21,7 @@ from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
 from nspo_lightning.policy.vocabulary import check_vocabulary
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.places import Places
+from nspo_lightning.rollout.texts import completion_texts
 
 
 class TextPolicy:
@@ -152,9 +153,8 @@ class TextPolicy:
         return rollout, self.decode(rollout)
 
     def decode(self, rollout: Rollout) -> list[str]:
-        """Return the completions as text."""
-        texts: list[str] = self.tokenizer.batch_decode(rollout.completion_tokens(), skip_special_tokens=True)
-        return texts
+        """Return the completions as text; see `completion_texts`."""
+        return completion_texts(self.tokenizer, rollout)
 
     def render(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Render texts or chats with the chat template, as a batch that `generate` takes."""

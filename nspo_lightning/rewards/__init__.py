@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards.compose import RewardResult, RewardSet
 from nspo_lightning.rewards.function import FunctionReward
 from nspo_lightning.rewards.judges.classifier import ClassifierJudge, ClassifierReward
@@ -47,5 +48,6 @@ __all__ = [
     "SafetyAndAnswers",
     "ServerJudge",
     "Text",
+    "answer_of",
     "judge_in",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nspo_lightning.atomic import whole
+from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards.protocol import Text
 
 
@@ -15,6 +16,18 @@ def content_text(content: Any) -> str:
     if isinstance(content, str):
         return whole(content)
     return whole("".join(part.get("text", "") for part in content if part.get("type", "text") == "text"))
+
+
+def answer_text(completion: Text) -> str:
+    """Read a completion's answer, without the thought before it, as one string; see `answer_of`."""
+    return answer_of(as_text(completion))
+
+
+def without_thought(completion: Text) -> Text:
+    """Return a completion of the same form that is its answer alone."""
+    if isinstance(completion, str) or not completion:
+        return answer_text(completion)
+    return [*completion[:-1], {**completion[-1], "content": answer_text(completion)}]
 
 
 def as_text(text: Text) -> str:
@@ -36,9 +49,10 @@ def transcript(prompt: Text) -> str:
 
 
 def as_chat(prompt: Text, completion: Text) -> list[dict[str, Any]]:
-    """Join a prompt and its completion, each a string or messages, into one conversation with string contents."""
+    """Join a prompt and the answer to it, each a string or messages, into one conversation with string contents."""
     head: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    tail: Any = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    answer = without_thought(completion)
+    tail: Any = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     return [
         {"role": str(turn.get("role", "user")), "content": content_text(turn.get("content"))} for turn in [*head, *tail]
     ]

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, cast
 
+from nspo_lightning.rewards.messages import without_thought
 from nspo_lightning.rewards.protocol import (
     OUTCOMES,
     AsyncJudge,
@@ -23,7 +24,7 @@ from nspo_lightning.rewards.protocol import (
 
 
 class JudgedReward(Reward):
-    """Base of rewards that ask a judge and make numbers of its outcomes.
+    """Base of rewards that ask a judge about answers (completions without their thoughts) and make numbers of outcomes.
 
     A judge that can be awaited is awaited. The outcomes also go to the completions table as `<name>/outcome`, if the
     caller keeps one (TRL's `log_extra`).
@@ -50,17 +51,19 @@ class JudgedReward(Reward):
         """Score one batch and keep what the judge said; awaitable if the reward is async."""
         if self.is_async:
             return self._judged_later(prompts, completions, columns)
-        outcomes = checked_outcomes(self.judge.classify(prompts, completions, **columns), len(completions))
+        answers = [without_thought(completion) for completion in completions]
+        outcomes = checked_outcomes(self.judge.classify(prompts, answers, **columns), len(completions))
         arguments = {**columns, "prompts": prompts, "completions": completions}
         return self._reported(outcomes, cast("Scores", self.scores(outcomes, arguments)), columns)
 
     async def _judged_later(
         self, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Any]
     ) -> Judged:
+        answers = [without_thought(completion) for completion in completions]
         if isinstance(self.judge, AsyncJudge):
-            said = await self.judge.aclassify(prompts, completions, **columns)
+            said = await self.judge.aclassify(prompts, answers, **columns)
         else:
-            said = await asyncio.to_thread(self.judge.classify, prompts, completions, **columns)
+            said = await asyncio.to_thread(self.judge.classify, prompts, answers, **columns)
         outcomes = checked_outcomes(said, len(completions))
         # On a thread: a reward model among what makes the scores would block the loop.
         arguments = {**columns, "prompts": prompts, "completions": completions}

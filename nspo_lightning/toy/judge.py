@@ -13,7 +13,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from nspo_lightning.rewards.messages import as_text
+from nspo_lightning.rewards.messages import answer_text
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, Text
 from nspo_lightning.toy.world import REFUSALS
 
@@ -41,11 +41,11 @@ class TownJudge(Judge, Reward):
 
     @override
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
-        return [self.scores[self._outcome(as_text(text))] for text in completions]
+        return [self.scores[self._outcome(answer_text(text))] for text in completions]
 
     @override
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
-        return [self._outcome(as_text(text)) for text in completions]
+        return [self._outcome(answer_text(text)) for text in completions]
 
     @staticmethod
     def _outcome(text: str) -> Outcome:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.rewards.judges.local_model import (
     DType,
     context_limit,
@@ -20,7 +21,7 @@ from nspo_lightning.rewards.judges.local_model import (
 from nspo_lightning.rewards.judges.score_head import is_score_checkpoint, load_score_model
 from nspo_lightning.rewards.judges.structure import Chat, Marks, control_tokens, harmless
 from nspo_lightning.rewards.judges.verdicts import Verdict, outcomes_of
-from nspo_lightning.rewards.messages import as_chat, as_text, transcript
+from nspo_lightning.rewards.messages import answer_text, as_chat, as_text, transcript
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
 
 _BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}{eos}"
@@ -117,18 +118,18 @@ class ClassifierReward(Reward):
         self._model, self._tokenizer = model, tokenizer
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
-        """Give `scale * score + shift` for each completion."""
+        """Give `scale * score + shift` for each completion's answer; None for a thought that does not end."""
         self.prepare()
         texts = enumerate(zip(prompts, completions, strict=True))
         rows = [self._encode(i, prompt, completion) for i, (prompt, completion) in texts]
-        scores = [0.0] * len(rows)
+        scores: list[float | None] = [0.0] * len(rows)
         device = next(self._model.parameters()).device
         ids = [row["input_ids"] for row in rows]
         for group, inputs in padded_batches(ids, self.batch_size, self._pad_token_id, device, "right"):
             if "token_type_ids" in rows[0]:
                 inputs["token_type_ids"] = padded([rows[i]["token_type_ids"] for i in group], 0, "right").to(device)
             for i, score in zip(group, self._scores(inputs), strict=True):
-                scores[i] = self.scale * score + self.shift
+                scores[i] = None if is_unfinished(as_text(completions[i])) else self.scale * score + self.shift
         return scores
 
     def metrics(self) -> dict[str, float]:
@@ -144,7 +145,8 @@ class ClassifierReward(Reward):
         return list(logits[:, self._column].tolist())
 
     def _encode(self, index: int, prompt: Text, completion: Text) -> dict[str, list[int]]:
-        encoded = self._tokens(prompt, as_text(completion))
+        answer = answer_text(completion)
+        encoded = self._tokens(prompt, answer)
         limit = self.max_tokens or len(encoded["input_ids"])
         over = len(encoded["input_ids"]) - limit
         if over <= 0:
@@ -156,7 +158,7 @@ class ClassifierReward(Reward):
                 self.name,
             )
         self.truncated += 1
-        ids = self._tokenizer(as_text(completion), add_special_tokens=False)["input_ids"]
+        ids = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
         while over > 0 and ids:  # cutting the text and encoding again keeps the template's end in place
             ids = ids[: max(0, len(ids) - over)]
             encoded = self._tokens(prompt, self._tokenizer.decode(ids, skip_special_tokens=True))

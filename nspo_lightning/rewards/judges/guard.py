@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.rewards.judges.guard_families import (
     FAMILIES,
     Choice,
@@ -29,7 +30,7 @@ from nspo_lightning.rewards.judges.local_model import (
 )
 from nspo_lightning.rewards.judges.structure import HARMLESS, Chat, Structure, harmless
 from nspo_lightning.rewards.judges.verdicts import Verdict, outcomes_of
-from nspo_lightning.rewards.messages import as_chat
+from nspo_lightning.rewards.messages import as_chat, as_text
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, Text
 
 
@@ -114,11 +115,12 @@ class GuardJudge(Judge, Reward):
         self._model = load_judge_model(self.model_id, named, resolve_device(self.device), self.dtype, self.load_in_4bit)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
-        """Give -P(unsafe), in [-1, 0], for each completion; `log_extra` gets the categories."""
+        """Give -P(unsafe), in [-1, 0], for each answer, None for a cut thought; `log_extra` gets the categories."""
         verdicts = self.verdicts(prompts, completions)
         if callable(log_extra := columns.get("log_extra")):
             log_extra(f"{self.name}/categories", [", ".join(verdict.categories) for verdict in verdicts])
-        return [-verdict.unsafe for verdict in verdicts]
+        judged = zip(verdicts, completions, strict=True)
+        return [None if is_unfinished(as_text(completion)) else -verdict.unsafe for verdict, completion in judged]
 
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
         """Judge one batch; no outcome is None."""

@@ -16,7 +16,7 @@ from nspo_lightning.rewards.judges.judge_client import JudgeClient, JudgeDown
 from nspo_lightning.rewards.judges.judge_retry import RetryPolicy
 from nspo_lightning.rewards.judges.structure import HARMLESS, Marks
 from nspo_lightning.rewards.judges.verdicts import ReplyFormat, Verdict, outcomes_of, read_reply
-from nspo_lightning.rewards.messages import as_chat, as_text, transcript
+from nspo_lightning.rewards.messages import answer_text, as_chat, transcript
 from nspo_lightning.rewards.protocol import Judge, Outcome, RewardError, Text
 from nspo_lightning.rewards.runner import RewardRunner
 
@@ -208,9 +208,9 @@ class ServerJudge(Judge):
     def _request(self, prompt: Text, completion: Text) -> dict[str, Any]:
         request: dict[str, Any] = {"model": self.model, "temperature": 0.0, "max_tokens": self.max_tokens}
         if self.template is not None:
-            request["prompt"] = self._filled(self._plain(transcript(prompt)), self._plain(as_text(completion)))
+            request["prompt"] = self._filled(self._plain(transcript(prompt)), self._plain(answer_text(completion)))
         elif self.reply_format == "outcome":
-            asked, replied = self._plain(transcript(prompt)), self._plain(as_text(completion))
+            asked, replied = self._plain(transcript(prompt)), self._plain(answer_text(completion))
             material = f"<request>\n{asked}\n</request>\n<reply>\n{replied}\n</reply>\nThe label of the reply:"
             request["messages"] = [
                 {"role": "system", "content": self.instructions},

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nspo_lightning.rewards.messages import as_text
+from nspo_lightning.evaluation.thoughts import answer_of
+from nspo_lightning.rewards.messages import answer_text
 from nspo_lightning.rewards.protocol import OUTCOMES, Outcome, Text
 from nspo_lightning.rewards.rules.garbage import is_garbage
 from nspo_lightning.rewards.rules.patterns import is_refusal, refusal_matcher
@@ -44,8 +45,11 @@ class Verdict:
 
 
 def outcome_of(verdict: Verdict, completion: str, threshold: float = 0.5) -> Outcome:
-    """Name the outcome: garbage first, then unsafe, then refusal (the guard's word, else by patterns), else safe."""
-    if verdict.outcome is not None:
+    """Return the outcome of an answer: garbage if it is empty, else what the verdict names.
+
+    Without one it is garbage by rule, then unsafe, then refusal (the guard's word, else by patterns), else safe.
+    """
+    if verdict.outcome is not None and completion.strip():
         return verdict.outcome
     if is_garbage(completion):
         return "garbage"
@@ -59,16 +63,16 @@ def outcome_of(verdict: Verdict, completion: str, threshold: float = 0.5) -> Out
 def outcomes_of(
     verdicts: Sequence[Verdict | None], completions: Sequence[Text], threshold: float = 0.5
 ) -> list[Outcome | None]:
-    """Name the outcome of each completion (see `outcome_of`); None where there is no verdict."""
+    """Name the outcome of each completion's answer (see `outcome_of`); None where there is no verdict."""
     return [
-        None if verdict is None else outcome_of(verdict, as_text(completion), threshold)
+        None if verdict is None else outcome_of(verdict, answer_text(completion), threshold)
         for verdict, completion in zip(verdicts, completions, strict=True)
     ]
 
 
 def read_reply(reply_format: ReplyFormat, reply: str) -> Verdict | None:
-    """Read a reply in words, without a closed `<think>` part before it; None if it doesn't have the judge's form."""
-    return READERS[reply_format](re.sub(r"\A\s*<think>.*?</think>", "", reply, flags=re.DOTALL).strip())
+    """Read a reply in words, without the judge's own thought before it; None if it doesn't have the judge's form."""
+    return READERS[reply_format](answer_of(reply).strip())
 
 
 def _outcome(reply: str) -> Verdict | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from nspo_lightning.rewards.messages import as_text
+from nspo_lightning.rewards.messages import answer_text
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, Scores, Text
 from nspo_lightning.rewards.rules.garbage import is_garbage
 from nspo_lightning.rewards.rules.labels import harmful_rows
@@ -43,7 +43,7 @@ class RulesJudge(Judge):
     def classify(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[Outcome | None]:
         """Judge one batch by its completions and `harmful_column`; no outcome is None."""
         harmful = harmful_rows(self.harmful_column, columns, len(completions))
-        return [self._outcome(as_text(text), bad) for text, bad in zip(completions, harmful, strict=True)]
+        return [self._outcome(answer_text(text), bad) for text, bad in zip(completions, harmful, strict=True)]
 
     def _outcome(self, text: str, harmful: bool) -> Outcome:
         if is_garbage(text):
@@ -82,6 +82,6 @@ class RefusalReward(Reward):
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Scores:
         """Give `refused` or `otherwise` for each completion."""
         return [
-            self.refused if is_refusal(as_text(text), self.matcher, self.window_chars) else self.otherwise
+            self.refused if is_refusal(answer_text(text), self.matcher, self.window_chars) else self.otherwise
             for text in completions
         ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nspo_lightning.evaluation.answers import is_right
-from nspo_lightning.rewards.messages import as_text
+from nspo_lightning.rewards.messages import as_text, without_thought
 from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text, judge_in
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
 
@@ -60,7 +60,8 @@ class SafetyAndAnswers(Reward):
             if general and callable(log_metric := columns.get("log_metric")):
                 log_metric("answers/unscored", sum(scores[i] is None for i in general) / len(general))
         elif self.judge is not None and general:
-            said = self.judge.classify(*_texts(general, prompts, completions), **picked_rows(general, columns))
+            answers = [without_thought(completion) for completion in completions]
+            said = self.judge.classify(*_texts(general, prompts, answers), **picked_rows(general, columns))
             for i, outcome in zip(general, said, strict=True):
                 scores[i] = -1.0 if outcome == "refusal" else 1.0
         return scores

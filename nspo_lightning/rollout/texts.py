@@ -1,0 +1,36 @@
+"""Completions as text: without control tokens, but with the marks of a thought, also of one that the prompt opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nspo_lightning.evaluation.thoughts import THOUGHT_MARKS, completion_with_thought
+from nspo_lightning.grpo import Rollout
+
+_PROMPT_END_TOKENS = 32  # a template opens a thought in its last few tokens
+
+
+def completion_texts(tokenizer: Any, rollout: Rollout) -> list[str]:
+    """Return the P * G completions of a rollout as text; see `completion_with_thought`."""
+    ends = rollout.prompt_ids[:, -_PROMPT_END_TOKENS:]
+    prompts: list[str] = tokenizer.batch_decode(ends, skip_special_tokens=False)
+    texts = _decoded(tokenizer, rollout.completion_tokens())
+    return [completion_with_thought(text, prompts[i // rollout.group_size]) for i, text in enumerate(texts)]
+
+
+def _decoded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    marks = {*THOUGHT_MARKS, *THOUGHT_MARKS.values()}
+    special = {int(tokenizer.convert_tokens_to_ids(mark)): mark for mark in marks & set(tokenizer.all_special_tokens)}
+    if not special:
+        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return texts
+    return ["".join(_pieces(tokenizer, row, special)) for row in rows]
+
+
+def _pieces(tokenizer: Any, row: Sequence[int], special: dict[int, str]) -> list[str]:
+    pieces, start = [], 0
+    for place in [i for i, token in enumerate(row) if token in special]:
+        pieces += [tokenizer.decode(row[start:place], skip_special_tokens=True), special[row[place]]]
+        start = place + 1
+    return [*pieces, tokenizer.decode(row[start:], skip_special_tokens=True)]
