@@ -38,6 +38,7 @@ from nspo_lightning.callbacks.null_space.unprotected import (
     refuse_strategy,
     report_unprotected,
     require_float32,
+    without_layers,
 )
 from nspo_lightning.callbacks.null_space.verification import EndToEndCheck, Verification
 from nspo_lightning.callbacks.null_space.watch import (
@@ -53,6 +54,7 @@ from nspo_lightning.nullspace import (
     Calibration,
     LayerCertificate,
     LayerPlan,
+    UnheldLayersError,
     calibrate_modules,
     plan_layers,
     save_calibration,
@@ -214,15 +216,8 @@ class NullSpaceProjection(Callback):
         require_float32(plan)
         self._still = hold_statistics(pl_module, self.unprotected)
         self._normalised = self.unprotected != "warn" and bool(running_statistics(pl_module))
-        references: dict[str, Tensor] = self._resumed.get("references", {})
-        self._hold = Hold(
-            plan.layers,
-            references=references,
-            project_gradients=self.project_gradients,
-            project_displacement=self.project_displacement,
-        )
-        with self._hold.at_start():
-            calibration = self._obtain_bases(trainer, pl_module, plan)
+        plan, calibration, without_basis = self._take_hold(trainer, pl_module, plan)
+        to_freeze += without_basis
         self._hold.set_bases(calibration)
         self._hold.refuse_swapping(trainer.optimizers)
         self._hold.freeze_(to_freeze)
@@ -241,6 +236,28 @@ class NullSpaceProjection(Callback):
         self._hold.hook(lambda optimizer: trained.check(optimizer, pl_module, self.unprotected))
         self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
         log_start(trainer, calibration)
+
+    def _take_hold(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: LayerPlan
+    ) -> tuple[LayerPlan, Calibration, list[nn.Parameter]]:
+        """Hold the layers that there are bases for, and return them, the bases, and what else is to be frozen."""
+        references: dict[str, Tensor] = self._resumed.get("references", {})
+        frozen: list[nn.Parameter] = []
+        while True:
+            self._hold = Hold(
+                plan.layers,
+                references=references,
+                project_gradients=self.project_gradients,
+                project_displacement=self.project_displacement,
+            )
+            try:
+                with self._hold.at_start():
+                    return plan, self._obtain_bases(trainer, pl_module, plan), frozen
+            except UnheldLayersError as error:
+                if self.unprotected == "error":
+                    raise
+                plan, parameters = without_layers(plan, error.names, self.unprotected)
+                frozen += parameters
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainedParameters:
         """Note what outputs, buffers and trained parameters are at the start."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -27,6 +27,7 @@ from nspo_lightning.nullspace import (
     Calibration,
     ForwardCall,
     ProtectedLayer,
+    UnheldLayersError,
     load_calibration,
     save_calibration,
 )
@@ -49,6 +50,10 @@ def is_sharded(batches: Iterable[Any]) -> bool:
     """Return whether a distributed sampler gives each rank batches of its own."""
     # Batches that are the same on all ranks are dealt out to them; dealing twice would lose the others.
     return isinstance(batches, DataLoader) and isinstance(batches.sampler, DistributedSampler)
+
+
+class MissingBasesError(MisconfigurationException, UnheldLayersError):
+    """Layers that a basis file has no basis for, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +150,10 @@ class BasisSource:
         modules = {layer.name: layer.module for layer in layers}
         missing = set(modules) - calibration.layer_names()
         if missing:
-            raise MisconfigurationException(
+            raise MissingBasesError(
+                missing,
                 f"The basis file {path} has no basis for {len(missing)} trained layers: {sorted(missing)[:5]}. "
-                "Calibrate with the same `target_modules`."
+                "Calibrate with the same `target_modules`.",
             )
         model = model_fingerprint(pl_module, modules, str(trainer.precision))
         changed = {"trained", "buffers"} if earlier is not None else set()  # weights have been trained since
@@ -192,6 +198,8 @@ class BasisSource:
         Raises:
             MisconfigurationException: If nobody provides any.
         """
+        if isinstance(self.source, Iterator):  # it runs once, and may be needed again
+            self.source = list(itertools.islice(self.source, self.limit_batches))
         if self.source is not None and not isinstance(self.source, (str, PathLike)):
             return self.source
         for owner in (datamodule_of(trainer), pl_module):

@@ -45,6 +45,22 @@ def report_unprotected(
     return [refusal.parameter for refusal in plan.refusals] if mode == "freeze" else []
 
 
+def without_layers(plan: LayerPlan, names: frozenset[str], mode: Unprotected) -> tuple[LayerPlan, list[nn.Parameter]]:
+    """Return a plan without layers that have no basis, and their parameters if they are to be frozen; it is said.
+
+    Raises:
+        MisconfigurationException: If nothing is left to hold.
+    """
+    gone = [layer for layer in plan.layers if layer.name in names]
+    rest = LayerPlan(layers=tuple(layer for layer in plan.layers if layer.name not in names), refusals=())
+    shown = ", ".join(layer.name for layer in gone[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
+    fate = "do not train" if mode == "freeze" else "train freely and may move general outputs"
+    rank_zero_warn(f"{len(gone)} layers have no basis (no calibration text reaches them) and {fate}: {shown}")
+    report_unprotected(rest, mode, None)
+    parameters = [p for layer in gone for p in (layer.matrix, layer.output) if p is not None and p.requires_grad]
+    return rest, parameters if mode == "freeze" else []
+
+
 def refuse_strategy(trainer: pl.Trainer) -> None:
     """Refuse strategies whose weights or gradients cannot be reached.
 

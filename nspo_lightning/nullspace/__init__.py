@@ -2,7 +2,7 @@
 
 from nspo_lightning.nullspace.basis import Basis, Spectrum, build_basis, build_soft_basis, decompose
 from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, bases_from_spectra
-from nspo_lightning.nullspace.calibration import calibrate_modules
+from nspo_lightning.nullspace.calibration import UnheldLayersError, calibrate_modules
 from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.criteria import CRITERIA, NoNullDirections, RankChoice, choose_rank, energy_left
 from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify, table_rows
@@ -26,6 +26,7 @@ __all__ = [
     "Refusal",
     "SecondMoment",
     "Spectrum",
+    "UnheldLayersError",
     "apply",
     "bases_from_spectra",
     "build_basis",

@@ -39,6 +39,14 @@ from nspo_lightning.nullspace.sketch import (
 )
 
 
+class UnheldLayersError(ValueError):
+    """Layers that have no basis, by name."""
+
+    def __init__(self, names: Iterable[str], message: str) -> None:
+        super().__init__(message)
+        self.names = frozenset(names)
+
+
 @torch.no_grad()
 def calibrate_modules(
     modules: Mapping[str, nn.Module],
@@ -70,7 +78,8 @@ def calibrate_modules(
         The calibration, the same on every rank.
 
     Raises:
-        ValueError: If there are no batches, no rows that count, or layers that were never called.
+        ValueError: If there are no batches or no rows that count.
+        UnheldLayersError: If there are layers that were never called.
     """
     report = progress or (lambda *_: None)
     text = CalibrationText(modules=modules, forward=forward, calls=calls, sharded=sharded, report=report)
@@ -115,10 +124,12 @@ def _collect(
     called = {name for names in groups.values() for name in names}
     silent = [name for name in text.modules if name not in called]
     if silent:
-        raise ValueError(
+        raise UnheldLayersError(
+            silent,
             f"{len(silent)} of {len(text.modules)} layers saw no input during calibration, so nothing can protect "
             f"them: {', '.join(silent[:5])}{' ...' if len(silent) > 5 else ''}. Their weights are used without calling "
-            "the module (as torch.nn.MultiheadAttention does), or no text reaches them. Freeze them or leave them out."
+            "the module (as torch.nn.MultiheadAttention does), or no text reaches them. Freeze them "
+            "(`unprotected='freeze'`) or leave them out (`target_modules`).",
         )
     plan.settle(groups, apart, only)
     firsts = [first for first in groups if first not in apart and (only is None or first in only)]
