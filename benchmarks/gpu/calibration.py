@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from nspo_lightning.nullspace import BasisSettings, ForwardCall, calibrate_modul
 from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.loading import load_policy
 
-PLAIN_SHARE, LARGEST_RATIO = 0.15, 3.0  # of the time for plain forwards; what collecting may cost before texts are cut
+PLAIN_SHARE = 0.1  # of the time, for plain forwards: collecting takes a multiple, and bases come after
 
 
 class OutOfTimeError(Exception):
@@ -27,21 +28,21 @@ class OutOfTimeError(Exception):
 class Stages:
     """Notes when calibration begins to make bases, and each of them."""
 
-    def __init__(self, device: Device, record: Record) -> None:
-        self._device, self._record = device, record
+    def __init__(self, device: Device, record: Record, collected: Callable[[float], None]) -> None:
+        self._device, self._record, self._collected = device, record, collected
         self.begin = device.now()
         self.times: list[float] = []
 
     def __call__(self, stage: str, done: int) -> None:
         """Take a report of `calibrate_modules`: "layers" comes before each basis."""
-        if stage == "layers":
-            self.times.append(self._device.now())
-            if self._record.left() < 5:
-                raise OutOfTimeError
-
-    def collecting(self) -> float:
-        """Return the seconds before the first basis."""
-        return self.times[0] - self.begin
+        if stage != "layers":
+            return
+        self.times.append(self._device.now())
+        if len(self.times) == 1:
+            self._collected(self.times[0] - self.begin)
+        longest = max((b - a for a, b in itertools.pairwise(self.times)), default=0.0)
+        if self._record.left() < max(5.0, 1.3 * longest):
+            raise OutOfTimeError
 
 
 def measure(scale: Scale, device: Device, record: Record, folder: Path) -> dict[str, Any]:
@@ -64,24 +65,21 @@ def measure(scale: Scale, device: Device, record: Record, folder: Path) -> dict[
         calls = calls[: max(min(fit, len(calls)), 1)]
         plain = seconds_of(device, lambda: [forward(**call.kwargs) for call in calls])
         device.clear()
-        stages, whole = Stages(device, record), True
+        texts = sum(len(call.kwargs["input_ids"]) for call in calls)
+        found: dict[str, Any] = {"texts": texts, "tokens": texts * scale.text_tokens, "forward_s": plain, "said": heard}
+
+        def collected(seconds: float) -> None:
+            found.update(collecting_s=seconds, ratio=seconds / plain, collecting_gb=device.peak_gb())
+            record.add("calibration", found)  # now: one basis more may be one too many
+
+        stages, whole = Stages(device, record, collected), True
         try:
             calibrate_modules(modules, forward, lambda: calls, BasisSettings(), progress=stages)
         except OutOfTimeError:
             whole = False
         end = device.now()
-    texts = sum(len(call.kwargs["input_ids"]) for call in calls)
-    found = {
-        "texts": texts,
-        "tokens": texts * scale.text_tokens,
-        "forward_s": plain,
-        "collecting_s": stages.collecting(),
-        "ratio": stages.collecting() / plain,
-        "peak_gb": device.peak_gb(),
-        "bases_whole": whole,
-        "said": heard,
-    }
-    return found | bases_of(scale, [b - a for a, b in zip(stages.times, [*stages.times[1:], end], strict=True)], whole)
+    seconds = [b - a for a, b in itertools.pairwise([*stages.times, end])]
+    return found | {"peak_gb": device.peak_gb(), "bases_whole": whole} | bases_of(scale, seconds, whole)
 
 
 def bases_of(scale: Scale, seconds: list[float], whole: bool) -> dict[str, Any]:

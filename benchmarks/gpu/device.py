@@ -33,17 +33,27 @@ class Device:
             "compute_capability": f"{found.major}.{found.minor}",
             "cuda": torch.version.cuda,
             "bytes_a_second": self.bytes_a_second(),
+            "copied_bytes_a_second": self.copied_bytes_a_second(),
         }
 
     def bytes_a_second(self) -> float | None:
-        """Return the memory's speed by its clock and width (twice a clock), where torch tells them."""
+        """Return the memory's speed: by its clock (twice) and width where torch tells them, else that of a copy."""
         if not self.is_cuda:
             return None
         found = torch.cuda.get_device_properties(0)
         try:
             return float(2 * found.memory_clock_rate * 1e3 * found.memory_bus_width / 8)
         except AttributeError:
-            return None
+            return self.copied_bytes_a_second()
+
+    def copied_bytes_a_second(self, size: int = 2**30) -> float:
+        """Return the bytes a second, read and written, of a copy within the device."""
+        source = torch.zeros(size, dtype=torch.uint8, device=self.torch)
+        target = source.clone()
+        begin = self.now()
+        for _ in range(4):
+            target.copy_(source)
+        return 4 * 2 * size / (self.now() - begin)
 
     def now(self) -> float:
         """Return the time in seconds, with all that was asked of the device done."""

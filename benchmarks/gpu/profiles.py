@@ -10,7 +10,7 @@ import torch
 from device import Device
 from record import Record
 from sampling import Sampler
-from workload import Scale, batches
+from workload import Scale
 
 from nspo_lightning.grpo import (
     Normaliser,
@@ -49,20 +49,9 @@ def profiled(device: Device, run: Callable[[], Any], path: Path) -> dict[str, An
     }
 
 
-def train(scale: Scale, device: Device, policy: TextPolicy, ids: torch.Tensor) -> None:
+def train(device: Device, policy: TextPolicy, rollout: Rollout) -> None:
     """Score, objective and backward of one micro-batch: a prompt's group."""
-    model = policy.require().train()
-    batch, group = batches(scale, 1, device.torch)[0], scale.group
-    completions = ids[:group]
-    mask = torch.ones_like(completions).bool()
-    rollout = Rollout(
-        prompt_ids=batch["prompt_ids"][:1],
-        prompt_mask=batch["prompt_mask"][:1],
-        group_size=group,
-        completion_ids=completions,
-        completion_mask=mask,
-        finished=torch.zeros(group, dtype=torch.bool, device=device.torch),
-    )
+    model, mask, group = policy.require().train(), rollout.completion_mask, rollout.group_size
     weights = token_weights(mask, "grpo", Normaliser.of(mask, mask.shape[1]))
     advantages = group_advantages(torch.arange(float(group), device=device.torch), group)
 
@@ -95,8 +84,10 @@ def main(scale: Scale, device: Device, record: Record, folder: Path, rest: bool,
 
     def training() -> dict[str, Any]:
         policy = sampler.policy("quantized")
-        train(scale, device, policy, ids[0])
-        return profiled(device, lambda: train(scale, device, policy, ids[0]), out / "profile-training.txt")
+        train(device, policy, sampler.first_group(ids[0]))
+        return profiled(
+            device, lambda: train(device, policy, sampler.first_group(ids[0])), out / "profile-training.txt"
+        )
 
     for decoding in ("dynamic", "graphs"):
         record.attempt(f"sampling-{decoding}", lambda d=decoding: sampling(d), 8)

@@ -27,7 +27,7 @@ def measure(scale: Scale, device: Device, record: Record, folder: Path) -> dict[
     command = [sys.executable, "-W", "ignore", "-m", "nspo_lightning", "fit", "-c", "quickstart"]
     command += [f"--{name}={value}" for name, value in options.items()]
     command += ["--trainer.callbacks+=nspo_lightning.callbacks.RunReport", "--trainer.callbacks.evaluate=false"]
-    done = checked(run(command, record.path.with_suffix(".output.txt"), record.left() - 2))
+    done = checked(run(command, record.path.with_suffix(".output.txt"), record.left() - 2, folder))
     (summary,) = folder.rglob("summary.json")
     return done | {"summary": json.loads(summary.read_text())}
 

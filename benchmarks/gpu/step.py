@@ -104,6 +104,7 @@ def measure(
 ) -> dict[str, Any]:
     """Train a few steps."""
     device.clear()
+    held = device.peak_gb()
     more = setting(PolicySettings, "sampling_weights", weights)
     sampling = SamplingConfig(
         max_new_tokens=scale.new_tokens,
@@ -160,6 +161,7 @@ def measure(
         "training_gb": middle["training_gb"],
         "peak_gb": max(max(step["sampling_gb"], step["training_gb"]) for step in steps.found),
         "reserved_gb": device.reserved_gb(),
+        "held_before_gb": held,
         "memory_limit_gb": limit if device.is_cuda else None,
         "gradient_checkpointing": checkpointing,
         "bases": f"random, {scale.protected} protected directions",

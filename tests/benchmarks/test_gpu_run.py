@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_a_made_base_computes_what_the_loaded_one_does(load, tmp_path):
     assert torch.equal(ours(input_ids=ids).logits, loaded(input_ids=ids).logits)
 
 
+def test_tokens_that_the_policy_did_not_draw_are_noticed(load, tmp_path):
+    sampling, workload, device = load("sampling"), load("workload"), load("device")
+    scale = workload.SCALES["tiny"]
+    sampler = sampling.Sampler(scale, device.Device("cpu"), tmp_path)
+    policy = sampler.policy("quantized")
+    with torch.no_grad():  # logits as far apart as those of the 7B's width
+        policy.require().get_output_embeddings().weight.mul_(8)
+    assert abs(sampler.log_prob_over_entropy(policy, sampler.draw("dynamic", 16, policy))) < sampling.LARGEST_GAP
+    with pytest.raises(RuntimeError, match="not drawn from it"):
+        sampler.log_prob_over_entropy(policy, workload.random_ids(scale, scale.rows, 16))
+
+
 def test_the_command_line_measures_sampling_and_the_step(tmp_path):
     said = run("first", "--only", "sampling-first,step-first", out=tmp_path)
     sampling, step = results(tmp_path, "sampling-first"), results(tmp_path, "step-first")
@@ -73,6 +86,7 @@ def test_the_command_line_measures_sampling_and_the_step(tmp_path):
         assert part["settings"]["new_tokens"] == 6
         assert len(part["commit"].rstrip("+")) >= 7
     plain = sampling["results"]["dynamic+quantized"]
+    assert abs(plain["log_prob_over_entropy"]) < 0.25
     assert plain["tokens"] == 2 * 4 * 6
     assert plain["tokens_a_second"] == pytest.approx(plain["tokens"] / plain["seconds"])
     for kind in ("auto+checkpointing", "quantized+checkpointing"):
@@ -128,12 +142,11 @@ def test_an_attempt_notes_errors_and_what_there_is_no_time_for(load, tmp_path):
 
 
 def test_a_command_that_takes_too_long_ends_with_its_children(load, tmp_path):
-    import psutil
-
-    pid = tmp_path / "pid"
-    done = load("commands").run(["bash", "-c", f"sleep 60 & echo $! >{pid}; wait"], tmp_path / "log", 1)
+    alive = tmp_path / "alive"
+    done = load("commands").run(["bash", "-c", f"(sleep 3; touch {alive}) & wait"], tmp_path / "log", 1)
     assert done["exit_code"] is None
-    assert not psutil.pid_exists(int(pid.read_text())) or psutil.Process(int(pid.read_text())).status() == "zombie"
+    time.sleep(3)
+    assert not alive.exists()
 
 
 def part(name, device="cuda", scale="full", **found):
