@@ -9,12 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nspo_lightning.grpo.records import map_tensors
+
+
+class TokenCounts(NamedTuple):
+    """What must be known of masks to lay out their tokens, as plain numbers: asking a device for them waits for it."""
+
+    prompts: int
+    """Real tokens of all prompts."""
+    completions: int
+    """Real tokens of all completions."""
+    empty: int
+    """Completions without a token."""
+
+    @classmethod
+    def of(cls, prompt_mask: Tensor, completion_mask: Tensor) -> TokenCounts:
+        """Count masks of shape (P, L) and (R, C); waits for the device where they are on one."""
+        empty = (~completion_mask.any(1)).sum()
+        return cls(*torch.stack([prompt_mask.sum(), completion_mask.sum(), empty]).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +92,13 @@ class Rollout:
         """Keep one prompt and some of its completions: `rows` has shape (g,), indices in [0, P * G)."""
         return self._take(torch.tensor([prompt], device=self.prompt_ids.device), rows, len(rows))
 
-    def trim(self) -> Rollout:
-        """Cut the columns that are padding in every row; at least one column of each kind stays."""
-        prompt_columns = self.prompt_mask.any(0).nonzero()
-        completion_columns = self.completion_mask.any(0).nonzero()
+    def trim(self, prompt_mask: Tensor | None = None, completion_mask: Tensor | None = None) -> Rollout:
+        """Return it without columns that are padding in every row; at least one column of each kind stays.
+
+        Given copies of its masks on the CPU, nothing waits for the device.
+        """
+        prompt_columns = (self.prompt_mask if prompt_mask is None else prompt_mask).any(0).nonzero()
+        completion_columns = (self.completion_mask if completion_mask is None else completion_mask).any(0).nonzero()
         start = int(prompt_columns[0]) if len(prompt_columns) else self.prompt_ids.shape[1] - 1
         stop = int(completion_columns[-1]) + 1 if len(completion_columns) else 1
         return replace(

@@ -81,9 +81,7 @@ class ObjectiveMetrics:
         ratio_mask = mask.expand_as(low) if low.shape == mask.shape else mask.any(1, keepdim=True)
         low, high = low & ratio_mask, high & ratio_mask
         per_row = ratio_mask.sum(1)
-        used = per_row > 0
-        low_share = low.sum(1)[used] / per_row[used]
-        high_share = high.sum(1)[used] / per_row[used]
+        low_share, high_share = low.sum(1) / per_row, high.sum(1) / per_row
 
         def over_tokens(values: Tensor | None, elsewhere: float = 0.0) -> Tensor | None:
             return None if values is None else torch.where(mask, values, elsewhere)
@@ -98,8 +96,8 @@ class ObjectiveMetrics:
             num_ratios=ratio_mask.sum(),
             low_sum=low.sum(),
             high_sum=high.sum(),
-            low_min=low_share.min() if used.any() else torch.tensor(torch.inf, device=mask.device),
-            high_max=high_share.max() if used.any() else torch.tensor(-torch.inf, device=mask.device),
+            low_min=torch.where(per_row > 0, low_share, torch.inf).min(),
+            high_max=torch.where(per_row > 0, high_share, -torch.inf).max(),
             kl_sum=total(over_tokens(kl)),
             entropy_sum=total(over_tokens(entropy)),
             difference_sum=total(apart),

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nspo_lightning.grpo.batch import Rollout
+from nspo_lightning.grpo.batch import Rollout, TokenCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +18,14 @@ class MicroBatch:
 
     Attributes:
         rollout: Whole groups, or part of one group.
-        rows: Shape (r,), int64 on the CPU, the rows' indices in the rollout that was cut: slice advantages, weights,
-            old and reference log-probabilities with them, and their columns with ``[:, : rollout C]``.
+        rows: Shape (r,), int64, the rows' indices in the rollout that was cut, on its device: slice advantages,
+            weights, old and reference log-probabilities with them, and their columns with ``[:, : rollout C]``.
+        counts: Of its tokens.
     """
 
     rollout: Rollout
     rows: Tensor
+    counts: TokenCounts
 
     def take(self, values: Tensor) -> Tensor:
         """Slice a tensor of the whole rollout, (R,) or (R, C), to (r,) or (r, c) with its own length c."""
@@ -47,7 +49,8 @@ def split_microbatches(
         share_prefix: Whether the micro-batches will be scored with shared prompts.
 
     Returns:
-        Micro-batches that together hold every row exactly once.
+        Micro-batches that together hold every row exactly once. All that is asked of the device is asked here, so that
+        none of them waits for it.
 
     Raises:
         ValueError: If the budget is not positive.
@@ -56,8 +59,9 @@ def split_microbatches(
         raise ValueError(f"`tokens_per_microbatch` must be at least 1 or None, got {tokens_per_microbatch}.")
     budget = 2**62 if tokens_per_microbatch is None else tokens_per_microbatch
     cost = _packed_tokens if share_prefix else _padded_tokens
-    lengths: list[list[int]] = rollout.completion_mask.sum(1).view(-1, rollout.group_size).tolist()
-    prompts: list[int] = rollout.prompt_mask.sum(1).tolist()
+    masks = rollout.prompt_mask.cpu(), rollout.completion_mask.cpu()
+    prompts: list[int] = masks[0].sum(1).tolist()
+    lengths: list[list[int]] = masks[1].sum(1).view(-1, rollout.group_size).tolist()
     batches: list[MicroBatch] = []
     together: list[int] = []
 
@@ -66,13 +70,13 @@ def split_microbatches(
 
     def close() -> None:
         if together:
-            batches.append(_whole_groups(rollout, together))
+            batches.append(_whole_groups(rollout, masks, together))
             together.clear()
 
     for p in sorted(range(len(prompts)), key=lambda p: -max(lengths[p])):
         if total([p]) > budget:
             parts = _cut(lengths[p], partial(cost, [prompts[p]]), budget)
-            batches += [_part_of_group(rollout, p, part) for part in parts]
+            batches += [_part_of_group(rollout, masks, p, part) for part in parts]
             continue
         if total([*together, p]) > budget:
             close()
@@ -100,12 +104,22 @@ def _cut(lengths: list[int], cost: Callable[[list[int]], int], budget: int) -> l
     return parts
 
 
-def _whole_groups(rollout: Rollout, groups: list[int]) -> MicroBatch:
+def _whole_groups(rollout: Rollout, masks: tuple[Tensor, Tensor], groups: list[int]) -> MicroBatch:
     size = rollout.group_size
     rows = (torch.tensor(groups)[:, None] * size + torch.arange(size)).flatten()
-    return MicroBatch(rollout=rollout.select(groups).trim(), rows=rows)
+    return _micro_batch(rollout.select(groups), masks[0][groups], masks[1][rows], rows)
 
 
-def _part_of_group(rollout: Rollout, group: int, members: list[int]) -> MicroBatch:
+def _part_of_group(rollout: Rollout, masks: tuple[Tensor, Tensor], group: int, members: list[int]) -> MicroBatch:
     rows = torch.tensor(sorted(members)) + group * rollout.group_size
-    return MicroBatch(rollout=rollout.select_rows(group, rows.to(rollout.completion_ids.device)).trim(), rows=rows)
+    part = rollout.select_rows(group, rows.to(rollout.completion_ids.device))
+    return _micro_batch(part, masks[0][[group]], masks[1][rows], rows)
+
+
+def _micro_batch(part: Rollout, prompt_mask: Tensor, completion_mask: Tensor, rows: Tensor) -> MicroBatch:
+    # The masks are the part's own, on the CPU.
+    return MicroBatch(
+        rollout=part.trim(prompt_mask, completion_mask),
+        rows=rows.to(part.completion_ids.device),
+        counts=TokenCounts.of(prompt_mask, completion_mask),
+    )

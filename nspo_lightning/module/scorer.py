@@ -59,7 +59,7 @@ class Scorer:
         with evaluation_mode(self.policy.require()), torch.no_grad():
             for micro in self._split(rollout):
                 part = self._score(micro, with_entropy=False)
-                scores[micro.rows.to(scores.device), : part.log_probs.shape[1]] = part.log_probs
+                scores[micro.rows, : part.log_probs.shape[1]] = part.log_probs
         return scores
 
     def reference_log_probs(self, rollout: Rollout) -> Tensor | None:
@@ -87,7 +87,7 @@ class Scorer:
                 return None if values is None else micro.take(values)
 
             scores = self._score(micro, with_entropy=True)
-            kept[micro.rows.to(kept.device), : scores.log_probs.shape[1]] = scores.log_probs.detach()
+            kept[micro.rows, : scores.log_probs.shape[1]] = scores.log_probs.detach()
             result = objective(
                 scores.log_probs,
                 mask=micro.take(mask),
@@ -118,6 +118,7 @@ class Scorer:
             temperature=self.settings.sampling.temperature,
             share_prefix=self.policy.share_prefix,
             with_entropy=with_entropy,
+            counts=micro.counts,
         )
 
 

@@ -89,19 +89,19 @@ class GroupPass:
     """One pass over prompts and their completions, for scoring with gradients or for filling a sampler's memory.
 
     Args:
-        prompt_mask: Shape (P, L), bool, left-padded.
-        completion_mask: Shape (P * G, C), bool, right-padded, or None for prompts alone.
+        prompt_mask: Shape (P, L), bool, left-padded; or made a `Ragged` already.
+        completion_mask: Shape (P * G, C), bool, right-padded, likewise; or None for prompts alone.
         memory: Where to leave each layer's prompt keys and values, each (P, L, K, d), by layer number.
     """
 
     def __init__(
         self,
-        prompt_mask: Tensor,
-        completion_mask: Tensor | None = None,
+        prompt_mask: Tensor | Ragged,
+        completion_mask: Tensor | Ragged | None = None,
         memory: dict[int, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.prompts = Ragged(prompt_mask)
-        self.completions = None if completion_mask is None else Ragged(completion_mask)
+        self.prompts = prompt_mask if isinstance(prompt_mask, Ragged) else Ragged(prompt_mask)
+        self.completions = Ragged(completion_mask) if isinstance(completion_mask, Tensor) else completion_mask
         self.memory = memory
         self._biases: dict[tuple[str, int | None], Tensor | None] = {}
 

@@ -23,6 +23,7 @@ Head = Callable[[Tensor], Tensor]
 
 # Elements of one chunk of logits: 128 MiB in float32, a few hundred rows of the largest vocabularies.
 _CHUNK_ELEMENTS = 2**25
+_LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,16 +103,13 @@ def _score_chunk(
     with torch.no_grad():
         entropy = log_probs.new_empty(0)
         if with_entropy:
-            entropy = _entropy(logits, log_normaliser, (logits - log_normaliser[:, None]).exp_())
+            entropy = _entropy(logits.clamp(min=_LOWEST), log_normaliser, (logits - log_normaliser[:, None]).exp_())
     return log_probs, entropy
 
 
 def _entropy(logits: Tensor, log_normaliser: Tensor, probabilities: Tensor) -> Tensor:
-    # H = log Z - E[logit]. A logit of -inf has probability zero and must not make 0 * inf: only then is NaN replaced.
-    expected = torch.linalg.vecdot(probabilities, logits)
-    if not bool(expected.isfinite().all()):
-        expected = (probabilities * logits.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)
-    entropy: Tensor = log_normaliser - expected
+    # H = log Z - E[logit]. A logit of -inf has probability zero: it is given as the lowest number, or 0 * inf were NaN.
+    entropy: Tensor = log_normaliser - torch.linalg.vecdot(probabilities, logits)
     return entropy
 
 
@@ -135,6 +133,9 @@ class _FrozenHead(torch.autograd.Function):
             # d log p[y] / d logits = onehot(y) - p, and one product with the head gives J for the whole chunk: each
             # score depends on its own hidden state alone.
             gradient = (logits - log_normaliser[:, None]).exp_()
+            if with_entropy:  # in place where the logits are not the head's own
+                shared = logits.data_ptr() == raw.data_ptr()
+                logits = logits.clamp(min=_LOWEST) if shared else logits.clamp_(min=_LOWEST)
             entropies.append(_entropy(logits, log_normaliser, gradient) if with_entropy else logits.new_empty(0))
             gradient.neg_()[torch.arange(len(y), device=y.device), y] += 1
             gradient = (gradient if temperature == 1.0 else gradient / temperature).to(raw.dtype)

@@ -40,18 +40,18 @@ class Ragged:
 
     Args:
         mask: Shape (B, T), bool, True = real token.
+        size: How many they are, where that is known: nothing then waits for the device. None = count them.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, size: int | None = None) -> None:
         self.mask = mask
         self.shape = mask.shape
         flat = mask.flatten()
-        self.where = flat.nonzero().squeeze(1)
-        self.size = len(self.where)
+        self.size = int(flat.sum()) if size is None else size
         self.is_full = self.size == flat.numel()
-        number = torch.full_like(flat, -1, dtype=torch.long)
-        number[self.where] = torch.arange(self.size, device=mask.device)
-        self._number = number
+        counted = flat.cumsum(0)
+        self._number = torch.where(flat, counted - 1, -1)
+        self.where = torch.searchsorted(counted, torch.arange(1, self.size + 1, device=mask.device))
 
     def pack(self, grid: Tensor) -> Tensor:
         """Take the real tokens: shape (B, T, ...) to (size, ...)."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nspo_lightning.grpo.batch import Rollout
+from nspo_lightning.grpo.batch import Rollout, TokenCounts
 from nspo_lightning.policy.attention import GroupPass
 from nspo_lightning.policy.log_probs import TokenScores, chosen_log_probs
 from nspo_lightning.policy.parts import PolicyParts, policy_parts
+from nspo_lightning.policy.ragged import Ragged
 from nspo_lightning.policy.sharing import can_share_prompts, group_attention
 
 
@@ -24,6 +25,7 @@ def score_completions(
     temperature: float = 1.0,
     share_prefix: bool = True,
     with_entropy: bool = False,
+    counts: TokenCounts | None = None,
 ) -> TokenScores:
     """Return scores of the sampled tokens under the model as it is now, of shape (P * G, C), zero at padding.
 
@@ -35,35 +37,34 @@ def score_completions(
         temperature: Divides the logits, as in sampling.
         share_prefix: Run each prompt once. False = each row in full, the plain path.
         with_entropy: Also compute entropies (without gradient).
+        counts: Of the rollout's tokens, where known (`MicroBatch.counts`): nothing then waits for the device.
 
     Raises:
         ValueError: If a completion has no token.
     """
     mask = rollout.completion_mask
-    empty = int((~mask.any(1)).sum())
-    if empty:
+    if counts is None:
+        counts = TokenCounts.of(rollout.prompt_mask, mask)
+    if counts.empty:
         raise ValueError(
-            f"{empty} of {len(mask)} completions have no token, so there is nothing to score. A sampled completion has "
-            "at least one, its EOS: check `completion_mask`."
+            f"{counts.empty} of {len(mask)} completions have no token, so there is nothing to score. A sampled "
+            "completion has at least one, its EOS: check `completion_mask`."
         )
     parts = policy_parts(model)
     shared = share_prefix and can_share_prompts(parts.model)
-    hidden = _shared_states(parts, rollout) if shared else _plain_states(parts, rollout)
+    tokens = Ragged(mask, counts.completions)
+    hidden = _shared_states(parts, rollout, counts) if shared else _plain_states(parts, rollout, tokens)
     scores = chosen_log_probs(
         hidden,
-        rollout.completion_ids[mask],
+        tokens.pack(rollout.completion_ids),
         parts.head,
         vocab_size=parts.vocab_size,
         head_is_frozen=parts.head_is_frozen,
         temperature=temperature,
         with_entropy=with_entropy,
     )
-
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
     return TokenScores(
-        log_probs=spread(scores.log_probs), entropy=None if scores.entropy is None else spread(scores.entropy)
+        log_probs=tokens.pad(scores.log_probs), entropy=None if scores.entropy is None else tokens.pad(scores.entropy)
     )
 
 
@@ -72,31 +73,33 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_(min=0)
 
 
-def _shared_states(parts: PolicyParts, rollout: Rollout) -> Tensor:
+def _shared_states(parts: PolicyParts, rollout: Rollout, counts: TokenCounts) -> Tensor:
     # The states that predict each real completion token, in row order: (N, H).
     prompt_mask, mask = rollout.prompt_mask, rollout.completion_mask
-    inputs = mask[:, 1:]  # token t is an input where token t + 1 exists: the last one predicts nothing
-    ids = torch.cat([rollout.prompt_ids[prompt_mask], rollout.completion_ids[:, :-1][inputs]])
+    prompts = Ragged(prompt_mask, counts.prompts)
+    # Token t is an input where token t + 1 exists: the last one of each row predicts nothing.
+    inputs = Ragged(mask[:, 1:], counts.completions - len(mask))
+    ids = torch.cat([prompts.pack(rollout.prompt_ids), inputs.pack(rollout.completion_ids[:, :-1])])
     offset = prompt_mask.sum(1).repeat_interleave(rollout.group_size)[:, None]
-    behind = offset + torch.arange(inputs.shape[1], device=mask.device)
-    position = torch.cat([positions(prompt_mask)[prompt_mask], behind[inputs]])
-    group_pass = GroupPass(prompt_mask, inputs if bool(inputs.any()) else None)
+    behind = offset + torch.arange(mask.shape[1] - 1, device=mask.device)
+    position = torch.cat([prompts.pack(positions(prompt_mask)), inputs.pack(behind)])
+    group_pass = GroupPass(prompts, inputs if inputs.size else None)
     with group_attention(parts.model):
         states, _ = parts.decode(ids[None], position_ids=position[None], use_cache=False, group_pass=group_pass)
     # Row r's states: its prompt's last one, then those of its inputs, which lie in row order behind all prompts. Its
     # n tokens have n - 1 inputs, so token i of the flat list of targets is predicted by input i - r - 1.
     lengths = mask.sum(1)
     row = torch.arange(len(mask), device=mask.device)
-    source = torch.arange(int(lengths.sum()), device=mask.device) - row.repeat_interleave(lengths) - 1
-    source += int(prompt_mask.sum())
+    of_row = row.repeat_interleave(lengths, output_size=counts.completions)
+    source = torch.arange(counts.completions, device=mask.device) - of_row - 1 + counts.prompts
     ends = prompt_mask.sum(1).cumsum(0) - 1
     source[lengths.cumsum(0) - lengths] = ends.repeat_interleave(rollout.group_size)
     return states[0].index_select(0, source)
 
 
-def _plain_states(parts: PolicyParts, rollout: Rollout) -> Tensor:
+def _plain_states(parts: PolicyParts, rollout: Rollout, tokens: Ragged) -> Tensor:
     # The same states from one full sequence a row.
     ids = torch.cat([rollout.prompt_ids.repeat_interleave(rollout.group_size, 0), rollout.completion_ids], 1)[:, :-1]
     mask = torch.cat([rollout.prompt_mask.repeat_interleave(rollout.group_size, 0), rollout.completion_mask], 1)[:, :-1]
     states, _ = parts.decode(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    return states[:, rollout.prompt_ids.shape[1] - 1 :][rollout.completion_mask]
+    return tokens.pack(states[:, rollout.prompt_ids.shape[1] - 1 :])
