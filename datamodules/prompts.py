@@ -143,14 +143,20 @@ class PromptDataModule(pl.LightningDataModule):
             return
         renderer = self.renderer
 
-        def too_long(rows: list[PromptRow], source: PromptSource) -> list[str | None]:
+        def unfit(rows: list[PromptRow], source: PromptSource) -> list[str | None]:
             limit = source.max_prompt_tokens or self.max_prompt_tokens
-            lengths = [len(ids) for ids in renderer.encode_prompts(rows)]
-            fitting = [length for length in lengths if limit is None or length <= limit]
-            self.longest_prompt_tokens = max([self.longest_prompt_tokens, *fitting])
-            return [None if limit is None or length <= limit else f"longer than {limit} tokens" for length in lengths]
+            reasons: list[str | None] = []
+            for length in _prompt_lengths(rows, source, renderer):
+                if length is None:
+                    reasons.append("bad (the chat template cannot render it)")
+                elif limit is not None and length > limit:
+                    reasons.append(f"longer than {limit} tokens")
+                else:
+                    reasons.append(None)
+                    self.longest_prompt_tokens = max(self.longest_prompt_tokens, length)
+            return reasons
 
-        self.rows = load_domain(self.sources, too_long)
+        self.rows = load_domain(self.sources, unfit)
         announce(self.rows.reports)
 
     def loaded(self) -> DomainRows:
@@ -209,3 +215,28 @@ class PromptDataModule(pl.LightningDataModule):
     @override
     def test_dataloader(self) -> PromptLoader:
         return self.eval_loader(self.loaded().test)
+
+
+def _prompt_lengths(rows: list[PromptRow], source: PromptSource, renderer: ChatRenderer) -> list[int | None]:
+    """Return the tokens of each rendered prompt; None for a row that the template refuses, if `bad_rows` drops it.
+
+    Raises:
+        DataError: If the template refuses a row (roles that do not alternate, say), with the row's place.
+    """
+    try:
+        return [len(ids) for ids in renderer.encode_prompts(rows)]
+    except DataError:
+        return [_prompt_length(row, source, renderer) for row in rows]
+
+
+def _prompt_length(row: PromptRow, source: PromptSource, renderer: ChatRenderer) -> int | None:
+    try:
+        return len(renderer.encode_prompts([row])[0])
+    except DataError as error:
+        if source.bad_rows == "drop":
+            return None
+        raise DataError(
+            row.where,
+            f"the chat template cannot render it: {error.found}",
+            f"Mend or remove the row, or set `bad_rows: drop` to leave such rows out. {error.cure}",
+        ) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from nspo_lightning.datamodules.sources.data_error import DataError, clip, listi
 from nspo_lightning.datamodules.sources.lines import MAX_LINE_BYTES, numbered_lines
 from nspo_lightning.datamodules.sources.rows import RawRow
 
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|(?P<digits>\d{4301,})', re.DOTALL)
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -65,7 +67,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
             raise DataError(
                 where, f"not a JSON object ({error}): {clip(line.strip(), 80)}", _jsonl_cure(number, line)
             ) from error
@@ -102,6 +104,9 @@ def _read_json(path: Path) -> Iterator[RawRow]:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}", f"not valid JSON ({error.msg})", _json_cure(text)) from error
+    except (ValueError, RecursionError) as error:
+        place = f"{path}, line {1 + text.count(chr(10), 0, _unreadable_at(text))}"
+        raise DataError(place, f"not readable as JSON ({error})", "Mend the JSON at that line.") from error
     if not isinstance(document, dict):
         raise DataError(
             str(path), f"expected a list of objects, got {type(document).__name__}", "Write a list of rows."
@@ -115,11 +120,26 @@ def _read_json(path: Path) -> Iterator[RawRow]:
     yield from _nested_questions(path, document)
 
 
+def _unreadable_at(text: str) -> int:
+    """Return where a valid JSON text holds a number of too many digits, or is nested deepest."""
+    depth, deepest, place = 0, 0, 0
+    for token in _JSON_TOKEN.finditer(text):
+        if token[0] in "[{":
+            depth += 1
+        elif token[0] in "]}":
+            depth -= 1
+        elif token["digits"]:
+            return token.start()
+        if depth > deepest:
+            deepest, place = depth, token.start()
+    return place
+
+
 def _json_cure(text: str) -> str:
     first = text.lstrip().split("\n", 1)[0].strip()
     try:
         json.loads(first)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return "Mend the JSON at that line, or fetch the file again."
     return "The file holds several JSON values one after another: rename it to `.jsonl` if it has one row a line."
 
@@ -147,7 +167,7 @@ def _json_array(path: Path, text: str, start: int) -> Iterator[RawRow]:
             continue
         try:
             item, end = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             bad = error.lineno if isinstance(error, json.JSONDecodeError) else line
             raise DataError(
                 f"{path}, line {bad}",

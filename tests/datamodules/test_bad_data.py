@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nspo_lightning.datamodules import AlignmentDataModule, DataError, PromptSource
+from nspo_lightning.datamodules import AlignmentDataModule, DataError, PromptSource, SafetyDataModule
 from nspo_lightning.datamodules.sources import convert as conversion
 from nspo_lightning.datamodules.sources.read import usable_rows
 from nspo_lightning.datamodules.sources.source import as_sources
@@ -80,6 +80,33 @@ BAD_FILES = [
     ("JSON number", "x.json", b"42", "x.json", "expected a list of objects, got int", "list of rows"),
     ("empty object", "x.jsonl", lines(GOOD, {}), "line 2", "no columns", "remove"),
     ("deep nesting", "x.jsonl", b"[" * 100_000, "line 1", "not a JSON object", "JSON"),
+    (
+        "deep nesting in a row",
+        "x.jsonl",
+        lines(GOOD) + b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "line 2",
+        "not a JSON object",
+        "JSON",
+    ),
+    ("deep nesting in a list", "x.json", b'[{"prompt": "a"},\n' + b"[" * 100_000, "line 2", "not valid JSON", "Mend"),
+    (
+        "deep nesting in an object",
+        "x.json",
+        b'{"data": [\n{"prompt": "a \\" [[["},\n' + b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]}",
+        "line 3",
+        "not readable as JSON",
+        "Mend",
+    ),
+    ("long number in a row", "x.jsonl", lines(GOOD) + b'{"n": 1' + b"0" * 4300 + b"}", "line 2", "4300 digits", "JSON"),
+    ("long number in a list", "x.json", b'[{"prompt": "a"},\n{"n": 1' + b"0" * 4300 + b"}]", "line 2", "4300", "Mend"),
+    (
+        "long number in an object",
+        "x.json",
+        b'{"data": [{"prompt": "' + b"9" * 5000 + b'"},\n\n{"n": 1' + b"0" * 4300 + b"}]}",
+        "line 3",
+        "4300 digits",
+        "Mend",
+    ),
     ("csv without a separator", "x.csv", b"prompt;answer\na;b\n", "line 1", "separator is not ','", "commas"),
     ("csv row too long", "x.csv", b"prompt,answer\na,b\na,b,c\n", "line 3", "3 fields, but 2 columns", "Quote"),
     ("csv row too short", "x.csv", b"prompt,answer\na\n", "line 2", "1 fields, but 2 columns", "Quote"),
@@ -268,6 +295,30 @@ def test_dropping_bad_rows_does_not_excuse_a_broken_file(tmp_path):
 def test_contradicting_source_fields(options, message):
     with pytest.raises(ValueError, match=message):
         as_sources(PromptSource(**options), "safety")
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_one_row_that_a_strict_template_refuses(tmp_path, bare_tokenizer, name):
+    chats = [["user"], ["user", "assistant", "user"], ["user", "user"], ["assistant", "user"], ["user"]]
+    rows = [{"messages": [{"role": role, "content": f"{i}"} for role in chat]} for i, chat in enumerate(chats)]
+    text = lines(*rows) if name.endswith("l") else b"[" + lines(*rows).strip().replace(b"\n", b",\n") + b"]"
+    (tmp_path / name).write_bytes(text)
+    path, options = str(tmp_path / name), {"chat_template": STRICT, "tokenizer": bare_tokenizer}
+    with pytest.raises(DataError) as caught:
+        SafetyDataModule(path, **options).setup()
+    check_message(caught.value, name, "line 3", "['user', 'user']", "roles must alternate", "bad_rows: drop")
+    data = SafetyDataModule(PromptSource(path=path, bad_rows="drop"), val_size=0, test_size=0, **options)
+    assert len(data.loaded().train[0]) == 3
+    assert data.loaded().reports[0].dropped == {"bad (the chat template cannot render it)": 2}
+    with pytest.raises(DataError) as caught:
+        SafetyDataModule(PromptSource(path=path, bad_rows="drop"), system_prompt="Be kind.", **options).setup()
+    check_message(caught.value, "none of its 5 rows is usable", "the chat template cannot render it")
 
 
 def test_hub_without_network_is_one_message(monkeypatch):
