@@ -45,6 +45,7 @@ from nspo_lightning.module.start_checks import (
     check_repetitions,
     check_strategy,
     longest_prompt_tokens,
+    warn_if_none_ended,
 )
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
@@ -139,8 +140,9 @@ class GRPOModule(pl.LightningModule):
         reward_names_outcomes = judge is None or judge is rewards_judge
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
-        self.evaluation_sampling = evaluation_sampling or sampling
-        self.general_sampling = SamplingConfig(max_new_tokens=general_max_new_tokens, temperature=0.0)
+        self.evaluation_sampling = (evaluation_sampling or sampling).with_stops_of(sampling)
+        greedy = SamplingConfig(max_new_tokens=general_max_new_tokens, temperature=0.0)
+        self.general_sampling = greedy.with_stops_of(sampling)
 
         self.policy: nn.Module | None = None  # the model of `text_policy`, which makes its parameters this module's
         self.adapter_folder: Path | None = None  # a trained adapter to measure
@@ -268,6 +270,8 @@ class GRPOModule(pl.LightningModule):
         if buffer is None:
             state = trainer_state(self.trainer, progress, len(batch["prompt"]))
             collected = self.collector.collect(batch, progress.noise_seed, state)
+            if progress.rollouts == 0:
+                warn_if_none_ended(collected, self.text_policy, self.settings.sampling)
             progress.num_tokens += collected.num_tokens
             buffer, self.last_rollout = collected.buffer, collected.judged
             progress.open_rollouts.put(number, buffer, at_most=self.trainer.accumulate_grad_batches)

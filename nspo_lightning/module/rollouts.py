@@ -14,10 +14,10 @@ from nspo_lightning import ranks
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
-from nspo_lightning.policy.tokenizer import stop_token_ids
 from nspo_lightning.rollout.places import places_among_ranks
 from nspo_lightning.rollout.server import RolloutServer
 from nspo_lightning.rollout.server_client import RolloutServerError
+from nspo_lightning.rollout.texts import completion_texts
 
 SAMPLER_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
@@ -117,7 +117,7 @@ class ServerRollouts(Rollouts):
                 batch["prompt_mask"],
                 group_size=self.settings.group_size,
                 config=self.settings.sampling,
-                eos_token_ids=stop_token_ids(model, self.policy.tokenizer),
+                eos_token_ids=self.policy.end_ids(self.settings.sampling),
                 pad_token_id=int(self.policy.tokenizer.pad_token_id),
                 vocab_size=int(model.get_input_embeddings().weight.shape[0]),
                 seed=seed,
@@ -128,7 +128,8 @@ class ServerRollouts(Rollouts):
         _raise(next((one for one in ranks.gather_objects(problem) if one), ""))
         assert answered is not None  # nobody had a problem
         rollout, log_probs = answered
-        return Drawn(rollout=rollout, texts=self.policy.decode(rollout), sampling_log_probs=log_probs)
+        texts = completion_texts(self.policy.tokenizer, rollout, self.settings.sampling)
+        return Drawn(rollout=rollout, texts=texts, sampling_log_probs=log_probs)
 
     def _publish(self, model: Any, update: int) -> str:
         name = problem = ""

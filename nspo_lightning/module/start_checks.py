@@ -12,8 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, process_group_timeout
 from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.module.collector import Collected
+from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rewards import RewardSet
+from nspo_lightning.rollout import SamplingConfig
 
 
 @runtime_checkable
@@ -77,6 +80,19 @@ def check_repetitions(trainer: pl.Trainer, settings: TrainingSettings) -> None:
             + ("some prompts are never answered" if loader.repeat_batches < steps else "prompts are answered again")
             + f". Set `repeat_batches={steps}` of the datamodule."
         )
+
+
+def warn_if_none_ended(collected: Collected, policy: TextPolicy, sampling: SamplingConfig) -> None:
+    """Warn where all completions of the first rollout ran to the limit: the policy may end turns in another way."""
+    if float(collected.metrics["completions/clipped_ratio"]) < 1:
+        return
+    known = ", ".join(repr(policy.tokenizer.convert_ids_to_tokens(token)) for token in policy.end_ids(sampling))
+    rank_zero_warn(
+        f"All completions of the first rollout ran to `sampling.max_new_tokens` ({sampling.max_new_tokens}): none came "
+        f"to a token that ends it ({known}). One ends with {collected.judged.completions[0][-80:]!r}. If that is an "
+        "answer cut short, raise `sampling.max_new_tokens`; if the policy has begun another turn, name the token or "
+        "the text that ends its turns in `sampling.stop_token_ids` or `sampling.stop_strings`."
+    )
 
 
 def _shards_weights(strategy: Strategy) -> bool:

@@ -17,10 +17,11 @@ from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.parts import causal_model, text_setting
 from nspo_lightning.policy.sampling_weights import Mode, SamplingWeights, choose_sampling_weights
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
-from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
+from nspo_lightning.policy.tokenizer import end_of_turn_id, load_tokenizer, stop_token_ids
 from nspo_lightning.policy.vocabulary import check_vocabulary
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.places import Places
+from nspo_lightning.rollout.stopping import stop_at
 from nspo_lightning.rollout.texts import completion_texts
 
 
@@ -44,6 +45,7 @@ class TextPolicy:
         self._weights: SamplingWeights | None = None
         self._trained: frozenset[str] = frozenset()
         self._tokenizer: Any = None
+        self._end_ids: list[int] | None = None
 
     def load(self, device: torch.device) -> nn.Module:
         """Load base and adapter and return the model, ready to train; all ranks load together."""
@@ -74,6 +76,7 @@ class TextPolicy:
         self.settings = with_chat_template(self.settings, template)
         if self._tokenizer is not None:
             set_chat_template_(self._tokenizer, self.settings)
+        self._end_ids = None
 
     @property
     def device(self) -> torch.device:
@@ -143,18 +146,33 @@ class TextPolicy:
                 batch["prompt_mask"],
                 group_size=group_size,
                 config=sampling,
-                eos_token_ids=stop_token_ids(model, self.tokenizer),
+                eos_token_ids=self.end_ids(sampling),
                 pad_token_id=self.tokenizer.pad_token_id,
+                stop=stop_at(self.tokenizer, sampling.stop_strings),
                 generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
                 share_prefix=self.share_prefix,
                 prompt_places=prompt_places,
                 with_log_probs=weights.differ,
             )
-        return rollout, self.decode(rollout)
+        return rollout, completion_texts(self.tokenizer, rollout, sampling)
 
-    def decode(self, rollout: Rollout) -> list[str]:
-        """Return the completions as text; see `completion_texts`."""
-        return completion_texts(self.tokenizer, rollout)
+    def end_ids(self, sampling: SamplingConfig) -> list[int]:
+        """Return every token that ends a completion: EOS, the end of the template's turns, those of the settings."""
+        if self._end_ids is None:
+            self._end_ids = stop_token_ids(self.require(), self.tokenizer)
+            turn = end_of_turn_id(self.tokenizer)
+            if turn is not None and turn not in self._end_ids:
+                self._end_ids.append(turn)
+                rank_zero_info(
+                    f"The chat template ends turns with {self.tokenizer.convert_ids_to_tokens(turn)!r} (token {turn}), "
+                    "which is no EOS of the policy: it ends completions too."
+                )
+        if odd := [token for token in sampling.stop_token_ids if token >= len(self.tokenizer)]:
+            raise PolicyError(
+                f"`sampling.stop_token_ids` has {odd[0]}, and the tokenizer has {len(self.tokenizer)} tokens, so it "
+                "would never be drawn. Give ids of this tokenizer."
+            )
+        return sorted({*self._end_ids, *sampling.stop_token_ids})
 
     def render(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Render texts or chats with the chat template, as a batch that `generate` takes."""

@@ -10,6 +10,7 @@ from nspo_lightning.policy.chat_template import set_chat_template_
 from nspo_lightning.policy.loading import from_pretrained
 from nspo_lightning.policy.parts import causal_model, text_setting
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
+from nspo_lightning.policy.turns import answer_place, end_of_turn, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,3 +38,21 @@ def stop_token_ids(policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> lis
     for ids in (model.generation_config.eos_token_id, text_setting(model, "eos_token_id")):
         found |= {ids} if isinstance(ids, int) else set(ids or ())
     return sorted(found)
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the chat template puts behind an answer; None where it puts none."""
+
+    def render(answer: str) -> str:
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+
+    try:
+        text, _, end = answer_place(render, "z")
+    except (
+        Exception
+    ):  # Jinja raises its own types, and a template may raise anything; then prompts fail too, and say so
+        return None
+    ids: list[int] = tokenizer(text[end:], add_special_tokens=False)["input_ids"]
+    place = end_of_turn(ids, special_ids(tokenizer))
+    return None if place is None else ids[place]

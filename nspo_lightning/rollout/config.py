@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """Settings of the sampler, with the meaning that transformers' ``generate`` gives them.
+
+    Completions end with EOS, with the special token that ends the chat template's turns, or as `stop_...` says.
 
     Attributes:
         max_new_tokens: Length limit of a completion, its EOS included.
@@ -17,6 +19,8 @@ class SamplingConfig:
         top_k: Keep the k likeliest tokens; 0 = all.
         min_p: Keep tokens at least that likely, relative to the likeliest; None = all.
         repetition_penalty: Divides positive logits of tokens seen in prompt or completion (multiplies negative ones).
+        stop_token_ids: Further tokens that end a completion.
+        stop_strings: Texts that end a completion. It is judged without them, as without EOS.
     """
 
     max_new_tokens: int = 256
@@ -26,6 +30,8 @@ class SamplingConfig:
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values; one that is out of its range raises ValueError."""
@@ -45,3 +51,15 @@ class SamplingConfig:
             raise ValueError(f"`min_p` must be in [0, 1] or None, got {self.min_p}.")
         if self.repetition_penalty <= 0:
             raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}.")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"`stop_strings` must be a list of texts, none of them empty, got {self.stop_strings!r}.")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise ValueError(f"`stop_token_ids` must be token ids, got {list(self.stop_token_ids)}.")
+        for name in ("stop_token_ids", "stop_strings"):  # a list is welcome, and what is saved is one kind of value
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def with_stops_of(self, other: SamplingConfig) -> SamplingConfig:
+        """Return these settings with another's stops, where they have none."""
+        if self.stop_token_ids or self.stop_strings:
+            return self
+        return replace(self, stop_token_ids=other.stop_token_ids, stop_strings=other.stop_strings)

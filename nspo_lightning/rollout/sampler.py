@@ -28,6 +28,7 @@ from nspo_lightning.rollout.choosing import (
 from nspo_lightning.rollout.config import SamplingConfig
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory
 from nspo_lightning.rollout.places import Places
+from nspo_lightning.rollout.stopping import EndsCompletions
 
 
 @torch.no_grad()
@@ -40,6 +41,7 @@ def sample(
     config: SamplingConfig,
     eos_token_ids: Sequence[int],
     pad_token_id: int,
+    stop: EndsCompletions | None = None,
     generator: torch.Generator | None = None,
     share_prefix: bool = True,
     prompt_places: Places | None = None,
@@ -55,6 +57,7 @@ def sample(
         config: Sampling settings.
         eos_token_ids: Every one of them ends a completion; may be empty.
         pad_token_id: Fills completions that are shorter than the longest.
+        stop: Sees further ends, such as strings; None = there are none.
         generator: Source of the noise; the same state gives the same completions.
         share_prefix: Run each prompt once. False = the plain path, same results.
         prompt_places: Where these prompts stand in a larger batch, whose noise they get; None = they are all of it.
@@ -103,6 +106,8 @@ def sample(
             if log_probs is not None:
                 log_probs[rows, step] = drawn_log_probs(raw, token, config.temperature)
             ended = torch.isin(token, eos)
+            if stop is not None:
+                ended |= stop(sequence[rows, length : length + step + 1])
             some_broken, some_ended = torch.stack([broken.any(), ended.any()]).tolist()  # one synchronisation
             if some_broken:
                 raise NonFiniteLogitsError(nonfinite_logits(step, int(broken.sum()), len(rows)))

@@ -59,7 +59,8 @@ class RolloutServer:
         self._check_log_probs(sampling)
 
     def _check_log_probs(self, sampling: SamplingConfig) -> None:
-        if replace(sampling, min_p=sampling.min_p or None) == SamplingConfig(max_new_tokens=sampling.max_new_tokens):
+        drawing = replace(sampling, min_p=sampling.min_p or None, stop_token_ids=(), stop_strings=())
+        if drawing == SamplingConfig(max_new_tokens=sampling.max_new_tokens):
             return  # then both kinds are the same
         plain = SamplingConfig(max_new_tokens=1)
         tops = []

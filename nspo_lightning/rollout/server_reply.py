@@ -26,6 +26,8 @@ class ServedCompletion:
 
     ids: list[int]
     log_probs: list[float]
+    stopped: bool = False
+    """By one of `stop_strings`."""
 
 
 def completion_request(
@@ -47,6 +49,7 @@ def completion_request(
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "stop_token_ids": list(stop_ids),
+        "stop": list(config.stop_strings),
         "logprobs": 0,  # of the drawn token alone
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
@@ -112,13 +115,14 @@ def _read(choice: dict[str, Any], request: dict[str, Any], stop: frozenset[int],
             f"The rollout server went on behind a token that ends a completion ({sorted(stop)}) or behind "
             "`max_tokens`. It must honour `stop_token_ids` and `max_tokens`."
         )
-    if ids[-1] not in stop and len(ids) < request["max_tokens"]:
+    stopped = choice.get("finish_reason") == "stop" and choice.get("stop_reason") in request["stop"]
+    if ids[-1] not in stop and not stopped and len(ids) < request["max_tokens"]:
         raise RolloutServerError(
             f"A completion ended after {len(ids)} of {request['max_tokens']} tokens without one that ends it "
             f"(finish_reason '{choice.get('finish_reason')}', stop_reason {choice.get('stop_reason')!r}). Give the "
             "server more context (`--max-model-len`), or remove its own stop words (`--generation-config vllm`)."
         )
-    return ServedCompletion(ids, [min(float(value), 0.0) for value in log_probs])
+    return ServedCompletion(ids, [min(float(value), 0.0) for value in log_probs], stopped)
 
 
 def _is_number(value: Any) -> bool:
@@ -158,6 +162,6 @@ def as_rollout(
         group_size=len(groups[0]),
         completion_ids=ids.to(device),
         completion_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).to(device),
-        finished=torch.tensor([row.ids[-1] in set(stop_ids) for row in rows], device=device),
+        finished=torch.tensor([row.stopped or row.ids[-1] in set(stop_ids) for row in rows], device=device),
     )
     return rollout, log_probs.to(device)

@@ -7,15 +7,19 @@ from typing import Any
 
 from nspo_lightning.evaluation.thoughts import THOUGHT_MARKS, completion_with_thought
 from nspo_lightning.grpo import Rollout
+from nspo_lightning.rollout.config import SamplingConfig
+from nspo_lightning.rollout.stopping import text_before_stop, tokens_before_stop
 
+_DEFAULT = SamplingConfig()
 _PROMPT_END_TOKENS = 32  # a template opens a thought in its last few tokens
 
 
-def completion_texts(tokenizer: Any, rollout: Rollout) -> list[str]:
-    """Return the P * G completions of a rollout as text; see `completion_with_thought`."""
+def completion_texts(tokenizer: Any, rollout: Rollout, sampling: SamplingConfig = _DEFAULT) -> list[str]:
+    """Return the P * G completions of a rollout as text, without what ended them; see `completion_with_thought`."""
     ends = rollout.prompt_ids[:, -_PROMPT_END_TOKENS:]
     prompts: list[str] = tokenizer.batch_decode(ends, skip_special_tokens=False)
-    texts = _decoded(tokenizer, rollout.completion_tokens())
+    texts = _decoded(tokenizer, tokens_before_stop(rollout, sampling.stop_token_ids))
+    texts = [text_before_stop(text, sampling.stop_strings) for text in texts]  # one that runs on holds none
     return [completion_with_thought(text, prompts[i // rollout.group_size]) for i, text in enumerate(texts)]
 
 
