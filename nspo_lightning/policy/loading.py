@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 CPU_4BIT_OUT_MULTIPLE = 32
 """Out-features of bitsandbytes' 4-bit layers on CPU must be a multiple of this."""
+OLDEST_FOR_4BIT, OLDEST_FOR_BFLOAT16 = (6, 0), (8, 0)
+"""Compute capabilities: what bitsandbytes is built for, and what has bfloat16 in hardware."""
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -57,6 +59,30 @@ def from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str,
         ) from error
 
 
+def check_device(settings: PolicySettings, device: torch.device) -> None:
+    """Refuse what a CUDA card is too old for, before anything is loaded; AMD's cards are not looked at.
+
+    Raises:
+        PolicyError: Naming the card and the setting that it can do.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return
+    found = torch.cuda.get_device_capability(device)
+    card = f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}"
+    if settings.quantization != "none" and found < OLDEST_FOR_4BIT:
+        raise PolicyError(
+            f"`policy.quantization` is '{settings.quantization}', and {card}: bitsandbytes needs "
+            f"{OLDEST_FOR_4BIT[0]}.{OLDEST_FOR_4BIT[1]} or newer for it. Set `policy.quantization: none`, or use a "
+            "newer card."
+        )
+    if settings.dtype == "bfloat16" and found < OLDEST_FOR_BFLOAT16:
+        raise PolicyError(
+            f"`policy.dtype` is bfloat16, and {card}: bfloat16 needs {OLDEST_FOR_BFLOAT16[0]}.{OLDEST_FOR_BFLOAT16[1]} "
+            "or newer; older cards imitate it, many times slower. Set `policy.dtype: float16` with "
+            "`trainer.precision: 16-mixed`, or float32."
+        )
+
+
 def check_4bit_widths(settings: PolicySettings, device_type: str) -> None:
     """Refuse 4-bit for widths that the backend ("cpu" or "cuda") can't take, before anything is loaded.
 
@@ -85,6 +111,7 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
+    check_device(settings, device)
     hide_missing_kernel()
     if settings.path == TOY:  # too small for a bar
         disable_progress_bar()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nspo_lightning.policy.chat_template import read_chat_template
 from nspo_lightning.policy.identity import policy_fingerprint
-from nspo_lightning.policy.loading import check_4bit_widths, load_policy
+from nspo_lightning.policy.loading import check_4bit_widths, check_device, load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.policy.tokenizer import load_tokenizer, stop_token_ids
 
@@ -170,3 +170,28 @@ def test_lora_targets_that_do_not_exist_are_named(tiny_llama):
 def test_4bit_weights_cannot_be_trained_whole(tiny_llama):
     with pytest.raises(PolicyError, match="lora: null"):
         load_policy(settings(tiny_llama, quantization="nf4", lora=None), CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "mend"),
+    [
+        ((5, 2), {"quantization": "nf4", "dtype": "float16"}, "policy.quantization: none"),
+        ((7, 5), {"quantization": "nf4", "dtype": "bfloat16"}, "policy.dtype: float16"),
+        ((7, 0), {"quantization": "none", "dtype": "bfloat16"}, "trainer.precision: 16-mixed"),
+        ((6, 0), {"quantization": "nf4", "dtype": "float16"}, ""),
+        ((5, 2), {"quantization": "none", "dtype": "float32"}, ""),
+        ((8, 0), {"quantization": "nf4", "dtype": "bfloat16"}, ""),
+    ],
+)
+def test_cards_that_are_too_old_are_refused_with_what_they_can_do(monkeypatch, capability, changes, mend):
+    """Before anything is loaded: the path is nowhere, and nobody looks."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    cuda, asked = torch.device("cuda", 1), settings("/nowhere", **changes)
+    if mend:
+        with pytest.raises(PolicyError) as error:
+            load_policy(asked, cuda)
+        assert mend in str(error.value)
+        assert f"Old Card has compute capability {capability[0]}.{capability[1]}" in str(error.value)
+    else:
+        check_device(asked, cuda)
