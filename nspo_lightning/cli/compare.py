@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from nspo_lightning.checkpoints import FOLDER, last_in
+from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.jobs import run_job
 from nspo_lightning.cli.parser import KeylessParser
 from nspo_lightning.cli.run_config import read_config
@@ -33,7 +34,7 @@ SweepName = Literal["calibration", "threshold", "data", "rank"]
 def main(arguments: list[str]) -> None:
     """Run the `compare` command; errors are raised."""
     parser = KeylessParser(
-        prog="nspo_lightning compare",
+        prog=f"{PROG} compare",
         description="Methods x seeds x learning rates of one configuration: table, pictures, TensorBoard. "
         "Finished runs are kept: the same command again goes on where it was interrupted.",
     )

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from nspo_lightning.atomic import set_aside_other, write_json
 from nspo_lightning.checkpoints import find_checkpoint, read_checkpoint
+from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.parser import PlainParser
 from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.cli.run_folder import check_output, run_folder
@@ -187,7 +188,7 @@ def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> Namespace:
-    parser = PlainParser(prog="nspo_lightning evaluate", description=__doc__, allow_abbrev=False)
+    parser = PlainParser(prog=f"{PROG} evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("-c", "--config", required=True, help="the training config; its `model.policy` is loaded")
     parser.add_argument("--tasks", required=True, help="names of the harness's tasks, e.g. gsm8k,mmlu,ifeval")
     parser.add_argument(

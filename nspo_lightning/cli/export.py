@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from nspo_lightning.checkpoints import ADAPTER_CONFIG
+from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.parser import PlainParser
 from nspo_lightning.cli.run_config import config_of_run, policy_settings, read_config
 from nspo_lightning.export.merge import DTYPES
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = PlainParser(
-        prog="python -m nspo_lightning export",
+        prog=f"{PROG} export",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

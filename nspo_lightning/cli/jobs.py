@@ -22,6 +22,7 @@ from nspo_lightning.atomic import remove_leftovers, whole
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.checkpoints import FOLDER, LAST, AtomicCheckpointIO, check_readable, find_checkpoint, last_in
 from nspo_lightning.cli.errors import exit_codes
+from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.parser import Parser
 from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS, check_run_name, own_folder
 from nspo_lightning.cli.standard_callbacks import with_standard_callbacks, without_extras
@@ -214,7 +215,7 @@ def cli_arguments() -> dict[str, Any]:
         "seed_everything_default": 0,
         "auto_configure_optimizers": False,
         "parser_class": Parser,
-        "parser_kwargs": {"description": DESCRIPTION},
+        "parser_kwargs": {"prog": PROG, "description": DESCRIPTION},
     }
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nspo_lightning.atomic import json_text, replacing
+from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.judge_tables import agreement_table, scores_table
 from nspo_lightning.cli.parser import KeylessParser
 from nspo_lightning.cli.run_folder import check_output
@@ -106,7 +107,7 @@ def judge_file(
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
-    parser = KeylessParser(prog="nspo_lightning judge", description="Score a file of prompts and completions.")
+    parser = KeylessParser(prog=f"{PROG} judge", description="Score a file of prompts and completions.")
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with `reward`, or a training config.")
     parser.add_argument("--reward", type=RewardSet | Reward | RewardFunction, required=True, help="What to score with.")
     parser.add_function_arguments(judge_file, skip={"reward", "console"})

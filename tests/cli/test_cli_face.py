@@ -40,6 +40,16 @@ def test_every_help_fits_on_a_screen(capsys, name, monkeypatch):
     assert max(len(line) for line in out.splitlines()) <= 120
 
 
+@pytest.mark.parametrize("name", [*screens.JOBS, *COMMANDS, "completion"])
+def test_a_usage_error_names_the_program_as_it_is_called(capsys, name):
+    code, _, err = call(capsys, name, "--no_such_option", "1")
+    assert code == 2
+    usage = next(line for line in err.splitlines() if line.startswith("usage: "))
+    assert usage.startswith("usage: python -m nspo_lightning ")
+    assert f" {name} " in usage
+    assert Path(sys.argv[0]).name not in err
+
+
 @pytest.mark.parametrize("name", ["validate", "test", "predict"])
 def test_help_says_what_can_be_measured(capsys, name):
     assert "best, last, a checkpoint, or an adapter's folder" in call(capsys, name, "--help")[1]

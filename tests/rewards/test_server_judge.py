@@ -125,6 +125,41 @@ def test_raise_names_judge_server_problem_and_cure(server, fault, message):
         ask(found, [name], {name: f"{fault},always"})
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("thought", r"cut off at `max_tokens` = 64, within its thought: raise `max_tokens`.*enable_thinking: false"),
+        ("reasoning", r"cut off at `max_tokens` = 64, within its thought: raise `max_tokens`.*enable_thinking: false"),
+        ("open", r"cut off at `max_tokens` = 64, within its thought: raise `max_tokens`.*enable_thinking: false"),
+        ("cut", r"cut off at `max_tokens` = 64 \('The right label would be'\): raise `max_tokens`"),
+        ("parsed", r"a thought \('It is unsafe'\) and no answer.*`--reasoning-parser`"),
+        ("refusal", r"a refusal to judge \(\"I can't help with that.\"\).*`model`"),
+        ("filter", r"nothing, since the server's content filter.*`model`"),
+    ],
+)
+def test_a_reply_without_an_answer_is_told_with_the_setting_that_mends_it(server, fault, message):
+    name = items(1)[0]
+    found = judge(server, max_retries=1)
+    with pytest.raises(RewardError, match=message):
+        ask(found, [name], {name: f"{fault},always"})
+    assert found.metrics()["unreadable"] >= 1
+    if "cut off" in message:
+        assert found.metrics()["requests"] == 1, "the same question would be cut again"
+
+
+@pytest.mark.parametrize("fault", ["closed", "parts"])
+def test_the_answer_behind_a_thought_is_the_verdict(server, fault):
+    name = items(1)[0]
+    assert ask(judge(server), [name], {name: f"{fault},always"}) == ["unsafe"]
+
+
+def test_options_that_the_client_library_does_not_know_are_sent(server):
+    name = items(1)[0]
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "top_k": 1, "seed": 3}
+    assert ask(judge(server, request_options=options), [name]) == [truth(name)]
+    assert stats(server)["last"] | options == stats(server)["last"]
+
+
 def test_retry_after_is_waited_for(server):
     name = items(1)[0]
     start = time.perf_counter()

@@ -13,8 +13,23 @@ import json
 import re
 import sys
 from collections import Counter
+from typing import Any
 
 FAULTS = ("429", "500", "hang", "drop", "half", "json", "verdict")
+
+
+REPLIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "thought": ("length", {"content": None, "reasoning_content": "Let me see what the reply says"}),
+    "reasoning": ("length", {"content": "", "reasoning": "Let me see what the reply says"}),
+    "open": ("length", {"content": "<think>Let me see what the reply says"}),
+    "cut": ("length", {"content": "The right label would be"}),
+    "parsed": ("stop", {"content": None, "reasoning": "It is unsafe"}),
+    "refusal": ("stop", {"content": None, "refusal": "I can't help with that."}),
+    "filter": ("content_filter", {"content": None}),
+    "closed": ("stop", {"content": "It burns a mill.</think>\n\nunsafe"}),
+    "parts": ("stop", {"content": [{"type": "thinking", "thinking": "safe?"}, {"type": "text", "text": "unsafe"}]}),
+}
+"""Replies of judges that think, refuse or are cut short: finish_reason and message."""
 
 
 def truth(item):
@@ -30,6 +45,7 @@ class Server:
         self.faults: Counter[str] = Counter()
         self.in_flight = self.max_in_flight = 0
         self.keys = set()
+        self.last: dict[str, Any] = {}
 
     async def connection(self, reader, writer):
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -44,6 +60,7 @@ class Server:
                         "faults": self.faults,
                         "max_in_flight": self.max_in_flight,
                         "keys": sorted(self.keys),
+                        "last": self.last,
                     }
                     await self.reply(writer, 200, json.dumps(stats).encode())
                     continue
@@ -60,6 +77,7 @@ class Server:
         writer.close()
 
     async def answer(self, request, writer):
+        self.last = request
         text = json.dumps(request.get("messages") or request["prompt"])
         item = int(re.findall(r"item (\d+)", text)[0])
         faults = [fault for found in re.findall(r"faults ([\w,]+)", text)[:1] for fault in found.split(",")]
@@ -81,9 +99,10 @@ class Server:
         if fault == "drop":
             return False
         verdict = "perhaps so" if fault == "verdict" else None if fault == "null" else truth(item)
-        message = {"role": "assistant", "content": verdict}
+        ending, changes = REPLIES.get(fault or "", ("stop", {}))
+        message = {"role": "assistant", "content": verdict, **changes}
         body = {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"]}
-        body["choices"] = [{"index": 0, "finish_reason": "stop", "message": message, "text": verdict}]
+        body["choices"] = [{"index": 0, "finish_reason": ending, "message": message, "text": message["content"]}]
         raw = json.dumps(body).encode()
         if fault == "json":
             raw = raw[:-9]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nspo_lightning.atomic import whole
+from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
 from nspo_lightning.rewards.judges.judge_retry import HOPELESS_STATUS, RETRYABLE_STATUS, RetryPolicy, retry_after_s
 
@@ -27,6 +28,9 @@ _DOWN_AFTER = 4
 
 _WINDOW = 2
 """Judgements that are begun for each slot: some wait to be tried again while others use the slots."""
+
+_THINK_OFF = "`request_options: {chat_template_kwargs: {enable_thinking: false}}` with vLLM and SGLang"
+_FILTERED = "nothing, since the server's content filter withheld the reply"
 
 
 class JudgeDown(Exception):
@@ -140,21 +144,22 @@ class JudgeClient:
         import openai
 
         try:
-            reply = await asyncio.wait_for(_send(client, request), self.timeout_s)
+            choice = await asyncio.wait_for(_send(client, request), self.timeout_s)
+            reply = _text_of(choice)
         except (TimeoutError, asyncio.TimeoutError, openai.APITimeoutError):
             self.counters["timeouts"] += 1
             return _Failure(f"no reply within `request_timeout_s` = {self.timeout_s:g} s")
         except openai.APIStatusError as error:
             return self._refused(error.status_code, error.response.headers, str(error))
-        except (ValueError, TypeError, AttributeError, IndexError):  # a body that is no (chat) completion
+        except (ValueError, TypeError, AttributeError, LookupError):  # a body that is no (chat) completion
             self.counters["unreadable"] += 1
             return _Failure("a reply that is no completion", silent=False)
         except Exception as error:  # whatever else the network or the client library comes up with
             cause = error.__cause__ or error
             return _Failure(self._without_key(f"{type(error).__name__}: {str(cause)[:200] or type(cause).__name__}"))
-        if not self.is_readable(reply):
+        if reply is None or not self.is_readable(reply):
             self.counters["unreadable"] += 1
-            return _Failure(f"a verdict that can't be read: {reply[:60]!r}", silent=False)
+            return _why_unreadable(choice, request)
         return reply
 
     def _refused(self, status: int, headers: Mapping[str, str], message: str) -> _Failure:
@@ -201,14 +206,46 @@ class _Failure:
     asked_s: float | None = None
 
 
-async def _send(client: Any, request: dict[str, Any]) -> str:
-    if "messages" in request:
-        content = (await client.chat.completions.create(**request)).choices[0].message.content
-    else:
-        content = (await client.completions.create(**request)).choices[0].text
-    if not isinstance(content, str):
-        raise TypeError("no text")
-    return whole(content)
+async def _send(client: Any, request: dict[str, Any]) -> dict[str, Any]:
+    kind, material = (client.chat.completions, "messages") if "messages" in request else (client.completions, "prompt")
+    named = {name: request[name] for name in ("model", material)}
+    others = {name: value for name, value in request.items() if name not in named}
+    choice: dict[str, Any] = (await kind.create(**named, extra_body=others)).choices[0].model_dump(warnings=False)
+    return choice
+
+
+def _text_of(choice: Mapping[str, Any]) -> str | None:
+    """Return what a choice of a reply says, without parts that are no text; None if it says nothing."""
+    content = choice["message"]["content"] if choice.get("message") else choice.get("text")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    return whole(content) if isinstance(content, str) else None
+
+
+def _why_unreadable(choice: Mapping[str, Any], request: Mapping[str, Any]) -> _Failure:
+    """Say why a choice holds no verdict, and which setting mends it."""
+    message, text, ending = choice.get("message") or {}, _text_of(choice) or "", choice.get("finish_reason")
+    thought = message.get("reasoning_content") or message.get("reasoning") or ""
+    within = not answer_of(text) and bool(thought or text)
+    if ending == "length":
+        limit = request.get("max_completion_tokens", request.get("max_tokens"))
+        where = ", within its thought" if within else f" ({text[:60]!r})"
+        instead = f", or turn thinking off ({_THINK_OFF})" if within else ""
+        return _Failure(
+            f"a reply cut off at `max_tokens` = {limit}{where}: raise `max_tokens`{instead}", again=False, silent=False
+        )
+    if message.get("refusal") or ending == "content_filter":
+        what = f"a refusal to judge ({str(message['refusal'])[:60]!r})" if message.get("refusal") else _FILTERED
+        return _Failure(f"{what}: take another `model`, or a guard", again=False, silent=False)
+    if within and thought:
+        return _Failure(
+            f"a thought ({str(thought)[:60]!r}) and no answer: turn thinking off ({_THINK_OFF}), or start the server "
+            "with the `--reasoning-parser` of this model, or without one",
+            silent=False,
+        )
+    if not text:
+        return _Failure(f"a reply without text (finish_reason {ending!r})", silent=False)
+    return _Failure(f"a verdict that can't be read: {text[:60]!r}", silent=False)
 
 
 def _client(base_url: str, key: str, timeout_s: float) -> Any:

@@ -64,13 +64,13 @@ class ServerJudge(Judge):
         backoff_s: Wait before the first retry; it doubles up to `backoff_max_s`. A Retry-After replaces it.
         backoff_max_s: Longest such wait.
         retry_after_max_s: Longest Retry-After that is waited for.
-        max_tokens: Longest reply.
+        max_tokens: Longest reply, with the thought of a judge that thinks; one that is cut off can't be read.
         on_error: What a judgement that failed for good does: `raise` ends the run, `exclude` leaves the sample out of
             the update. It is counted either way, and never becomes a score.
         threshold: From this probability of being unsafe on, a completion counts as unsafe (Qwen3Guard's
             "Controversial" is 0.5).
         cache_dir: Folder for replies, to be reused across runs; within a run they are always cached.
-        request_options: Further fields of the request's body, such as `seed`.
+        request_options: Further fields of the request's body, such as `seed` or `chat_template_kwargs`.
         name: What TensorBoard and messages call it.
     """
 
