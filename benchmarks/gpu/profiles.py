@@ -77,6 +77,7 @@ def main(scale: Scale, device: Device, record: Record, folder: Path, rest: bool,
     ids: list[torch.Tensor] = []
 
     def sampling(decoding: str) -> dict[str, Any]:
+        sampler.check(decoding)
         policy = sampler.policy("quantized")
         ids[:] = [sampler.draw(decoding, scale.profiled_tokens, policy)]
         run = lambda: sampler.draw(decoding, scale.profiled_tokens, policy)  # noqa: E731

@@ -46,6 +46,11 @@ if [[ -n ${WHEELS:-} ]]; then
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+# What would spoil every part is said before any: versions that don't go together, a wheel that is missing.
+if [[ -z $only ]] && ! "$python" -W ignore -c 'import bitsandbytes, nspo_lightning.module.grpo_module'; then
+  echo "The project can't be imported with $python, see above: nothing was run." >&2 && exit 1
+fi
+
 run_half() { # parts with their seconds
   local deadline=$SECONDS reserved=0 entry part seconds limit code
   for entry in "$@"; do ((deadline += ${entry#*:})) && ((reserved += ${entry#*:})); done

@@ -49,6 +49,16 @@ class Sampler:
         self._weights = ""
         self._first: tuple[str, torch.Tensor] | None = None
 
+    def check(self, decoding: str) -> None:
+        """See that there is such a decoding here.
+
+        Raises:
+            NotImplementedError: If the installed code or the device has none.
+        """
+        setting(SamplingConfig, "decoding", decoding)
+        if decoding == "graphs" and not self.device.is_cuda:
+            raise NotImplementedError("CUDA graphs are for a card")
+
     def draw(self, decoding: str, tokens: int, policy: TextPolicy) -> torch.Tensor:
         """Sample completions of a forced length, and return their ids."""
         config = SamplingConfig(
@@ -103,7 +113,7 @@ class Sampler:
 
     def measure(self, decoding: str, weights: str) -> dict[str, Any]:
         """Measure one mode: a rollout to warm up (with graphs: to capture), then one that counts."""
-        setting(SamplingConfig, "decoding", decoding)
+        self.check(decoding)
         scale, device = self.scale, self.device
         with listening() as heard:
             begin = device.now()

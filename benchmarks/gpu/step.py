@@ -164,6 +164,7 @@ def measure(
         "held_before_gb": held,
         "memory_limit_gb": limit if device.is_cuda else None,
         "gradient_checkpointing": checkpointing,
+        "sampling_weights": module.text_policy.sampling_mode,
         "bases": f"random, {scale.protected} protected directions",
         "steps": steps.found,
         "said": heard,
