@@ -9,6 +9,7 @@ from nspo_lightning.datamodules.sources.data_error import clip
 from nspo_lightning.datamodules.sources.source import Kind
 from nspo_lightning.rewards.rules.labels import LABELS, truth_value
 
+MAX_PROMPT_CHARS = 1_000_000
 _MISSING_TYPES = ("NAType", "NaTType")  # pandas' own, which no file holds but a function of rows may give
 _MISSING_WORDS = ("nan", "NaN", "<NA>")
 
@@ -42,3 +43,22 @@ def kind_of(label: Any, column: str, default: Kind | None = None) -> Kind:
             "(the source's own `kind` replaces the column)"
         )
     return "harmful" if truth else "benign"
+
+
+def check_prompt(value: Any) -> str:
+    """Return what stands in the prompt's column, unchanged, if it can be a prompt.
+
+    Raises:
+        BadRow: If it is null, not text, empty or absurdly long.
+    """
+    if value is None:
+        raise BadRow("the prompt is null")
+    if not isinstance(value, str):
+        raise BadRow(f"the prompt is {type(value).__name__}, not text: {clip(repr(value), 60)}")
+    if not value.strip():
+        raise BadRow("the prompt is empty")
+    if len(value) > MAX_PROMPT_CHARS:
+        raise BadRow(f"the prompt has {len(value):,} characters, more than {MAX_PROMPT_CHARS:,}")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise BadRow("the prompt holds half of a surrogate pair, which no UTF-8 text can")
+    return value

@@ -6,16 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nspo_lightning.atomic import whole
-from nspo_lightning.datamodules.sources.cells import BadRow, kind_of
+from nspo_lightning.datamodules.sources.cells import BadRow, check_prompt, kind_of
+from nspo_lightning.datamodules.sources.chats import answer_text, split_chat
 from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.references import FINAL_ANSWER
-from nspo_lightning.datamodules.sources.rows import Message, Prompt, PromptRow, RawRow
+from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, RawRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
 
-MAX_PROMPT_CHARS = 1_000_000
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "trainer_state")
-_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class RowPlan:
 
     @property
     def id_column(self) -> str | None:
-        """The column whose values must differ."""
+        """The column whose values should differ."""
         return self.preset.id_column if self.preset is not None else "id"
 
 
@@ -76,9 +75,9 @@ def _by_columns(plan: RowPlan, raw: RawRow) -> PromptRow:
             f"the row lacks the column {column!r}, which earlier rows have; it has {listing(list(row))}",
             "Fill the column in every row.",
         )
-    answer: Any = row.get(plan.answer_column) if plan.answer_column else None
+    answer, final = _declared(row, plan.answer_column)
     prompt: Prompt
-    if plan.messages_column is not None:
+    if plan.messages_column is not None or isinstance(row[column], list):
         prompt, last = split_chat(row[column])
         answer = last if answer is None else answer
     else:
@@ -86,7 +85,7 @@ def _by_columns(plan: RowPlan, raw: RawRow) -> PromptRow:
     named = {plan.prompt_column, plan.messages_column, plan.answer_column}
     taken = {*named, "skill", "kind", "source", FINAL_ANSWER, *RESERVED_COLUMNS}
     columns = {name: value for name, value in row.items() if name not in taken}
-    if final := _text(row.get(FINAL_ANSWER)):
+    if final:
         columns[FINAL_ANSWER] = final
     return PromptRow(
         prompt=prompt,
@@ -97,6 +96,20 @@ def _by_columns(plan: RowPlan, raw: RawRow) -> PromptRow:
         where=raw.where,
         columns=columns,
     )
+
+
+def _declared(row: Row, column: str | None) -> tuple[Any, str]:
+    """Return a row's reference answer (None without any), and what a completion is compared with.
+
+    They are columns of their own, or verl's `reward_model` with its `ground_truth`, or TRL's `completion`.
+    """
+    answer, final = row.get(column) if column else None, _text(row.get(FINAL_ANSWER))
+    rule = row.get("reward_model")
+    truth = rule.get("ground_truth") if isinstance(rule, dict) else None
+    if isinstance(truth, (str, int, float)):
+        final = final or _text(truth)
+        answer = truth if answer is None else answer
+    return answer_text(row.get("completion") if answer is None else answer), final
 
 
 def _by_preset(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:
@@ -153,56 +166,3 @@ def _text(value: Any) -> str:
     if isinstance(value, (dict, list)):
         raise BadRow(f"the answer is {type(value).__name__}, not text: {clip(repr(value), 60)}")
     return "" if value is None else value if isinstance(value, str) else str(value)
-
-
-def check_prompt(value: Any) -> str:
-    """Return what stands in the prompt's column, unchanged, if it can be a prompt.
-
-    Raises:
-        BadRow: If it is null, not text, empty or absurdly long.
-    """
-    if value is None:
-        raise BadRow("the prompt is null")
-    if not isinstance(value, str):
-        raise BadRow(f"the prompt is {type(value).__name__}, not text: {clip(repr(value), 60)}")
-    if not value.strip():
-        raise BadRow("the prompt is empty")
-    if len(value) > MAX_PROMPT_CHARS:
-        raise BadRow(f"the prompt has {len(value):,} characters, more than {MAX_PROMPT_CHARS:,}")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise BadRow("the prompt holds half of a surrogate pair, which no UTF-8 text can")
-    return value
-
-
-def split_chat(value: Any) -> tuple[list[Message], str | None]:
-    """Return a chat's turns up to the last user turn, and the assistant's turn after it, if any.
-
-    A chat is a list of ``{"role": ..., "content": ...}`` (or ``from``/``value``).
-
-    Raises:
-        BadRow: If it is no such list, or has no user turn.
-    """
-    if value is None:
-        raise BadRow("the messages are null")
-    if not isinstance(value, list) or not value:
-        found = "empty" if value == [] else type(value).__name__
-        raise BadRow(f"the messages are {found}, not a list of role and content")
-    turns = [_turn(entry) for entry in value]
-    answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
-    if not turns or turns[-1]["role"] != "user":
-        raise BadRow("the messages do not end with a user turn")
-    check_prompt(turns[-1]["content"])
-    return turns, answer
-
-
-def _turn(entry: Any) -> Message:
-    if not isinstance(entry, dict):
-        raise BadRow(f"a message is {type(entry).__name__}, not an object with role and content")
-    role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-    role = {"human": "user", "gpt": "assistant"}.get(role, role) if isinstance(role, str) else role
-    if role not in _ROLES or not isinstance(content, str):
-        raise BadRow(
-            f"a message needs a role ({', '.join(_ROLES)}) and text, "
-            f"got role {clip(repr(role), 30)} and {type(content).__name__}"
-        )
-    return {"role": role, "content": content}

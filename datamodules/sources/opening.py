@@ -128,7 +128,7 @@ def _local(source: PromptSource, origin: Origin, notes: list[str]) -> Iterator[R
     if is_saved(origin.path):
         return read_saved(origin.path, source.split)
     files = find_files(origin.path, source.split)
-    return itertools.chain.from_iterable(_with_subject(file, origin.preset) for file in files)
+    return itertools.chain.from_iterable(_with_subject(file, origin.preset, notes) for file in files)
 
 
 def _reject_preset_as_path(path: str) -> None:
@@ -145,11 +145,11 @@ def _reject_preset_as_path(path: str) -> None:
     )
 
 
-def _with_subject(file: Path, preset: Preset | None) -> Iterator[RawRow]:
+def _with_subject(file: Path, preset: Preset | None, notes: list[str]) -> Iterator[RawRow]:
     # A headerless file (MMLU) keeps its subject in its name.
     is_csv = file.name.lower().removesuffix(".gz").endswith(".csv")
     if preset is None or preset.csv_header is None or not is_csv:
-        yield from read_file(file)
+        yield from read_file(file, notes=notes)
         return
     subject = file.stem.rpartition("_")[0] or file.stem
     for row in read_file(file, preset.csv_header):

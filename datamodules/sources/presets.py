@@ -34,7 +34,7 @@ class Preset:
         keep: Columns that go along with the row (those that it has).
         skip: Gives the reason why a row is left out, or None.
         recognise: A further condition on a row for being recognised by its columns.
-        id_column: A column whose values must differ; repeated ones are an error.
+        id_column: A column whose values should differ; repeated ones are said.
         hub_id: The dataset on the Hugging Face hub.
         hub_name: Its configuration.
         hub_revision: Its revision, where it must be another than the newest.

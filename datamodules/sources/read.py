@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -14,7 +15,7 @@ from nspo_lightning.datamodules.sources.convert import convert
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.opening import is_builtin, open_source
 from nspo_lightning.datamodules.sources.references import with_final_answers
-from nspo_lightning.datamodules.sources.rows import PromptRow, RawRow
+from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
 
 _CHUNK_ROWS = 512
@@ -97,11 +98,12 @@ def usable_rows(
 
 def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -> Iterator[PromptRow]:
     seen: set[str] = set()
-    ids: dict[str | int, str] = {}
+    ids = Counter[Any]()
     raw_rows, plan = open_source(source, default_kind, report.notes)
     for raw in raw_rows:
         report.read += 1
-        _check_id(plan.id_column, raw, ids)
+        if isinstance(value := raw.data.get(plan.id_column or ""), (str, int, float)):
+            ids[value] += 1
         try:
             row = convert(plan, raw)
         except BadRow as problem:
@@ -116,19 +118,12 @@ def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -
         else:
             seen.add(row.key)
             yield row
-
-
-def _check_id(column: str | None, raw: RawRow, ids: dict[str | int, str]) -> None:
-    value = raw.data.get(column) if column is not None else None
-    if not isinstance(value, (str, int)):
-        return
-    if value in ids:
-        raise DataError(
-            raw.where,
-            f"the {column} {value!r} occurs again; it first stood in {ids[value]}",
-            f"Make `{column}` unique: remove the copy or renumber it.",
+    if ids and len(ids) < report.read:
+        repeated, missing = sum(count > 1 for count in ids.values()), report.read - ids.total()
+        report.notes.append(
+            f"`{plan.id_column}` names no row by itself ({repeated} values repeat, {missing} are missing): rows are "
+            "told apart by their place"
         )
-    ids[value] = raw.where
 
 
 def announce(reports: Iterable[SourceReport]) -> None:
