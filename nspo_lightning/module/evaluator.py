@@ -112,10 +112,9 @@ class Evaluator:
     def identity(self) -> dict[str, Any]:
         """Say who judges and how prompts are answered, as plain values."""
         decoding = {"harmful": describe(self.harmful), "general": describe(self.general), "seed": EVALUATION_SEED}
-        decoding["weights"] = self.policy.sampling_mode
         return {"judge": describe(self.judge), "decoding": decoding}
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:
         sampling = self.harmful if dataloader_idx == 0 else self.general
         places = places_among_ranks(len(batch["prompt_ids"])) if sampling.temperature > 0 else None
-        return self.policy.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx, places)
+        return self.policy.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx, places, exact=True)

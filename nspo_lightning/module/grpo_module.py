@@ -432,7 +432,8 @@ class GRPOModule(pl.LightningModule):
 
     def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
         """Answer texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it."""
-        return self.text_policy.generate(self.text_policy.render(prompts), self.general_sampling, 1, EVALUATION_SEED)[1]
+        batch, sampling = self.text_policy.render(prompts), self.general_sampling
+        return self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)[1]
 
     def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
         """Answer an evaluation batch as the base does; None without an adapter."""

@@ -86,7 +86,7 @@ class TextPolicy:
 
     @property
     def sampling_mode(self) -> Mode:
-        """Which weights completions are drawn with."""
+        """Which weights training draws completions with."""
         return "quantized" if self._weights is None else self._weights.mode
 
     @property
@@ -122,6 +122,8 @@ class TextPolicy:
         group_size: int,
         seed: int,
         prompt_places: Places | None = None,
+        *,
+        exact: bool = False,
     ) -> tuple[Rollout, list[str]]:
         """Answer a batch of prompts.
 
@@ -131,6 +133,8 @@ class TextPolicy:
             group_size: Completions a prompt, G.
             seed: Seed of the sampling noise.
             prompt_places: Where the prompts stand in the batch of all ranks, see `rollout.places`; None = alone.
+            exact: Draw from the trained function, not from merged weights, which are rounded: what measures a policy
+                does not correct for it.
 
         Returns:
             The rollout, with log-probabilities where other weights than the trained ones drew it, and the P * G
@@ -138,6 +142,7 @@ class TextPolicy:
         """
         model = self.require()
         weights = self._weights or SamplingWeights(model, "quantized")
+        weights = weights.exact() if exact else weights
         self.check_room(batch["prompt_ids"].shape[1], sampling.max_new_tokens)
         with weights.in_place():
             rollout = sample(

@@ -6,8 +6,8 @@ completion, that is most of its time. Inside `SamplingWeights.in_place` the maps
 - dequantized: the 4-bit values in the compute dtype, the adapter beside them. The same function: bitsandbytes' own
   product unpacks to the same numbers.
 - merged: W + s B A, rounded to W's dtype. Nearly the same function: bfloat16 has 8 bits, so an update's entries below
-  1/512 of their weight are lost. What is learnt from is corrected by the importance ratio. Added anew to the stored
-  base each time and never subtracted, so nothing drifts.
+  1/512 of their weight are lost. Only what is learnt from is drawn so, and corrected by the importance ratio. Added
+  anew to the stored base each time and never subtracted, so nothing drifts.
 
 The copy lives inside the block alone: making it takes less time than a few tokens, and training needs the memory. No
 parameter and no module changes, so gradients, checkpoints, hooks and the reference know nothing of it.
@@ -111,6 +111,10 @@ class SamplingWeights:
     def differ(self) -> bool:
         """Whether completions are drawn from another function than the one that is trained."""
         return self.mode == "merged"
+
+    def exact(self) -> SamplingWeights:
+        """Return weights of the trained function, for those who measure it and have no ratio that corrects rounding."""
+        return SamplingWeights(self.policy, "dequantized") if self.differ else self
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -66,8 +66,9 @@ class PolicySettings:
         gradient_checkpointing: Recompute activations in the backward pass.
         sampling_weights: What completions are drawn with in this process. "quantized": the weights as they are trained.
             "dequantized": the 4-bit values unpacked once a rollout, the same function with fewer products.
-            "merged": those plus the adapter's update, rounded; training corrects the rounding. Both need memory while
-            completions are drawn. "auto": "merged" where a GPU has room, else "quantized". See docs/performance.md.
+            "merged": those plus the adapter's update, rounded, in training alone, which corrects the rounding;
+            "dequantized" elsewhere. Both need memory while completions are drawn. "auto": "merged" where a GPU has
+            room, else "quantized". See docs/performance.md.
         trust_remote_code: Run code that comes with the checkpoint. Off unless you have read it.
     """
 

@@ -356,12 +356,12 @@ def test_a_resumed_run_goes_on_bitwise_and_says_where_the_weights_change(tiny_ll
         run(tiny_llama, tmp_path, "quantized", 4, path, iterations=2, checkpoints=tmp_path / "other")
 
 
-def test_validation_and_the_base_answer_from_their_own_weights(tiny_llama, tmp_path):
-    """Validation, and the base beside it: greedy answers are those of the weights as they are trained."""
+def test_validation_and_the_base_answer_from_their_own_weights(tiny_llama):
+    """With an update that bfloat16 loses: greedy answers are those of the weights as they are trained."""
     answers = {}
     for mode in ("quantized", "merged"):
         torch.manual_seed(3)
-        job = module(tiny_llama, policy=settings_of(tiny_llama, sampling_weights=mode))
+        job = module(tiny_llama, policy=settings_of(tiny_llama, sampling_weights=mode, dtype="bfloat16"))
         job.load(CPU)
         with torch.no_grad():
             for name, parameter in job.require_policy().named_parameters():
@@ -369,10 +369,26 @@ def test_validation_and_the_base_answer_from_their_own_weights(tiny_llama, tmp_p
                     parameter.normal_(std=0.1)
         batch = {"prompt": ["a", "b", "c"], "prompt_ids": IDS, "prompt_mask": torch.ones_like(IDS) > 0}
         batch["columns"] = {"answer": ["x"] * 3}
-        answers[mode] = (
-            job.evaluator.answer(batch, 1, 0).completions,
-            job.base_answer(batch, 1, 0).completions,
-        )
-        assert job.evaluator.identity()["decoding"]["weights"] == mode
+        of_policy, of_base = job.evaluator.answer(batch, 1, 0), job.base_answer(batch, 1, 0)
+        answers[mode] = (of_policy.completions, of_base.completions, job.calibration_answers(["a", "b"]))
     assert answers["quantized"] == answers["merged"]
     assert answers["merged"][0] != answers["merged"][1]
+
+
+def test_only_what_is_learnt_from_is_drawn_from_merged_weights(tiny_llama, tmp_path, monkeypatch):
+    modes, entered = [], SamplingWeights.in_place
+
+    def noted(self):
+        modes.append(self.mode)
+        return entered(self)
+
+    monkeypatch.setattr(SamplingWeights, "in_place", noted)
+    job = module(tiny_llama, policy=settings_of(tiny_llama, sampling_weights="merged"))
+    trainer(tmp_path, steps=2, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=0).fit(job, datamodule())
+    assert modes[:2] == ["merged"] * 2
+    assert set(modes[2:]) == {"dequantized"}
+    modes.clear()
+    trainer(tmp_path, limit_test_batches=1).test(job, datamodule(), verbose=False)
+    job.calibration_answers(["a"])
+    assert modes
+    assert set(modes) == {"dequantized"}
