@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,14 @@ def export_source(
         ValueError: If the basis given is another run's.
     """
     state = content[STATE_KEY]
-    if state["policy_path"] != settings.path:
+    places: dict[str, str] = state.get("places", {})
+    if settings.path not in (state["policy_path"], places.get("path")):
         raise PolicyError(
             f"{checkpoint} was trained on '{state['policy_path']}', but {config_file} names '{settings.path}' as "
             "`model.policy.path`. Give the config.yaml of the checkpoint's own run as `--config`."
         )
+    # What was beside the run need not be beside us, or be the same.
+    settings = replace(settings, **{name: place for name, place in places.items() if os.path.exists(place)})
     _check_rank(content["state_dict"], settings, config_file)
     projection = next((s for s in content.get("callbacks", {}).values() if _is_projection(s)), None)
     path = basis or _basis_of(projection, config_file.parent)

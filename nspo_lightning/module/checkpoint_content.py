@@ -18,6 +18,7 @@ def keep_trained_(checkpoint: dict[str, Any], policy: TextPolicy) -> None:
     checkpoint[STATE_KEY] = {
         "policy": policy.fingerprint,
         "policy_path": policy.settings.path,
+        "places": policy.settings.places(),  # a relative path means nothing elsewhere
         "adapter": adapter_settings(policy.settings.lora),
     }
 

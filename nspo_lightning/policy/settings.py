@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +63,7 @@ class PolicySettings:
             (prompts, calibration, evaluation) and is saved with the adapter.
         chat_template_kwargs: Variables that the chat template reads, for all uses too: `{enable_thinking: false}`
             makes Qwen3 answer without a thought. They become the saved template's defaults.
-        attn_implementation: Passed to transformers.
+        attn_implementation: Passed to transformers; null = its own choice. A model without "sdpa" gets "eager".
         gradient_checkpointing: Recompute activations in the backward pass.
         sampling_weights: What completions are drawn with in this process. "quantized": the weights as they are trained.
             "dequantized": the 4-bit values unpacked once a rollout, the same function with fewer products.
@@ -83,12 +84,18 @@ class PolicySettings:
     tokenizer: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = "sdpa"
     gradient_checkpointing: bool = False
     sampling_weights: Literal["auto", "quantized", "dequantized", "merged"] = "auto"
     trust_remote_code: bool = False
 
     @property
     def model_path(self) -> str:
-        """Return the folder or hub id, with "toy" resolved."""
-        return str(TOY_PATH) if self.path == TOY else self.path
+        """Return the folder, as an absolute path, or the hub id; "toy" is a folder of this package."""
+        return str(TOY_PATH) if self.path == TOY else self.places().get("path", self.path)
+
+    def places(self) -> dict[str, str]:
+        """Return the absolute path of what is a file or folder here, by the setting that names it."""
+        names = ("path", "tokenizer", "adapter", "chat_template")
+        given = {name: os.path.expanduser(vars(self)[name] or "") for name in names if vars(self)[name] != TOY}
+        return {name: os.path.abspath(path) for name, path in given.items() if os.path.exists(path)}

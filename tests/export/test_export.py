@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -96,6 +97,28 @@ def greedy(model, tokenizer, prompts=PROMPTS):
             row = torch.cat([row, model(input_ids=row).logits[:, -1:].argmax(-1)], 1)
         answers.append(row[0, ids["input_ids"].shape[1] :].tolist())
     return answers
+
+
+def test_a_base_with_a_relative_path_is_found_from_anywhere(run, tiny_llama, tmp_path, monkeypatch):
+    home, away = tmp_path / "home", tmp_path / "away"
+    shutil.copytree(tiny_llama, home / "models" / "base")
+    (away / "models").mkdir(parents=True)
+    config = yaml.safe_load((run.parents[1] / "config.yaml").read_text())
+    config["model"]["policy"] |= {"path": "models/base", "tokenizer": "models/../models/base"}
+    (home / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(home)
+    main(["fit", "-c", "config.yaml", "--trainer.max_steps", "1"])
+    monkeypatch.chdir(away)
+    trained = home / "runs" / "tiny"
+    main(["export", "--ckpt", str(trained / "checkpoints" / "last.ckpt"), "--out", "out"])
+    for folder in (trained / "adapter", away / "out"):
+        named = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        assert named == str(home / "models" / "base")
+        AutoPeftModelForCausalLM.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+    main(["export", "--ckpt", str(trained / "checkpoints" / "last.ckpt"), "--out", "merged", "--merge"])
+    AutoModelForCausalLM.from_pretrained("merged")
+    assert f"from_pretrained('{home}/models/base')" in Path("out/README.md").read_text()
 
 
 def test_the_adapter_answers_in_peft_as_the_run_did(run, export, tmp_path):
