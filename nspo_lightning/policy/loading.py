@@ -7,6 +7,7 @@ what was found and how to mend it.
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str,
             trust_remote_code=settings.trust_remote_code,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             raise PolicyError(
                 f"`policy.path`: the {what} at '{path}' comes with code of its own, which runs only if you say so. "
@@ -116,7 +117,7 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
     if settings.path == TOY:  # too small for a bar
         disable_progress_bar()
     dtype = TORCH_DTYPES[settings.dtype]
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    kwargs: dict[str, Any] = {"dtype": dtype}
     if settings.quantization != "none":
         check_4bit_widths(settings, device.type)
         kwargs["quantization_config"] = BitsAndBytesConfig(
@@ -126,10 +127,37 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
             bnb_4bit_compute_dtype=dtype,
         )
         kwargs["device_map"] = {"": device}
-    model = from_pretrained(AutoModelForCausalLM, "causal language model", settings, settings.model_path, **kwargs)
+    model = _with_attention(AutoModelForCausalLM, settings, kwargs)
     model.requires_grad_(False)
     keep_4bit_exact(model)
     return model  # type: ignore[no-any-return]
+
+
+def _with_attention(loader: Any, settings: PolicySettings, kwargs: dict[str, Any]) -> Any:
+    """Load a model with the attention that was asked for; an architecture without SDPA gets eager attention."""
+
+    def load(attention: str | None) -> Any:
+        given = {**kwargs, "attn_implementation": attention}
+        return from_pretrained(loader, "causal language model", settings, settings.model_path, **given)
+
+    asked = settings.attn_implementation
+    try:
+        return load(asked)
+    except PolicyError as error:
+        said = str(error.__cause__)
+        if asked is None or not any(word in said for word in ("attention", "Attention", "attn_implementation")):
+            raise
+        if asked == "sdpa" and "scaled_dot_product_attention" in said:
+            warnings.warn(
+                f"transformers has no SDPA attention for '{settings.path}': eager attention is used, slower and the "
+                "same function. `policy.attn_implementation: eager` asks for it.",
+                stacklevel=2,
+            )
+            return load("eager")
+        raise PolicyError(
+            f"`policy.attn_implementation` is '{asked}', which '{settings.path}' can't have here: "
+            f"{said.strip().splitlines()[0]} Set `sdpa`, `eager`, or null for what transformers chooses."
+        ) from error
 
 
 def load_policy(settings: PolicySettings, device: torch.device) -> nn.Module:

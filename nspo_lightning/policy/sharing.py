@@ -106,6 +106,7 @@ def _why_not(model: Any) -> str:
     prompt = torch.arange(3, device=device) % vocabulary
     tails = torch.arange(3, 7, device=device).view(2, 2) % vocabulary
     ones = torch.ones(1, 3, dtype=torch.bool, device=device)
+    asked: dict[int, tuple[Tensor, Tensor]] = {}
     with evaluation_mode(model):
         rows = torch.cat([prompt.expand(2, 3), tails], 1)
         full = model(input_ids=rows, use_cache=False, return_dict=True).logits
@@ -116,10 +117,12 @@ def _why_not(model: Any) -> str:
                     position_ids=torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=device),
                     use_cache=False,
                     return_dict=True,
-                    group_pass=GroupPass(ones, torch.ones_like(tails, dtype=torch.bool)),
+                    group_pass=GroupPass(ones, torch.ones_like(tails, dtype=torch.bool), asked),
                 ).logits[0]
         except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             return f"trying it failed with {type(error).__name__}: {error}"
+    if not asked:  # what it did instead can look right where attention hardly matters
+        return "its attention is not one that can be chosen by name"
     expected = torch.cat([full[0, :3], full[:, 3:].flatten(0, 1)])
     if bool((flat - expected).abs().max() > _TRIAL_TOLERANCE * expected.abs().max().clamp(min=1e-6)):
         return "a trial gave other logits than full passes do"
