@@ -119,7 +119,8 @@ def export_source(
             "`model.policy.path`. Give the config.yaml of the checkpoint's own run as `--config`."
         )
     # What was beside the run need not be beside us, or be the same.
-    settings = replace(settings, **{name: place for name, place in places.items() if os.path.exists(place)})
+    there: dict[str, Any] = {name: place for name, place in places.items() if os.path.exists(place)}
+    settings = replace(settings, **there)
     _check_rank(content["state_dict"], settings, config_file)
     projection = next((s for s in content.get("callbacks", {}).values() if _is_projection(s)), None)
     path = basis or _basis_of(projection, config_file.parent)
