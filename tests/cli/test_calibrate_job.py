@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from null_space_problems import Net, general_inputs, trainer
 
+from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.cli.calibrate import calibrate
 
 
@@ -23,6 +24,10 @@ def test_no_more_text_is_read_than_is_used(tmp_path: Path) -> None:
                 yield general_inputs(16)
 
     data = Endless()
-    found = calibrate(Net(), data, out=tmp_path / "basis.safetensors", limit_batches=3, trainer=trainer(tmp_path))
+    projection = NullSpaceProjection(limit_batches=3)
+    out = tmp_path / "basis.safetensors"
+    calibrate(Net(), data, out=out, projection=projection, keep_moments=None, trainer=trainer(tmp_path))
     assert data.read == 3
-    assert set(found.calibration.domain_tokens.values()) == {48}
+    found = projection.calibration
+    assert found is not None
+    assert set(found.domain_tokens.values()) == {48}
