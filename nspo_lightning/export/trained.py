@@ -145,6 +145,12 @@ def export_source(
 def _check_rank(weights: Mapping[str, Tensor], settings: PolicySettings, config: Path) -> None:
     ranks = {value.shape[0] for name, value in weights.items() if name.endswith(DOWN)}
     wanted = set() if settings.lora is None else {settings.lora.r}
+    if ranks != wanted and any(name.endswith(DOWN) and ".experts." in name for name in weights):
+        raise PolicyError(
+            "The checkpoint's adapter is on experts' fused weights too, which `export` can't write yet. The run itself "
+            f"wrote its adapter at its end: {config.parent / 'adapter'}. PEFT loads it, and merges it "
+            "(`PeftModel.from_pretrained(base, folder).merge_and_unload()`)."
+        )
     if ranks != wanted:
         raise PolicyError(
             f"The checkpoint's adapter has rank {sorted(ranks) or 'none'}, {config} says {sorted(wanted) or 'none'}. "

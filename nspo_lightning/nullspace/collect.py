@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nspo_lightning import ranks
 from nspo_lightning.compat.torch import version_of
 from nspo_lightning.nullspace.covariance import SecondMoment, fold_together, rows_that_count, select_rows
+from nspo_lightning.nullspace.experts import ExpertInputs
 
 DEFAULT_DOMAIN = "general"
 
@@ -92,8 +93,8 @@ class OutputEnergy:
         """Add a module's output, shape ``(..., out)``; see `select_rows` for the mask."""
         exact = torch.promote_types(outputs.dtype, torch.float32)
         squares = torch.linalg.vector_norm(outputs.detach(), dim=-1, dtype=exact).square()
-        if mask is not None and counted is not None and mask.shape == squares.shape:
-            squares = squares.reshape(-1).index_select(0, counted)
+        if mask is not None and counted is not None and mask.shape == squares.shape[: mask.ndim]:
+            squares = squares.flatten(0, mask.ndim - 1).index_select(0, counted)
         self.rows += squares.numel()
         self.total = self.total + squares.sum(dtype=torch.float64)
 
@@ -155,6 +156,8 @@ class InputCollector(Generic[Sum]):
     def __enter__(self) -> InputCollector[Sum]:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
+            if isinstance(module, ExpertInputs):
+                self._handles += module.listen()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -54,7 +54,7 @@ def select_rows(
 
     Args:
         inputs: A layer's input, shape ``(..., width)``.
-        mask: True (or non-zero) = counts, shape ``inputs.shape[:-1]``; None = all count.
+        mask: True (or non-zero) = counts, shape ``inputs.shape[:-1]`` or the first dimensions of it; None = all count.
         layer: Name used in the error message.
         counted: The mask's `rows_that_count`, on the device of the inputs; None = find them.
 
@@ -72,6 +72,8 @@ def select_rows(
         return rows
     if mask.shape == inputs.shape[:-1]:
         return rows.index_select(0, counted)
+    if mask.shape == inputs.shape[: mask.ndim]:  # several rows a token, as each of its experts has one
+        return inputs.flatten(0, mask.ndim - 1).index_select(0, counted).reshape(-1, inputs.shape[-1])
     # As many rows is not enough: they may come in another order (transposed, routed to experts, sorted).
     raise ValueError(
         f"The mask must have the shape of the rows that enter {layer}: they are {tuple(inputs.shape[:-1])}, the mask "

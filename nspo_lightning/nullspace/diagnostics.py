@@ -38,11 +38,14 @@ class LayerCertificate:
     null_dims: int
 
 
-def low_rank_norm(up: Tensor, down: Tensor) -> float:
-    """Return ||B A||_F from its factors, B of shape ``(out, r)`` and A of shape ``(r, width)``, in float64."""
-    inner = up.to(torch.float64).T @ up.to(torch.float64)
-    down = down.to(torch.float64)
-    return math.sqrt(max(float(((inner @ down) * down).sum()), 0.0))
+def low_rank_norm(up: Tensor, down: Tensor, experts: int = 1) -> float:
+    """Return ||B A||_F from its factors, B of shape ``(out, r)`` and A of shape ``(r, width)``, in float64.
+
+    Of several experts it is the norm of all their products together; see `ProtectedLayer.experts`.
+    """
+    ups = up.to(torch.float64).reshape(len(up), -1, experts).permute(2, 0, 1)
+    downs = down.to(torch.float64).reshape(experts, -1, down.shape[-1])
+    return math.sqrt(max(float((((ups.mT @ ups) @ downs) * downs).sum()), 0.0))
 
 
 def certify(
@@ -52,6 +55,7 @@ def certify(
     *,
     up: Tensor | None = None,
     scale: float = 1.0,
+    experts: int = 1,
     output_energy: float | None = None,
 ) -> LayerCertificate:
     """Measure one layer's update against its basis.
@@ -62,6 +66,7 @@ def certify(
         update: A of an adapter, shape ``(r, width)``, or W - W_ref, shape ``(out, width)``.
         up: B of the adapter, shape ``(out, r)``; None for a full weight.
         scale: The adapter's factor s.
+        experts: See `ProtectedLayer.experts`.
         output_energy: What the squared change is measured against, see `Calibration.output_energy`.
 
     Returns:
@@ -72,7 +77,7 @@ def certify(
     update = update.to(torch.float64)
 
     def norm(matrix: Tensor) -> float:
-        return scale * low_rank_norm(up, matrix) if up is not None else float(torch.linalg.vector_norm(matrix))
+        return scale * low_rank_norm(up, matrix, experts) if up is not None else float(torch.linalg.vector_norm(matrix))
 
     total = norm(update)
     inside = protected_component(basis, update)

@@ -166,7 +166,9 @@ def certify_layers(
             update = update - layer.rows(whole_reference(layer, reference))
         up = None if layer.output is None else ranks.whole(layer.output.detach())
         energy = output_energy.get(layer.name)
-        found.append(certify(layer.name, basis, update, up=up, scale=layer.scale, output_energy=energy))
+        found.append(
+            certify(layer.name, basis, update, up=up, scale=layer.scale, experts=layer.experts, output_energy=energy)
+        )
     return found
 
 

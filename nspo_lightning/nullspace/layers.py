@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from nspo_lightning.nullspace.shapes import Adapter, is_conv1d, weight_of
+from nspo_lightning.nullspace.experts import ExpertInputs
+from nspo_lightning.nullspace.shapes import Adapter, base_of, is_conv1d, weight_of
 
 Kind = Literal["lora", "dense", "dense_transposed"]
 
@@ -33,15 +35,19 @@ class ProtectedLayer:
     """B of the adapter."""
     scale: float = 1.0
     """s in W' = W + s B A."""
+    experts: int = 1
+    """Experts that A and B hold side by side: A has r rows for each, B's columns are those of rank 1 of all, then 2."""
 
     @property
     def width(self) -> int:
         """Input features."""
-        return self.matrix.shape[0] if self.kind == "dense_transposed" else self.matrix.shape[1]
+        return self.matrix.shape[0] if self.kind == "dense_transposed" else self.matrix.shape[-1]
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Return a view of a tensor shaped like ``matrix``, with input features last."""
-        return tensor.T if self.kind == "dense_transposed" else tensor
+        """Return a view of a tensor shaped like ``matrix`` as a matrix with input features last."""
+        if self.kind == "dense_transposed":
+            return tensor.T
+        return tensor if tensor.ndim == 2 else tensor.view(-1, tensor.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +102,9 @@ def plan_layers(
         if not matches(name, target_modules):
             continue
         if (adapter := Adapter.of(module)) is not None:
-            found, refused = _adapter_layers(name, adapter, resumed)
+            found, refused = _adapter_layers(model, name, adapter, resumed)
+        elif _is_experts(module) and not _inside_adapter(name):
+            found, refused = _expert_layers(model, name, module), []
         elif _is_dense(module) and not _inside_adapter(name):
             found, refused = _dense_layer(name, module, owners)
         else:
@@ -143,21 +151,46 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _adapter_layers(name: str, adapter: Adapter, resumed: bool) -> tuple[list[ProtectedLayer], list[Refusal]]:
+def _is_experts(module: nn.Module) -> bool:
+    return any(p.ndim == 3 and p.requires_grad for p in module.parameters(recurse=False))
+
+
+def _expert_layers(model: nn.Module, name: str, module: nn.Module) -> list[ProtectedLayer]:
+    """Return the fused weights of experts that can be held; the others are refused as what no layer owns."""
+    layers = []
+    for part, parameter in module.named_parameters(recurse=False):
+        inputs = ExpertInputs.of(model, name, part)
+        if parameter.requires_grad and inputs is not None:
+            layers.append(ProtectedLayer(name=f"{name}.{part}", module=inputs, kind="dense", matrix=parameter))
+    return layers
+
+
+def _adapter_layers(
+    model: nn.Module, name: str, adapter: Adapter, resumed: bool
+) -> tuple[list[ProtectedLayer], list[Refusal]]:
     layers: list[ProtectedLayer] = []
     refusals: list[Refusal] = []
     trained = [key for key, down, up in adapter.pairs() if _trainable(down, up)]
+    module: nn.Module | None = adapter.module
+    if adapter.raw_parameter is not None:
+        module = ExpertInputs.of(model, name, adapter.raw_parameter) if trained else None
     for key in trained:
         down, up = adapter.down[key], adapter.up[key]
-        obstacle = _adapter_obstacle(adapter, key, down, up, resumed)
-        if obstacle is None:
+        if module is None:
+            obstacle: tuple[str, str] | None = _NO_INPUT
+        else:
+            obstacle = _rounded(adapter) or _adapter_obstacle(adapter, key, down, up, resumed)
+        if obstacle is None and module is not None:
             label = f"{name}[{key}]" if len(trained) > 1 else name
             scale = adapter.scaling.get(key, 1.0)
             a, b = down.get_parameter("weight"), up.get_parameter("weight")
-            layer = ProtectedLayer(name=label, module=adapter.module, kind="lora", matrix=a, output=b, scale=scale)
-            layers.append(layer)
+            layers.append(
+                ProtectedLayer(
+                    name=label, module=module, kind="lora", matrix=a, output=b, scale=scale, experts=adapter.experts
+                )
+            )
             continue
-        reason, cure = obstacle
+        reason, cure = obstacle or _NO_INPUT
         refusals += [
             Refusal(name=f"{name}.{part}.{key}.{parameter_name}", parameter=parameter, reason=reason, cure=cure)
             for part, inner in (("lora_A", down), ("lora_B", up))
@@ -165,6 +198,27 @@ def _adapter_layers(name: str, adapter: Adapter, resumed: bool) -> tuple[list[Pr
             if parameter.requires_grad
         ]
     return layers, refusals
+
+
+_ATTENTION = "adapt attention layers alone, by name (LoRA: `target_modules: [q_proj, k_proj, v_proj, o_proj]`)"
+_NO_INPUT = (
+    "it adapts a raw parameter (mixture-of-experts weights of a form that is not known), whose inputs no module shows",
+    f"Instead {_ATTENTION}",
+)
+
+
+def _rounded(adapter: Adapter) -> tuple[str, str] | None:
+    """Return why an update that is added to a raw weight cannot be held there, as for `_adapter_obstacle`."""
+    if adapter.raw_parameter is None:
+        return None
+    dtype = base_of(adapter.module).get_parameter(adapter.raw_parameter).dtype
+    if dtype in (torch.float32, torch.float64):
+        return None
+    return (
+        f"its update is added to the raw parameter {adapter.raw_parameter!r} and rounded to {dtype} in each forward, "
+        "which leaks about 4e-3 of it",
+        f"Load the model in float32, or {_ATTENTION}",
+    )
 
 
 def _trainable(*modules: nn.Module) -> bool:
@@ -175,12 +229,6 @@ def _adapter_obstacle(
     adapter: Adapter, key: str, down: nn.Module, up: nn.Module, resumed: bool
 ) -> tuple[str, str] | None:
     """Return why an adapter's update cannot be held, and the way out; None where nothing stands in the way."""
-    if adapter.raw_parameter is not None:
-        return (
-            f"it adapts the raw parameter {adapter.raw_parameter!r} (mixture-of-experts weights), whose inputs no "
-            "module shows",
-            "Adapt attention layers alone, by name (LoRA: `target_modules: [q_proj, k_proj, v_proj, o_proj]`)",
-        )
     if not isinstance(down, nn.Linear) or not isinstance(up, nn.Linear):
         return ("it is an adapter of a convolution, not of a linear map", "Leave convolutions out of `target_modules`")
     if key in adapter.doras:

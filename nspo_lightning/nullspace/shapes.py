@@ -32,6 +32,8 @@ class Adapter:
     """Name of the parameter that is adapted where that is no layer's weight (mixtures of experts)."""
     in_features: int | None
     """Width of the layer's input, where the layer says it."""
+    experts: int
+    """Experts whose adapters lie side by side in A and B; 1 for a layer's own weight."""
 
     @classmethod
     def of(cls, module: nn.Module) -> Adapter | None:
@@ -51,6 +53,7 @@ class Adapter:
             variants=own.get("lora_variant", {}),
             raw_parameter=own.get("parameter_name"),
             in_features=own.get("in_features"),
+            experts=int(own.get("num_experts", 1)),
         )
 
     def pairs(self) -> Iterator[tuple[str, nn.Module, nn.Module]]:

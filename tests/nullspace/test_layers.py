@@ -94,6 +94,8 @@ def test_adapters_of_convolutions_and_raw_parameters_are_refused():
 
     model = peft.get_peft_model(Experts(), peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.w"]))
     assert "mixture-of-experts" in refused(model)
+    model = lora(target_modules=[], target_parameters=["embed_tokens.weight"])
+    assert "raw parameter" in refused(model)  # a table that is looked up in is no linear map
 
 
 def test_full_weights_of_linear_layers_and_conv1d_are_held():
