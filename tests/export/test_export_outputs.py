@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from nspo_lightning.export import merge
 from nspo_lightning.export.trained import ExportSource, LowRank
@@ -82,6 +83,58 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.fixture(scope="module")
+def tied_others(tokenizer, tmp_path_factory):
+    """Random models of other kinds whose heads are their embeddings: transposed weights, and a vision tower beside."""
+    words = len(tokenizer)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text: dict[str, Any] = {
+        **ids,
+        "vocab_size": words + 8,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "initializer_range": 0.15,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    special = {"image_token_index": words, "boi_token_index": words + 1, "eoi_token_index": words + 2}
+    configs: dict[str, Any] = {
+        "gpt2": GPT2Config(
+            **ids, vocab_size=words, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.15
+        ),
+        "gemma3": Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **special),
+    }
+    folder = tmp_path_factory.mktemp("others")
+    for name, config in configs.items():
+        torch.manual_seed(3)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("gpt2", ("lm_head", "c_attn", "c_proj")), ("gemma3", ("lm_head", "q_proj"))]
+)
+def test_shared_heads_of_other_models_are_merged_apart_too(tied_others, tmp_path, name, targets):
+    settings = settings_of(tied_others / name, *targets)
+    policy = trained(settings)
+    wanted, base = logits(policy), logits(AutoModelForCausalLM.from_pretrained(tied_others / name))
+    export_merged(source(settings, policy), tmp_path / "out", "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert distance(base, wanted) > 0.1
+    assert distance(logits(merged), wanted) < 1e-5
+
+
 @pytest.mark.parametrize("targets", [("lm_head",), ("lm_head", "q_proj", "down_proj"), ("q_proj",)])
 def test_a_trained_head_is_merged_apart_from_the_embedding_that_it_was(tied, tmp_path, targets):
     settings = settings_of(tied, *targets)
@@ -104,6 +157,23 @@ def test_an_earlier_adapter_of_a_shared_head_is_merged_as_it_answered(tied, tmp_
     again = settings_of(tied, "q_proj", adapter=str(tmp_path / "adapter"), merge_adapter=True)
     goes_on = load_policy(again, CPU)
     assert distance(logits(goes_on), wanted) < 1e-5  # the new adapter's B is zero
+    goes_on = trained(again)
+    export_merged(source(again, goes_on), tmp_path / "out", "float32")
+    assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(goes_on)) < 1e-5
+
+
+def test_an_earlier_adapter_with_a_whole_head_is_merged_as_it_answered(tied, tmp_path):
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    policy: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tied), config)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    wanted = logits(policy)
+    policy.save_pretrained(tmp_path / "adapter")
+    again = settings_of(tied, "q_proj", adapter=str(tmp_path / "adapter"), merge_adapter=True)
+    goes_on = load_policy(again, CPU)
+    assert distance(logits(goes_on), wanted) < 1e-5
     goes_on = trained(again)
     export_merged(source(again, goes_on), tmp_path / "out", "float32")
     assert distance(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(goes_on)) < 1e-5
