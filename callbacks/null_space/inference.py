@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.batches import floating_tensors, move_call
+from nspo_lightning.callbacks.null_space.forward import plain_forward
 from nspo_lightning.callbacks.protocols import HasCalibrationForward
 from nspo_lightning.compat.torch import full_precision_products
 from nspo_lightning.nullspace import ForwardCall
@@ -47,7 +48,7 @@ def inference(trainer: pl.Trainer | None, pl_module: pl.LightningModule, *, exac
 
 def calibration_forward(pl_module: pl.LightningModule) -> Callable[..., Any]:
     """Return the forward that calibration runs: the module's own, or a cheaper one that reaches the same layers."""
-    return pl_module.calibration_forward if isinstance(pl_module, HasCalibrationForward) else pl_module
+    return pl_module.calibration_forward if isinstance(pl_module, HasCalibrationForward) else plain_forward(pl_module)
 
 
 def ready(call: ForwardCall, trainer: pl.Trainer | None, pl_module: pl.LightningModule) -> ForwardCall:
@@ -73,7 +74,7 @@ def plain_outputs(call: ForwardCall, pl_module: pl.LightningModule) -> list[Tens
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         try:
-            found = floating_tensors(pl_module(*call.args, **call.kwargs))
+            found = floating_tensors(plain_forward(pl_module)(*call.args, **call.kwargs))
         except NotImplementedError:
             found = []
     if not found:
