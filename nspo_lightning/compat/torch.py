@@ -1,6 +1,7 @@
 """torch: private names, and a setting whose name has changed.
 
-Multi-tensor functions have no public form; schedulers keep what they compute from.
+Multi-tensor functions have no public form; schedulers keep what they compute from; to see every operation takes a
+dispatch mode.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
 
 RunningNorm = _NormBase
 """What batch and instance normalisations of any dimension have in common: running statistics."""
@@ -71,3 +73,63 @@ def scale_scheduler_(scheduler: Any, factor: float) -> None:
         scheduler.eta_min = floor * factor
     for inner in state.get("_schedulers", ()):  # of SequentialLR and ChainedScheduler
         scale_scheduler_(inner, factor)
+
+
+_WAITS = {
+    "_local_scalar_dense": "reads a number (`.item()`, `if tensor:`)",
+    "equal": "reads whether two tensors are equal",
+    "nonzero": "counts what is not zero",
+    "masked_select": "counts what a mask selects",
+    "bincount": "makes a shape of numbers",
+    "repeat_interleave": "makes a shape of numbers",
+    "unique_dim": "counts distinct rows",
+    "unique_consecutive": "counts distinct entries",
+    "_unique": "counts distinct entries",
+    "_unique2": "counts distinct entries",
+}
+_INDEXED = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
+
+
+class DeviceWaitError(RuntimeError):
+    """An operation after which the host must wait for the device."""
+
+
+class NoDeviceWaits(TorchDispatchMode):
+    """Raises `DeviceWaitError` inside a ``with`` block at the first operation whose result the host must wait for.
+
+    On any device: results read as numbers, shapes made of results, copies between devices. Not seen are CPU tensors
+    that Python reads without an operation (`.tolist()`, `.numpy()`). Libraries that leave checks out while a CUDA graph
+    is captured are told that one is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._asked = torch.cuda.is_current_stream_capturing
+
+    def __enter__(self) -> Any:
+        """Begin to watch."""
+        torch.cuda.is_current_stream_capturing = lambda: True
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop."""
+        torch.cuda.is_current_stream_capturing = self._asked
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchDispatchMode`."""
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name == "repeat_interleave" and func._overloadname == "self_int":
+            reason = None
+        elif name in _INDEXED and any(i is not None and i.dtype in {torch.bool, torch.uint8} for i in args[1]):
+            reason = "counts what a mask selects"
+        else:
+            reason = _WAITS.get(name)
+        if reason is None and name in {"_to_copy", "copy_"}:
+            target = kwargs.get("device") if name == "_to_copy" else args[0].device
+            source = args[0 if name == "_to_copy" else 1]
+            if target is not None and isinstance(source, Tensor) and torch.device(target).type != source.device.type:
+                reason = "copies between devices"
+        if reason is not None:
+            raise DeviceWaitError(f"{func} {reason}")
+        return func(*args, **kwargs)

@@ -111,7 +111,9 @@ class Evaluator:
 
     def identity(self) -> dict[str, Any]:
         """Say who judges and how prompts are answered, as plain values."""
-        decoding = {"harmful": describe(self.harmful), "general": describe(self.general), "seed": EVALUATION_SEED}
+        sampling = {"harmful": self.harmful, "general": self.general}
+        decoding: dict[str, Any] = {kind: describe(settings.numbers()) for kind, settings in sampling.items()}
+        decoding["seed"] = EVALUATION_SEED
         return {"judge": describe(self.judge), "decoding": decoding}
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:

@@ -59,6 +59,7 @@ from nspo_lightning.policy.text_scores import score_text
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
 from nspo_lightning.rewards.protocol import judge_in, prepare
 from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout.graphs import check_decoding
 from nspo_lightning.rollout.server_config import ServerSettings
 
 
@@ -141,7 +142,7 @@ class GRPOModule(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.evaluation_sampling = (evaluation_sampling or sampling).with_stops_of(sampling)
-        greedy = SamplingConfig(max_new_tokens=general_max_new_tokens, temperature=0.0)
+        greedy = SamplingConfig(max_new_tokens=general_max_new_tokens, temperature=0.0, decoding=sampling.decoding)
         self.general_sampling = greedy.with_stops_of(sampling)
 
         self.policy: nn.Module | None = None  # the model of `text_policy`, which makes its parameters this module's
@@ -189,6 +190,8 @@ class GRPOModule(pl.LightningModule):
         """Load the policy, once, and before it what the rewards need: a wrong path or key is found before long work."""
         if self.policy is not None:
             return
+        for sampling in (self.settings.sampling, self.evaluation_sampling):
+            check_decoding(sampling.decoding, device)
         prepare(self.reward)
         prepare(self.judge)
         self.policy = self.text_policy.load(device)

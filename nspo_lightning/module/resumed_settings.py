@@ -33,7 +33,7 @@ def training_settings(settings: TrainingSettings, policy: PolicySettings, traine
     """
     values = {f"model.{name}": vars(settings)[name] for name in _SHARED}
     values |= {f"model.objective.{name}": value for name, value in asdict(settings.objective).items()}
-    values |= {f"model.sampling.{name}": value for name, value in asdict(settings.sampling).items()}
+    values |= {f"model.sampling.{name}": value for name, value in settings.sampling.numbers().items()}
     values |= {f"model.policy.{name}": vars(policy)[name] for name in ("chat_template", "chat_template_kwargs")}
     if policy.lora is not None:
         values["model.policy.lora.dropout"] = policy.lora.dropout

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nspo_lightning.rollout.config import SamplingConfig
 
-# (all sequences (R, L + T), running rows (r,), columns so far, logits (r, V)) -> logits
-Process = Callable[[Tensor, Tensor, int, Tensor], Tensor]
+# (all sequences (R, L + C), their rows of interest (r,), tokens drawn so far, logits (r, V)) -> logits. The number of
+# tokens is an int, or a tensor of shape (1,) where no shape may depend on it.
+Process = Callable[[Tensor, Tensor, int | Tensor, Tensor], Tensor]
 
 
 class NonFiniteLogitsError(ValueError):
@@ -27,6 +28,9 @@ def build_processors(
 ) -> Process:
     """Make the chain that ``generate`` would make, in its order.
 
+    Nothing in it waits for the device, so that it can be part of a captured step. The one processor of transformers
+    that decides by a number on the host, the minimum of new tokens, is written out here.
+
     Args:
         config: The sampling settings.
         eos_token_ids: Tokens that end a completion.
@@ -34,19 +38,15 @@ def build_processors(
         device: Of the logits.
 
     Returns:
-        A function of (all sequences, running rows, columns so far, their logits) that returns logits.
+        A function of (all sequences, rows, tokens drawn so far, these rows' logits) that returns logits. Given the
+        number of tokens as a tensor it reads all columns: those not drawn yet must repeat a token of their row.
     """
     from transformers.generation import logits_process as hf  # heavy: imported where it is used
 
+    penalty = config.repetition_penalty
+    repeat = hf.RepetitionPenaltyLogitsProcessor(float(penalty)) if penalty != 1.0 else None
+    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
     chain: list[Callable[..., Tensor]] = []
-    if config.repetition_penalty != 1.0:
-        chain.append(hf.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
-    if config.min_new_tokens > 0 and eos_token_ids:
-        chain.append(
-            hf.MinNewTokensLengthLogitsProcessor(
-                prompt_length, config.min_new_tokens, list(eos_token_ids), device=str(device)
-            )
-        )
     if config.temperature not in {0, 1}:
         chain.append(hf.TemperatureLogitsWarper(float(config.temperature)))
     if config.temperature > 0 and config.top_k > 0:
@@ -56,14 +56,23 @@ def build_processors(
     if config.temperature > 0 and config.min_p is not None:
         chain.append(hf.MinPLogitsWarper(min_p=float(config.min_p)))
 
-    def process(sequences: Tensor, rows: Tensor, columns: int, logits: Tensor) -> Tensor:
-        if chain:
-            ids = sequences[rows, :columns]
-            for processor in chain:
-                logits = processor(ids, logits)
+    def process(sequences: Tensor, rows: Tensor, drawn: int | Tensor, logits: Tensor) -> Tensor:
+        if repeat is not None:
+            ids = sequences[rows] if isinstance(drawn, Tensor) else sequences[rows, : prompt_length + drawn]
+            logits = repeat(ids, logits)
+        if config.min_new_tokens > 0 and len(eos):
+            is_eos = is_any_of(torch.arange(logits.shape[-1], device=logits.device), eos)
+            logits = logits.masked_fill(is_eos & (drawn < config.min_new_tokens), -torch.inf)
+        for processor in chain:
+            logits = processor(None, logits)
         return logits
 
     return process
+
+
+def is_any_of(tokens: Tensor, some: Tensor) -> Tensor:
+    """Return where tokens, shape (...), are among a few, shape (E,); unlike `torch.isin` it never waits for a count."""
+    return (tokens[..., None] == some).any(-1)
 
 
 def noise(steps: int, rows: int, config: SamplingConfig, generator: torch.Generator | None) -> Tensor:

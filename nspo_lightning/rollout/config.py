@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+Decoding = Literal["auto", "dynamic", "static", "graphs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,9 @@ class SamplingConfig:
         repetition_penalty: Divides positive logits of tokens seen in prompt or completion (multiplies negative ones).
         stop_token_ids: Further tokens that end a completion.
         stop_strings: Texts that end a completion. It is judged without them, as without EOS.
+        decoding: How this process runs it, for the same tokens. "dynamic": shapes follow the rows that still run;
+            "static": shapes stay for many tokens; "graphs": static, each shape captured as a CUDA graph; "auto": graphs
+            on CUDA where the policy can be captured, else dynamic.
     """
 
     max_new_tokens: int = 256
@@ -32,6 +38,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    decoding: Decoding = field(default="auto", compare=False)  # how, not what: equal settings draw equal tokens
 
     def __post_init__(self) -> None:
         """Check the values; one that is out of its range raises ValueError."""
@@ -63,3 +70,7 @@ class SamplingConfig:
         if self.stop_token_ids or self.stop_strings:
             return self
         return replace(self, stop_token_ids=other.stop_token_ids, stop_strings=other.stop_strings)
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what decides which tokens are drawn, by name, as plain values: all settings but `decoding`."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}

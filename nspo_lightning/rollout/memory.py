@@ -1,9 +1,9 @@
 """Keys and values while completions grow: one copy a prompt, or one a row.
 
 `SharedMemory` holds each prompt's keys and values once and a growing buffer for each completion; a decoding step
-attends to both parts and joins them in one softmax. `RowMemory` is transformers' own cache with a full row for each
-completion: for models that can't share, and as the reference that sharing is tested against. The sampler's loop does
-not know which one it has.
+attends to both parts and joins them in one softmax. `FixedMemory` (fixed_memory.py) does the same in shapes that stay.
+`RowMemory` is transformers' own cache with a full row for each completion: for models that can't share, and as the
+reference that sharing is tested against. `decode_dynamically` does not know which one it has.
 
 Sizes: P prompts of length L, R rows still running, K key-value heads each serving n query heads, head size d.
 """
@@ -31,6 +31,7 @@ class SharedMemory:
         self._group_size = group_size
         self._prompts: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        self._length: int | Tensor = 0  # of the completions
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Run prompts (P, L), left-padded, and return the logits of each row's first token, shape (P * G, V)."""
@@ -47,7 +48,6 @@ class SharedMemory:
         self._prompt_mask = mask
         self._prompt_lengths = lengths
         self._owner = torch.arange(len(ids), device=ids.device).repeat_interleave(self._group_size)
-        self._length = 0
         self._plan()
         return logits.repeat_interleave(self._group_size, 0)
 
@@ -62,10 +62,12 @@ class SharedMemory:
 
     def keep(self, rows: Tensor) -> None:
         """Keep these of the running rows, shape (R',), and forget prompts that none is left of."""
-        self._own = {layer: (k[rows], v[rows]) for layer, (k, v) in self._own.items()}
+        for layer, (k, v) in self._own.items():  # one by one, so that no two copies of all layers are held
+            self._own[layer] = (k[rows], v[rows])
         prompts, self._owner = torch.unique(self._owner[rows], return_inverse=True)
         if len(prompts) < len(self._prompt_mask):
-            self._prompts = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self._prompts.items()}
+            for layer, (k, v) in self._prompts.items():
+                self._prompts[layer] = (k[prompts], v[prompts])
             self._prompt_mask, self._prompt_lengths = self._prompt_mask[prompts], self._prompt_lengths[prompts]
         self._plan()
 
@@ -115,12 +117,13 @@ class SharedMemory:
                 value.new_empty(rows, heads, _FIRST_CAPACITY, value.shape[-1]),
             )
         k, v = self._own[layer]
-        if k.shape[2] == self._length:
+        length = int(self._length)
+        if k.shape[2] == length:
             k, v = torch.cat([k, torch.empty_like(k)], 2), torch.cat([v, torch.empty_like(v)], 2)
             self._own[layer] = (k, v)
-        k[:, :, self._length] = key
-        v[:, :, self._length] = value
-        return k[:, :, : self._length + 1], v[:, :, : self._length + 1]
+        k[:, :, length] = key
+        v[:, :, length] = value
+        return k[:, :, : length + 1], v[:, :, : length + 1]
 
     def _plan(self) -> None:
         # slots: for each prompt, the rows it serves, filled up to the same number with row 0; places: where each row

@@ -1,7 +1,6 @@
-"""Draw a group of completions for each prompt: prefill, repeat, decode, compact.
+"""Draw a group of completions for each prompt: prefill, repeat, decode.
 
-Each prompt runs through the policy once. Rows leave the batch as they end, instead of decoding padding. With sharing
-off, the same loop runs each row with its own copy of the prompt.
+Each prompt runs through the policy once. With sharing off, each row runs with its own copy of the prompt.
 """
 
 from __future__ import annotations
@@ -13,22 +12,19 @@ from torch import Tensor, nn
 
 from nspo_lightning.grpo.batch import Rollout
 from nspo_lightning.nullspace.modes import evaluation_mode
-from nspo_lightning.policy.parts import policy_parts
+from nspo_lightning.policy.parts import PolicyParts, policy_parts
 from nspo_lightning.policy.sharing import can_share_prompts
-from nspo_lightning.rollout.choosing import (
-    NonFiniteLogitsError,
-    build_processors,
-    draw_tokens,
-    drawn_log_probs,
-    noise,
-    nonfinite_logits,
-    without_distribution,
-    without_padding,
-)
+from nspo_lightning.rollout.choosing import noise
 from nspo_lightning.rollout.config import SamplingConfig
+from nspo_lightning.rollout.draft import Draft
+from nspo_lightning.rollout.fixed_memory import FixedMemory
+from nspo_lightning.rollout.graphs import GRAPHS_PAY_BACK, CapturedStep, capturing, decoding_for
+from nspo_lightning.rollout.loops import StaticLoop, decode_dynamically
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory
 from nspo_lightning.rollout.places import Places
+from nspo_lightning.rollout.room import RolloutMemoryError, RolloutSize, bytes_per_token, too_large
 from nspo_lightning.rollout.stopping import EndsCompletions
+from nspo_lightning.rollout.waves import products_in_waves
 
 
 @torch.no_grad()
@@ -67,7 +63,8 @@ def sample(
         The rollout, C = length of the longest completion.
 
     Raises:
-        ValueError: If there is no prompt, or one that ends in padding.
+        ValueError: If there is no prompt, or one that ends in padding, or if it can't be decoded as asked.
+        RolloutMemoryError: If the device's memory does not hold the rollout.
         NonFiniteLogitsError: If there are logits that no token can be drawn from.
     """
     prompt_mask = prompt_mask.bool()
@@ -78,59 +75,53 @@ def sample(
             "padding_side='left'."
         )
     parts = policy_parts(model)
-    limit, device, length = config.max_new_tokens, prompt_ids.device, prompt_ids.shape[1]
-    total = prompt_ids.shape[0] * group_size
-    process = build_processors(config, eos_token_ids=eos_token_ids, prompt_length=length, device=device)
-    uniform = _noise_of(prompt_places, limit, prompt_ids.shape[0], group_size, config, generator).to(device)
-    eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
-    # What the processors see: prompts, then what is drawn.
-    sequence = torch.full((total, length + limit), pad_token_id, dtype=torch.long, device=device)
-    sequence[:, :length] = without_padding(prompt_ids, prompt_mask).repeat_interleave(group_size, 0)
-    lengths = torch.full((total,), limit, device=device)
-    finished = torch.zeros(total, dtype=torch.bool, device=device)
-    rows = torch.arange(total, device=device)  # the rows that are still running
-    log_probs = torch.zeros(total, limit, device=device) if with_log_probs else None
-
-    shared = share_prefix and can_share_prompts(parts.model)
-    memory = SharedMemory(parts, group_size) if shared else RowMemory(parts, group_size)
-    with evaluation_mode(model):
-        logits = memory.prefill(prompt_ids, prompt_mask)
-        for step in range(limit):
-            raw = logits.float()
-            logits = process(sequence, rows, length + step, raw)
-            broken = without_distribution(raw)
-            if logits is not raw:
-                broken |= without_distribution(logits)
-            token = draw_tokens(logits, uniform[step, rows], greedy=config.temperature == 0)
-            sequence[rows, length + step] = token
-            if log_probs is not None:
-                log_probs[rows, step] = drawn_log_probs(raw, token, config.temperature)
-            ended = torch.isin(token, eos)
-            if stop is not None:
-                ended |= stop(sequence[rows, length : length + step + 1])
-            some_broken, some_ended = torch.stack([broken.any(), ended.any()]).tolist()  # one synchronisation
-            if some_broken:
-                raise NonFiniteLogitsError(nonfinite_logits(step, int(broken.sum()), len(rows)))
-            if some_ended:
-                finished[rows[ended]] = True
-                lengths[rows[ended]] = step + 1
-                running = (~ended).nonzero().squeeze(1)
-                rows, token = rows[running], token[running]
-                if len(rows):
-                    memory.keep(running)
-            if len(rows) == 0 or step + 1 == limit:
-                break
-            logits = memory.step(token)
-    longest = int(lengths.max())
-    return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
+    draft = Draft.begin(
+        prompt_ids,
+        prompt_mask,
         group_size=group_size,
-        completion_ids=sequence[:, length : length + longest].clone(),
-        completion_mask=torch.arange(longest, device=device) < lengths[:, None],
-        finished=finished,
-        log_probs=None if log_probs is None else log_probs[:, :longest].clone(),
+        config=config,
+        eos_token_ids=eos_token_ids,
+        stop=stop,
+        uniform=_noise_of(prompt_places, config.max_new_tokens, len(prompt_ids), group_size, config, generator),
+        with_log_probs=with_log_probs,
     )
+    try:
+        with evaluation_mode(model), products_in_waves(parts.model):
+            _complete(draft, parts, prompt_ids, prompt_mask, group_size, share_prefix)
+        return draft.rollout(prompt_ids, prompt_mask, group_size, pad_token_id)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+    # Raised out here: the caught error holds what took the memory, and a checkpoint is to be written yet.
+    size = RolloutSize(
+        prompts=len(prompt_ids),
+        group_size=group_size,
+        prompt_tokens=prompt_ids.shape[1],
+        new_tokens=config.max_new_tokens,
+        shared=share_prefix,
+        bytes_per_token=bytes_per_token(parts.model),
+        vocab_size=parts.vocab_size,
+    )
+    raise RolloutMemoryError(too_large(size, reason))
+
+
+def _complete(
+    draft: Draft, parts: PolicyParts, prompt_ids: Tensor, prompt_mask: Tensor, group_size: int, share_prefix: bool
+) -> None:
+    way = decoding_for(draft.config, parts, prompt_ids.device, share_prefix)
+    if way == "dynamic":
+        shared = share_prefix and can_share_prompts(parts.model)
+        growing = SharedMemory(parts, group_size) if shared else RowMemory(parts, group_size)
+        decode_dynamically(draft, growing, growing.prefill(prompt_ids, prompt_mask))
+        return
+    if not share_prefix:
+        prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (prompt_ids, prompt_mask))
+    memory = FixedMemory(parts, group_size if share_prefix else 1)
+    with capturing(prompt_ids.device):
+        logits = memory.prefill(prompt_ids, prompt_mask)
+        if way == "graphs":
+            StaticLoop(draft, memory, CapturedStep, GRAPHS_PAY_BACK).run(logits)
+        else:
+            StaticLoop(draft, memory, lambda step: step).run(logits)
 
 
 def _noise_of(

@@ -175,6 +175,30 @@ def test_an_interrupted_run_resumes(run, monkeypatch):
     assert before[0] == before[1]
 
 
+def test_out_of_memory_while_sampling_is_one_message_and_loses_nothing(run, monkeypatch):
+    from nspo_lightning.rollout.memory import SharedMemory
+
+    original, steps = SharedMemory.step, []
+
+    def full(self, token):
+        steps.append(1)
+        if steps.count(1) > 60:  # in the middle of a later rollout
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, token)
+
+    assert run("fit", "--trainer.limit_train_batches", 6, "--name", "whole")[0] == 0
+    monkeypatch.setattr(SharedMemory, "step", full)
+    shown = run("fit", "--trainer.limit_train_batches", 6, "--name", "cut")
+    check(shown, r"ran out of memory while completions were sampled: CUDA out of memory.*`data.batch_size` \d+ -> \d+:")
+    assert len(shown[1].split("error: ")[1].splitlines()) < 12
+    assert Path("runs/cut/checkpoints/last.ckpt").is_file()
+    monkeypatch.setattr(SharedMemory, "step", original)
+    again = ("--name", "cut", "--ckpt_path", "last", "--model.sampling.decoding", "static")
+    assert run("fit", "--trainer.limit_train_batches", 6, *again)[0] == 0, "how tokens are drawn may change on the way"
+    whole, cut = (load_file(f"runs/{name}/adapter/adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.allclose(value, cut[name], rtol=0, atol=1e-5) for name, value in whole.items())
+
+
 def test_a_refused_resume_leaves_the_runs_files(run, monkeypatch):
     assert run("fit", "--trainer.limit_train_batches", 1)[0] == 0
     before = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()}

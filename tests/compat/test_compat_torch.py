@@ -64,3 +64,28 @@ def test_every_later_rate_of_a_scheduler_is_scaled(make):
     message = f"torch {torch.__version__}: see `_last_lr`, `_schedulers` and the lists of rates in lr_scheduler.py"
     expected = [rate if step < 4 else rate / 2 for step, rate in enumerate(rates(None))]
     assert rates(4) == pytest.approx(expected), message
+
+
+def test_operations_that_wait_are_seen():
+    x = torch.arange(4.0)
+    waits = [
+        lambda: x[0].item(),
+        lambda: bool((x > 1).any()),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        lambda: x.unique(),
+        lambda: torch.bincount(x.long()),
+        lambda: x.repeat_interleave(x.long()),
+        lambda: x.masked_select(x > 1),
+        lambda: x.index_put_((x > 1,), torch.tensor(0.0)),
+        lambda: x.to("meta"),
+    ]
+    for wait in waits:
+        with pytest.raises(compat.DeviceWaitError, match="aten"), compat.NoDeviceWaits():
+            wait()
+    asked = torch.cuda.is_current_stream_capturing
+    with compat.NoDeviceWaits():
+        x.repeat_interleave(2)
+        x.to(torch.float64)[torch.tensor([1, 2])] += 1
+        assert torch.cuda.is_current_stream_capturing(), "libraries leave checks out while they are captured"
+    assert torch.cuda.is_current_stream_capturing is asked

@@ -103,6 +103,7 @@ def test_the_report_counts_what_the_completions_file_shows(job):
     assert identity["model"]["fingerprint"] == policy.fingerprint
     assert identity["judge"]["class"].endswith("RulesJudge")
     assert identity["decoding"]["harmful"]["max_new_tokens"] == 5
+    assert "decoding" not in identity["decoding"]["harmful"], "how this machine ran it is not how it was answered"
     assert identity["data"]["safety"]["rows"] == 6
     assert identity["versions"]["torch"] == torch.__version__
 

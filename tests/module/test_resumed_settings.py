@@ -71,7 +71,11 @@ def test_settings_that_change_no_number_may_differ_and_measuring_asks_for_none(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     path = saved(tiny_llama, tmp_path)
-    other = module(tiny_llama, tokens_per_microbatch=64, share_prefix=False, general_max_new_tokens=3)
+    sampling = SamplingConfig(max_new_tokens=6, decoding="static")
+    assert sampling == SamplingConfig(max_new_tokens=6), "a server is asked for the same"
+    other = module(
+        tiny_llama, tokens_per_microbatch=64, share_prefix=False, general_max_new_tokens=3, sampling=sampling
+    )
     trainer(tmp_path, steps=2).fit(other, datamodule(), ckpt_path=path)
     assert other.trainer.global_step == 2
     run = trainer(tmp_path, limit_val_batches=1.0)

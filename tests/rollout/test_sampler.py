@@ -16,7 +16,7 @@ PAD = 0
 LIMIT = 9
 
 
-def draw(policy, share=True, group=4, seed=1, eos=EOS, prompts=None, with_log_probs=False, **settings):
+def draw(policy, share=True, group=4, seed=1, eos=EOS, prompts=None, with_log_probs=False, stop=None, **settings):
     ids, mask = ragged_prompts() if prompts is None else prompts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -31,6 +31,7 @@ def draw(policy, share=True, group=4, seed=1, eos=EOS, prompts=None, with_log_pr
             generator=torch.Generator().manual_seed(seed),
             share_prefix=share,
             with_log_probs=with_log_probs,
+            stop=stop,
         )
 
 

@@ -44,6 +44,8 @@ CONFIG = {
     "negative temperature": fit("--model.sampling.temperature=-1", says="temperature"),
     "top_p above one": fit("--model.sampling.top_p=1.5", says="top_p"),
     "no new tokens": fit("--model.sampling.max_new_tokens=0", says="max_new_tokens"),
+    "graphs on a CPU": fit("--model.sampling.decoding=graphs", says="`sampling.decoding: graphs`.*'cpu'.*auto"),
+    "unknown decoding": fit("--model.sampling.decoding=fast", says="decoding", code=2),
     "no passes": fit("--model.num_iterations=0", says="`num_iterations` must be at least 1"),
     "no microbatch": fit("--model.tokens_per_microbatch=0", says="tokens_per_microbatch"),
     "unknown loss": fit("--model.objective.loss_type=ppo", says="loss_type", code=2),
