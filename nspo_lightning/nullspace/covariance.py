@@ -28,8 +28,7 @@ from nspo_lightning.compat.torch import full_precision_products
 _FLOAT64_PRODUCT_WIDTH = 256  # up to this width a float64 product costs less than the Python around it
 FLOAT64_SUM_WIDTH = 8192  # beyond it, the running sum stays float32: 0.25 GB instead of 0.5 GB a layer
 _FOLD_ROWS = 2048  # rows gathered before a product: tall enough that the matrix product runs at full speed
-_TILES = 4  # column tiles of the symmetric product: 10 of 16 tile products instead of 16
-_TILED_WIDTH = 512  # below it one product is faster than four
+_TILED = {1024: 8, 512: 4}  # least width -> column tiles of the symmetric product: 36 of 64 tile products, 10 of 16
 _MASSIVE = 64.0  # a row with more than so many times the median energy is multiplied in float64
 
 
@@ -119,7 +118,7 @@ def mirror_(total: Tensor) -> Tensor:
 
 
 def _tiles(width: int) -> Iterable[tuple[int, int]]:
-    count = _TILES if width >= _TILED_WIDTH else 1
+    count = next((tiles for least, tiles in _TILED.items() if width >= least), 1)
     return itertools.pairwise(width * i // count for i in range(count + 1))
 
 

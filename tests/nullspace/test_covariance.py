@@ -20,7 +20,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("width", [3, 511, 512, 700])
+@pytest.mark.parametrize("width", [3, 511, 512, 700, 1030])
 def test_gram_equals_the_dense_product_and_is_symmetric(width):
     rows = torch.randn(50, width)
     result = mirror_(add_gram_(torch.zeros(width, width), rows))
