@@ -159,7 +159,7 @@ def _apply(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:
 def _field(field: TextField | None, row: Row) -> str:
     if field is None:
         return ""
-    return field(row) if callable(field) else _text(row.get(field))
+    return _text(field(row) if callable(field) else row.get(field))
 
 
 def _text(value: Any) -> str:

@@ -32,7 +32,10 @@ def _multiple_choice(question: Any, labels: Sequence[str], choices: Sequence[Any
 
 def _mmlu_choices(row: Row) -> list[str]:
     choices = row.get("choices")
-    return [str(c) for c in choices] if choices is not None else [str(row[letter]) for letter in "ABCD"]
+    found = list(choices) if choices is not None else [row[letter] for letter in "ABCD"]
+    if None in found:
+        raise ValueError(f"option {_LETTERS[found.index(None)]} is missing")
+    return [str(choice) for choice in found]
 
 
 def _mmlu_letter(row: Row) -> str:
@@ -53,7 +56,7 @@ def _arc_choices(row: Row) -> tuple[list[str], list[str]]:
 
 
 def _gsm8k_final(row: Row) -> str:
-    return str(row["answer"]).rsplit("####", 1)[-1].strip().replace(",", "")
+    return str(row["answer"] or "").rsplit("####", 1)[-1].strip().replace(",", "")
 
 
 def _svamp_prompt(row: Row) -> str:
@@ -63,7 +66,7 @@ def _svamp_prompt(row: Row) -> str:
 
 def _svamp_answer(row: Row) -> str:
     answer = row["Answer"]
-    return f"{answer:g}" if isinstance(answer, (int, float)) else str(answer)
+    return f"{answer:g}" if isinstance(answer, (int, float)) else answer or ""
 
 
 def _humaneval_prompt(row: Row) -> str:
@@ -80,7 +83,7 @@ def _first_exchange(row: Row, position: int) -> str:
     messages = row.get("messages")
     if not isinstance(messages, list) or len(messages) <= position:
         return "" if position else row["prompt"]
-    return str(messages[position].get("content", ""))
+    return str(messages[position].get("content") or "")
 
 
 _benign = partial(Preset, kind="benign")
@@ -170,7 +173,7 @@ GENERAL_PRESETS = (
         name="humaneval",
         requires=(("task_id", "prompt", "entry_point", "canonical_solution", "test"),),
         prompt=_humaneval_prompt,
-        answer=lambda row: f"{row['prompt']}{row['canonical_solution']}",
+        answer=lambda row: f"{row['prompt']}{row['canonical_solution']}" if row["canonical_solution"] else "",
         free_text=True,
         keep=("task_id", "entry_point", "test"),
         id_column="task_id",

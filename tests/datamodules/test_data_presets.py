@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -500,6 +501,47 @@ def test_null_columns_never_become_the_word_none(tmp_path, preset, row, recognis
     (tmp_path / "x.jsonl").write_text(json.dumps(dict.fromkeys(row)))
     with pytest.raises(DataError, match="line 1: "):
         read(tmp_path / "x.jsonl", preset=preset)
+
+
+ANSWERS = {
+    "alpaca": ("output",),
+    "alpaca_farm": ("output",),
+    "dolly": ("response",),
+    "gsm8k": ("answer",),
+    "svamp": ("Answer",),
+    "arc": ("answerKey",),
+    "humaneval": ("canonical_solution",),
+    "mbpp": ("code",),
+    "leetcode": ("response",),
+    "truthfulqa": ("Best Answer", "best_answer"),
+    "coconot_contrast": ("response",),
+}
+"""The columns of a preset's reference answer; those of `mmlu` and `ultrachat` are no text."""
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+@pytest.mark.parametrize("preset", ANSWERS)
+def test_an_answer_that_is_missing_is_empty(tmp_path, preset, nothing):
+    """It was None, or the text None, to calibrate on and to compare with."""
+    seen = 0
+    for row in (cast("dict[str, Any]", case[1]) for case in CASES if case[0] == preset):
+        (tmp_path / "x.jsonl").write_text(json.dumps(row | {c: nothing for c in ANSWERS[preset] if c in row}))
+        rows, _ = read(tmp_path / "x.jsonl", preset=preset)
+        assert rows[0].answer == ""
+        assert not rows[0].columns.get("final_answer")
+        seen += 1
+    assert seen
+    assert set(ANSWERS) | {"mmlu", "ultrachat"} == {name for name in preset_names() if get_preset(name).answer}
+
+
+def test_a_missing_option_or_message_is_not_the_word_none(tmp_path):
+    options = {"question": "Which?", "A": "1", "B": None, "C": "3", "D": "4", "answer": "A"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(options))
+    with pytest.raises(DataError, match="line 1: preset mmlu cannot read it: option B is missing"):
+        read(tmp_path / "x.jsonl", preset="mmlu")
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": None}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "Hello", "prompt_id": "1", "messages": turns}))
+    assert read(tmp_path / "x.jsonl", preset="ultrachat")[0][0].answer == ""
 
 
 def test_adding_a_preset_is_one_entry(tmp_path, monkeypatch):
