@@ -33,6 +33,10 @@ _STATE_MEANINGS = {
 }
 
 
+FOLLOWING = "following"
+"""In a batch: the one that follows, if it comes for the first time."""
+
+
 @dataclass
 class Place:
     """Where a loader stands.
@@ -100,6 +104,8 @@ class PromptLoader:
         self._shuffle = shuffle
         self._seed = seed
         self.repeat_batches = repeat_batches
+        self.look_ahead = False
+        """Whether batches hold the one that follows, as `FOLLOWING`."""
         self._window = window
         self._shard = shard
         self._unfinished = unfinished
@@ -130,19 +136,25 @@ class PromptLoader:
         """Give the rest of the epoch that `place` stands at, one batch at a time."""
         batches = self._epoch_batches()
         start, self.place.start = self.place.start, 0  # a restored place counts once
-        window, epoch = self.window, self.place.epoch
-        batch: dict[str, Any] = {}
-        last = -1
-        for position in range(start, self._positions(len(batches))):
+        window, epoch, positions = self.window, self.place.epoch, self._positions(len(batches))
+
+        def at(position: int) -> dict[str, Any]:
             index = repeated_index(position, self.repeat_batches, window)
             if index >= len(batches):
-                batch = {"prompt": []}
-            elif index != last:
-                batch = self._collate([self.rows[i] for i in batches[index]])
-                if window > 1:
-                    batch["batch_number"] = epoch * len(batches) + index
-            last, self.place.given = index, position + 1
-            yield dict(batch)
+                return {"prompt": []}
+            batch = self._collate([self.rows[i] for i in batches[index]])
+            return batch | ({"batch_number": epoch * len(batches) + index} if window > 1 else {})
+
+        batch, following, last = dict[str, Any](), None, -1
+        for position in range(start, positions):
+            index = repeated_index(position, self.repeat_batches, window)
+            if index != last:
+                batch = at(position) if following is None else following
+            following, last, self.place.given = None, index, position + 1
+            is_new = (position + 1) % (window * self.repeat_batches) < window
+            if self.look_ahead and is_new and position + 1 < positions:
+                following = at(position + 1)
+            yield {**batch, FOLLOWING: following} if following and following["prompt"] else dict(batch)
 
     def _epoch_batches(self) -> list[list[int]]:
         order: Sequence[int] = range(len(self.rows))

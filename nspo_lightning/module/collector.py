@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nspo_lightning.grpo import group_advantages
+from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
 from nspo_lightning.module.judging import JudgedRollout, name_outcomes
 from nspo_lightning.module.rollout_metrics import JudgedRows, rollout_metrics
@@ -61,13 +62,15 @@ class Collector:
     reward_names_outcomes: bool
     scorer: Scorer
 
-    def collect(self, batch: Mapping[str, Any], seed: int, state: TrainerState) -> Collected:
+    def collect(
+        self, batch: Mapping[str, Any], seed: int, update: int, state: TrainerState, ahead: Ahead | None = None
+    ) -> Collected:
         """Return experience of P * G completions to a batch of P prompts, with the rewards' other `columns`.
 
-        `seed` is that of the noise, `state` says where training is.
+        `seed`, `update` and `ahead` are for `Rollouts.draw`, `state` says to rewards where training is.
         """
         settings, group = self.settings, self.settings.group_size
-        drawn = self.rollouts.draw(batch, seed, state.global_step)
+        drawn = self.rollouts.draw(batch, seed, update, ahead)
         prompts = _repeat(batch["prompt"], group)
         columns = {key: _repeat(values, group) for key, values in batch.get("columns", {}).items()}
         ids = drawn.rollout.completion_tokens()
@@ -83,11 +86,13 @@ class Collector:
             reference_log_probs=self.scorer.reference_log_probs(drawn.rollout),
             sampling_log_probs=drawn.sampling_log_probs,
         )
+        server = settings.rollout_server
+        staleness = {"rollout/staleness": float(update - drawn.update)} if server and server.overlap else {}
         return Collected(
             buffer=ExperienceBuffer(experience, settings.num_minibatches, settings.num_iterations),
             judged=JudgedRollout(prompts=prompts, completions=drawn.texts, result=result, outcomes=outcomes),
             rewards=everyone.rewards.total,
-            metrics=rollout_metrics(everyone, group),
+            metrics={**rollout_metrics(everyone, group), **staleness},
             num_tokens=everyone.num_tokens(group),
         )
 

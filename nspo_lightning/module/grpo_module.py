@@ -19,15 +19,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.compat.lightning import trainer_of
+from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.rates import Answers
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
 from nspo_lightning.module.checkpoint_content import check_checkpoint, keep_trained_
@@ -38,13 +40,15 @@ from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, 
 from nspo_lightning.module.judging import JudgedRollout
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.resumed_settings import check_same_training, training_settings, warn_of_other_weights
-from nspo_lightning.module.rollouts import make_rollouts
+from nspo_lightning.module.rollouts import StopOnException, make_rollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
 from nspo_lightning.module.start_checks import (
+    another_step_follows,
     check_accumulation,
     check_repetitions,
     check_strategy,
     longest_prompt_tokens,
+    look_ahead,
     warn_if_none_ended,
 )
 from nspo_lightning.module.text_policy import TextPolicy
@@ -217,7 +221,17 @@ class GRPOModule(pl.LightningModule):
         # transformers loads in eval mode, and everything that evaluates leaves the mode as it found it.
         self.require_policy().train()
         check_repetitions(self.trainer, self.settings)
+        look_ahead(self.trainer, self.settings)
         self.progress.load_rollouts(self.device)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [StopOnException(self.collector.rollouts)]  # modules are not told of exceptions
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self.progress.ahead = None
+        self.collector.rollouts.stop()
 
     @override
     def on_train_end(self) -> None:
@@ -239,6 +253,8 @@ class GRPOModule(pl.LightningModule):
             self.progress.rollouts += 1  # other noise next time
             window.nonfinite = f"reward: {error}"
             return zero_loss(parameters)
+        if (following := batch.get(FOLLOWING)) is not None and another_step_follows(self.trainer, batch_idx):
+            self.progress.ahead = self.collector.rollouts.ask(following, self.progress.noise_seed, self.updates)
         experience = buffer.next()
         mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, config)
         normaliser = window.add(*step_counts(mask, settings), config.loss_type)
@@ -272,7 +288,8 @@ class GRPOModule(pl.LightningModule):
         buffer = progress.open_rollouts.get(number)
         if buffer is None:
             state = trainer_state(self.trainer, progress, len(batch["prompt"]))
-            collected = self.collector.collect(batch, progress.noise_seed, state)
+            ahead, progress.ahead = progress.ahead, None
+            collected = self.collector.collect(batch, progress.noise_seed, progress.updates, state, ahead)
             if progress.rollouts == 0:
                 warn_if_none_ended(collected, self.text_policy, self.settings.sampling)
             progress.num_tokens += collected.num_tokens
@@ -357,7 +374,9 @@ class GRPOModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         keep_trained_(checkpoint, self.text_policy)
         snapshot, self.step_state_to_save = self.step_state_to_save, None
-        checkpoint[STATE_KEY] |= self.progress.state_dict(snapshot)
+        trainer = trainer_of(self)
+        interrupted = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+        checkpoint[STATE_KEY] |= self.progress.state_dict(snapshot, wait=not interrupted)
         checkpoint[STATE_KEY]["settings"] = training_settings(self.settings, self.policy_settings, self.trainer)
         checkpoint[STATE_KEY]["sampling_weights"] = self.text_policy.sampling_mode
 

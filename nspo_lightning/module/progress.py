@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
+from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.finite import NonFiniteError, nonfinite_gradient, nonfinite_message, on_any_rank
 from nspo_lightning.module.open_rollouts import OpenRollouts
 from nspo_lightning.module.update_window import UpdateWindow
@@ -51,6 +52,8 @@ class Progress:
         nonfinite_in_a_row: Of those, the ones since the last update that was taken.
         window: What the batches since the last update have come to.
         open_rollouts: What is left of the last rollouts.
+        ahead: What was asked for the batch that comes next, see `Rollouts.ask`.
+        saved_ahead: That of all ranks in a checkpoint, until `load_rollouts` takes this rank's.
         saved_rollouts: Those of all ranks in a checkpoint, until `load_rollouts` takes this rank's.
     """
 
@@ -67,6 +70,8 @@ class Progress:
     nonfinite_in_a_row: int = 0
     window: UpdateWindow = field(default_factory=UpdateWindow)
     open_rollouts: OpenRollouts = field(default_factory=OpenRollouts)
+    ahead: Ahead | None = None
+    saved_ahead: list[Any] = field(default_factory=list)
     saved_rollouts: list[Any] = field(default_factory=list)
 
     @property
@@ -155,17 +160,27 @@ class Progress:
     def snapshot(self) -> dict[str, Any]:
         """Copy what a training step changes, cheaply: the rollouts' tensors are shared."""
         counters = {name: value for name, value in vars(self).items() if name in COUNTERS}
-        return {"counters": counters | self.window.to_counters(), "rollouts": self.open_rollouts.snapshot()}
+        counters |= self.window.to_counters()
+        return {"counters": counters, "rollouts": self.open_rollouts.snapshot(), "ahead": self.ahead}
 
-    def state_dict(self, snapshot: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return what a checkpoint holds, of an earlier snapshot or of now; all ranks must ask together."""
+    def state_dict(self, snapshot: Mapping[str, Any] | None, *, wait: bool = True) -> dict[str, Any]:
+        """Return what a checkpoint holds, of an earlier snapshot or of now; all ranks must ask together.
+
+        If not to `wait`, a rollout that was asked for and is not there yet is left out, and asked for anew after a
+        resume.
+        """
         now = snapshot or self.snapshot()
-        buffers = ranks.gather_objects(now["rollouts"].state_dict())
-        return {"seed": self.seed, "buffers": buffers, "counters": now["counters"]}
+        ahead: Ahead | None = now["ahead"]
+        mine = now["rollouts"].state_dict(), None if ahead is None else ahead.state_dict(wait=wait)
+        buffers, answered = zip(*ranks.gather_objects(mine), strict=True)
+        if any(one is None for one in answered):  # all ranks ask together
+            answered = ()
+        return {"seed": self.seed, "buffers": list(buffers), "ahead": list(answered), "counters": now["counters"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; `load_rollouts` follows when it is known where tensors shall be."""
         self.seed, self.saved_rollouts = int(state["seed"]), state["buffers"]
+        self.saved_ahead = state.get("ahead", [])
         for name in COUNTERS:
             setattr(self, name, state["counters"].get(name, 0))
         self.window = UpdateWindow.from_counters(state["counters"])
@@ -175,3 +190,6 @@ class Progress:
         saved, self.saved_rollouts = self.saved_rollouts, []
         if len(saved) == ranks.world_size():
             self.open_rollouts = OpenRollouts.from_state_dict(saved[ranks.rank()], device)
+        answered, self.saved_ahead, self.ahead = self.saved_ahead, [], None
+        if len(answered) == ranks.world_size():
+            self.ahead = Ahead.from_state_dict(answered[ranks.rank()], device)

@@ -19,6 +19,7 @@ _OWN = frozenset((
 _OWN_FOLDERS = frozenset((
     "completions",
     "rewards",
+    "rollout",
     "clip_ratio",
     "sampling",
     "safety",

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.grpo import Rollout
+from nspo_lightning.module.ahead import Ahead, Answered
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rollout.places import places_among_ranks
 from nspo_lightning.rollout.server import RolloutServer
 from nspo_lightning.rollout.server_client import RolloutServerError
+from nspo_lightning.rollout.server_config import ServerSettings
 from nspo_lightning.rollout.texts import completion_texts
 
 SAMPLER_DIFFERENCE = "sampling/sampling_logp_difference/mean"
@@ -31,11 +37,13 @@ class Drawn:
         texts: The same as text.
         sampling_log_probs: Shape (R, C), what another program or a merged copy drew the tokens with; None if the policy
             itself drew them.
+        update: Updates that the policy that drew them had behind it.
     """
 
     rollout: Rollout
     texts: list[str]
     sampling_log_probs: Tensor | None = None
+    update: int = 0
 
 
 class Rollouts(Protocol):
@@ -45,11 +53,20 @@ class Rollouts(Protocol):
         """See at the start of a run that completions can be drawn, before any work is done."""
         return
 
-    def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
+    def draw(self, batch: Mapping[str, Any], seed: int, update: int, ahead: Ahead | None = None) -> Drawn:
         """Answer each prompt of a batch (`prompt_ids` (P, L), left-padded, and `prompt_mask`) with a group.
 
-        `seed` is that of the noise, the same on all ranks; `update` the number of the optimizer's updates so far.
+        `seed` is that of the noise, the same on all ranks; `update` the number of the optimizer's updates so far;
+        `ahead` what `ask` returned for this batch, or for none.
         """
+
+    def ask(self, batch: Mapping[str, Any], seed: int, update: int) -> Ahead | None:
+        """Begin to answer the batch that comes next by the policy as it is now; None = it is answered when it comes."""
+        return None
+
+    def stop(self) -> None:
+        """End what is under way: nobody will want it."""
+        return
 
     def check_means(self, means: Mapping[str, Tensor]) -> None:
         """Look at a step's metrics, whether the completions can have been this policy's."""
@@ -63,11 +80,12 @@ class LocalRollouts(Rollouts):
     policy: TextPolicy
     settings: TrainingSettings
 
-    def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
+    def draw(self, batch: Mapping[str, Any], seed: int, update: int, ahead: Ahead | None = None) -> Drawn:
         """See `Rollouts.draw`."""
         places = places_among_ranks(len(batch["prompt_ids"]))
         rollout, texts = self.policy.generate(batch, self.settings.sampling, self.settings.group_size, seed, places)
-        return Drawn(rollout=replace(rollout, log_probs=None), texts=texts, sampling_log_probs=rollout.log_probs)
+        drawn = replace(rollout, log_probs=None)
+        return Drawn(rollout=drawn, texts=texts, sampling_log_probs=rollout.log_probs, update=update)
 
 
 @dataclass
@@ -82,6 +100,7 @@ class ServerRollouts(Rollouts):
     def check_start(self, strategy: Strategy) -> None:
         """See on rank 0 for all that the server can draw for this policy; the error says how to mend what is wrong."""
         settings, problem = self.policy.settings, ""
+        self.server.client.start()
         if settings.lora is None:
             problem = (
                 "`rollout_server` needs an adapter, which alone travels (`policy.lora` is null). Give `policy.lora`."
@@ -103,33 +122,51 @@ class ServerRollouts(Rollouts):
                 problem = str(error)
         _raise(ranks.broadcast_object(problem, 0))
 
-    def draw(self, batch: Mapping[str, Any], seed: int, update: int) -> Drawn:
-        """Publish the adapter as it is and have the server answer; see `Rollouts.draw`."""
-        places = places_among_ranks(len(batch["prompt_ids"]))
-        model = self.policy.require()
-        self.policy.check_room(batch["prompt_ids"].shape[1], self.settings.sampling.max_new_tokens)
-        name = self._publish(model, update)
-        answered, problem = None, ""
+    def draw(self, batch: Mapping[str, Any], seed: int, update: int, ahead: Ahead | None = None) -> Drawn:
+        """Take what was asked for ahead, or publish the adapter as it is and have the server answer now."""
+        if ahead is not None and ranks.any_rank(not ahead.is_of(batch, seed)):  # an epoch was cut short, or other data
+            ahead.answer.exception()  # its adapter is in use until then
+            ahead = None
+        work, answered, problem = None if ahead else self._work(batch, seed, update), None, ""
         try:
-            answered = self.server.sample(
-                name,
-                batch["prompt_ids"],
-                batch["prompt_mask"],
-                group_size=self.settings.group_size,
-                config=self.settings.sampling,
-                eos_token_ids=self.policy.end_ids(self.settings.sampling),
-                pad_token_id=int(self.policy.tokenizer.pad_token_id),
-                vocab_size=int(model.get_input_embeddings().weight.shape[0]),
-                seed=seed,
-                prompt_places=places,
-            )
+            answered = work() if work is not None else ahead.answer.result() if ahead is not None else None
         except RolloutServerError as error:
             problem = str(error)
         _raise(next((one for one in ranks.gather_objects(problem) if one), ""))
         assert answered is not None  # nobody had a problem
         rollout, log_probs = answered
         texts = completion_texts(self.policy.tokenizer, rollout, self.settings.sampling)
-        return Drawn(rollout=rollout, texts=texts, sampling_log_probs=log_probs)
+        drawn_by = update if ahead is None else ahead.update
+        return Drawn(rollout=rollout, texts=texts, sampling_log_probs=log_probs, update=drawn_by)
+
+    def ask(self, batch: Mapping[str, Any], seed: int, update: int) -> Ahead | None:
+        """Publish the adapter as it is, and have the server answer in the background; see `Rollouts.ask`."""
+        if not self.server.settings.overlap:
+            return None
+        return Ahead.begin(self._work(batch, seed, update), batch["prompt_ids"], seed, update)
+
+    def stop(self) -> None:
+        """Send no request any more, until `check_start`."""
+        self.server.client.stop()
+
+    def _work(self, batch: Mapping[str, Any], seed: int, update: int) -> Callable[[], Answered]:
+        """Do what all ranks must do together, and return what each then does alone."""
+        places = places_among_ranks(len(batch["prompt_ids"]))
+        model = self.policy.require()
+        self.policy.check_room(batch["prompt_ids"].shape[1], self.settings.sampling.max_new_tokens)
+        return partial(
+            self.server.sample,
+            self._publish(model, update),
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            group_size=self.settings.group_size,
+            config=self.settings.sampling,
+            eos_token_ids=self.policy.end_ids(self.settings.sampling),
+            pad_token_id=int(self.policy.tokenizer.pad_token_id),
+            vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+            seed=seed,
+            prompt_places=places,
+        )
 
     def _publish(self, model: Any, update: int) -> str:
         name = problem = ""
@@ -152,7 +189,7 @@ class ServerRollouts(Rollouts):
                 f"The server's log-probabilities differ from the trainer's by {difference:.3g} nats a token in the "
                 f"mean (`rollout_server.max_logp_difference` is {settings.max_logp_difference:g}): it serves another "
                 "base, or applies another adapter. Nothing was learnt from these completions. Compare the two models' "
-                "folders, quantisation and revision."
+                f"folders, quantisation and revision.{_other_cause(settings)}"
             )
         if difference > settings.warn_logp_difference and not self.warned:
             self.warned = True
@@ -160,7 +197,19 @@ class ServerRollouts(Rollouts):
                 f"The server's log-probabilities differ from the trainer's by {difference:.3g} nats a token in the "
                 "mean. The importance ratio corrects it at the price of noise. Likely causes: another quantisation or "
                 "dtype of the base, or `--logprobs-mode raw_logprobs` with a temperature other than 1."
+                + _other_cause(settings)
             )
+
+
+class StopOnException(Callback):
+    """Ends what is under way when a run ends by an exception or a signal."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self.rollouts = rollouts
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.rollouts.stop()
 
 
 def make_rollouts(policy: TextPolicy, settings: TrainingSettings) -> Rollouts:
@@ -173,3 +222,9 @@ def make_rollouts(policy: TextPolicy, settings: TrainingSettings) -> Rollouts:
 def _raise(problem: str) -> None:
     if problem:
         raise RolloutServerError(problem)
+
+
+def _other_cause(settings: ServerSettings) -> str:
+    """Say what else may be the cause of a difference."""
+    late = " Or an update moves the policy far: completions are drawn by the one before it (`rollout_server.overlap`)."
+    return late if settings.overlap else ""

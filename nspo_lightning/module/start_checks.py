@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, process_group_timeout
 from nspo_lightning.datamodules.loader import PromptLoader
@@ -93,6 +93,32 @@ def warn_if_none_ended(collected: Collected, policy: TextPolicy, sampling: Sampl
         "answer cut short, raise `sampling.max_new_tokens`; if the policy has begun another turn, name the token or "
         "the text that ends its turns in `sampling.stop_token_ids` or `sampling.stop_strings`."
     )
+
+
+def look_ahead(trainer: pl.Trainer, settings: TrainingSettings) -> None:
+    """Have the loader show the batch that follows, where a server can draw for it meanwhile; say what that means."""
+    server, loader = settings.rollout_server, trainer.train_dataloader
+    if server is None or not server.overlap:
+        return
+    if not isinstance(loader, PromptLoader):
+        rank_zero_warn(
+            f"`rollout_server.overlap` has no effect: {type(loader).__name__} does not show the batch that follows, as "
+            "the `PromptLoader` of this package's datamodules does. Rollouts are drawn in turn."
+        )
+        return
+    loader.look_ahead = True
+    rank_zero_info(
+        "`rollout_server.overlap`: each rollout but an epoch's first is drawn while the one before is trained on, by "
+        "the policy of at most one update before. A checkpoint waits for it and holds it; one that a signal or an "
+        "error leaves may not, and then a resumed run draws it anew, by the policy as it is, and goes on otherwise."
+    )
+
+
+def another_step_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Tell whether another step follows in this epoch, as far as can be known: something may stop the run yet."""
+    ends_window = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    is_last_update = trainer.max_steps != -1 and trainer.global_step + 1 >= trainer.max_steps
+    return batch_idx + 1 < trainer.num_training_batches and not (ends_window and is_last_update)
 
 
 def _shards_weights(strategy: Strategy) -> bool:

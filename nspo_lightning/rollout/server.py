@@ -8,8 +8,8 @@ which the server's log-probabilities tell and a truncated importance ratio corre
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,8 +119,9 @@ class RolloutServer:
             )
             return read_completions(self._ask(request), request, eos_token_ids, vocab_size)
 
-        with ThreadPoolExecutor(min(self.settings.concurrency, len(prompts))) as pool:
-            groups = list(pool.map(ask, range(len(prompts))))
+        # Its threads are daemons: neither a signal nor the end of the process waits for an answer.
+        with ThreadPool(min(self.settings.concurrency, len(prompts))) as pool:
+            groups = list(pool.imap(ask, range(len(prompts))))
         return as_rollout(prompt_ids, prompt_mask, groups, eos_token_ids, pad_token_id)
 
     def _ask(self, request: dict[str, Any]) -> Any:

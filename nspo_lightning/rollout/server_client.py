@@ -32,9 +32,18 @@ class ServerClient:
         )
         self._rng = random.Random(0)
         self._client: Any = None
+        self._stopped = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None}
+
+    def stop(self) -> None:
+        """Send nothing any more: a request that waits to be tried again, on whatever thread, raises instead."""
+        self._stopped = True
+
+    def start(self) -> None:
+        """Send requests (again)."""
+        self._stopped = False
 
     def models(self, *, patient: bool = True) -> list[dict[str, Any]]:
         """Return one `{"id", "root", "parent", ...}` for the base and each adapter that the server offers.
@@ -78,6 +87,8 @@ class ServerClient:
 
         tries = 0
         while True:
+            if self._stopped:
+                raise RolloutServerError("The run has ended, and nothing is asked of the rollout server any more.")
             tries += 1
             try:
                 return self._once(method, path, body)

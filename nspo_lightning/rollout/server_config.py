@@ -24,6 +24,8 @@ class ServerSettings:
         retries: Tries after the first. The waits between them double, up to 30 s: 12 bridge a restart of 4 minutes.
         backoff_s: The first wait.
         concurrency: Requests under way at once, on each rank.
+        overlap: Draw the next rollout while this one is trained on, by the policy of before that update. The importance
+            ratio corrects it; `rollout/staleness` is logged. False = each rollout is drawn by the present policy.
         importance_cap: A token's weight in the loss is its probability under the trainer over the one under the
             server, at most this.
         warn_logp_difference: Mean absolute difference of the log-probabilities, in nats a token, that is warned of.
@@ -39,6 +41,7 @@ class ServerSettings:
     retries: int = 12
     backoff_s: float = 1.0
     concurrency: int = 64
+    overlap: bool = False
     importance_cap: float = IMPORTANCE_CAP
     warn_logp_difference: float = 0.1
     max_logp_difference: float = 1.0

@@ -1,0 +1,72 @@
+"""A rollout that a server draws while the one before is trained on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nspo_lightning.grpo import Rollout
+
+Answered = tuple[Rollout, Tensor]
+"""Completions, and their log-probabilities under the policy that drew them, shape (R, C)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """Completions that were asked for before their batch came.
+
+    Attributes:
+        prompt_ids: Shape (P, L), left-padded.
+        seed: Of the noise.
+        update: Updates that the policy that draws them has behind it.
+        answer: What comes of it, or the error.
+    """
+
+    prompt_ids: Tensor
+    seed: int
+    update: int
+    answer: Future[Answered]
+
+    @classmethod
+    def begin(cls, work: Callable[[], Answered], prompt_ids: Tensor, seed: int, update: int) -> Ahead:
+        """Start the work on a thread that keeps no process alive."""
+        answer: Future[Answered] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(work())
+            except BaseException as error:  # it is raised where the answer is wanted
+                answer.set_exception(error)
+
+        threading.Thread(target=run, name="rollout-ahead", daemon=True).start()
+        return cls(prompt_ids=prompt_ids, seed=seed, update=update, answer=answer)
+
+    def is_of(self, batch: Mapping[str, Any], seed: int) -> bool:
+        """Tell whether it was asked for this batch with this noise."""
+        return seed == self.seed and torch.equal(self.prompt_ids, batch["prompt_ids"])
+
+    def state_dict(self, *, wait: bool) -> dict[str, Any] | None:
+        """Return plain tensors and values on the CPU, for checkpoints; None if it failed, or is not there yet."""
+        if not (wait or self.answer.done()) or self.answer.exception() is not None:
+            return None
+        rollout, log_probs = self.answer.result()
+        return {
+            "seed": self.seed,
+            "update": self.update,
+            "rollout": rollout.to("cpu").state_dict(),
+            "log_probs": log_probs.cpu(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> Ahead:
+        """Make it again, answered, on a device."""
+        answer: Future[Answered] = Future()
+        rollout = Rollout(**state["rollout"]).to(device)
+        answer.set_result((rollout, state["log_probs"].to(device)))
+        return cls(prompt_ids=rollout.prompt_ids, seed=int(state["seed"]), update=int(state["update"]), answer=answer)
