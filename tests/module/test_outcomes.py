@@ -114,3 +114,30 @@ def test_rows_keep_both_of_two_columns_of_one_name() -> None:
     result = RewardSet([liar])(["p"], ["a"])
     rows = JudgedRollout(prompts=["p"], completions=["a"], result=result, outcomes=["garbage"]).rows()
     assert (rows[0]["outcome"], rows[0]["reported/outcome"]) == ("garbage", "safe")
+
+
+def test_a_run_judges_the_answers_of_a_policy_that_thinks(tiny_llama: Path, tmp_path: Path) -> None:
+    """The template opens the thought, which six tokens do not end: nothing of it is an answer."""
+    seen: dict[str, list[Any]] = {"judge": [], "reward": []}
+
+    class Sees(RulesJudge):
+        def classify(self, prompts: Any, completions: Any, **columns: Any) -> list[Any]:
+            seen["judge"] += completions
+            return super().classify(prompts, completions, **columns)
+
+    def whole(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        seen["reward"] += completions
+        return [float(len(text)) for text in completions]
+
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    policy, data = module(tiny_llama, reward=whole, judge=Sees()), datamodule()
+    policy.policy_settings.chat_template = template
+    run = trainer(tmp_path, steps=1, limit_val_batches=1.0, val_check_interval=1)
+    run.fit(policy, data)
+    assert seen["reward"]
+    assert all(text.startswith("<think>\n") for text in seen["reward"])
+    assert set(seen["judge"]) == {""}
+    assert run.callback_metrics["safety/garbage_rate"] == 1.0
+    assert run.callback_metrics["general/accuracy/say"] == 0.0
+    assert policy.last_rollout is not None
+    assert set(policy.last_rollout.outcomes) == {"garbage"}
