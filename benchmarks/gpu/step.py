@@ -115,9 +115,8 @@ def measure(
     module = GRPOModule(
         even_ids,
         policy=policy_settings(folder, scale.rank, checkpointing=checkpointing, **more),
-        optimizer=lambda parameters: torch.optim.AdamW(
-            parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=device.is_cuda
-        ),
+        # Not fused: Lightning refuses to clip gradients for an optimizer that unscales them itself.
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0),
         group_size=scale.group,
         sampling=sampling,
         objective=ObjectiveConfig(loss_type="grpo"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,34 @@ def test_tokens_that_the_policy_did_not_draw_are_noticed(load, tmp_path):
         sampler.log_prob_over_entropy(policy, workload.random_ids(scale, scale.rows, 16))
 
 
+def test_the_roofline_is_that_of_the_7b(load):
+    workload = load("workload")
+    decoder, head = workload.linear_numbers(workload.SCALES["full"])
+    assert decoder == pytest.approx(6.53e9, rel=1e-3)
+    assert head == pytest.approx(0.545e9, rel=1e-3)
+    assert 0.6 * workload.bf16_roofline(workload.SCALES["full"], 3.35e12) == pytest.approx(9100, rel=1e-2)
+
+
+def test_a_card_is_described_and_limited_by_what_torch_says(load, monkeypatch):
+    card = SimpleNamespace(
+        name="H", major=9, minor=0, total_memory=80e9, memory_clock_rate=2_619_000, memory_bus_width=5120
+    )
+    limits = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    for name, value in {"max_memory_allocated": 2e9, "max_memory_reserved": 3e9}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    device = load("device").Device("cuda")
+    monkeypatch.setattr(device, "copied_bytes_a_second", lambda: 3e12)
+    assert device.about()["bytes_a_second"] == pytest.approx(3.35e12, rel=1e-2)
+    with pytest.raises(ZeroDivisionError), device.limited(20):
+        raise ZeroDivisionError
+    assert limits == [0.25, 1.0]
+    assert (device.peak_gb(), device.reserved_gb()) == (2, 3)
+    del card.memory_clock_rate
+    assert device.about()["bytes_a_second"] == 3e12
+
+
 def test_the_command_line_measures_sampling_and_the_step(tmp_path):
     said = run("--only", "sampling-rest,step-first", out=tmp_path)
     sampling, step = results(tmp_path, "sampling-rest"), results(tmp_path, "step-first")
@@ -90,6 +119,7 @@ def test_the_command_line_measures_sampling_and_the_step(tmp_path):
         assert "error" not in found, (name, found)
         measured += [name] * ("seconds" in found)
     assert {"dynamic+quantized", "dynamic+dequantized", "dynamic+merged"} <= set(measured)
+    assert all(name.startswith("graphs") for name in set(sampling["results"]) - set(measured))
     assert sampling["results"]["dynamic+dequantized"]["same_tokens"] == 1
     assert plain["tokens"] == 2 * 4 * 6
     assert plain["tokens_a_second"] == pytest.approx(plain["tokens"] / plain["seconds"])
