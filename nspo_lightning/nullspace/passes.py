@@ -162,6 +162,8 @@ class PassPlan:
         passes, too_wide = plan_passes(self._widths(firsts), self.domains, self.budget, self._device.type)
         self.passes += passes
         self.too_wide += too_wide
+        for width in set(self._widths(too_wide).values()):
+            sketch_columns(width, self.budget, self.domains)  # refuses a budget that is too small, before any pass
 
     def next_sketches(self) -> dict[str, int]:
         """Return inputs that are sketched in common passes, and the columns of each."""

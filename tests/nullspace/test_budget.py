@@ -248,6 +248,29 @@ def test_sketches_made_together_are_those_made_alone():
         assert float((mine.vectors.T @ theirs.vectors).double().square().sum()) == pytest.approx(12, abs=1e-4)
 
 
+def test_a_budget_without_room_for_a_sketch_is_refused_before_the_passes():
+    model = nn.ModuleDict({"narrow": nn.Linear(16, 1), "wide": nn.Linear(40_000, 1, bias=False)})
+    passes = 0
+
+    def forward(x):
+        nonlocal passes
+        passes += 1
+        model["narrow"](x[:, :16] + 0)
+        model["wide"](x)
+
+    budget = 1.1 * peak_bytes([16], 1, "cpu")
+    assert budget < sketch_bytes(40_000, 16, 1)
+    with pytest.raises(ValueError, match="Raise `memory_budget_gb`"):
+        calibrate_modules(
+            dict(model.items()),
+            forward,
+            lambda: [ForwardCall(args=(torch.randn(3, 40_000),))],
+            BasisSettings(),
+            memory_budget_gb=budget / GB,
+        )
+    assert passes == 1  # the look at who shares inputs
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("criterion", ["auto", "energy"])
 def test_the_card_finds_what_the_cpu_finds(criterion):
