@@ -88,7 +88,9 @@ def holds_key(text: str) -> bool:
 
 def _environment_keys() -> list[str]:
     kept = {value for name, value in os.environ.items() if _names_a_credential(name)}
-    return sorted((value for value in kept if len(value) >= _LONG_FOR_A_WORD), key=len, reverse=True)
+    # A path is none: the shell's PWD sounds like a password, and every file below it would be refused.
+    paths = {value for value in kept if os.path.isabs(value) and os.path.exists(value)}
+    return sorted((value for value in kept - paths if len(value) >= _LONG_FOR_A_WORD), key=len, reverse=True)
 
 
 def check_key_name(option: str, name: str) -> None:

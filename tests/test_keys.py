@@ -44,3 +44,14 @@ def test_a_long_text_takes_no_time(piece: str) -> None:
     mask_keys(piece * (20_000 // len(piece)))
     looks_secret(piece * (2_000 // len(piece)) + "x")
     assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS"])
+def test_a_path_in_the_environment_is_no_key(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, str(tmp_path))  # the shell's own folder, or a file that holds a key and is none
+    model = str(tmp_path / "model")
+    check_no_key("", {"model": {"policy": {"path": model}}})
+    assert mask_keys(f"could not load {model}") == f"could not load {model}"
+    monkeypatch.setenv("DB_PASSWORD", "/not-a-path-at-all")
+    with pytest.raises(ValueError, match="looks like a key"):
+        check_no_key("", {"note": "x/not-a-path-at-all"})
