@@ -4,6 +4,7 @@
 #   benchmarks/gpu/run.sh rest        everything else, at most 5
 #   benchmarks/gpu/run.sh             both
 #   benchmarks/gpu/run.sh first --scale tiny --device cpu [--only sampling-first,step-first]     the same in miniature
+#   --stretch 10 gives each part ten times as long, for a CPU.
 # Each part runs in a process of its own, within a time of its own, and writes OUT/<part>.json at once; a part that
 # fails or runs out of time leaves what it had, with the error, and the next one starts. Read them with
 #   python benchmarks/gpu/goals.py OUT
@@ -19,13 +20,14 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 here=$root/benchmarks/gpu
 python=${PYTHON:-python3}
 out=${OUT:-$root/benchmarks/results/gpu}
-halves=() options=() only=
+halves=() options=() only='' stretch=1
 while (($#)); do
   case $1 in
     first | rest) halves+=("$1") ;;
     --only) only=,$2, && shift ;;
+    --stretch) stretch=$2 && shift ;;
     --scale | --device) options+=("$1" "$2") && shift ;;
-    *) echo "Expected first, rest, --scale, --device or --only, got '$1'." >&2 && exit 2 ;;
+    *) echo "Expected first, rest, --scale, --device, --only or --stretch, got '$1'." >&2 && exit 2 ;;
   esac
   shift
 done
@@ -53,10 +55,11 @@ fi
 
 run_half() { # parts with their seconds
   local deadline=$SECONDS reserved=0 entry part seconds limit code
-  for entry in "$@"; do ((deadline += ${entry#*:})) && ((reserved += ${entry#*:})); done
+  for entry in "$@"; do ((reserved += stretch * ${entry#*:})); done
+  ((deadline += reserved))
   for entry in "$@"; do
     part=${entry%:*} seconds=${entry#*:}
-    ((reserved -= seconds))
+    ((reserved -= stretch * seconds))
     [[ -z $only || $only == *,$part,* ]] || continue
     limit=$((deadline - SECONDS - reserved))
     ((limit > 0)) || limit=1

@@ -29,7 +29,7 @@ def load(monkeypatch):
 
 
 def run(*arguments, out, **environment):
-    command = ["bash", str(GPU / "run.sh"), *arguments, "--scale", "tiny", "--device", "cpu"]
+    command = ["bash", str(GPU / "run.sh"), *arguments, "--scale", "tiny", "--device", "cpu", "--stretch", "10"]
     given = {**os.environ, "PYTHON": sys.executable, "OUT": str(out), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, env=given, capture_output=True, text=True, check=True).stdout
 
@@ -257,7 +257,7 @@ def test_the_miniature_reaches_no_goal(load, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_every_part_runs_in_miniature(tmp_path):
     from importlib.util import find_spec
 
