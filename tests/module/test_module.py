@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
 from nspo_lightning.grpo import ObjectiveConfig
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
+from nspo_lightning.rewards import RewardError
 from nspo_lightning.rollout import SamplingConfig
 
 
@@ -289,8 +290,12 @@ def test_excluded_samples_do_not_teach(tiny_llama, tmp_path):
         return [None] * len(completions)
 
     policy = module(tiny_llama, reward=only_none)
-    trainer(tmp_path, steps=2).fit(policy, datamodule())
+    policy.configure_model()
+    before = adapter(policy)
+    with pytest.raises(RewardError, match="not one completion of 2 rollouts was scored"):
+        trainer(tmp_path, steps=2).fit(policy, datamodule())
     assert policy.progress.updates_skipped == 2
+    assert all(torch.equal(before[name], weight) for name, weight in adapter(policy).items())
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
