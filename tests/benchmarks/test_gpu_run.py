@@ -89,7 +89,7 @@ def test_a_card_is_described_and_limited_by_what_torch_says(load, monkeypatch):
     card = SimpleNamespace(
         name="H", major=9, minor=0, total_memory=80e9, memory_clock_rate=2_619_000, memory_bus_width=5120
     )
-    limits = []
+    limits: list[float] = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     for name, value in {"max_memory_allocated": 2e9, "max_memory_reserved": 3e9}.items():
