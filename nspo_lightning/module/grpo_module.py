@@ -58,6 +58,7 @@ from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextSums
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
 from nspo_lightning.policy.parts import causal_model
+from nspo_lightning.policy.scoring import positions
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import score_text
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
@@ -65,6 +66,12 @@ from nspo_lightning.rewards.protocol import judge_in, prepare
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.graphs import check_decoding
 from nspo_lightning.rollout.server_config import ServerSettings
+
+
+def _text_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+    """Return what a model is given of text: its places too, which some models would count from the padding on."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    return inputs if attention_mask is None else {**inputs, "position_ids": positions(attention_mask.bool())}
 
 
 def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -396,7 +403,7 @@ class GRPOModule(pl.LightningModule):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the policy over text, shape (batch, length), and return logits, shape (batch, length, vocabulary)."""
-        output = self.require_policy()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        output = self.require_policy()(**_text_inputs(input_ids, attention_mask))
         logits: Tensor = output.logits
         return logits
 
@@ -408,7 +415,7 @@ class GRPOModule(pl.LightningModule):
         in_decoder = {id(p) for p in model.base_model.parameters()} - {id(p) for p in head.parameters()}
         decoder_only = all(id(p) in in_decoder for p in self.text_policy.trainable_parameters())
         few = {"logits_to_keep": 1} if decoder_only else {}
-        policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **few)
+        policy(**_text_inputs(input_ids, attention_mask), **few)
 
     @property
     def rollouts(self) -> int:

@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from peft import PeftModel
 from tiny_jobs import Recorder, adapter, constant, datamodule, even_tokens, module, trainer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlavaConfig
 
 from nspo_lightning.grpo import ObjectiveConfig
 from nspo_lightning.module.text_policy import TextPolicy
@@ -330,3 +330,27 @@ def test_full_fine_tuning_needs_beta_zero(tiny_llama, tmp_path):
     with pytest.raises(PolicyError, match="there is no adapter"):
         trainer(tmp_path).fit(policy, datamodule())
     assert isinstance(policy.policy, nn.Module)
+
+
+@pytest.mark.parametrize("forward", ["forward", "calibration_forward"])
+def test_text_has_the_places_that_it_has_without_padding(tokenizer, tmp_path, forward):
+    """GPT-2 has learnt a vector for each place, counted from where the row begins, unless it is told otherwise."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = module(tmp_path)
+    policy.load(torch.device("cpu"))
+    policy.eval()
+    seen: list[torch.Tensor] = []
+    (layer,) = [m for n, m in policy.named_modules() if n.endswith("h.0.mlp.c_fc")]
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids = torch.arange(5, 15)[None]
+    mask = torch.tensor([[0] * 4 + [1] * 10, [1] * 10 + [0] * 4])
+    padded = torch.full((2, 14), tokenizer.pad_token_id).masked_scatter(mask.bool(), ids.repeat(2, 1))
+    with torch.no_grad():
+        getattr(policy, forward)(input_ids=ids)
+        getattr(policy, forward)(input_ids=padded, attention_mask=mask)
+    alone, (left, right) = seen[0][0], seen[1]
+    torch.testing.assert_close(right[:10], alone)
+    torch.testing.assert_close(left[4:], alone)
