@@ -38,7 +38,7 @@ def is_right(completion: str, answer: Any, final: Any) -> bool | None:
 def reference_of(answer: Any, final: Any) -> str | None:
     """Return what a completion is compared with; None where there is no reference, or it is free text."""
     if final is not None:
-        return str(final).strip() or None
+        return after_hashes(str(final)) or None
     text = "" if answer is None else str(answer)
     return after_hashes(text) or None if is_short(text) else None
 

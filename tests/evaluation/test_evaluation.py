@@ -44,6 +44,8 @@ def test_answers(completion, answer, right):
         ("Parish", "Paris", False),
         ("I think the answer is (B).", "B", True),
         ("The answer is not B", "B", False),
+        ("So 42.", "6 * 7 = 42 #### 42", True),  # GSM8K's answer as it is, in verl's `ground_truth` or the column
+        ("So 41.", "6 * 7 = 42 #### 42", False),
     ],
 )
 def test_final_answers(completion, final, right):
