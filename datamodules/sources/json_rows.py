@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from nspo_lightning.datamodules.sources.data_error import DataError, clip
+from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.lines import numbered_lines
 from nspo_lightning.datamodules.sources.rows import RawRow
 
+_PROMPTS = re.compile("(prompt|instruction|question|goal)s?", re.IGNORECASE)
+"""Keys of lists of texts that are prompts; under any other name texts may be answers, columns or authors."""
+_COLUMN = re.compile(rf"{_PROMPTS.pattern}|(answer|completion|response|output|text|label|id)s?", re.IGNORECASE)
+_LIST_CURE = 'Write a list of objects, JSON lines, or one list of texts as {"prompts": ["...", "..."]}.'
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|(?P<digits>\d{4301,})', re.DOTALL)
 
 
@@ -48,8 +52,14 @@ def _as_object(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
-def read_json(path: Path) -> Iterator[RawRow]:
-    """Yield the rows of a JSON document: a list, an object with one, or CatQA's nested one; DataError with the line."""
+def read_json(path: Path, notes: list[str]) -> Iterator[RawRow]:
+    """Yield the rows of a JSON document: a list, an object with one, or CatQA's nested one.
+
+    Which texts were taken for prompts is added to `notes`.
+
+    Raises:
+        DataError: If it is none of them, with the line.
+    """
     text = "".join(line for _, line in numbered_lines(path))
     start = len(text) - len(text.lstrip())
     if not text.strip():
@@ -68,13 +78,19 @@ def read_json(path: Path) -> Iterator[RawRow]:
         raise DataError(
             str(path), f"expected a list of objects, got {type(document).__name__}", "Write a list of rows."
         )
-    for form in (dict, str):  # {"data": [{...}, ...]} and {"instructions": ["...", ...]}
-        lists = [key for key, value in document.items() if isinstance(value, list) and value and type(value[0]) is form]
-        if len(lists) == 1:
-            for index, row in enumerate(document[lists[0]]):
-                where = f"{path}, {lists[0]}[{index}]"
-                yield RawRow(where=where, data={"prompt": row} if form is str else _as_object(row, where))
-            return
+    lists = {key: value for key, value in document.items() if isinstance(value, list) and value}
+    tables = [key for key, value in lists.items() if isinstance(value[0], dict)]
+    if len(tables) == 1:  # {"data": [{...}, ...]}
+        for index, row in enumerate(lists[tables[0]]):
+            where = f"{path}, {tables[0]}[{index}]"
+            yield RawRow(where=where, data=_as_object(row, where))
+        return
+    key, texts = next(iter(lists.items()), ("", []))
+    if len(lists) == 1 and isinstance(texts[0], str) and _PROMPTS.fullmatch(key):  # {"instructions": ["...", ...]}
+        notes.append(f"the texts of `{key}` were read as prompts")
+        for index, text in enumerate(texts):
+            yield RawRow(where=f"{path}, {key}[{index}]", data={"prompt": text})
+        return
     yield from _nested_questions(path, document)
 
 
@@ -143,7 +159,13 @@ def _nested_questions(path: Path, document: dict[str, Any]) -> Iterator[RawRow]:
             raise DataError(
                 str(path),
                 f"a JSON object whose key {category!r} holds {type(groups).__name__} is no list of rows",
-                "Write a list of objects, or JSON lines.",
+                _LIST_CURE,
+            )
+        if columns := [name for name in groups if _COLUMN.fullmatch(name)]:
+            raise DataError(
+                str(path),
+                f"a JSON object whose key {category!r} holds columns ({listing(columns)}) is no list of rows",
+                _LIST_CURE,
             )
         for subcategory, questions in groups.items():
             for index, question in enumerate(questions):

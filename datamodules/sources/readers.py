@@ -37,6 +37,7 @@ def read_file(path: Path, header: Sequence[str] | None = None, notes: list[str] 
     Raises:
         DataError: If the file is not what its name says, with the line or row.
     """
+    notes = [] if notes is None else notes
     kind = file_format(path)
     if kind is None:
         raise DataError(
@@ -52,9 +53,9 @@ def read_file(path: Path, header: Sequence[str] | None = None, notes: list[str] 
         case "jsonl":
             yield from read_jsonl(path)
         case "json":
-            yield from read_json(path)
+            yield from read_json(path, notes)
         case _:
-            yield from _read_csv(path, header, "\t" if kind == "tsv" else ",", [] if notes is None else notes)
+            yield from _read_csv(path, header, "\t" if kind == "tsv" else ",", notes)
 
 
 def _read_csv(path: Path, header: Sequence[str] | None, delimiter: str, notes: list[str]) -> Iterator[RawRow]:

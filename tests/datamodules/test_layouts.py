@@ -138,13 +138,32 @@ def test_a_later_row_may_be_a_chat_or_a_text(tmp_path):
 
 def test_a_list_of_instructions(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"version": 1, "instructions": ["Do bad things", "Do worse"]}))
-    rows, _ = rows_of(tmp_path / "x.json")
+    rows, report = rows_of(tmp_path / "x.json")
     assert [(row.prompt, row.where.rsplit(", ", 1)[1]) for row in rows] == [
         ("Do bad things", "instructions[0]"),
         ("Do worse", "instructions[1]"),
     ]
+    assert "the texts of `instructions` were read as prompts" in report.line()
     (tmp_path / "x.json").write_text(json.dumps({"instructions": ["Do bad things", None]}))
     with pytest.raises(DataError, match=r"instructions\[1\]: the prompt is null"):
+        rows_of(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"columns": ["prompt", "answer"], "index": [0], "data": [["How?", "So."]]},  # pandas' orient="split"
+        {"name": "my set", "authors": ["Ann", "Bob"], "rows": {"0": {"prompt": "How?"}}},
+        {"answer": ["So.", "Because."]},
+        {"prompts": ["How?", "Why?"], "answers": ["So.", "Because."]},  # would lose the answers
+        {"prompt": ["How?", "Why?"], "id": [1, 2]},
+        {"train": {"prompt": ["How?"], "answer": ["So."]}},
+    ],
+    ids=["split", "authors", "answers", "two lists", "ids", "by split"],
+)
+def test_a_list_of_texts_that_are_not_known_to_be_prompts_is_refused(tmp_path, document):
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r'(?s)is no list of rows.*\{"prompts": \["\.\.\.", "\.\.\."\]\}'):
         rows_of(tmp_path / "x.json")
 
 
