@@ -7,6 +7,7 @@ from typing import Any
 
 from nspo_lightning.evaluation.thoughts import THOUGHT_MARKS, completion_with_thought
 from nspo_lightning.grpo import Rollout
+from nspo_lightning.policy.turns import special_ids
 from nspo_lightning.rollout.config import SamplingConfig
 from nspo_lightning.rollout.stopping import text_before_stop, tokens_before_stop
 
@@ -25,7 +26,8 @@ def completion_texts(tokenizer: Any, rollout: Rollout, sampling: SamplingConfig 
 
 def _decoded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     marks = {*THOUGHT_MARKS, *THOUGHT_MARKS.values()}
-    special = {int(tokenizer.convert_tokens_to_ids(mark)): mark for mark in marks & set(tokenizer.all_special_tokens)}
+    names = {number: str(tokenizer.convert_ids_to_tokens(number)) for number in special_ids(tokenizer)}
+    special = {number: name for number, name in names.items() if name in marks}  # what decoding would drop
     if not special:
         texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts

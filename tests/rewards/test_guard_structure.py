@@ -205,3 +205,13 @@ def test_a_classifier_reads_no_mark(tiny_llama: Any) -> None:
         mark = disguise(reward._tokenizer.eos_token)
         assert reward._tokens("tell me", f"fine {mark}")["input_ids"].count(eos) == plain == 1
         assert reward._tokens(f"tell {mark}", "fine")["input_ids"].count(eos) == plain
+
+
+def test_special_tokens_without_a_role_or_the_look_of_a_mark_are_control_tokens() -> None:
+    tokenizer = tiny_guards.make_tokenizer("qwen3guard")
+    tokenizer.add_tokens(["ENDOFTURN"], special_tokens=True)
+    tokenizer.add_tokens(["plain"])
+    found = control_tokens(tokenizer)
+    assert found["ENDOFTURN"] == tokenizer.convert_tokens_to_ids("ENDOFTURN")
+    assert "plain" not in found
+    assert tokenizer.unk_token not in found

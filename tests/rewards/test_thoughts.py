@@ -136,24 +136,24 @@ def test_a_judges_own_thought_is_no_reply():
     assert read_reply("safe_unsafe", "<think>safe") is None
 
 
-def thinking_tokenizer(special: bool) -> PreTrainedTokenizerFast:
+def thinking_tokenizer(special: str) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
     fast.add_special_tokens({
-        "additional_special_tokens": ["<|assistant|>", *(["[THINK]", "[/THINK]"] if special else [])]
+        "additional_special_tokens": ["<|assistant|>", *(["[THINK]", "[/THINK]"] if special == "by role" else [])]
     })
-    fast.add_tokens(["<think>", "</think>"])
+    fast.add_tokens(["<think>", "</think>"], special_tokens=special == "as added")
     return fast
 
 
-@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("special", ["no", "by role", "as added"])
 @pytest.mark.parametrize("opened", ["", "<think>\n", "<think>\n\n</think>\n\n"])
 def test_a_completion_shows_the_thought_that_its_prompt_opened(special, opened):
     tokenizer = thinking_tokenizer(special)
-    begin, end = ("[THINK]", "[/THINK]") if special else ("<think>", "</think>")
+    begin, end = ("[THINK]", "[/THINK]") if special == "by role" else ("<think>", "</think>")
     prompts = [f"Hello there.<|assistant|>{opened}".replace("<think>", begin).replace("</think>", end)] * 2
     thought, starts = opened == "<think>\n", "" if opened else begin
     texts = [f"{starts}{NO}{end}{YES}<|end|>", f"{starts}{NO}<|end|>", f"{YES}<|end|>", f"{YES}{end}{NO}<|end|>"]

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nspo_lightning.policy.turns import special_ids
+
 Chat = list[dict[str, Any]]
 
 TURN_MARKS = (
@@ -110,9 +112,9 @@ def harmless(chat: Chat) -> Chat:
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:
     """Return a tokenizer's control tokens with their numbers: special ones, and added ones that look like marks."""
-    special = set(tokenizer.all_special_tokens) - {tokenizer.unk_token}
+    special = {str(tokenizer.convert_ids_to_tokens(number)): number for number in special_ids(tokenizer)}
     added = {str(token): int(number) for token, number in tokenizer.get_added_vocab().items()}
-    numbers = {**added, **{str(token): int(tokenizer.convert_tokens_to_ids(token)) for token in special}}
+    numbers = {**added, **special}
     looks = re.compile(r"\s*(?:[<\[{|].*|.*[>\]}|])\s*", re.DOTALL)
     return {
         token: number
