@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ TEXT = (
 )
 """Questions and answers that outputs are compared on."""
 _MOST_TOKENS = 128  # of a text
-_FAULT = 1e-3  # of the logits' norm in float32, where rounding gives 1e-6
-_HALF_FAULT = 0.1  # the same in 16 bits, and only if training itself moved them by no more: rounding can move them far
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of the logits' norm, by the dtype that a sum is rounded to
+_LEAST_SHARE = 0.5  # of the update that must be in a merged model: rounding takes little of it, a lost one is 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class MergedOutputs:
     """||merged - (base and adapter)|| / ||base and adapter||, over all positions."""
     trained: float
     """The same for the base: what training did."""
+    share: float
+    """How much of what training did the merged model does: 1 = all, 0 = it is the base."""
     tokens: int
 
     def sentence(self) -> str:
@@ -45,43 +47,53 @@ class MergedOutputs:
         return (
             f"Logits of this model, loaded from the folder, differ from those of base and trained update by "
             f"{self.change:.2g} of their norm, on {self.tokens} tokens of text; training moved them by "
-            f"{self.trained:.2g}."
+            f"{self.trained:.2g}, and {100 * self.share:.3g} % of that is in this model."
         )
 
 
 class OutputsBefore:
     """The logits that a merged model must give: those of the base with its trained update beside it.
 
+    All is computed in float32, so that what is seen is the rounding of the sum and not that of 16-bit products.
+
     Args:
-        base: The unquantised base; it is left as it was.
+        base: The unquantised base; it is left in float32, with the same values.
         source: The checkpoint.
         tokenizer: Of the base.
     """
 
     def __init__(self, base: PreTrainedModel, source: ExportSource, tokenizer: PreTrainedTokenizerBase) -> None:
         self._batches = _batches(tokenizer)
+        cast(nn.Module, base).float()
         self._base = _logits(base, self._batches)
         with _trained(base, source) as policy:
             self._wanted = _logits(policy, self._batches)
 
-    def compare(self, merged: PreTrainedModel, *, half: bool) -> MergedOutputs:
-        """Return how far a merged model is from them; `half` = 16 bits are in play.
+    def compare(self, merged: PreTrainedModel) -> MergedOutputs:
+        """Return how far a merged model is from them; it is left in float32.
 
         Raises:
-            PolicyError: If it is another model.
+            PolicyError: If it is another model, or lacks half of the update or more.
         """
-        norm = max(_distance(self._wanted), 1e-30)
-        change = _distance(_logits(merged, self._batches), self._wanted) / norm
-        trained = _distance(self._base, self._wanted) / norm
-        if not change <= (max(_HALF_FAULT, trained) if half else _FAULT):
+        rounding = _ROUNDING[merged.dtype]
+        found = _logits(cast(nn.Module, merged).float(), self._batches)
+        norm, update = max(_distance(self._wanted), 1e-30), _distance(self._wanted, self._base)
+        change, trained = _distance(found, self._wanted) / norm, update / norm
+        done = sum(
+            float(((f - b).double() * (w - b)).sum()) for f, w, b in zip(found, self._wanted, self._base, strict=True)
+        )
+        share = done / update**2 if update else 1.0
+        if not change <= _LEAST_SHARE * trained + rounding or not share >= _LEAST_SHARE:
             beside = "serve the adapter beside the base"
+            half = rounding > _ROUNDING[torch.float32]
             cure = f"Merge with `--dtype float32`, or {beside}." if half else f"To go on, {beside}, and report this."
             raise PolicyError(
                 "The merged model does not answer as base and adapter do: on a little text its logits differ by "
-                f"{change:.2g} of their norm, and training moved them by {trained:.2g}. Nothing was written. {cure}"
+                f"{change:.2g} of their norm, training moved them by {trained:.2g}, and {100 * share:.0f} % of that is "
+                f"in it. Nothing was written. {cure}"
             )
         tokens = sum(batch.shape[1] for batch in self._batches)
-        return MergedOutputs(change=change, trained=trained, tokens=tokens)
+        return MergedOutputs(change=change, trained=trained, share=share, tokens=tokens)
 
 
 def _batches(tokenizer: Any) -> list[Tensor]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nspo_lightning.atomic import replacing_folder
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
 from nspo_lightning.compat.peft import DOWN, MODEL_PREFIX, UP, name_in_file
@@ -20,7 +18,6 @@ from nspo_lightning.export.outputs import OutputsBefore
 from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.policy.adapter import lora_config
 from nspo_lightning.policy.identity import PREFIX
-from nspo_lightning.policy.loading import TORCH_DTYPES
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 
@@ -76,13 +73,12 @@ def export_merged(source: ExportSource, out: Path, dtype: Dtype) -> list[str]:
     tokenizer = load_tokenizer(source.settings)
     base = unquantised_base(source)
     wanted = OutputsBefore(base, source, tokenizer)
-    half = {base.dtype, TORCH_DTYPES[dtype]} != {torch.float32}
     layers = merge_(base, source, dtype)
     with replacing_folder(out) as folder:
         base.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         del base  # one model at a time
-        outputs = wanted.compare(merged_from(folder, source, dtype), half=half)
+        outputs = wanted.compare(merged_from(folder, source, dtype))
         said = [outputs.sentence(), *untied_sentences(layers)]
         said += rounding_sentences(layers, dtype, no_basis_sentence(source))
         text = card(source, certificates=certificates(source), merged=said, dtype=dtype, name=out.absolute().name)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma3Config, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from nspo_lightning.export import merge
 from nspo_lightning.export.trained import ExportSource, LowRank
@@ -43,13 +43,13 @@ def tied(tokenizer, tmp_path_factory):
     return folder
 
 
-def trained(settings: PolicySettings) -> Any:
+def trained(settings: PolicySettings, std: float = 0.2) -> Any:
     """A policy whose B is not zero, as after training."""
     torch.manual_seed(4)
     policy: Any = load_policy(settings, CPU).eval()
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=std)
     return policy
 
 
@@ -195,19 +195,27 @@ def test_the_card_says_how_far_the_loaded_folder_is_from_base_and_adapter(tied, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("fault", ["the head stays tied", "the update has the wrong sign"])
+@pytest.mark.parametrize(
+    "fault", ["the head stays tied", "the update has the wrong sign", "the update is lost", "half of it is lost"]
+)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("std", [0.2, 0.02], ids=["large", "small"])
 def test_a_merge_that_does_not_answer_as_the_adapter_is_refused_and_leaves_nothing(
-    tied, tmp_path, monkeypatch, fault, dtype
+    tied, tmp_path, monkeypatch, fault, stored, std, dtype
 ):
-    settings = settings_of(tied, "lm_head", "q_proj")
-    policy = trained(settings)
+    AutoModelForCausalLM.from_pretrained(tied, dtype=stored).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tied).save_pretrained(tmp_path / "base")
+    settings = settings_of(tmp_path / "base", "lm_head", "q_proj")
+    policy = trained(settings, std)
+    export_merged(source(settings, policy), tmp_path / "right", dtype)
     if fault == "the head stays tied":
         monkeypatch.setattr(merge, "untie_", lambda *_: [])
     else:
-        monkeypatch.setattr(LowRank, "dense", lambda self: -self.scale * (self.up @ self.down))
+        kept = {"the update has the wrong sign": -1.0, "the update is lost": 0.0, "half of it is lost": 0.4}[fault]
+        monkeypatch.setattr(LowRank, "dense", lambda self: kept * self.scale * (self.up @ self.down))
     with pytest.raises(PolicyError, match="does not answer as base and adapter"):
         export_merged(source(settings, policy), tmp_path / "out", dtype)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "right"]
 
 
 def test_all_weights_of_a_model_with_a_shared_head_are_written_as_trained(tied, tmp_path):
