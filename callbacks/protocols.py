@@ -27,7 +27,19 @@ class CountsUpdates(Protocol):
 
     @property
     def updates(self) -> int:
-        """Updates that were taken so far."""
+        """Updates that were taken so far, less those that were taken back."""
+
+
+@runtime_checkable
+class GoesBack(CountsUpdates, Protocol):
+    """A module that counts the updates that stand, and wants to know when earlier weights were put back."""
+
+    @property
+    def updates_undone(self) -> int:
+        """Updates that were taken and taken back."""
+
+    def go_back(self, updates: int) -> None:
+        """Go on from weights as they were after so many updates; all ranks must ask together."""
 
 
 @runtime_checkable

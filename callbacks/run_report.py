@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
-from nspo_lightning.callbacks.protocols import Certifies, CountsUpdates, Evaluable
+from nspo_lightning.callbacks.protocols import Certifies, CountsUpdates, Evaluable, GoesBack
 from nspo_lightning.checkpoints import best_of, read_checkpoint
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, is_fast_dev_run, model_checkpoints
 from nspo_lightning.evaluation.tables import rich_table
@@ -94,13 +94,15 @@ class RunReport(Callback):
             rank_zero_info("Measuring the policy after training ...")
             after = _measure(trainer, pl_module)
         updates = pl_module.updates if isinstance(pl_module, CountsUpdates) else steps
+        undone = pl_module.updates_undone if isinstance(pl_module, GoesBack) else 0
         summary: dict[str, Any] = {
             **{f"before/{name}": value for name, value in self.before.items()},
             **{f"after/{name}": value for name, value in after.items()},
             "nullspace/leak_max": _leak_max(trainer),
             "seconds": round(self._elapsed(), 1),
             "updates": updates,
-            "updates_skipped": steps - updates,
+            "updates_skipped": steps - updates - undone,
+            "updates_undone": undone,
             "checkpoint": best,
         }
         if trainer.is_global_zero:
@@ -138,7 +140,8 @@ def _is_reported(summary: Path, steps: int) -> bool:
     """Tell whether a summary is that of a run of so many steps."""
     try:
         said = json.loads(summary.read_text())
-        return int(said["updates"]) + int(said.get("updates_skipped", 0)) == steps
+        others = sum(int(said.get(name, 0)) for name in ("updates_skipped", "updates_undone"))
+        return int(said["updates"]) + others == steps
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -174,6 +177,8 @@ def _print(table: Table, summary: Mapping[str, Any], folder: Path) -> None:
     console.print(table)
     leak = summary["nullspace/leak_max"]
     promise = "no projection" if leak is None else f"largest leak into the protected space {leak:.1e}"
-    updates, skipped = summary["updates"], summary["updates_skipped"]
-    taken = f"{updates} updates{f' ({skipped} more skipped)' if skipped else ''}" if updates else "NO UPDATE WAS TAKEN"
+    updates, skipped, undone = (summary[name] for name in ("updates", "updates_skipped", "updates_undone"))
+    others = [f"{count} more {what}" for count, what in ((skipped, "skipped"), (undone, "taken back")) if count]
+    taken = f"{updates} updates" if updates else "NO UPDATE IS LEFT" if undone else "NO UPDATE WAS TAKEN"
+    taken += f" ({', '.join(others)})" if others and (updates or undone) else ""
     console.print(f"{promise}; {taken} in {summary['seconds']:.0f} s; written to {folder}")

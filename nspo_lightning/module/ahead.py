@@ -47,9 +47,9 @@ class Ahead:
         threading.Thread(target=run, name="rollout-ahead", daemon=True).start()
         return cls(prompt_ids=prompt_ids, seed=seed, update=update, answer=answer)
 
-    def is_of(self, batch: Mapping[str, Any], seed: int) -> bool:
-        """Tell whether it was asked for this batch with this noise."""
-        return seed == self.seed and torch.equal(self.prompt_ids, batch["prompt_ids"])
+    def is_of(self, batch: Mapping[str, Any], seed: int, update: int) -> bool:
+        """Tell whether it was asked for this batch with this noise, of weights that stand where `update` updates do."""
+        return self.update <= update and seed == self.seed and torch.equal(self.prompt_ids, batch["prompt_ids"])
 
     def state_dict(self, *, wait: bool) -> dict[str, Any] | None:
         """Return plain tensors and values on the CPU, for checkpoints; None if it failed, or is not there yet."""

@@ -424,8 +424,17 @@ class GRPOModule(pl.LightningModule):
 
     @property
     def updates(self) -> int:
-        """Updates that were taken so far; the Trainer's `global_step` counts skipped ones too."""
+        """Updates that were taken and stand; the Trainer's `global_step` counts skipped and taken back ones too."""
         return self.progress.updates
+
+    @property
+    def updates_undone(self) -> int:
+        """Updates that were taken, and taken back."""
+        return self.progress.updates_undone
+
+    def go_back(self, updates: int) -> None:
+        """Count on from weights as they were after so many updates, which were put back."""
+        self.progress.go_back(updates)
 
     def require_policy(self) -> Any:
         """Return the loaded model."""

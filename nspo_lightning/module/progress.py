@@ -19,7 +19,7 @@ from nspo_lightning.rewards import RewardError
 
 COUNTERS = (
     *("rollouts", "rollouts_scored", "unscored_in_a_row", "num_tokens"),
-    *("updates", "updates_skipped", "updates_nonfinite", "nonfinite_in_a_row"),
+    *("updates", "updates_undone", "updates_skipped", "updates_nonfinite", "nonfinite_in_a_row"),
 )
 _CURE = (
     "Return a number wherever there is something to score. If it comes from a judge with `on_error: exclude`, see why "
@@ -46,7 +46,8 @@ class Progress:
         rollouts_scored: Of those, the ones with a score.
         unscored_in_a_row: Rollouts since the last one with a score.
         num_tokens: Tokens of prompts and completions, over all ranks.
-        updates: Updates that were taken: steps of the optimizer. Lightning's `global_step` counts skipped ones too.
+        updates: Updates that were taken and stand: steps of the optimizer. Lightning's `global_step` counts all.
+        updates_undone: Updates that were taken, and taken back, see `go_back`.
         updates_skipped: Updates without signal.
         updates_nonfinite: Updates that were skipped because something was not finite.
         nonfinite_in_a_row: Of those, the ones since the last update that was taken.
@@ -65,6 +66,7 @@ class Progress:
     unscored_in_a_row: int = 0
     num_tokens: int = 0
     updates: int = 0
+    updates_undone: int = 0
     updates_skipped: int = 0
     updates_nonfinite: int = 0
     nonfinite_in_a_row: int = 0
@@ -78,6 +80,11 @@ class Progress:
     def skipped(self) -> int:
         """Updates that were not taken."""
         return self.updates_skipped + self.updates_nonfinite
+
+    @property
+    def steps(self) -> int:
+        """Updates that were taken, taken back or skipped, as Lightning counts them."""
+        return self.updates + self.updates_undone + self.skipped
 
     @property
     def noise_seed(self) -> int:
@@ -137,10 +144,23 @@ class Progress:
                 f"for all. {_CURE}"
             )
         if self.rollouts and not self.updates:
+            what, undone = "was taken in", ""
+            if self.updates_undone:
+                what, undone = "is left after", f", {self.updates_undone} taken back"
             rank_zero_warn(
-                f"No update was taken in {steps} steps ({self.updates_skipped} without a signal, "
-                f"{self.updates_nonfinite} not finite): the policy is what it was before."
+                f"No update {what} {steps} steps ({self.updates_skipped} without a signal, "
+                f"{self.updates_nonfinite} not finite{undone}): the policy is what it was before."
             )
+
+    def go_back(self, updates: int) -> None:
+        """Go on from weights as they were after so many updates, their gradients gone.
+
+        The rest of a rollout that later weights have drawn is dropped; what they were asked for is left to
+        `Ahead.is_of`, which knows when the server is done with it.
+        """
+        undone = max(self.updates - updates, 0)
+        self.updates, self.updates_undone = self.updates - undone, self.updates_undone + undone
+        self.window, self.open_rollouts = UpdateWindow(), OpenRollouts()
 
     def close_window(self, parameters: Iterable[nn.Parameter], *, look: bool) -> UpdateWindow:
         """Return the window, with what a look at its gradients shows, and begin a new one."""

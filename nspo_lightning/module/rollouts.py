@@ -124,7 +124,8 @@ class ServerRollouts(Rollouts):
 
     def draw(self, batch: Mapping[str, Any], seed: int, update: int, ahead: Ahead | None = None) -> Drawn:
         """Take what was asked for ahead, or publish the adapter as it is and have the server answer now."""
-        if ahead is not None and ranks.any_rank(not ahead.is_of(batch, seed)):  # an epoch was cut short, or other data
+        if ahead is not None and ranks.any_rank(not ahead.is_of(batch, seed, update)):
+            # An epoch was cut short, other data came, or the weights that draw it were taken back.
             ahead.answer.exception()  # its adapter is in use until then
             ahead = None
         work, answered, problem = None if ahead else self._work(batch, seed, update), None, ""

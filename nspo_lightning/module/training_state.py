@@ -27,7 +27,7 @@ def trainer_state(trainer: pl.Trainer, progress: Progress, prompts: int) -> Trai
         "is_local_process_zero": trainer.local_rank == 0,
     }
     if trainer.state.fn != TrainerFn.FITTING:
-        return TrainerState(global_step=progress.updates + progress.skipped, **process)
+        return TrainerState(global_step=progress.steps, **process)
     batches, passes = trainer.num_training_batches, trainer.max_epochs
     part = trainer.fit_loop.batch_idx / batches if batches and math.isfinite(batches) else 0.0
     return TrainerState(

@@ -15,7 +15,9 @@ from nspo_lightning.callbacks import NullSpaceProjection, protocols
     [
         protocols.AnswersPrompts,
         protocols.AnswersTests,
+        protocols.CountsUpdates,
         protocols.Evaluable,
+        protocols.GoesBack,
         protocols.KeepsRollout,
         protocols.KeepsStepState,
         protocols.LimitsContext,
