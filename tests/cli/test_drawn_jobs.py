@@ -156,6 +156,9 @@ class Job:
         name = family.end.strip() or family.eos
         return int(self.tokenizer.convert_tokens_to_ids(name))
 
+    def pad(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self.tokenizer.pad_token or self.tokenizer.eos_token))
+
     # ------------------------------------------------------------------ a policy that says what the rows say
 
     def sample(self, model: Any, ids: Any, mask: Any, *, eos_token_ids: Any, pad_token_id: int, **_: Any) -> Rollout:
@@ -211,12 +214,12 @@ def check_training(job: Job) -> None:
     for call in REWARDED:
         rows = [job.row_of(prompt if isinstance(prompt, str) else prompt[-1]["content"]) for prompt in call["prompts"]]
         prompts = [job.ids(job.prompt(row)) for row in rows[::GROUP]]
-        assert read_as(prompts, seen), prompts
+        assert read_as(prompts, seen, job.pad()), prompts
         rewards = torch.tensor(even_share(call["completion_ids"])).view(-1, GROUP)
         if bool((rewards.std(dim=1) > 0).all()):  # all of them are learnt from
             read = [ids[:-1] for ids in call["completion_ids"]]  # nothing follows the last token
             apart = [prompts[i // GROUP] + ids for i, ids in enumerate(read)]
-            assert read_as([*prompts, *read] if job.drawn.share_prefix else apart, seen)
+            assert read_as([*prompts, *read] if job.drawn.share_prefix else apart, seen, job.pad())
         for i, (row, prompt) in enumerate(zip(rows, call["prompts"], strict=True)):
             assert row in job.safety
             assert call["kind"][i] == ("harmful" if row.harmful else "benign")
@@ -230,18 +233,18 @@ def answer_of(row: Row) -> str:
     return "" if row.answer is None else str(row.answer)
 
 
-def read_as(texts: list[list[int]], seen: list[torch.Tensor]) -> bool:
+def read_as(texts: list[list[int]], seen: list[torch.Tensor], pad: int) -> bool:
     """Whether texts were read one behind another without padding (prompts are shared), or in rows of their own."""
     if any(ids[0].tolist() == [*itertools.chain(*texts)] for ids in seen if len(ids) == 1):
         return True
     rows = [row.tolist() for ids in seen for row in ids]
-    return all(any(padded(row, text) for row in rows) for text in texts)
+    return all(any(padded(row, text, pad) for row in rows) for text in texts)
 
 
-def padded(row: list[int], text: list[int]) -> bool:
-    """Whether a row is a text with one token repeated around it."""
+def padded(row: list[int], text: list[int], pad: int) -> bool:
+    """Whether a row is a text with padding around it."""
     places = [i for i in range(len(row) - len(text) + 1) if row[i : i + len(text)] == text]
-    return any(len({*row[:i], *row[i + len(text) :]}) < 2 for i in places)
+    return any({*row[:i], *row[i + len(text) :]} <= {pad} for i in places)
 
 
 def check_test(job: Job) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def drawn_job(seed: int) -> Drawn:
         tied=either(),
         spare_rows=choose.choice([0, 6]),
         pad=choose.choice(["own", "eos", "none"]),
-        adds_bos=either(),
+        adds_bos=choose.random() < 0.8,
         added=either(),
         template_in=choose.choice(["tokenizer", "tokenizer", "policy", "data"]),
         head=either(),

@@ -124,6 +124,7 @@ def by_hand(family: str, chat: list[dict[str, str]], answer: str | None = None, 
         return text + look.ask + closed, ""
     before, behind = look.assistant.split("{}")
     kept = answer.strip() if look.strips or family == "mistral" else answer
+    kept = kept.lstrip("\n") if family == "qwen3" else kept
     return text + before + look.added, kept + behind + look.close
 
 
