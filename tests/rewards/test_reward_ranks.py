@@ -33,7 +33,7 @@ try:
     rewards(["p"], ["bad"])
     print("nothing raised", flush=True)
 except RewardError as error:
-    print("error", error, flush=True)
+    print("error", " ".join(str(error).splitlines()), flush=True)  # with the last frames of its traceback
 print("after", rewards(["p"], ["good"]).total.tolist(), flush=True)
 dist.destroy_process_group()
 """
