@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from nspo_lightning import ranks
@@ -38,7 +38,7 @@ from nspo_lightning.callbacks.null_space.unprotected import (
     refuse_strategy,
     report_unprotected,
     require_float32,
-    without_layers,
+    without_unreached,
 )
 from nspo_lightning.callbacks.null_space.verification import EndToEndCheck, Verification
 from nspo_lightning.callbacks.null_space.watch import (
@@ -54,7 +54,6 @@ from nspo_lightning.nullspace import (
     Calibration,
     LayerCertificate,
     LayerPlan,
-    UnheldLayersError,
     calibrate_modules,
     plan_layers,
     save_calibration,
@@ -216,8 +215,12 @@ class NullSpaceProjection(Callback):
         require_float32(plan)
         self._still = hold_statistics(pl_module, self.unprotected)
         self._normalised = self.unprotected != "warn" and bool(running_statistics(pl_module))
-        plan, calibration, without_basis = self._take_hold(trainer, pl_module, plan)
-        to_freeze += without_basis
+        self._hold = self._new_hold(plan)
+        with self._hold.at_start():
+            calibration = self._obtain_bases(trainer, pl_module, plan)
+        plan, unreached = without_unreached(plan, calibration, self.unprotected)
+        to_freeze += unreached
+        self._hold = self._new_hold(plan)
         self._hold.set_bases(calibration)
         self._hold.refuse_swapping(trainer.optimizers)
         self._hold.freeze_(to_freeze)
@@ -237,27 +240,13 @@ class NullSpaceProjection(Callback):
         self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
         log_start(trainer, calibration)
 
-    def _take_hold(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: LayerPlan
-    ) -> tuple[LayerPlan, Calibration, list[nn.Parameter]]:
-        """Hold the layers that there are bases for, and return them, the bases, and what else is to be frozen."""
-        references: dict[str, Tensor] = self._resumed.get("references", {})
-        frozen: list[nn.Parameter] = []
-        while True:
-            self._hold = Hold(
-                plan.layers,
-                references=references,
-                project_gradients=self.project_gradients,
-                project_displacement=self.project_displacement,
-            )
-            try:
-                with self._hold.at_start():
-                    return plan, self._obtain_bases(trainer, pl_module, plan), frozen
-            except UnheldLayersError as error:
-                if self.unprotected == "error":
-                    raise
-                plan, parameters = without_layers(plan, error.names, self.unprotected)
-                frozen += parameters
+    def _new_hold(self, plan: LayerPlan) -> Hold:
+        return Hold(
+            plan.layers,
+            references=self._resumed.get("references", {}),
+            project_gradients=self.project_gradients,
+            project_displacement=self.project_displacement,
+        )
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainedParameters:
         """Note what outputs, buffers and trained parameters are at the start."""
@@ -411,9 +400,12 @@ class NullSpaceProjection(Callback):
                 memory_budget_gb=self.source.memory_budget_gb,
                 keep_moments=self.source.keep_moments,
                 sharded=job.sharded,
+                allow_unreached=self.unprotected != "error",
                 progress=progress,
                 say=rank_zero_info,
             )
+        if not self.calibration.bases:
+            report_unprotected(LayerPlan(layers=(), refusals=()), self.unprotected, self.target_modules)
         self.calibration.fingerprint = job.fingerprint
         return self.calibration
 

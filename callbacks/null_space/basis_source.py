@@ -27,7 +27,6 @@ from nspo_lightning.nullspace import (
     Calibration,
     ForwardCall,
     ProtectedLayer,
-    UnheldLayersError,
     load_calibration,
     save_calibration,
 )
@@ -50,10 +49,6 @@ def is_sharded(batches: Iterable[Any]) -> bool:
     """Return whether a distributed sampler gives each rank batches of its own."""
     # Batches that are the same on all ranks are dealt out to them; dealing twice would lose the others.
     return isinstance(batches, DataLoader) and isinstance(batches.sampler, DistributedSampler)
-
-
-class MissingBasesError(MisconfigurationException, UnheldLayersError):
-    """Layers that a basis file has no basis for, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +143,16 @@ class BasisSource:
         """Return the calibration in a basis file, if it was made for this model and these settings; see `find`."""
         calibration = load_calibration(path)
         modules = {layer.name: layer.module for layer in layers}
-        missing = set(modules) - calibration.layer_names()
+        known = calibration.layer_names().union(calibration.unreached)
+        missing = set(modules) - known
         if missing:
-            raise MissingBasesError(
-                missing,
+            raise MisconfigurationException(
                 f"The basis file {path} has no basis for {len(missing)} trained layers: {sorted(missing)[:5]}. "
                 "Calibrate with the same `target_modules`.",
             )
         model = model_fingerprint(pl_module, modules, str(trainer.precision))
         changed = {"trained", "buffers"} if earlier is not None else set()  # weights have been trained since
-        if set(modules) != calibration.layer_names():  # of a part of the layers it was made for
+        if set(modules) != known:  # of a part of the layers it was made for
             changed |= {"structure", "weights", "trained"}
         wanted = {"model": {key: value for key, value in model.items() if key not in changed}}
         check_fingerprint(calibration.fingerprint, {"settings": self.settings.as_dict(), **wanted}, str(path))
@@ -183,7 +178,7 @@ class BasisSource:
     ) -> bool:
         """Return whether bases at hand are those of this model, this text (where there is any) and these settings."""
         modules = {layer.name: layer.module for layer in layers}
-        if calibration.layer_names() != set(modules):
+        if calibration.layer_names().union(calibration.unreached) != set(modules):
             return False
         model = model_fingerprint(pl_module, modules, str(trainer.precision))
         wanted: dict[str, Any] = {"settings": self.settings.as_dict(), "model": model}

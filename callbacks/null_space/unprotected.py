@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from nspo_lightning.nullspace import LayerPlan
+from nspo_lightning.nullspace import Calibration, LayerPlan, UnheldLayersError
 
 Unprotected = Literal["error", "warn", "freeze"]
 _SHOWN = 12  # parameters that a message names
@@ -45,14 +45,21 @@ def report_unprotected(
     return [refusal.parameter for refusal in plan.refusals] if mode == "freeze" else []
 
 
-def without_layers(plan: LayerPlan, names: frozenset[str], mode: Unprotected) -> tuple[LayerPlan, list[nn.Parameter]]:
-    """Return a plan without layers that have no basis, and their parameters if they are to be frozen; it is said.
+def without_unreached(
+    plan: LayerPlan, calibration: Calibration, mode: Unprotected
+) -> tuple[LayerPlan, list[nn.Parameter]]:
+    """Return a plan without layers that no text reached, and their parameters if they are to be frozen; it is said.
 
     Raises:
+        UnheldLayersError: In mode ``error``.
         MisconfigurationException: If nothing is left to hold.
     """
-    gone = [layer for layer in plan.layers if layer.name in names]
-    rest = LayerPlan(layers=tuple(layer for layer in plan.layers if layer.name not in names), refusals=())
+    gone = [layer for layer in plan.layers if layer.name in calibration.unreached]
+    if not gone:
+        return plan, []
+    if mode == "error":
+        raise UnheldLayersError([layer.name for layer in gone], len(plan.layers))
+    rest = LayerPlan(layers=tuple(layer for layer in plan.layers if layer not in gone), refusals=())
     shown = ", ".join(layer.name for layer in gone[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
     fate = "do not train" if mode == "freeze" else "train freely and may move general outputs"
     rank_zero_warn(f"{len(gone)} layers have no basis (no calibration text reaches them) and {fate}: {shown}")

@@ -25,6 +25,7 @@ from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
 from nspo_lightning.nullspace.picture import spectrum_figure
 
+_SHOWN = 12  # layers that are named
 _KEPT_MOMENTS_BYTES = 256e6  # second moments by domain go into the file up to this size, unless asked for or refused
 
 
@@ -143,4 +144,11 @@ def _print(
             for pair, v in domains.items()
         ]
         console.print(rich_table(title, ("domains", "covered", "mean cosine", "largest angle"), angles))
+    if missed := calibration.unreached:
+        console.print(
+            f"No calibration text reaches {len(missed)} layers: {', '.join(missed[:_SHOWN])}"
+            f"{' ...' if len(missed) > _SHOWN else ''}. They have no basis: they are frozen, or train freely with "
+            "`unprotected: warn`.",
+            soft_wrap=True,
+        )
     console.print(f"Basis: {path} ({path.stat().st_size / 1e6:.1f} MB), spectrum: {picture}")

@@ -95,6 +95,8 @@ class Calibration:
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Input -> domain -> second moment, where they were kept."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
+    """Layers that were asked for and saw no input: they have no basis."""
 
     def basis_of(self, layer: str) -> Basis:
         """Return the basis of a layer by its name.

@@ -40,11 +40,15 @@ from nspo_lightning.nullspace.sketch import (
 
 
 class UnheldLayersError(ValueError):
-    """Layers that have no basis, by name."""
+    """Layers that have no basis, since no text reached them."""
 
-    def __init__(self, names: Iterable[str], message: str) -> None:
-        super().__init__(message)
-        self.names = frozenset(names)
+    def __init__(self, names: Sequence[str], of: int) -> None:
+        super().__init__(
+            f"{len(names)} of {of} layers saw no input during calibration, so nothing can protect them: "
+            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. Their weights are used without calling the "
+            "module (as torch.nn.MultiheadAttention does), or no text reaches them. Freeze them "
+            "(`unprotected='freeze'`) or leave them out (`target_modules`)."
+        )
 
 
 @torch.no_grad()
@@ -57,6 +61,7 @@ def calibrate_modules(
     memory_budget_gb: float | None = None,
     keep_moments: bool = False,
     sharded: bool = False,
+    allow_unreached: bool = False,
     progress: Callable[[str, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Calibration:
@@ -71,6 +76,7 @@ def calibrate_modules(
             its free memory.
         keep_moments: Keep the second moments by domain (on the CPU, float32), for `Calibration.recombined`.
         sharded: Each rank's ``calls`` yield different batches already; else rank r takes every world-th one.
+        allow_unreached: Note layers that are never called in `Calibration.unreached`; else they are an error.
         progress: Called with (stage, batches or layers done).
         say: Called with a line about passes and memory, where there is a limit.
 
@@ -79,10 +85,17 @@ def calibrate_modules(
 
     Raises:
         ValueError: If there are no batches or no rows that count.
-        UnheldLayersError: If there are layers that were never called.
+        UnheldLayersError: If there are layers that were never called, and they are not allowed.
     """
     report = progress or (lambda *_: None)
-    text = CalibrationText(modules=modules, forward=forward, calls=calls, sharded=sharded, report=report)
+    text = CalibrationText(
+        modules=modules,
+        forward=forward,
+        calls=calls,
+        sharded=sharded,
+        report=report,
+        allow_unreached=allow_unreached,
+    )
     builder = BasisBuilder(settings)
     result = Calibration(bases=builder.bases, groups={}, settings=settings)
     budget = None if memory_budget_gb is None else memory_budget_gb * 1e9
@@ -122,15 +135,9 @@ def _collect(
     text.run(collector)
     groups, apart = collector.agreed_groups()
     called = {name for names in groups.values() for name in names}
-    silent = [name for name in text.modules if name not in called]
-    if silent:
-        raise UnheldLayersError(
-            silent,
-            f"{len(silent)} of {len(text.modules)} layers saw no input during calibration, so nothing can protect "
-            f"them: {', '.join(silent[:5])}{' ...' if len(silent) > 5 else ''}. Their weights are used without calling "
-            "the module (as torch.nn.MultiheadAttention does), or no text reaches them. Freeze them "
-            "(`unprotected='freeze'`) or leave them out (`target_modules`).",
-        )
+    result.unreached = tuple(name for name in text.modules if name not in called)
+    if result.unreached and not text.allow_unreached:
+        raise UnheldLayersError(result.unreached, len(text.modules))
     plan.settle(groups, apart, only)
     firsts = [first for first in groups if first not in apart and (only is None or first in only)]
     result.groups |= {first: groups[first] for first in firsts}

@@ -47,6 +47,7 @@ class CalibrationText:
     calls: Callable[[], Iterable[ForwardCall]]
     sharded: bool
     report: Callable[[str, int], None]
+    allow_unreached: bool = False
 
     def run(self, collector: InputCollector[Any]) -> None:
         """Run all batches of this rank past a collector.

@@ -55,6 +55,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
         "domain_energy": calibration.domain_energy,
         "domain_tokens": calibration.domain_tokens,
         "fingerprint": calibration.fingerprint,
+        "unreached": calibration.unreached,
     }
     path, text = Path(path), json.dumps(header)
     with replacing(path) as partial:
@@ -178,4 +179,5 @@ def _rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibr
         domain_tokens=header["domain_tokens"],
         moments=moments,
         fingerprint=header["fingerprint"],
+        unreached=tuple(header.get("unreached", ())),  # files of earlier versions have no such layers
     )
