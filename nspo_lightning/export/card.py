@@ -58,8 +58,9 @@ def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str)
     if not measured:
         return [*lines, no_basis]
     before, after = [b for b, _ in measured], [a for _, a in measured]
+    part = f", measured on {len(measured)} of {len(layers)} matrices" if len(measured) < len(layers) else ""
     lines.append(
-        f"Leak into the protected space ||D U_k|| / ||D||, before rounding: {leak_sentence(before)}; "
+        f"Leak into the protected space ||D U_k|| / ||D||{part}, before rounding: {leak_sentence(before)}; "
         f"after: {leak_sentence(after)}."
     )
     lines.append(

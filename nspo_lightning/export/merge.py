@@ -132,11 +132,10 @@ def _merge_weight_(
     old, written = parameter.data.double(), trained.to(target)
     exact, change = trained.double() - old, written.double() - old
     parameter.data = written
-    before = after = None
-    if name.endswith(".weight"):
-        layer, module = key.removesuffix(".weight"), base.get_submodule(name.removesuffix(".weight"))
-        before = _certificate(calibration, layer, _rows(module, exact))
-        after = _certificate(calibration, layer, _rows(module, change))
+    module = base.get_submodule(name.rpartition(".")[0])
+    known = calibration is not None and key in calibration.layer_names()
+    layer = key if known else key.removesuffix(".weight")  # experts' weights have names of their own
+    before, after = (_certificate(calibration, layer, _rows(module, update)) for update in (exact, change))
     return MergedLayer(name=name, before=before, after=after, rounding=_relative(change - exact, exact))
 
 
@@ -144,15 +143,15 @@ def _rows(module: nn.Module, weight: Tensor) -> Tensor:
     """Return a weight of shape (out, in) in the form that its module stores, or back: GPT-2's Conv1D has (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if isinstance(module, Conv1D) and weight.ndim == 2 else weight
 
 
 def _certificate(calibration: Calibration | None, layer: str, update: LowRank | Tensor) -> LayerCertificate | None:
     if calibration is None or layer not in calibration.layer_names():
         return None
     basis, energy = calibration.basis_of(layer), calibration.output_energy.get(layer)
-    if isinstance(update, Tensor):
-        return certify(layer, basis, update, output_energy=energy)
+    if isinstance(update, Tensor):  # of several experts: one below the other
+        return certify(layer, basis, update.reshape(-1, update.shape[-1]), output_energy=energy)
     return certify(layer, basis, update.down, up=update.up, scale=update.scale, output_energy=energy)
 
 

@@ -15,11 +15,13 @@ from tiny_jobs import trainer as job
 from transformers import AutoModelForCausalLM
 
 from nspo_lightning.callbacks import NullSpaceProjection
-from nspo_lightning.export.trained import export_source
+from nspo_lightning.export.card import rounding_sentences
+from nspo_lightning.export.merge import merge_, unquantised_base
+from nspo_lightning.export.trained import ExportSource, export_source
 from nspo_lightning.nullspace import SecondMoment, plan_layers
 from nspo_lightning.nullspace.collect import InputCollector
 from nspo_lightning.policy.adapter import load_adapter_
-from nspo_lightning.policy.identity import STATE_KEY
+from nspo_lightning.policy.identity import STATE_KEY, policy_fingerprint
 from nspo_lightning.policy.loading import load_base, load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 
@@ -199,6 +201,38 @@ def test_an_export_of_such_an_adapter_names_the_one_that_the_run_wrote(tiny_expe
     state = {"state_dict": weights, STATE_KEY: {"policy_path": str(tiny_experts)}}
     with pytest.raises(PolicyError, match=r"fused weights.*/run/adapter"):
         export_source(Path("last.ckpt"), state, tmp_path / "run" / "config.yaml", {}, settings)
+
+
+def test_merged_experts_are_certified_and_the_sentence_says_of_how_many(tiny_experts, tmp_path):
+    trained, callback = fit(tiny_experts, tmp_path, None, unprotected="warn")
+    settings = settings_of(tiny_experts, None)
+    source = ExportSource(
+        checkpoint=Path("last.ckpt"),
+        config={},
+        settings=settings,
+        weights={f"policy.{n}": p.detach() for n, p in trained.named_parameters() if p.requires_grad},
+        updates=4,
+        state={"policy": policy_fingerprint(load_policy(settings, CPU))},
+        projection=None,
+        summary={},
+        basis=callback.calibration,
+        basis_path=None,
+    )
+    held = {c.name: c for c in callback.certificates()}
+    merged = merge_(unquantised_base(source), source, "float32")
+    measured = {f"policy.{layer.name}": layer for layer in merged if layer.after is not None}
+    assert {name.removesuffix(".weight") for name in measured} == {name.removesuffix(".weight") for name in held}
+    assert any(name.endswith("experts.gate_up_proj") for name in measured)
+    for name, layer in measured.items():
+        certificate = held.get(name) or held[name.removesuffix(".weight")]
+        assert layer.before is not None
+        assert layer.after is not None
+        assert layer.before.update_norm == pytest.approx(certificate.update_norm, rel=1e-4)
+        assert layer.after.leak == pytest.approx(certificate.leak, abs=1e-6)
+    said = "\n".join(rounding_sentences(merged, "float32", "no basis"))
+    assert f"measured on {len(held)} of {len(merged)} matrices" in said
+    alone = rounding_sentences([layer for layer in merged if layer.after is not None], "float32", "no basis")
+    assert " matrices" not in "\n".join(alone)
 
 
 def test_names_of_attention_layers_leave_experts_out(tiny_experts, tmp_path):
