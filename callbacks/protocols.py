@@ -73,7 +73,7 @@ class AnswersPrompts(Protocol):
     """A module that answers prompts for calibration."""
 
     def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
-        """Return one answer a prompt."""
+        """Return one answer a prompt: what is written behind the rendered prompt, thoughts too."""
 
 
 class HasRows(Protocol):

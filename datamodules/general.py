@@ -8,7 +8,13 @@ from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.read import SourceReport, announce
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Sources
-from nspo_lightning.datamodules.text.collate import CalibrationText, Side, calibration_text, collate_calibration
+from nspo_lightning.datamodules.text.collate import (
+    CalibrationText,
+    Side,
+    calibration_text,
+    collate_calibration,
+    is_cut_by_template,
+)
 from nspo_lightning.datamodules.text.render import Tokenizer
 from nspo_lightning.datamodules.text.text_rows import (
     AnswerFn,
@@ -113,8 +119,11 @@ class GeneralDataModule(PromptDataModule):
                 f"all {passed_over} are longer than {self.calibration_max_tokens} tokens",
                 "Raise `calibration_max_tokens`, or set `calibration_text: prompt`.",
             )
-        if self.calibration_text == "prompt_and_answer" and (missing := sum(not row.answer for row in chosen)):
-            report.notes.append(f"{missing} rows have no answer: their prompt alone is used")
+        if self.calibration_text == "prompt_and_answer":
+            if missing := sum(not row.answer for row in chosen):
+                report.notes.append(f"{missing} rows have no answer: their prompt alone is used")
+            if cut := sum(is_cut_by_template(row, self.renderer) for row in chosen if row.answer):
+                report.notes.append(f"of {cut} answers the chat template drops a part, such as a thought")
         self.calibration_report = report
         return mix_batches(chosen, self.calibration_batch_size, self.seed)
 

@@ -48,7 +48,15 @@ def collate_prompts(rows: Sequence[PromptRow], renderer: ChatRenderer) -> dict[s
 
 def calibration_text(row: PromptRow, text: CalibrationText, renderer: ChatRenderer) -> str:
     """Render the prompt for an answer to come, or the whole exchange where one is wanted and there is one."""
+    # A policy's own answer stands where it was written: a template that renders it may drop its thought, or add one.
+    if text == "prompt_and_model_answer" and row.answer:
+        return renderer.text(row.prompt) + row.answer + renderer.text_behind_answer(row.prompt)
     return renderer.text(row.prompt, row.answer if text != "prompt" and row.answer else None)
+
+
+def is_cut_by_template(row: PromptRow, renderer: ChatRenderer) -> bool:
+    """Whether the template drops a part of a reference answer, such as its thought; white space does not count."""
+    return "".join(row.answer.split()) not in "".join(renderer.text(row.prompt, row.answer).split())
 
 
 def collate_calibration(

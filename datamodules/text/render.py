@@ -77,6 +77,11 @@ class ChatRenderer:
             ) from error
         return str(text)
 
+    def text_behind_answer(self, prompt: Prompt) -> str:
+        """Return what the template puts behind an answer: the end of its turn."""
+        text, _, end = answer_place(lambda given: self.text(prompt, given), "z")
+        return text[end:]
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Turn rendered texts into ids, one list a text; the template has placed all special tokens already."""
         if not texts:

@@ -66,6 +66,7 @@ from nspo_lightning.rewards.protocol import judge_in, prepare
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.graphs import check_decoding
 from nspo_lightning.rollout.server_config import ServerSettings
+from nspo_lightning.rollout.texts import written_texts
 
 
 def _text_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
@@ -469,9 +470,10 @@ class GRPOModule(pl.LightningModule):
         self.text_policy.save(folder)
 
     def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
-        """Answer texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it."""
+        """Continue rendered texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it."""
         batch, sampling = self.text_policy.render(prompts), self.general_sampling
-        return self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)[1]
+        rollout, _ = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
+        return written_texts(self.tokenizer, rollout, sampling)
 
     def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
         """Answer an evaluation batch as the base does; None without an adapter."""

@@ -19,9 +19,14 @@ def completion_texts(tokenizer: Any, rollout: Rollout, sampling: SamplingConfig 
     """Return the P * G completions of a rollout as text, without what ended them; see `completion_with_thought`."""
     ends = rollout.prompt_ids[:, -_PROMPT_END_TOKENS:]
     prompts: list[str] = tokenizer.batch_decode(ends, skip_special_tokens=False)
-    texts = _decoded(tokenizer, tokens_before_stop(rollout, sampling.stop_token_ids))
-    texts = [text_before_stop(text, sampling.stop_strings) for text in texts]  # one that runs on holds none
+    texts = written_texts(tokenizer, rollout, sampling)
     return [completion_with_thought(text, prompts[i // rollout.group_size]) for i, text in enumerate(texts)]
+
+
+def written_texts(tokenizer: Any, rollout: Rollout, sampling: SamplingConfig = _DEFAULT) -> list[str]:
+    """Return the P * G completions as they were written: what a prompt opened stays with the prompt."""
+    texts = _decoded(tokenizer, tokens_before_stop(rollout, sampling.stop_token_ids))
+    return [text_before_stop(text, sampling.stop_strings) for text in texts]  # one that runs on holds none
 
 
 def _decoded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny_jobs
+import torch
 from chat_templates import FAMILIES, family_tokenizer
 from transformers import AutoTokenizer
 
@@ -118,3 +119,16 @@ def test_training_calibration_and_scored_text_read_one_template(tiny_llama, tmp_
     module.save_adapter(tmp_path / "adapter")
     saved = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     assert saved.apply_chat_template(CHAT, tokenize=False) == "<|user|>Now: Hi<|end|><|assistant|>"
+
+
+def test_calibration_answers_are_what_was_written_and_not_what_the_prompt_opened(tiny_llama):
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", chat_template=template)
+    job = tiny_jobs.module(tiny_llama, policy=settings)
+    job.load(torch.device("cpu"))
+    (answer,) = job.calibration_answers(["Say mill."])
+    batch = job.text_policy.render(["Say mill."])
+    rollout, (shown,) = job.text_policy.generate(batch, job.general_sampling, 1, 0)
+    assert shown == f"<think>\n{answer}"
+    (ids,) = rollout.completion_tokens()
+    assert answer == job.tokenizer.decode(ids, skip_special_tokens=True)
