@@ -385,7 +385,7 @@ class GRPOModule(pl.LightningModule):
         trainer = trainer_of(self)
         interrupted = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
         checkpoint[STATE_KEY] |= self.progress.state_dict(snapshot, wait=not interrupted)
-        checkpoint[STATE_KEY]["settings"] = training_settings(self.settings, self.policy_settings, self.trainer)
+        checkpoint[STATE_KEY]["settings"] = training_settings(self.settings, self.text_policy, self.trainer)
         checkpoint[STATE_KEY]["sampling_weights"] = self.text_policy.sampling_mode
 
     @override
@@ -394,7 +394,7 @@ class GRPOModule(pl.LightningModule):
         check_checkpoint(checkpoint, self.text_policy)
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            now = training_settings(self.settings, self.policy_settings, trainer)
+            now = training_settings(self.settings, self.text_policy, trainer)
             check_same_training(checkpoint[STATE_KEY].get("settings", {}), now)
             warn_of_other_weights(checkpoint[STATE_KEY].get("sampling_weights"), self.text_policy.sampling_mode)
         self.progress.load_state_dict(checkpoint[STATE_KEY])

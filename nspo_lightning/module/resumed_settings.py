@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nspo_lightning.compat.lightning import callbacks_of
+from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
-from nspo_lightning.policy.settings import LoraSettings, PolicySettings
+from nspo_lightning.policy.chat_template import chat_template_hash
+from nspo_lightning.policy.settings import LoraSettings
 
 _SHARED = ("group_size", "scale_rewards", "num_iterations", "num_minibatches")
 _LONGEST_SHOWN = 80
@@ -25,7 +27,7 @@ class ResumeError(ValueError):
     """All ranks read the same checkpoint."""
 
 
-def training_settings(settings: TrainingSettings, policy: PolicySettings, trainer: pl.Trainer) -> dict[str, Any]:
+def training_settings(settings: TrainingSettings, policy: TextPolicy, trainer: pl.Trainer) -> dict[str, Any]:
     """Return what decides what is learnt from the same prompts, by the names that users know, as plain values.
 
     Not among them: what changes no number (micro-batches, shared prompts), what only measures, and what Lightning
@@ -34,9 +36,10 @@ def training_settings(settings: TrainingSettings, policy: PolicySettings, traine
     values = {f"model.{name}": vars(settings)[name] for name in _SHARED}
     values |= {f"model.objective.{name}": value for name, value in asdict(settings.objective).items()}
     values |= {f"model.sampling.{name}": value for name, value in settings.sampling.numbers().items()}
-    values |= {f"model.policy.{name}": vars(policy)[name] for name in ("chat_template", "chat_template_kwargs")}
-    if policy.lora is not None:
-        values["model.policy.lora.dropout"] = policy.lora.dropout
+    values["model.policy.chat_template_kwargs"] = policy.settings.chat_template_kwargs
+    values["model.policy.chat_template (a hash of its text)"] = chat_template_hash(policy.tokenizer)
+    if policy.settings.lora is not None:
+        values["model.policy.lora.dropout"] = policy.settings.lora.dropout
     if not any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)):
         values["trainer.accumulate_grad_batches"] = trainer.accumulate_grad_batches
     return values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -33,6 +35,12 @@ def read_chat_template(setting: str) -> str:
             "Give the template's text or the path of a .jinja file."
         )
     return setting
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name what a tokenizer's template says, wherever it was given, with its variables: 16 hex digits."""
+    text = json.dumps(tokenizer.chat_template, sort_keys=True)  # some tokenizers have several, by name
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def with_chat_template(settings: PolicySettings, template: str | None) -> PolicySettings:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nspo_lightning.compat.peft import is_lora_parameter, name_in_base
 from nspo_lightning.keys import looks_secret, mask_keys
+from nspo_lightning.policy.chat_template import chat_template_hash
 from nspo_lightning.policy.settings import PolicySettings
 
 PACKAGES = (
@@ -44,6 +45,9 @@ class _HasPolicy(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -91,7 +95,7 @@ def policy_identity(module: _HasPolicy, checkpoint: str | None) -> dict[str, Any
             "fingerprint": module.fingerprint,
             "quantization": settings.quantization,
             "dtype": settings.dtype,
-            "chat_template": settings.chat_template,
+            "chat_template": chat_template_hash(module.tokenizer),
             "chat_template_kwargs": settings.chat_template_kwargs,
         },
         "adapter": {

@@ -15,7 +15,7 @@ from tiny_jobs import adapter, datamodule, module, trainer
 from nspo_lightning.callbacks import ExactResume
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.grpo import ObjectiveConfig
-from nspo_lightning.policy.identity import STATE_KEY
+from nspo_lightning.policy.identity import STATE_KEY, policy_identity
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 
@@ -147,3 +147,30 @@ def test_a_changing_number_of_accumulated_batches_needs_one_step_a_rollout(tiny_
 def test_batches_that_come_too_seldom_are_said(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"some prompts are never answered. Set `repeat_batches=2`"):
         trainer(tmp_path, steps=1).fit(module(tiny_llama, num_iterations=2), datamodule())
+
+
+def with_template(path: Path, template: Path | str) -> PolicySettings:
+    lora = LoraSettings(r=4, alpha=8)
+    return PolicySettings(path=str(path), quantization="none", dtype="float32", lora=lora, chat_template=str(template))
+
+
+TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+
+
+def test_a_chat_template_is_what_it_says_wherever_it_is_given(tiny_llama: Path, tmp_path: Path) -> None:
+    file, moved = tmp_path / "a.jinja", tmp_path / "b.jinja"
+    file.write_text(TEMPLATE)
+    moved.write_text(TEMPLATE)
+    path = saved(tiny_llama, tmp_path, policy=with_template(tiny_llama, file))
+    identities = []
+    for same in (file, moved, TEMPLATE):
+        other = module(tiny_llama, policy=with_template(tiny_llama, same))
+        trainer(tmp_path, steps=2).fit(other, datamodule(), ckpt_path=path)
+        assert other.trainer.global_step == 2
+        identities.append(policy_identity(other, None)["model"])
+    assert identities[0] == identities[1] == identities[2]
+    file.write_text("Hear. " + TEMPLATE)
+    edited = module(tiny_llama, policy=with_template(tiny_llama, file))
+    with pytest.raises(ValueError, match=r"`model.policy.chat_template \(a hash of its text\)` \w{16} -> \w{16}\. "):
+        trainer(tmp_path, steps=2).fit(edited, datamodule(), ckpt_path=path)
+    assert policy_identity(edited, None)["model"] != identities[0]
