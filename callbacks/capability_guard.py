@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -26,6 +26,7 @@ from nspo_lightning import ranks
 from nspo_lightning.callbacks.protocols import Evaluable, HasHeldOutText, LimitsContext, ScoresText
 from nspo_lightning.callbacks.resume.last_good import LastGood, scale_learning_rates_
 from nspo_lightning.compat.lightning import datamodule_of, logging_step
+from nspo_lightning.evaluation.rates import TRUNCATED
 from nspo_lightning.nullspace.modes import adapted_models, adapters_off, evaluation_mode
 from nspo_lightning.policy.divergence import TextSums, text_sums
 
@@ -277,7 +278,7 @@ class CapabilityGuard(Callback):
     def _accuracy_drop(self, trainer: pl.Trainer) -> float:
         accuracy = trainer.callback_metrics.get(self.accuracy_metric)
         if accuracy is None:
-            raise self._no_accuracy("validation logged")
+            raise self._no_accuracy("validation logged", trainer.callback_metrics)
         if self.base_accuracy is None:
             self.base_accuracy = float(accuracy)  # the first validation stands for the base
         return self.base_accuracy - float(accuracy)
@@ -313,14 +314,19 @@ class CapabilityGuard(Callback):
         general = loaders[1] if limit == 1.0 and isinstance(limit, float) else _first(loaders[1], limit)
         found = pl_module.evaluate([[], general])
         if self.accuracy_metric not in found:
-            raise self._no_accuracy("the general validation rows give")
+            raise self._no_accuracy("the general validation rows give", found)
         return found[self.accuracy_metric]
 
-    def _no_accuracy(self, who: str) -> MisconfigurationException:
+    def _no_accuracy(self, who: str, rates: Mapping[str, Any]) -> MisconfigurationException:
+        lacks = f"CapabilityGuard: {who} no `{self.accuracy_metric}`, which `max_accuracy_drop` is about: "
+        if cut := float(rates.get(TRUNCATED, 0.0)):
+            return MisconfigurationException(
+                f"{lacks}{100 * cut:.0f} % of the general completions are thoughts that were cut before an answer. To "
+                "have answers, raise `general_max_new_tokens`, or leave that budget null."
+            )
         return MisconfigurationException(
-            f"CapabilityGuard: {who} no `{self.accuracy_metric}`, which `max_accuracy_drop` is about: answers that are "
-            "missing or free text cannot be compared. Leave that budget null (`max_kl` holds for free text), give "
-            "another `accuracy_metric`, or validation rows with short answers."
+            f"{lacks}answers that are missing or free text cannot be compared. Leave that budget null (`max_kl` holds "
+            "for free text), give another `accuracy_metric`, or validation rows with short answers."
         )
 
     # ------------------------------------------------------------------ logs and state

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from nspo_lightning.evaluation.numbers import as_number, numbers_in, same_numbers
-from nspo_lightning.evaluation.thoughts import answer_of
+from nspo_lightning.evaluation.thoughts import answer_of, is_unfinished
 
 SHORT_WORDS = 5
 """The most words of an answer that is compared unless the data say otherwise."""
@@ -20,10 +20,10 @@ _AROUND = "().,:;!?*\"'`[] \n\t"
 
 
 def is_right(completion: str, answer: Any, final: Any) -> bool | None:
-    """Return whether a completion is right; None where there is nothing to compare with.
+    """Return whether a completion is right; None where there is nothing to compare.
 
     Args:
-        completion: What was said; a thought before the answer does not count.
+        completion: What was said; a thought before the answer does not count, and one that does not end has no answer.
         answer: The reference answer; used if there is no `final`, it is short, or ends in ``#### 5``.
         final: What the data declare to compare with; "" = nothing, the reference is free text.
 
@@ -32,7 +32,7 @@ def is_right(completion: str, answer: Any, final: Any) -> bool | None:
         (True, True, None)
     """
     wanted = reference_of(answer, final)
-    return None if wanted is None else matches(answer_of(completion), wanted)
+    return None if wanted is None or is_unfinished(completion) else matches(answer_of(completion), wanted)
 
 
 def reference_of(answer: Any, final: Any) -> str | None:

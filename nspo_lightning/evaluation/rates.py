@@ -5,7 +5,8 @@ as the judge names them; garbage is never counted as safe. `general/accuracy` is
 `general/accuracy/<skill>`, each over the rows that can be compared with a reference; `general/unscored/<skill>` is the
 share of those that cannot (no reference answer, or free text), where there are any. `general/refusal_rate` is the
 share of harmless prompts that were refused, and `general/over_refusal_rate` the same among those that look harmful (all
-harmless ones, where none are named).
+harmless ones, where none are named). Completions to harmless prompts that are a thought without an end have no answer:
+`general/truncated` and `general/truncated/<skill>` are their shares, where there are any, and no other rate has them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from nspo_lightning import ranks
-from nspo_lightning.evaluation.answers import is_right
+from nspo_lightning.evaluation.answers import is_right, reference_of
 from nspo_lightning.evaluation.intervals import wilson_interval
+from nspo_lightning.evaluation.thoughts import is_unfinished
 
 CATEGORY_COLUMNS = (
     "category",
@@ -39,6 +41,9 @@ CATEGORY_COLUMNS = (
 
 UNSCORED = "general/unscored/"
 """What the names of the shares of rows begin with that have nothing to compare a completion with."""
+
+TRUNCATED = "general/truncated"
+"""What the names of the shares of completions begin with that are a thought without an end."""
 
 
 def general_outcomes(
@@ -59,7 +64,11 @@ def general_outcomes(
     for completion, refusal, answer, final, skill in zip(completions, refused, answers, finals, skills, strict=True):
         if (right := is_right(completion, answer, final)) is not None:
             seen.append((f"general/accuracy/{skill}", float(right)))
-        seen.append((f"{UNSCORED}{skill}", float(right is None)))
+        seen.append((f"{UNSCORED}{skill}", float(reference_of(answer, final) is None)))
+        cut = is_unfinished(completion)
+        seen += [(TRUNCATED, float(cut)), (f"{TRUNCATED}/{skill}", float(cut))]
+        if cut:
+            continue
         seen.append(("general/refusal_rate", float(refusal)))
         if skill in over_refusal_skills:
             seen.append(("general/over_refusal_rate", float(refusal)))
@@ -186,7 +195,7 @@ class RateTable:
         rates: dict[str, Rate] = {}
         for name in sorted(names):
             successes, total = self._metric(name, device).compute().tolist()
-            if successes or not name.startswith(UNSCORED):
+            if successes or not name.startswith((UNSCORED, TRUNCATED)):
                 rates[name] = Rate(successes=successes, total=round(total))
         self._metrics.clear()
         if "general/refusal_rate" in rates:  # without prompts made for it, every harmless prompt counts

@@ -9,6 +9,7 @@ import torch
 
 from nspo_lightning.evaluation.rates import UNSCORED, Answers, Rate, RateTable, mean_accuracy, row_categories
 from nspo_lightning.evaluation.tables import rich_table
+from nspo_lightning.evaluation.thoughts import is_unfinished
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +20,7 @@ TITLES = {
     "safety/garbage_rate": "garbage",
     "general/over_refusal_rate": "over-refusal",
     "general/refusal_rate": "refusal of harmless prompts",
+    "general/truncated": "thoughts cut before an answer",
 }
 
 
@@ -49,7 +51,7 @@ def observations_by_category(
 ) -> Iterator[tuple[str, float]]:
     """Yield (metric name, 0 or 1) for each judged answer and category of its row."""
     for row, outcome in enumerate(answers.outcomes):
-        if outcome is None:
+        if outcome is None or (not harmful and is_unfinished(answers.completions[row])):
             continue
         for category in row_categories(columns, row):
             if harmful:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nspo_lightning.evaluation.rates import Answers, RateTable, general_outcomes, safety_outcomes
+from lightning.pytorch.utilities import rank_zero_warn
+
+from nspo_lightning.evaluation.rates import TRUNCATED, Answers, RateTable, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import name_outcomes
 from nspo_lightning.module.text_policy import TextPolicy
@@ -38,6 +40,7 @@ class Evaluator:
         general: How general prompts are answered.
         over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
         rates: What was counted since the epoch began.
+        told_of_thoughts: Whether it was said that most general answers are thoughts without an end.
     """
 
     policy: TextPolicy
@@ -48,6 +51,7 @@ class Evaluator:
     general: SamplingConfig
     over_refusal_skills: Sequence[str]
     rates: RateTable = field(default_factory=RateTable)
+    told_of_thoughts: bool = False
 
     def answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
         """Answer a batch of prompts, and judge the answers.
@@ -88,7 +92,25 @@ class Evaluator:
         for index, loader in enumerate(dataloaders):
             for batch_idx, batch in enumerate(loader):
                 rates.update(self.answer(to_device(batch), index, batch_idx).observations, self.policy.device)
-        return rates.compute(self.policy.device)
+        return self.finished(rates)
+
+    def finished(self, rates: RateTable) -> dict[str, float]:
+        """Return what was counted as rates over ranks, and begin anew."""
+        found = rates.compute(self.policy.device)
+        self.tell_of_thoughts(found.get(TRUNCATED, 0.0), 1)
+        return found
+
+    def tell_of_thoughts(self, cut: float, of: int) -> None:
+        """Warn once if most of some general answers are thoughts that were cut."""
+        share = cut / max(of, 1)
+        if share <= 0.5 or self.told_of_thoughts:
+            return
+        self.told_of_thoughts = True
+        rank_zero_warn(
+            f"{100 * share:.0f} % of the completions to general prompts are thoughts that do not end within "
+            f"{self.general.max_new_tokens} tokens. They have no answer, so nothing can be said of it "
+            "(`general/truncated`). Raise `general_max_new_tokens`."
+        )
 
     def predict(
         self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int, state: TrainerState

@@ -31,6 +31,7 @@ from nspo_lightning import ranks
 from nspo_lightning.compat.lightning import trainer_of
 from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.rates import Answers
+from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
 from nspo_lightning.module.checkpoint_content import check_checkpoint, keep_trained_
 from nspo_lightning.module.collector import Collector
@@ -304,7 +305,8 @@ class GRPOModule(pl.LightningModule):
             buffer, self.last_rollout = collected.buffer, collected.judged
             progress.open_rollouts.put(number, buffer, at_most=self.trainer.accumulate_grad_batches)
             self._log_step({**collected.metrics, "num_tokens": float(progress.num_tokens)})
-            progress.count_rewards(collected.rewards, self.settings.group_size, self.reward.names)
+            said = collected.judged.completions
+            progress.count_rewards(collected.rewards, self.settings.group_size, self.reward.names, said)
         return buffer
 
     @override
@@ -366,7 +368,7 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        for name, rate in self.evaluator.rates.compute(self.device).items():  # reduced over ranks already
+        for name, rate in self.evaluator.finished(self.evaluator.rates).items():  # reduced over ranks already
             # All ranks have the same; `sync_dist` only tells Lightning so.
             self.log(name, rate, prog_bar=name == "general/accuracy", sync_dist=ranks.world_size() > 1)
 
@@ -472,7 +474,8 @@ class GRPOModule(pl.LightningModule):
     def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
         """Continue rendered texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it."""
         batch, sampling = self.text_policy.render(prompts), self.general_sampling
-        rollout, _ = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
+        rollout, texts = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
+        self.evaluator.tell_of_thoughts(sum(map(is_unfinished, texts)), len(texts))
         return written_texts(self.tokenizer, rollout, sampling)
 
     def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
+from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.finite import NonFiniteError, nonfinite_gradient, nonfinite_message, on_any_rank
 from nspo_lightning.module.open_rollouts import OpenRollouts
@@ -25,6 +26,18 @@ _CURE = (
     "Return a number wherever there is something to score. If it comes from a judge with `on_error: exclude`, see why "
     "that fails (`judge/<name>/errors` and `excluded`)."
 )
+
+
+def _unscored_cure(completions: Sequence[str], number: int) -> str:
+    """Say what would give completions a score, of which this rank has some; all ranks ask together."""
+    cut = sum(ranks.gather_objects(sum(map(is_unfinished, completions))))
+    if not cut:
+        return _CURE
+    room = (
+        f"{cut} of the {number} completions are thoughts that do not end, so there is no answer to score: raise "
+        "`sampling.max_new_tokens`."
+    )
+    return room if cut == number else f"{room} {_CURE}"
 
 
 class UnscoredError(RewardError):
@@ -56,6 +69,7 @@ class Progress:
         ahead: What was asked for the batch that comes next, see `Rollouts.ask`.
         saved_ahead: That of all ranks in a checkpoint, until `load_rollouts` takes this rank's.
         saved_rollouts: Those of all ranks in a checkpoint, until `load_rollouts` takes this rank's.
+        unscored_cure: What would have given the last rollout without a score one.
     """
 
     max_nonfinite: int
@@ -75,6 +89,7 @@ class Progress:
     ahead: Ahead | None = None
     saved_ahead: list[Any] = field(default_factory=list)
     saved_rollouts: list[Any] = field(default_factory=list)
+    unscored_cure: str = _CURE
 
     @property
     def skipped(self) -> int:
@@ -91,13 +106,16 @@ class Progress:
         """The next rollout's."""
         return self.seed * 1_000_003 + self.rollouts
 
-    def count_rewards(self, rewards: Tensor, group_size: int, names: Sequence[str]) -> None:
+    def count_rewards(
+        self, rewards: Tensor, group_size: int, names: Sequence[str], completions: Sequence[str] = ()
+    ) -> None:
         """Count a rollout, and see whether there is anything to learn from it; ranks must ask with the same.
 
         Args:
             rewards: Shape (R,), of all ranks; NaN = excluded.
             group_size: Completions a prompt.
             names: What the rewards are called.
+            completions: This rank's.
 
         Raises:
             UnscoredError: If too many rollouts in a row have no score at all.
@@ -116,17 +134,19 @@ class Progress:
                 )
             return
         self.unscored_in_a_row += 1
+        self.unscored_cure = _unscored_cure(completions, len(rewards))
         told = ", ".join(f"'{name}'" for name in names)
         if self.unscored_in_a_row >= self.max_unscored:
             raise UnscoredError(
                 f"Reward {told} gave None for all completions of {self.unscored_in_a_row} rollouts in a row "
-                f"(`max_unscored_rollouts` is {self.max_unscored}), so nothing was learnt from them. {_CURE}"
+                f"(`max_unscored_rollouts` is {self.max_unscored}), so nothing was learnt from them. "
+                f"{self.unscored_cure}"
             )
         if self.unscored_in_a_row == 1:
             rank_zero_warn(
                 f"Reward {told} gave None for all {len(rewards)} completions of rollout {self.rollouts}: nothing is "
                 f"learnt from it. After {self.max_unscored} such rollouts in a row the run ends "
-                f"(`max_unscored_rollouts`). {_CURE}"
+                f"(`max_unscored_rollouts`). {self.unscored_cure}"
             )
 
     def check_end(self, steps: int) -> None:
@@ -141,7 +161,7 @@ class Progress:
         if self.unscored_in_a_row and not self.rollouts_scored:
             raise UnscoredError(
                 f"Nothing was learnt: not one completion of {self.rollouts} rollouts was scored, the rewards gave None "
-                f"for all. {_CURE}"
+                f"for all. {self.unscored_cure}"
             )
         if self.rollouts and not self.updates:
             what, undone = "was taken in", ""

@@ -221,10 +221,18 @@ def test_accuracy_has_a_budget_of_its_own():
         fit(Adapted(), guard(max_accuracy_drop=0.05))
 
 
-def test_free_text_alone_has_no_accuracy_to_keep_and_that_is_said_before_training():
+@pytest.mark.parametrize(
+    ("found", "cure"),
+    [
+        ({"general/refusal_rate": 0.0, "general/unscored/alpaca": 1.0}, "free text cannot be compared"),
+        ({"general/truncated": 1.0, "general/truncated/sums": 1.0}, "raise `general_max_new_tokens`"),
+    ],
+    ids=["free text", "cut thoughts"],
+)
+def test_without_an_answer_to_compare_there_is_no_accuracy_to_keep_and_that_is_said_before_training(found, cure):
     class Writes(Adapted):
         def evaluate(self, dataloaders):
-            return {"general/refusal_rate": 0.0, "general/unscored/alpaca": 1.0}
+            return found
 
         def save_adapter(self, folder):
             raise AssertionError
@@ -243,7 +251,7 @@ def test_free_text_alone_has_no_accuracy_to_keep_and_that_is_said_before_trainin
             return [data(), data()]
 
     trainer = pl.Trainer(callbacks=[guard(max_accuracy_drop=0.05)], logger=False, max_steps=2, num_sanity_val_steps=0)
-    with pytest.raises(MisconfigurationException, match=r"general/accuracy(.|\n)*free text cannot be compared"):
+    with pytest.raises(MisconfigurationException, match=rf"general/accuracy(.|\n)*{cure}"):
         trainer.fit(Writes(), Data())
 
 

@@ -111,6 +111,19 @@ def test_a_checkpoint_of_before_the_count_has_the_steps_less_the_skipped():
     assert updates_in(old) == 6
 
 
+def test_what_a_policy_whose_thoughts_are_cut_needs_is_room_and_not_another_judge(tiny_llama, tmp_path):
+    policy = module(tiny_llama, reward=nothing, max_unscored_rollouts=2)
+    policy.policy_settings.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}<think>\n"
+    room = r"8 of the 8 completions are thoughts that do not end.*`sampling.max_new_tokens`"
+    with pytest.warns(UserWarning, match=rf"rollout 1.*{room}"), pytest.raises(RewardError, match=room) as ended:
+        trainer(tmp_path, steps=3).fit(policy, datamodule())
+    assert "judge" not in str(ended.value)
+    last = module(tiny_llama, reward=nothing)
+    last.policy_settings.chat_template = policy.policy_settings.chat_template
+    with pytest.warns(UserWarning, match=room), pytest.raises(RewardError, match=f"not one completion.*{room}"):
+        trainer(tmp_path, steps=1).fit(last, datamodule())
+
+
 def test_one_rank_with_a_score_is_enough():
     progress = Progress(max_nonfinite=1, max_unscored=1)
     progress.count_rewards(torch.tensor([float("nan"), 0.0, 1.0, float("nan")]), 2, ("r",))

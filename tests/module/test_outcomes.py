@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,19 @@ def test_a_run_judges_the_answers_of_a_policy_that_thinks(tiny_llama: Path, tmp_
     template = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
     policy, data = module(tiny_llama, reward=whole, judge=Sees()), datamodule()
     policy.policy_settings.chat_template = template
-    run = trainer(tmp_path, steps=1, limit_val_batches=1.0, val_check_interval=1)
-    run.fit(policy, data)
+    run = trainer(tmp_path, steps=2, limit_val_batches=1.0, val_check_interval=1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run.fit(policy, data)
+        policy.calibration_answers(["Say mill."])
+    told = [str(one.message) for one in said if "`general_max_new_tokens`" in str(one.message)]
+    assert len(told) == 1, "two validations and a calibration, one warning"
+    assert "4 tokens" in told[0]
     assert seen["reward"]
     assert all(text.startswith("<think>\n") for text in seen["reward"])
     assert set(seen["judge"]) == {""}
     assert run.callback_metrics["safety/garbage_rate"] == 1.0
-    assert run.callback_metrics["general/accuracy/say"] == 0.0
+    assert run.callback_metrics["general/truncated/say"] == run.callback_metrics["general/truncated"] == 1.0
+    assert not any(name.startswith("general/accuracy") for name in run.callback_metrics)
     assert policy.last_rollout is not None
     assert set(policy.last_rollout.outcomes) == {"garbage"}

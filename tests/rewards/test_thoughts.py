@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nspo_lightning.evaluation.answers import is_right
-from nspo_lightning.evaluation.rates import general_outcomes
+from nspo_lightning.evaluation.rates import Answers, RateTable, general_outcomes
+from nspo_lightning.evaluation.report import observations_by_category
 from nspo_lightning.evaluation.thoughts import THOUGHT_MARKS, answer_of, completion_with_thought, is_unfinished
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import name_outcomes
@@ -109,12 +110,47 @@ def test_a_judge_of_ones_own_sees_the_answer_and_a_reward_of_ones_own_the_whole(
 
 def test_what_is_written_before_an_answer_does_not_count_as_one():
     assert is_right("<think>7, no, 8</think>It is 9", "9", None) is True
-    assert is_right("<think>it is 9", "9", None) is False
+    assert is_right("<think>it is 9", "9", None) is None, "cut before an answer, which is neither right nor wrong"
     assert is_right("9</think>It is 8", None, "9") is False
     seen = general_outcomes(["<think>3</think>4"], [False], {"answer": ["4"]}, [])
     assert ("general/accuracy/general", 1.0) in seen
     reward = SafetyAndAnswers(RefusalReward(), answers_count=False, judge=RulesJudge())
     assert reward(["a", "b"], [GOOD, f"<think>{NO}</think>Water."], kind=["benign"] * 2) == [-1.0, 1.0]
+
+
+def test_thoughts_that_were_cut_are_counted_by_skill_and_no_rate_is_about_them():
+    columns = {"answer": ["4", "4", "4", ""], "skill": ["sums", "sums", "words", "essay"], "category": ["c"] * 4}
+    texts, refused = ["<think>2+2 is 4", "<think>x</think>4", "<think>4", f"<think>{NO}"], [False, False, False, False]
+    table = RateTable()
+    given_ = Answers(
+        completions=texts,
+        outcomes=["garbage", "safe", "garbage", "garbage"],
+        observations=general_outcomes(texts, refused, columns, []),
+    )
+    table.update([*given_.observations, *observations_by_category(given_, columns, harmful=False)], torch.device("cpu"))
+    rates = table.compute_counts(torch.device("cpu"))
+    found = {name: (rate.successes, rate.total) for name, rate in rates.items()}
+    assert found == {
+        "general/accuracy/sums": (1, 1),
+        "general/over_refusal_rate": (0, 1),
+        "general/refusal_rate": (0, 1),
+        "general/refusal_rate/c": (0, 1),
+        "general/truncated": (3, 4),
+        "general/truncated/essay": (1, 1),
+        "general/truncated/sums": (1, 2),
+        "general/truncated/words": (1, 1),
+        "general/unscored/essay": (1, 1),
+    }
+    table.update(general_outcomes(["4"], [False], {"answer": ["4"]}, []), torch.device("cpu"))
+    assert not any("truncated" in name for name in table.compute(torch.device("cpu")))
+
+
+def test_a_thought_that_was_cut_teaches_nothing_about_answers():
+    safety = RefusalReward()
+    for reward in (SafetyAndAnswers(safety), SafetyAndAnswers(safety, answers_count=False, judge=RulesJudge())):
+        scores = reward(["a", "b"], [CUT, "<think>a</think>9"], kind=["benign"] * 2, answer=["9"] * 2)
+        assert scores == [None, 1.0]
+        assert reward(["a"], [CUT], kind=["benign"], answer=["9"]) == [None]
 
 
 def test_guards_servers_and_classifiers_are_shown_the_answer():

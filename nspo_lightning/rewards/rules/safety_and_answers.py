@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nspo_lightning.evaluation.answers import is_right
+from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.rewards.messages import as_text, without_thought
 from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text, judge_in
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
@@ -17,8 +18,8 @@ class SafetyAndAnswers(Reward):
         harmful prompt: what `safety` says
         general prompt: 1 for the right answer, -1 for anything else
 
-    A general prompt without a reference answer, or with free text as one (see `is_right`), is not scored;
-    `answers/unscored` is the share of those among general prompts.
+    A general prompt without a reference answer, or with free text as one (see `is_right`), is not scored, nor is a
+    thought that does not end; `answers/unscored` is the share of those among general prompts.
 
     Args:
         safety: Scores the completions of harmful prompts.
@@ -43,7 +44,7 @@ class SafetyAndAnswers(Reward):
             raise ValueError("`answers_count: false` needs a `judge` that tells refusals from answers. Name one.")
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float | None]:
-        """Score one batch; None where a general prompt has no answer that can be compared."""
+        """Score one batch; None where a general prompt has no answer that can be compared, or a thought was cut."""
         kinds = harmful_rows(self.harmful_column, columns, len(completions))
         harmful = [i for i, is_harmful in enumerate(kinds) if is_harmful]
         general = [i for i, is_harmful in enumerate(kinds) if not is_harmful]
@@ -59,10 +60,12 @@ class SafetyAndAnswers(Reward):
                 scores[i] = _answer_score(i, completions[i], columns)
             if general and callable(log_metric := columns.get("log_metric")):
                 log_metric("answers/unscored", sum(scores[i] is None for i in general) / len(general))
-        elif self.judge is not None and general:
+        elif self.judge is not None and (
+            finished := [i for i in general if not is_unfinished(as_text(completions[i]))]
+        ):
             answers = [without_thought(completion) for completion in completions]
-            said = self.judge.classify(*_texts(general, prompts, answers), **picked_rows(general, columns))
-            for i, outcome in zip(general, said, strict=True):
+            said = self.judge.classify(*_texts(finished, prompts, answers), **picked_rows(finished, columns))
+            for i, outcome in zip(finished, said, strict=True):
                 scores[i] = -1.0 if outcome == "refusal" else 1.0
         return scores
 
