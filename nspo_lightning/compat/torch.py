@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 RunningNorm = _NormBase
 """What batch and instance normalisations of any dimension have in common: running statistics."""
@@ -77,15 +78,17 @@ def scale_scheduler_(scheduler: Any, factor: float) -> None:
 
 _WAITS = {
     "_local_scalar_dense": "reads a number (`.item()`, `if tensor:`)",
+    "is_nonzero": "reads a number (`if tensor:`)",
     "equal": "reads whether two tensors are equal",
     "nonzero": "counts what is not zero",
     "masked_select": "counts what a mask selects",
+    "masked_scatter_backward": "counts what a mask selects",
     "bincount": "makes a shape of numbers",
-    "repeat_interleave": "makes a shape of numbers",
     "unique_dim": "counts distinct rows",
     "unique_consecutive": "counts distinct entries",
     "_unique": "counts distinct entries",
     "_unique2": "counts distinct entries",
+    "lift_fresh": "copies Python's numbers to the device",
 }
 _INDEXED = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_")
 
@@ -94,12 +97,38 @@ class DeviceWaitError(RuntimeError):
     """An operation after which the host must wait for the device."""
 
 
-class NoDeviceWaits(TorchDispatchMode):
-    """Raises `DeviceWaitError` inside a ``with`` block at the first operation whose result the host must wait for.
+class DeviceWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees inside a ``with`` block, on any device, the operations whose result the host must wait for.
 
-    On any device: results read as numbers, shapes made of results, copies between devices. Not seen are CPU tensors
-    that Python reads without an operation (`.tolist()`, `.numpy()`). Libraries that leave checks out while a CUDA graph
-    is captured are told that one is.
+    Results read as numbers, shapes made of results, copies between devices. Not seen are CPU tensors that Python reads
+    without an operation (`.tolist()`, `.numpy()`).
+
+    Attributes:
+        single_numbers: Whether one number that becomes a tensor on the CPU counts. There `x[0] = 1`, which waits on no
+            device, looks like `torch.tensor(1, device=x.device)`, which does.
+    """
+
+    single_numbers = False
+
+    def on_wait(self, func: Any, reason: str) -> None:
+        """Do something about an operation, before it runs."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchDispatchMode`."""
+        kwargs = kwargs or {}
+        reason = _reason_to_wait(func, args, kwargs)
+        lifted = args[0] if func.overloadpacket.__name__ == "lift_fresh" else None
+        is_number = lifted is not None and lifted.ndim == 0 and lifted.device.type == "cpu"
+        if reason and (self.single_numbers or not is_number):
+            self.on_wait(func, reason)
+        return func(*args, **kwargs)
+
+
+class NoDeviceWaits(DeviceWaits):
+    """Raises `DeviceWaitError` at the first one.
+
+    Libraries that leave checks out while a CUDA graph is captured are told that one is.
     """
 
     def __init__(self) -> None:
@@ -116,20 +145,21 @@ class NoDeviceWaits(TorchDispatchMode):
         torch.cuda.is_current_stream_capturing = self._asked
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See `TorchDispatchMode`."""
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if name == "repeat_interleave" and func._overloadname == "self_int":
-            reason = None
-        elif name in _INDEXED and any(i is not None and i.dtype in {torch.bool, torch.uint8} for i in args[1]):
-            reason = "counts what a mask selects"
-        else:
-            reason = _WAITS.get(name)
-        if reason is None and name in {"_to_copy", "copy_"}:
-            target = kwargs.get("device") if name == "_to_copy" else args[0].device
-            source = args[0 if name == "_to_copy" else 1]
-            if target is not None and isinstance(source, Tensor) and torch.device(target).type != source.device.type:
-                reason = "copies between devices"
-        if reason is not None:
-            raise DeviceWaitError(f"{func} {reason}")
-        return func(*args, **kwargs)
+    @override
+    def on_wait(self, func: Any, reason: str) -> None:
+        raise DeviceWaitError(f"{func} {reason}")
+
+
+def _reason_to_wait(func: Any, args: Any, kwargs: Any) -> str:
+    """Say why the host must wait for an operation; "" if it need not."""
+    name = func.overloadpacket.__name__
+    if name in _INDEXED and any(index is not None and index.dtype in {torch.bool, torch.uint8} for index in args[1]):
+        return "counts what a mask selects"
+    if name == "repeat_interleave" and func._overloadname != "self_int" and kwargs.get("output_size") is None:
+        return "makes a shape of numbers"
+    if name in {"_to_copy", "copy_"}:
+        target = kwargs.get("device") if name == "_to_copy" else args[0].device
+        source = args[0 if name == "_to_copy" else 1]
+        if target is not None and isinstance(source, Tensor) and torch.device(target).type != source.device.type:
+            return "copies between devices"
+    return _WAITS.get(name, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -66,26 +67,54 @@ def test_every_later_rate_of_a_scheduler_is_scaled(make):
     assert rates(4) == pytest.approx(expected), message
 
 
-def test_operations_that_wait_are_seen():
-    x = torch.arange(4.0)
-    waits = [
-        lambda: x[0].item(),
-        lambda: bool((x > 1).any()),
-        lambda: x.nonzero(),
-        lambda: x[x > 1],
-        lambda: x.unique(),
-        lambda: torch.bincount(x.long()),
-        lambda: x.repeat_interleave(x.long()),
-        lambda: x.masked_select(x > 1),
-        lambda: x.index_put_((x > 1,), torch.tensor(0.0)),
-        lambda: x.to("meta"),
-    ]
-    for wait in waits:
-        with pytest.raises(compat.DeviceWaitError, match="aten"), compat.NoDeviceWaits():
-            wait()
-    asked = torch.cuda.is_current_stream_capturing
+MASK = torch.tensor([False, False, True, True])
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x[0].item(),
+        lambda x: bool((x > 1).any()),
+        lambda x: torch.is_nonzero(x[0]),
+        lambda x: x.nonzero(),
+        lambda x: x[MASK],
+        lambda x: x.unique(),
+        lambda x: torch.bincount(x.long()),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: x.masked_select(MASK),
+        lambda x: x.index_put((MASK,), torch.zeros(1)),
+        lambda x: x.index_put_((MASK,), x.new_zeros(1)),
+        lambda x: x.zero_().masked_scatter(MASK, torch.ones(2, requires_grad=True)).sum().backward(),
+        lambda x: torch.tensor([1.0, 2.0]),
+        lambda x: x.to("meta"),
+    ],
+)
+def test_operations_that_wait_are_seen_by_what_refuses_and_by_what_records(wait):
+    with pytest.raises(compat.DeviceWaitError, match="aten"), compat.NoDeviceWaits():
+        wait(torch.arange(4.0))
+    with HostSyncs() as syncs:
+        wait(torch.arange(4.0))
+    assert syncs.found
+
+
+def test_a_number_alone_counts_where_no_library_s_own_code_is_watched():
     with compat.NoDeviceWaits():
-        x.repeat_interleave(2)
-        x.to(torch.float64)[torch.tensor([1, 2])] += 1
-        assert torch.cuda.is_current_stream_capturing(), "libraries leave checks out while they are captured"
+        torch.zeros(2)[0] = 1
+    with HostSyncs() as syncs:
+        torch.tensor(1.0)
+    assert syncs.found
+
+
+def test_operations_that_do_not_wait_pass_both():
+    asked = torch.cuda.is_current_stream_capturing
+    syncs, places = HostSyncs(), torch.tensor([1, 2])
+    for watch in (compat.NoDeviceWaits(), syncs):
+        x = torch.arange(4.0, requires_grad=True)
+        with watch:
+            x.detach().repeat_interleave(2)
+            x.detach().to(torch.float64)[places] += 1
+            x[places].where(MASK[:2], 0.0).repeat_interleave(MASK[2:].long(), output_size=2).logsumexp(0).backward()
+            told = torch.cuda.is_current_stream_capturing is not asked
+        assert told is (watch is not syncs), "libraries leave checks out while they are captured, and only then"
+    assert not syncs.found
     assert torch.cuda.is_current_stream_capturing is asked

@@ -23,36 +23,6 @@ from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.policy.settings import LoraSettings, PolicySettings
 from nspo_lightning.rollout import SamplingConfig, sample
 
-MASK = torch.tensor([True, False, True])
-
-
-@pytest.mark.parametrize(
-    "waits",
-    [
-        lambda x: float(x.sum()),
-        lambda x: bool(x.any()),
-        lambda x: x[MASK],
-        lambda x: x.masked_select(MASK),
-        lambda x: x.nonzero(),
-        lambda x: x.index_put((MASK,), torch.zeros(1)),
-        lambda x: x.repeat_interleave(torch.arange(3)),
-        lambda x: x.zero_().masked_scatter(MASK, torch.ones(2, requires_grad=True)).sum().backward(),
-        lambda x: torch.tensor([1.0, 2.0]),
-    ],
-)
-def test_the_detector_sees_what_waits(waits):
-    with HostSyncs() as syncs:
-        waits(torch.arange(3.0))
-    assert syncs.found
-
-
-def test_the_detector_lets_others_pass():
-    x = torch.arange(3.0, requires_grad=True)
-    with HostSyncs() as syncs:
-        picked = x[torch.arange(2)].where(MASK[:2], 0.0).repeat_interleave(MASK[:2].long(), output_size=1)
-        picked.logsumexp(0).backward()
-    assert not syncs.found
-
 
 @pytest.mark.parametrize(
     "name", ["llama", "qwen2-window", "qwen3", "gemma2", "gemma3"]
