@@ -176,8 +176,10 @@ def _rates(trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) ->
 def _null_space(trainer: pl.Trainer) -> dict[str, float | None]:
     """Read leak, null share and energy left off the projection callback, None where it is off."""
     for callback in callbacks_of(trainer):
-        leaks = callback.certificate() if isinstance(callback, NullSpaceProjection) else {}
-        if isinstance(callback, NullSpaceProjection) and callback.calibration is not None:
+        if not isinstance(callback, NullSpaceProjection):
+            continue
+        leaks = callback.certificate()  # before a look at the bases: a run that was over when resumed gets them by it
+        if callback.calibration is not None:
             bases = callback.calibration.bases.values()
             return {
                 "leak": max(leaks.values(), default=0.0),
