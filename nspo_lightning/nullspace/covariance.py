@@ -161,12 +161,11 @@ class SecondMoment:
             self._waiting, self.gathered = [], 0
             self._add(rows, own=True)
 
-    def second_moment(self) -> Tensor:
-        """Return C = sum / rows in float64 (float32 beyond 8,192 features), zero where nothing was seen."""
-        return self.total() / max(self.rows, 1)
-
     def take(self) -> Tensor:
-        """Return C in the memory of the sum, which is gone afterwards."""
+        """Return C = sum / rows in the memory of the sum, which is gone afterwards.
+
+        float64 (float32 beyond 8,192 features); zero where nothing was seen.
+        """
         total, self._sum = self.total(), None
         return total.div_(max(self.rows, 1))
 

@@ -46,7 +46,7 @@ def test_many_tokens_are_summed_in_float32_products_and_float64_sums():
         moment.update(part)
     assert moment.rows == 9000
     assert moment.total().dtype == torch.float64
-    assert relative(moment.second_moment(), dense(rows) / 9000) < FLOAT32_PRODUCT
+    assert relative(moment.take(), dense(rows) / 9000) < FLOAT32_PRODUCT
     assert moment.resolution == torch.finfo(torch.float32).eps
 
 
@@ -81,7 +81,7 @@ def test_a_mask_that_does_not_fit_is_refused_by_layer_name():
 
 
 def test_an_input_never_seen_has_a_zero_moment():
-    assert torch.equal(SecondMoment(3).second_moment(), torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.equal(SecondMoment(3).take(), torch.zeros(3, 3, dtype=torch.float64))
 
 
 def test_ranks_add_up(monkeypatch):
@@ -94,4 +94,4 @@ def test_ranks_add_up(monkeypatch):
     monkeypatch.setattr(ranks, "all_reduce_sum", lambda tensor: tensor + next(others))
     first.all_reduce()
     assert first.rows == 40
-    assert relative(first.second_moment(), whole.second_moment()) < FLOAT64_PRODUCT
+    assert relative(first.take(), whole.take()) < FLOAT64_PRODUCT
