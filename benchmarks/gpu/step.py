@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from made_model import made_bases, policy_settings
 from record import Record
 from sampling import setting
 from torch.utils.data import DataLoader
+from typing_extensions import override
 from workload import LEARNING_RATE, Scale, batches, even_ids, write_folder
 
 from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.callbacks.null_space.basis_source import BasisSource
 from nspo_lightning.grpo import ObjectiveConfig
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.text_policy import TextPolicy
@@ -32,26 +36,31 @@ PROJECTIONS = ["project_gradients_", "reproject_"]
 SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
 
 
-class RandomBases(NullSpaceProjection):
-    """Holds the adapter in random null spaces: a step costs the same as with calibrated ones of that size."""
+@dataclass(kw_only=True)
+class RandomBases(BasisSource):
+    """Gives random null spaces: a step costs the same as with calibrated ones of that size.
 
-    def __init__(self, protected: int) -> None:
-        # No text: there is nothing that the check before training could look at.
-        super().__init__([], criterion="rank", threshold=protected, cache_dir=None, verify=False)
-        self.protected = protected
+    They are made where they are wanted: a file of them would have gigabytes.
+    """
 
-    def _obtain_bases(self, trainer: Any, pl_module: Any, plan: Any) -> Calibration:
+    protected: int
+
+    @override
+    def find(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Sequence[ProtectedLayer],
+        earlier: Mapping[str, Any] | None,
+    ) -> Calibration:
         groups: dict[str, list[str]] = {}
-        for layer in plan.layers:  # those that read one input share a basis, as calibration would find
+        for layer in layers:  # those that read one input share a basis, as calibration would find
             place, _, name = layer.name.rpartition(".")
             groups.setdefault(f"{place}.{SHARED.get(name, name)}", []).append(layer.name)
-        held = {layer.name: layer for layer in plan.layers}
+        held = {layer.name: layer for layer in layers}
         drawn: dict[int, torch.Tensor] = {}
         bases = {names[0]: self._basis(held[names[0]], drawn) for names in groups.values()}
-        self.calibration = Calibration(
-            bases=bases, groups={names[0]: names for names in groups.values()}, settings=self.settings
-        )
-        return self.calibration
+        return Calibration(bases=bases, groups={names[0]: names for names in groups.values()}, settings=self.settings)
 
     def _basis(self, layer: ProtectedLayer, drawn: dict[int, torch.Tensor]) -> Basis:
         width, device = layer.width, layer.matrix.device
@@ -62,6 +71,14 @@ class RandomBases(NullSpaceProjection):
         values[: self.protected] = torch.linspace(2, 1, self.protected, dtype=torch.float64)
         choice = choose_rank(values, "rank", self.protected)
         return build_basis(Spectrum(values=values, vectors=vectors, tokens=self.protected), choice)
+
+
+def random_projection(protected: int) -> NullSpaceProjection:
+    """Hold the adapter in random null spaces."""
+    # No text: there is nothing that the check before training could look at.
+    projection = NullSpaceProjection([], criterion="rank", threshold=protected, cache_dir=None, verify=False)
+    projection.source = RandomBases(source=[], settings=projection.settings, cache_dir=None, protected=protected)
+    return projection
 
 
 class Steps(pl.Callback):
@@ -100,17 +117,12 @@ def measure(
     folder: Path,
     weights: str,
     checkpointing: bool,
-    decoding: str = "auto",
 ) -> dict[str, Any]:
     """Train a few steps."""
     device.clear()
     held = device.peak_gb()
     more = setting(PolicySettings, "sampling_weights", weights)
-    sampling = SamplingConfig(
-        max_new_tokens=scale.new_tokens,
-        min_new_tokens=scale.new_tokens,
-        **setting(SamplingConfig, "decoding", "auto"),
-    )
+    sampling = SamplingConfig(max_new_tokens=scale.new_tokens, min_new_tokens=scale.new_tokens)
     torch.manual_seed(0)
     module = GRPOModule(
         even_ids,
@@ -135,7 +147,7 @@ def measure(
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=str(folder),
-        callbacks=[RandomBases(scale.protected), steps],
+        callbacks=[random_projection(scale.protected), steps],
     )
     limit = SMALL_CARD_GB if weights == "quantized" else None
     with (
