@@ -85,7 +85,7 @@ class RunReport(Callback):
             rank_zero_info(
                 f"This run is over: its checkpoint stands at step {steps}, its end, and nothing was trained now. What "
                 f"it left in {folder} stays as it is. To train on, raise `--trainer.max_steps` or "
-                "`--trainer.max_epochs`; to measure, use `test --ckpt_path best`."
+                "`--trainer.max_epochs`; to measure, use `test --ckpt_path last`."
             )
             return
         best = _load_best(trainer, pl_module)

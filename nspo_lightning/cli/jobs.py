@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -58,17 +59,22 @@ SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name
 class SaveConfig(SaveConfigCallback):
     """Save the resolved configuration beside the run and show it in TensorBoard.
 
-    A run that goes on keeps its file until its checkpoint was accepted: a refusal changes nothing.
+    `config.yaml` is what the run was trained with: other commands write theirs beside it, and a run that goes on keeps
+    its file until it trains, so neither a refusal nor a run that was over changes it.
     """
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            self.config_filename = f"config.{TrainerFn(stage).value}.yaml"
         if stage != "fit" or not self.config.get("ckpt_path"):
             super().setup(trainer, pl_module, stage)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().setup(trainer, pl_module, "fit")
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().setup(trainer, pl_module, "fit")  # once: what was saved is not saved again
 
     @override
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

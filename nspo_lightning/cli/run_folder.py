@@ -16,7 +16,7 @@ DEFAULT_NAME = "nspo"
 LONGEST_NAME = 200
 """In bytes; a file system's limit is 255, and kept runs and locks have longer names."""
 _MEANS_MORE = frozenset('/\\$%*?<>|"`')  # to a path, a shell, or to TensorBoardLogger, which expands variables
-_BEGINNINGS = ("config.yaml", "hparams.yaml", "events.out.tfevents.")
+_BEGINNINGS = ("config.", "hparams.yaml", "events.out.tfevents.")
 """What a run writes before it has anything to keep."""
 
 

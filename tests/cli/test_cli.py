@@ -141,9 +141,12 @@ def test_printed_config_runs(run, capsys):
 
 def test_validate_test_and_predict(run):
     assert run("fit", "--trainer.limit_train_batches", 2)[0] == 0
-    for subcommand in ("validate", "test"):
-        assert run(subcommand, "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")[0] == 0
-    assert run("predict", "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")[0] == 0
+    trained_with = Path("runs/tiny/config.yaml").read_bytes()
+    for subcommand in ("validate", "test", "predict"):
+        options = ("--data.batch_size", 2, "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")
+        assert run(subcommand, *options)[0] == 0
+        assert Path("runs/tiny/config.yaml").read_bytes() == trained_with, "the record of the run is not rewritten"
+        assert yaml.safe_load(Path(f"runs/tiny/config.{subcommand}.yaml").read_text())["data"]["batch_size"] == 2
     rows = [json.loads(line) for line in Path("runs/tiny/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     assert {"prompt", "completion", "reward"} <= rows[0].keys()
