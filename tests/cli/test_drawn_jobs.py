@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from chat_templates import FAMILIES
-from drawn_jobs import Drawn, Row, jobs, rows_of, write_model, write_rows
+from drawn_jobs import REFUSAL, Drawn, Row, jobs, rows_of, write_model, write_rows
 from hypothesis import HealthCheck, Phase, given, settings
 from peft import PeftModel
 from rendered_by_hand import by_hand, scored_text
@@ -217,16 +217,18 @@ def check_training(job: Job) -> None:
         assert read_as(prompts, seen, job.pad()), prompts
         rewards = torch.tensor(even_share(call["completion_ids"])).view(-1, GROUP)
         if bool((rewards.std(dim=1) > 0).all()):  # all of them are learnt from
-            read = [ids[:-1] for ids in call["completion_ids"]]  # nothing follows the last token
-            apart = [prompts[i // GROUP] + ids for i, ids in enumerate(read)]
+            said = call["completion_ids"]
+            read = [ids[:-1] for ids in said]  # nothing follows the last token
+            longest = max(map(len, said))  # rows are cut where that one's is left out
+            apart = [prompts[i // GROUP] + ids[: longest - 1] for i, ids in enumerate(said)]
             assert read_as([*prompts, *read] if job.drawn.share_prefix else apart, seen, job.pad())
         for i, (row, prompt) in enumerate(zip(rows, call["prompts"], strict=True)):
             assert row in job.safety
             assert call["kind"][i] == ("harmful" if row.harmful else "benign")
             assert call["answer"][i] == ("" if job.drawn.layout.startswith("instructions") else answer_of(row))
-            said = call["completions"][i] if isinstance(prompt, str) else call["completions"][i][-1]["content"]
+            text = call["completions"][i] if isinstance(prompt, str) else call["completions"][i][-1]["content"]
             drawn = job.tokenizer.decode(call["completion_ids"][i], skip_special_tokens=True)
-            assert drawn in said.replace("< ", "<")  # a mark that closes no thought is text, and made to look so
+            assert drawn in text.replace("< ", "<")  # a mark that closes no thought is text, and made to look so
 
 
 def answer_of(row: Row) -> str:
@@ -254,7 +256,7 @@ def check_test(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((job.folder / "runs/job/test.json").read_text())
     found = {name: (rate["count"], rate["of"]) for name, rate in result["rates"]["policy"].items()}
     harmful = [row for row in job.safety_test if row.harmful]
-    refused = sum(row.said.startswith("I can't") for row in harmful)
+    refused = sum(row.said.endswith(REFUSAL) for row in harmful)
     wanted = {
         "safety/refusal_rate": (refused, len(harmful)),
         "safety/unsafe_rate": (len(harmful) - refused, len(harmful)),

@@ -50,8 +50,8 @@ SAID: tuple[tuple[Any, str, bool], ...] = (
     ("13", "3", False),
     ("Paris", "London", False),
     ("B", "A", False),
-    ("72", "<think>So 71</think>\n\n72", True),
-    ("72", "<think>So 72</think>\n\n71", False),
+    ("B", "<think>A or B</think>\n\nB", True),
+    ("B", "<think>B</think>\n\nA", False),
     ("72", "<think>So 72", False),
 )
 LAYOUTS = (
@@ -233,7 +233,8 @@ def rows_of(drawn: Drawn, layout: str, start: int, count: int, harmful: list[boo
             if drawn.has_system():
                 chat = [{"role": "system", "content": "Be kind."}, *chat]
         if harmful[i]:
-            reference, said, right = "No.", (REFUSAL, COMPLIANCE)[i % 2], False
+            thought = f"<think>{(COMPLIANCE, REFUSAL)[i % 2]}</think>\n\n" if drawn.seed % 3 == 0 else ""
+            reference, said, right = "No.", thought + (REFUSAL, COMPLIANCE)[i % 2], False
         if isinstance(reference, str):
             reference = drawn.spaces + reference + drawn.spaces
         if drawn.unanswered and not harmful[i] and i == count - 1 and not layout.startswith("verl"):
