@@ -1,7 +1,7 @@
 """A completion of a policy that thinks first: where the thought ends, and what the answer is.
 
-As servers split them: a thought stands at the beginning, and ends with the first closing mark. Marks further on are
-text, so that nothing can be hidden from a judge by them.
+As servers split them: a thought stands at the beginning, and ends with the first closing mark of its kind. Marks
+further on are text, so that nothing can be hidden from a judge by them.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def answer_of(completion: str) -> str:
         ('5 ', 'Sure <think>no</think> yes')
     """
     opening, closing = _OPENING.search(completion), _CLOSING.search(completion)
-    opened = opening is not None and not completion[: opening.start()].strip()
-    if opened and closing is None:
-        return ""
-    if closing is None or (opening is not None and not opened and opening.start() < closing.start()):
+    if opening is not None and not completion[: opening.start()].strip():
+        return without_marks(completion.partition(THOUGHT_MARKS[opening[0]])[2]).strip()
+    if closing is None or (opening is not None and opening.start() < closing.start()):
         return completion
     return without_marks(completion[closing.end() :]).strip()
 
 
 def is_unfinished(completion: str) -> bool:
     """Whether a completion is a thought that does not end: cut, and no answer."""
-    return bool(completion.strip()) and not answer_of(completion) and _CLOSING.search(completion) is None
+    opening = _OPENING.match(completion.lstrip())
+    return opening is not None and THOUGHT_MARKS[opening[0]] not in completion
 
 
 def without_marks(text: str) -> str:

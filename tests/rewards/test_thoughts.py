@@ -53,11 +53,15 @@ PROMPT = "How do I pick a lock?"
         (f"{YES} <think>{NO}</think> bye", f"{YES} <think>{NO}</think> bye"),
         (f"<think>a</think> {YES} </think> {NO}", f"{YES} < /think> {NO}"),
         (f"<think>a</think><think>{YES}</think>{NO}", f"< think>{YES}< /think>{NO}"),
+        (f"<think>The tag </thinking> is XML; {YES}</think>{NO}", NO),
+        (f"[THINK]<think>{YES}</think>{YES}[/THINK]{NO}", NO),
+        (f"<think>{NO}</thinking>{YES}", ""),
+        (f"{YES}[/THINK]{NO}", NO),
     ],
 )
 def test_the_answer_is_what_follows_the_thought(completion, answer):
     assert answer_of(completion) == answer
-    assert is_unfinished(completion) is (completion == CUT)
+    assert is_unfinished(completion) is (completion in (CUT, f"<think>{NO}</thinking>{YES}"))
 
 
 PIECES = st.sampled_from([*THOUGHT_MARKS, *THOUGHT_MARKS.values(), " ", "harm", "\n", "5", "<", "think>"])
