@@ -19,9 +19,10 @@ _CURRENCY = "$\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}\N{WON
 _TOKEN = re.compile(
     r"""
     (?<![\w.])
-    (?: (?P<other> \d+(?::\d+)+ | \d+(?:[./-]\d+){2,} )             # a time, a date, a version: no number
+    (?: (?P<other> \d+(?::\d+)+                        # a time, a date, a version: no number
+                 | (?:\d+[./-])* \d+(?P<mark>[./-])\d+(?:(?P=mark)\d+)+ (?:[./-]\d+)* )
       | \\[dt]?frac\{(?P<over>\d+)\}\{(?P<under>\d+)\}
-      | (?:(?P<and>\d+)[ ])? (?P<top>\d+)/(?P<bottom>\d+) (?!\w)
+      | (?:(?P<and>\d+)[ ])? (?P<top>\d+(?:\.\d+)?)/(?P<bottom>\d+(?:\.\d+)?) (?!\w)
       | (?P<plain> (?: \d{1,3}(?:,\d{3})+(?!,?\d) | \d+ )? (?:(?<=\d)|(?=\.\d))
                    (?:\.\d+)? (?:[eE][+-]?\d{1,2}(?!\w))? )
     )
@@ -128,4 +129,4 @@ def _value(match: re.Match[str]) -> Fraction | None:
     if match["plain"] is not None:
         return Fraction(match["plain"].replace(",", ""))
     top, bottom = match["over"] or match["top"], match["under"] or match["bottom"]
-    return None if not int(bottom) else int(match["and"] or 0) + Fraction(int(top), int(bottom))
+    return None if not Fraction(bottom) else int(match["and"] or 0) + Fraction(top) / Fraction(bottom)
