@@ -10,6 +10,7 @@ the types of csv columns and fill missing JSON columns with nulls. Parquet files
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from nspo_lightning.datamodules.sources.json_rows import read_json, read_jsonl
 from nspo_lightning.datamodules.sources.lines import MAX_LINE_BYTES, numbered_lines
 from nspo_lightning.datamodules.sources.rows import RawRow
 
+_WHOLE = re.compile("-?[0-9]+")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -80,6 +82,12 @@ def _read_csv(path: Path, header: Sequence[str] | None, delimiter: str, notes: l
                     where,
                     f"{len(fields)} fields, but {len(names)} columns ({listing(names)})",
                     "Quote fields that hold the separator, or set the preset whose columns these are.",
+                )
+            if not names[0] and not _WHOLE.fullmatch(fields[0].strip()):
+                raise DataError(
+                    where,
+                    f"the first column has no name, and {clip(repr(fields[0]), 40)} in it is no row number of an index",
+                    "Name every column in the first line, or set the preset of a headerless file.",
                 )
             row = dict(zip(names, map(csv_value, fields), strict=True))
             yield RawRow(where=where, data={name: value for name, value in row.items() if name})

@@ -76,6 +76,19 @@ LAYOUTS: list[tuple[str, dict[str, Any], Any, str]] = [
         [user("a"), assistant("I look."), TOOL, user("c")],
         "",
     ),
+    (
+        "roles as others write them",
+        {"messages": [{"role": "USER", "content": "a"}, {"role": "Model", "content": "b"}]},
+        [user("a")],
+        "b",
+    ),
+    (
+        "OpenAI's functions",
+        {"messages": [user("a"), assistant("I look."), {"role": "function", "content": "4"}, user("c")]},
+        [user("a"), assistant("I look."), TOOL, user("c")],
+        "",
+    ),
+    ("a thought as the answer", {"messages": [user("a"), assistant(None, reasoning_content="Hm.")]}, [user("a")], ""),
     ("a tool call as the answer", {"messages": [user("a"), assistant(None, tool_calls=[CALL])]}, [user("a")], ""),
 ]
 
@@ -115,6 +128,15 @@ def test_verls_ground_truth_is_what_is_compared_and_goes_to_the_rewards(tmp_path
             "message 2 calls tools without a word",
         ),
         ({"messages": [user("a"), assistant(None)]}, "role 'assistant' and null"),
+        (
+            {"messages": [user("a"), assistant(None, reasoning_content="Hm."), user("b")]},
+            "message 2 thinks without a word",
+        ),
+        (
+            {"messages": [user("a"), assistant("I look.", tool_calls=[CALL]), TOOL, assistant("4")]},
+            "before the answer stands message 3 of role 'tool'",
+        ),
+        ({"messages": [user("a"), TOOL]}, "the last message, 2, is of role 'tool'"),
         ({"messages": [user([])]}, "the prompt is empty"),
         ({"prompt": [assistant("a")]}, "do not end with a user turn"),
         ({"prompt": []}, "the messages are empty"),
@@ -193,3 +215,18 @@ def test_ids_that_repeat_or_are_missing_are_said_and_nothing_is_lost(tmp_path):
     rows, report = rows_of(write(tmp_path / "z.jsonl", preset))
     assert len(rows) == 2
     assert "`ID` names no row" in report.line()
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        (",answer\nHow do I?,So\nWhy?,Because\n", 2),
+        (",prompt\n0,How?\nan answer,Why?\n", 3),
+        (",prompt\n0.5,How?\n", 2),
+        (",prompt\n,How?\n", 2),
+    ],
+)
+def test_a_first_column_without_a_name_that_is_no_index_is_not_left_out(tmp_path, table, line):
+    (tmp_path / "x.csv").write_text(table)
+    with pytest.raises(DataError, match=rf"x\.csv, line {line}: .*no name.*\n?.*Name every column"):
+        rows_of(tmp_path / "x.csv")
