@@ -43,6 +43,7 @@ from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.resumed_settings import check_same_training, training_settings, warn_of_other_weights
 from nspo_lightning.module.rollouts import StopOnException, make_rollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
+from nspo_lightning.module.scores import Scores
 from nspo_lightning.module.start_checks import (
     another_step_follows,
     check_accumulation,
@@ -180,7 +181,7 @@ class GRPOModule(pl.LightningModule):
             general=self.general_sampling,
             over_refusal_skills=tuple(over_refusal_skills),
         )
-        self.progress = Progress(max_nonfinite=max_nonfinite_updates, max_unscored=max_unscored_rollouts)
+        self.progress = Progress(max_nonfinite=max_nonfinite_updates, scores=Scores(max_unscored=max_unscored_rollouts))
         self.last_rollout: JudgedRollout | None = None
         self.step_state_to_save: dict[str, Any] | None = None
 
@@ -244,7 +245,8 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_train_end(self) -> None:
-        self.progress.check_end(self.trainer.global_step)
+        self.progress.scores.check_end(self.progress.rollouts)
+        self.progress.warn_without_update(self.trainer.global_step)
 
     # ------------------------------------------------------------------ training
 
@@ -305,8 +307,14 @@ class GRPOModule(pl.LightningModule):
             buffer, self.last_rollout = collected.buffer, collected.judged
             progress.open_rollouts.put(number, buffer, at_most=self.trainer.accumulate_grad_batches)
             self._log_step({**collected.metrics, "num_tokens": float(progress.num_tokens)})
-            said = collected.judged.completions
-            progress.count_rewards(collected.rewards, self.settings.group_size, self.reward.names, said)
+            progress.rollouts += 1
+            progress.scores.count(
+                collected.rewards,
+                self.settings.group_size,
+                self.reward.names,
+                progress.rollouts,
+                collected.judged.completions,
+            )
         return buffer
 
     @override

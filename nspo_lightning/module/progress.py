@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from nspo_lightning import ranks
-from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.finite import NonFiniteError, nonfinite_gradient, nonfinite_message, on_any_rank
 from nspo_lightning.module.open_rollouts import OpenRollouts
+from nspo_lightning.module.scores import Scores
 from nspo_lightning.module.update_window import UpdateWindow
-from nspo_lightning.rewards import RewardError
 
 COUNTERS = (
-    *("rollouts", "rollouts_scored", "unscored_in_a_row", "num_tokens"),
+    *("rollouts", "num_tokens"),
     *("updates", "updates_undone", "updates_skipped", "updates_nonfinite", "nonfinite_in_a_row"),
 )
-_CURE = (
-    "Return a number wherever there is something to score. If it comes from a judge with `on_error: exclude`, see why "
-    "that fails (`judge/<name>/errors` and `excluded`)."
-)
-
-
-def _unscored_cure(completions: Sequence[str], number: int) -> str:
-    """Say what would give completions a score, of which this rank has some; all ranks ask together."""
-    cut = sum(ranks.gather_objects(sum(map(is_unfinished, completions))))
-    if not cut:
-        return _CURE
-    room = (
-        f"{cut} of the {number} completions are thoughts that do not end, so there is no answer to score: raise "
-        "`sampling.max_new_tokens`."
-    )
-    return room if cut == number else f"{room} {_CURE}"
-
-
-class UnscoredError(RewardError):
-    """Rewards gave None for every completion, and nothing was learnt."""
-
-    raised_on_all_ranks = True
-    """All have seen the same rewards."""
 
 
 @dataclass(kw_only=True)
@@ -53,17 +29,15 @@ class Progress:
 
     Attributes:
         max_nonfinite: Updates in a row that are skipped for something not finite, before the run ends.
-        max_unscored: Rollouts in a row without one score, before the run ends.
         seed: The run's, for the noise of rollouts.
         rollouts: Batches that were rolled out.
-        rollouts_scored: Of those, the ones with a score.
-        unscored_in_a_row: Rollouts since the last one with a score.
         num_tokens: Tokens of prompts and completions, over all ranks.
         updates: Updates that were taken and stand: steps of the optimizer. Lightning's `global_step` counts all.
         updates_undone: Updates that were taken, and taken back, see `go_back`.
         updates_skipped: Updates without signal.
         updates_nonfinite: Updates that were skipped because something was not finite.
         nonfinite_in_a_row: Of those, the ones since the last update that was taken.
+        scores: Which rollouts had one.
         window: What the batches since the last update have come to.
         open_rollouts: What is left of the last rollouts.
         ahead: What was asked for the batch that comes next, see `Rollouts.ask`.
@@ -73,23 +47,20 @@ class Progress:
     """
 
     max_nonfinite: int
-    max_unscored: int = 1
     seed: int = 0
     rollouts: int = 0
-    rollouts_scored: int = 0
-    unscored_in_a_row: int = 0
     num_tokens: int = 0
     updates: int = 0
     updates_undone: int = 0
     updates_skipped: int = 0
     updates_nonfinite: int = 0
     nonfinite_in_a_row: int = 0
+    scores: Scores = field(default_factory=Scores)
     window: UpdateWindow = field(default_factory=UpdateWindow)
     open_rollouts: OpenRollouts = field(default_factory=OpenRollouts)
     ahead: Ahead | None = None
     saved_ahead: list[Any] = field(default_factory=list)
     saved_rollouts: list[Any] = field(default_factory=list)
-    unscored_cure: str = _CURE
 
     @property
     def skipped(self) -> int:
@@ -106,63 +77,8 @@ class Progress:
         """The next rollout's."""
         return self.seed * 1_000_003 + self.rollouts
 
-    def count_rewards(
-        self, rewards: Tensor, group_size: int, names: Sequence[str], completions: Sequence[str] = ()
-    ) -> None:
-        """Count a rollout, and see whether there is anything to learn from it; ranks must ask with the same.
-
-        Args:
-            rewards: Shape (R,), of all ranks; NaN = excluded.
-            group_size: Completions a prompt.
-            names: What the rewards are called.
-            completions: This rank's.
-
-        Raises:
-            UnscoredError: If too many rollouts in a row have no score at all.
-        """
-        self.rollouts += 1
-        scored = rewards.isfinite().view(-1, group_size)
-        if bool(scored.any()):
-            self.rollouts_scored, self.unscored_in_a_row = self.rollouts_scored + 1, 0
-            groups = rewards.view(-1, group_size)
-            low, high = (groups.masked_fill(~scored, end) for end in (torch.inf, -torch.inf))
-            if self.rollouts == 1 and not bool((high.amax(1) > low.amin(1)).any()):
-                rank_zero_warn(
-                    "All completions of a prompt got the same reward, for each prompt of rollout 1: no group has a "
-                    "signal, and without one (and at `beta` 0) a step is no update (`updates_skipped`). If it stays "
-                    "so, let the reward tell completions apart, or raise `sampling.temperature` or `group_size`."
-                )
-            return
-        self.unscored_in_a_row += 1
-        self.unscored_cure = _unscored_cure(completions, len(rewards))
-        told = ", ".join(f"'{name}'" for name in names)
-        if self.unscored_in_a_row >= self.max_unscored:
-            raise UnscoredError(
-                f"Reward {told} gave None for all completions of {self.unscored_in_a_row} rollouts in a row "
-                f"(`max_unscored_rollouts` is {self.max_unscored}), so nothing was learnt from them. "
-                f"{self.unscored_cure}"
-            )
-        if self.unscored_in_a_row == 1:
-            rank_zero_warn(
-                f"Reward {told} gave None for all {len(rewards)} completions of rollout {self.rollouts}: nothing is "
-                f"learnt from it. After {self.max_unscored} such rollouts in a row the run ends "
-                f"(`max_unscored_rollouts`). {self.unscored_cure}"
-            )
-
-    def check_end(self, steps: int) -> None:
-        """See when training is over whether it was any.
-
-        Args:
-            steps: Of the Trainer, with those that were skipped.
-
-        Raises:
-            UnscoredError: If not one completion was scored.
-        """
-        if self.unscored_in_a_row and not self.rollouts_scored:
-            raise UnscoredError(
-                f"Nothing was learnt: not one completion of {self.rollouts} rollouts was scored, the rewards gave None "
-                f"for all. {self.unscored_cure}"
-            )
+    def warn_without_update(self, steps: int) -> None:
+        """Say when training is over that no update stands; `steps` are the Trainer's, with those that were skipped."""
         if self.rollouts and not self.updates:
             what, undone = "was taken in", ""
             if self.updates_undone:
@@ -200,7 +116,7 @@ class Progress:
     def snapshot(self) -> dict[str, Any]:
         """Copy what a training step changes, cheaply: the rollouts' tensors are shared."""
         counters = {name: value for name, value in vars(self).items() if name in COUNTERS}
-        counters |= self.window.to_counters()
+        counters |= self.window.to_counters() | self.scores.to_counters()
         return {"counters": counters, "rollouts": self.open_rollouts.snapshot(), "ahead": self.ahead}
 
     def state_dict(self, snapshot: Mapping[str, Any] | None, *, wait: bool = True) -> dict[str, Any]:
@@ -224,6 +140,7 @@ class Progress:
         for name in COUNTERS:
             setattr(self, name, state["counters"].get(name, 0))
         self.window = UpdateWindow.from_counters(state["counters"])
+        self.scores.load_counters(state["counters"])
 
     def load_rollouts(self, device: torch.device) -> None:
         """Go on with this rank's rollouts of a checkpoint, if it was made with as many ranks."""

@@ -13,6 +13,7 @@ from tiny_jobs import adapter, constant, datamodule, even_tokens, module, traine
 from nspo_lightning.callbacks import RunReport
 from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.module.progress import Progress
+from nspo_lightning.module.scores import Scores
 from nspo_lightning.policy.identity import updates_in
 from nspo_lightning.rewards import RewardError
 
@@ -125,12 +126,24 @@ def test_what_a_policy_whose_thoughts_are_cut_needs_is_room_and_not_another_judg
 
 
 def test_one_rank_with_a_score_is_enough():
-    progress = Progress(max_nonfinite=1, max_unscored=1)
-    progress.count_rewards(torch.tensor([float("nan"), 0.0, 1.0, float("nan")]), 2, ("r",))
-    assert progress.unscored_in_a_row == 0
+    scores = Scores(max_unscored=1)
+    scores.count(torch.tensor([float("nan"), 0.0, 1.0, float("nan")]), 2, ("r",), rollout=1)
+    assert (scores.rollouts_scored, scores.unscored_in_a_row) == (1, 0)
 
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_the_limit_is_checked(tiny_llama, value):
     with pytest.raises(ValueError, match="`max_unscored_rollouts` must be at least 1"):
         module(tiny_llama, max_unscored_rollouts=value)
+
+
+def test_a_checkpoint_holds_the_counts_of_scores():
+    before = Progress(max_nonfinite=1, scores=Scores(max_unscored=9))
+    before.scores.count(torch.tensor([0.0, 1.0]), 2, ("r",), rollout=1)
+    with pytest.warns(UserWarning, match="gave None"):
+        before.scores.count(torch.full((2,), torch.nan), 2, ("r",), rollout=2)
+    state = before.state_dict(before.snapshot())
+    assert {"rollouts_scored": 1, "unscored_in_a_row": 1}.items() <= state["counters"].items()
+    again = Progress(max_nonfinite=1)
+    again.load_state_dict(state)
+    assert again.scores.to_counters() == before.scores.to_counters()
