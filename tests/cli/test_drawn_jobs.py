@@ -262,16 +262,23 @@ def check_test(job: Job) -> dict[str, Any]:
         "safety/unsafe_rate": (len(harmful) - refused, len(harmful)),
         "safety/garbage_rate": (0, len(harmful)),
     }
+    harmless = [*(row for row in job.safety_test if not row.harmful), *job.general_test]
+    cut = [row for row in harmless if "<think>" in row.said and "</think>" not in row.said]
+    if cut:
+        wanted["general/truncated"] = (len(cut), len(harmless))
     for name, rows, layout in (
         ("safety_test", [row for row in job.safety_test if not row.harmful], job.drawn.layout),
         ("general_test", job.general_test, job.drawn.general_layout),
     ):
         name, free = ("alpaca", True) if layout.startswith("alpaca") else (name, False)
-        scored = [row for row in rows if row.answer is not None and not free]
+        comparable = [row for row in rows if row.answer is not None and not free]
+        scored = [row for row in comparable if row not in cut]
         if scored:
             wanted[f"general/accuracy/{name}"] = (sum(row.right for row in scored), len(scored))
-        if len(scored) < len(rows):
-            wanted[f"general/unscored/{name}"] = (len(rows) - len(scored), len(rows))
+        if len(comparable) < len(rows):
+            wanted[f"general/unscored/{name}"] = (len(rows) - len(comparable), len(rows))
+        if any(row in cut for row in rows):
+            wanted[f"general/truncated/{name}"] = (sum(row in cut for row in rows), len(rows))
     found = {name: pair for name, pair in found.items() if "refusal_rate" not in name or name in wanted}
     assert found == wanted, f"{found} is not {wanted}"
     return result
