@@ -65,6 +65,11 @@ class ExpertInputs(nn.Module):
             return cls(block, reader, "down_proj" if part == "down_proj" else "gate_up_proj")
         return None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameter is, and with it its input."""
+        return self._modules_read[1].get_parameter(self._part).device
+
     def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return what the parameter makes of its input; listeners see both."""
         return outputs

@@ -21,6 +21,7 @@ from nspo_lightning.nullspace.budget import (
 )
 from nspo_lightning.nullspace.collect import DEFAULT_DOMAIN, InputCollector, RepeatBatch
 from nspo_lightning.nullspace.covariance import SecondMoment
+from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.shapes import input_width
 
 _NO_BATCHES = "Calibration got no batches. Check `calibration` or the datamodule's `calibration_dataloader()`."
@@ -86,8 +87,12 @@ class CalibrationText:
 
     def device(self) -> torch.device:
         """Return where the first layer's weight is, and with it the inputs and their sums."""
-        weights = (parameter for module in self.modules.values() for parameter in module.parameters())
-        return next((weight.device for weight in weights), torch.device("cpu"))
+        for module in self.modules.values():
+            if isinstance(module, ExpertInputs):  # its weight is no part of it
+                return module.device
+            for weight in module.parameters():
+                return weight.device
+        return torch.device("cpu")
 
     def look(self) -> tuple[dict[str, list[str]], int]:
         """Return who shares inputs, from one forward pass, and how many domains there are.

@@ -24,6 +24,7 @@ from nspo_lightning.nullspace.budget import (
 )
 from nspo_lightning.nullspace.collect import InputCollector
 from nspo_lightning.nullspace.covariance import SecondMoment, fold_rows
+from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.passes import CalibrationText, PassPlan
 
 GB = 1e9
@@ -148,6 +149,22 @@ def test_a_gpu_gives_a_share_of_what_is_free(seven_b, monkeypatch):
     assert plan.budget == device_budget(15 * GB) == 9 * GB
     assert None not in plan.passes
     assert PassPlan(seven_b, 8 * GB).budget == 8 * GB
+
+
+@pytest.mark.parametrize("part", ["experts.gate_up_proj", "experts.down_proj", "gate.weight"])
+def test_inputs_of_experts_are_planned_for_where_the_experts_are(part):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 8, "moe_intermediate_size": 4, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 4}
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, vocab_size=8, num_hidden_layers=1))
+    module, _, parameter = part.partition(".")
+    inputs = ExpertInputs.of(model, f"model.layers.0.mlp.{module}", parameter)
+    assert inputs is not None
+    text = CalibrationText(
+        modules={part: inputs}, forward=model, calls=list, sharded=False, report=lambda stage, done: None
+    )
+    assert text.device() == torch.device("meta")
 
 
 @pytest.mark.parametrize("domains", [1, 2])
