@@ -169,7 +169,8 @@ def test_inputs_of_experts_are_planned_for_where_the_experts_are(part):
 
 @pytest.mark.parametrize("domains", [1, 2])
 @pytest.mark.parametrize("width", [300, 700])
-def test_a_calibration_holds_no_more_than_the_plan_says(width, domains):
+@pytest.mark.parametrize("at_a_time", [3, 1], ids=["no budget", "a budget for one input"])
+def test_a_calibration_holds_no_more_than_the_plan_says(width, domains, at_a_time):
     layers = nn.ModuleList([nn.Linear(width, 1, bias=False) for _ in range(3)])
     modules = {str(index): layer for index, layer in enumerate(layers)}
     texts = [torch.randn(500, width) for _ in range(12)]
@@ -179,12 +180,22 @@ def test_a_calibration_holds_no_more_than_the_plan_says(width, domains):
             layer(x + 0)
 
     calls = [ForwardCall(args=(x,), domains=[str(i % domains)] * 500) for i, x in enumerate(texts)]
+    planned = peak_bytes([width] * at_a_time, domains, "cpu")
+    budget = None if at_a_time == 3 else planned / GB
+    passes: list[int] = []
+
+    def again():
+        passes.append(1)
+        return calls
+
+    settings = BasisSettings(criterion="rank", threshold=5)
     with Watched() as watched:
-        calibrate_modules(modules, forward, lambda: calls, BasisSettings(criterion="rank", threshold=5))
+        calibrate_modules(modules, forward, again, settings, memory_budget_gb=budget)
     one_batch = 3 * 500 * width * 4
     bases = 3 * 6 * width * 4
-    assert watched.peak <= peak_bytes([width] * 3, domains, "cpu") + one_batch + bases
-    assert watched.peak >= 0.4 * peak_bytes([width] * 3, domains, "cpu")  # and the plan is no empty one
+    assert len(passes) == 1 if budget is None else len(passes) > 2  # the look at who shares inputs is one more
+    assert watched.peak <= planned + one_batch + bases
+    assert watched.peak >= 0.4 * planned  # and the plan is no empty one
 
 
 def test_the_device_is_asked_once_for_a_mask_and_once_for_a_fold():
