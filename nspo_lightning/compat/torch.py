@@ -1,4 +1,4 @@
-"""torch: private names, and a setting whose name has changed.
+"""torch: private names, a setting whose name has changed, and how much memory is free.
 
 Multi-tensor functions have no public form; schedulers keep what they compute from; to see every operation takes a
 dispatch mode.
@@ -26,6 +26,17 @@ _RATES = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
 def version_of(tensor: Tensor) -> int:
     """Return a count of the changes in place that a tensor has seen; 0 for one that keeps no count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def memory_of(device: torch.device) -> tuple[int, int] | None:
+    """Return the free and all bytes of a CUDA device; None for others, where that is not known well enough.
+
+    What torch's allocator holds and does not use is free.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
 def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
+from nspo_lightning.compat.torch import memory_of
 from nspo_lightning.nullspace.basis import working_dtype
 from nspo_lightning.nullspace.budget import (
     device_budget,
@@ -135,9 +136,8 @@ class PassPlan:
         self._modules, self.domains = text.modules, 1
         self._device = text.device()
         self.budget = budget_bytes
-        if budget_bytes is None and self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
-            self.budget = min(ranks.gather_objects(device_budget(free)))
+        if budget_bytes is None and (memory := memory_of(self._device)) is not None:
+            self.budget = min(ranks.gather_objects(device_budget(memory[0])))
         self.groups: dict[str, list[str]] | None = None
         self.passes: list[list[str] | None] = []
         self.too_wide: list[str] = []

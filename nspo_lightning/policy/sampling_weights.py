@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
+from nspo_lightning.compat.torch import memory_of
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
 Mode = Literal["quantized", "dequantized", "merged"]
@@ -209,14 +210,6 @@ def choose_sampling_weights(policy: nn.Module, settings: PolicySettings) -> tupl
         f"Sampling from {chosen} weights (`policy.sampling_weights: auto`): a merged copy takes {needed / 1e9:.1f} GB, "
         f"{free / 1e9:.1f} GB are free, of which {reserve / 1e9:.1f} GB are kept for other things."
     )
-
-
-def memory_of(device: torch.device) -> tuple[int, int] | None:
-    """Return the free and all bytes of a CUDA device; None for others, where that is not known well enough."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
 def _no_room(mode: str, needed: int, free: int | None) -> str:
