@@ -6,7 +6,7 @@ Refusals name the parameter, say what it would move, and how to go on.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,10 +103,10 @@ def plan_layers(
             continue
         if (adapter := Adapter.of(module)) is not None:
             found, refused = _adapter_layers(model, name, adapter, resumed)
-        elif _is_experts(module) and not _inside_adapter(name):
-            found, refused = _expert_layers(model, name, module), []
         elif _is_dense(module) and not _inside_adapter(name):
             found, refused = _dense_layer(name, module, owners)
+        elif (_is_experts(module) or _is_router(model, name)) and not _inside_adapter(name):
+            found, refused = _expert_layers(model, name, module), []
         else:
             continue
         plan = LayerPlan(layers=tuple(found), refusals=tuple(refused))
@@ -155,8 +155,17 @@ def _is_experts(module: nn.Module) -> bool:
     return any(p.ndim == 3 and p.requires_grad for p in module.parameters(recurse=False))
 
 
+def _is_router(model: nn.Module, name: str) -> bool:
+    """Whether a module stands beside experts: a matrix of its own there is the router's."""
+    return any(p.ndim == 3 for m in model.get_submodule(name.rpartition(".")[0]).children() for p in _own(m))
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return base_of(module).parameters(recurse=False)
+
+
 def _expert_layers(model: nn.Module, name: str, module: nn.Module) -> list[ProtectedLayer]:
-    """Return the fused weights of experts that can be held; the others are refused as what no layer owns."""
+    """Return weights of experts or a router that can be held; the others are refused as what no layer owns."""
     layers = []
     for part, parameter in module.named_parameters(recurse=False):
         inputs = ExpertInputs.of(model, name, part)

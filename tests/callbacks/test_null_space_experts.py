@@ -242,13 +242,22 @@ def test_names_of_attention_layers_leave_experts_out(tiny_experts, tmp_path):
     assert callback.verification.layers == 8
 
 
-def test_whole_weights_of_experts_are_held_and_the_router_can_be_frozen(tiny_experts, tmp_path):
+def test_whole_weights_of_experts_and_routers_are_held(tiny_experts, tmp_path):
     trained, callback = fit(tiny_experts, tmp_path, None, unprotected="freeze")
     check_held(tiny_experts, trained)
     base = AutoModelForCausalLM.from_pretrained(tiny_experts)
     after, before = (model.model.layers[0].mlp for model in (trained, base))
     assert not torch.equal(after.experts.down_proj, before.experts.down_proj)
     assert not torch.equal(after.experts.gate_up_proj, before.experts.gate_up_proj)
-    assert torch.equal(after.gate.weight, before.gate.weight)
+    assert not torch.equal(after.gate.weight, before.gate.weight)
     assert callback.calibration is not None
     assert any("experts.down_proj" in name for name in callback.calibration.layer_names())
+    assert max(leak for name, leak in callback.certificate().items() if "gate" in name) < 1e-4
+
+
+def test_a_matrix_that_stands_beside_no_experts_is_refused(tiny_experts):
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_experts)
+    model.model.layers[0].odd = model.model.layers[0].mlp.gate.requires_grad_(True)
+    model.model.layers[0].mlp.gate = torch.nn.Identity()
+    refused = [str(refusal) for refusal in plan_layers(model).refusals]
+    assert any(text.startswith("model.layers.0.odd.weight: a parameter of shape") for text in refused)
