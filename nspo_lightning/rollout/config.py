@@ -16,7 +16,7 @@ class SamplingConfig:
 
     Attributes:
         max_new_tokens: Length limit of a completion, its EOS included.
-        min_new_tokens: EOS is impossible before that many tokens.
+        min_new_tokens: EOS is impossible before that many tokens, and stop strings up to there end nothing.
         temperature: Divides the logits; 0 = greedy.
         top_p: Keep the smallest set of tokens with that much probability; 1 = all.
         top_k: Keep the k likeliest tokens; 0 = all.

@@ -103,8 +103,8 @@ class Draft:
         return token, is_any_of(token, self.eos), broken
 
     def stops(self, rows: Tensor, drawn: int) -> Tensor | None:
-        """Return which of some rows, (r,), end by `stop` at the last of their first `drawn` tokens; None without it."""
-        if self.stop is None:
+        """Return which of some rows, (r,), end by `stop` at the last of their first `drawn` tokens; None: none can."""
+        if self.stop is None or drawn <= self.config.min_new_tokens:  # as servers do, which look at none before
             return None
         return self.stop(self.sequence[rows, self.prompt_length : self.prompt_length + drawn])
 

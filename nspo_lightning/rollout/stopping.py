@@ -40,6 +40,7 @@ def tokens_before_stop(rollout: Rollout, stops: Collection[int]) -> list[list[in
     return [ids[:-1] if finished and ids[-1] in stops else ids for ids, finished in rows]
 
 
-def text_before_stop(text: str, stops: Sequence[str]) -> str:
-    """Return a text up to the first of `stop_strings` in it."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+def text_before_stop(text: str, stops: Sequence[str], passed: int = 0) -> str:
+    """Return a text up to the first of `stop_strings` in it that ends behind its first `passed` characters."""
+    places = (text.find(stop, max(0, passed - len(stop) + 1)) for stop in stops)
+    return text[: min((place for place in places if place >= 0), default=len(text))]

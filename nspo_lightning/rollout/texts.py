@@ -25,8 +25,12 @@ def completion_texts(tokenizer: Any, rollout: Rollout, sampling: SamplingConfig 
 
 def written_texts(tokenizer: Any, rollout: Rollout, sampling: SamplingConfig = _DEFAULT) -> list[str]:
     """Return the P * G completions as they were written: what a prompt opened stays with the prompt."""
-    texts = _decoded(tokenizer, tokens_before_stop(rollout, sampling.stop_token_ids))
-    return [text_before_stop(text, sampling.stop_strings) for text in texts]  # one that runs on holds none
+    rows, stops = tokens_before_stop(rollout, sampling.stop_token_ids), sampling.stop_strings
+    texts = _decoded(tokenizer, rows)
+    if not stops:
+        return texts
+    passed = _decoded(tokenizer, [row[: sampling.min_new_tokens] for row in rows])  # stops in there ended nothing
+    return [text_before_stop(text, stops, len(first)) for text, first in zip(texts, passed, strict=True)]
 
 
 def _decoded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -18,7 +18,7 @@ from nspo_lightning.policy.tokenizer import end_of_turn_id
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server_reply import as_rollout, completion_request, read_completions
 from nspo_lightning.rollout.stopping import stop_at
-from nspo_lightning.rollout.texts import completion_texts
+from nspo_lightning.rollout.texts import completion_texts, written_texts
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,32 @@ def test_named_tokens_and_strings_end_completions_and_are_not_judged(base):
             ended_by[stops[0]] += 1
     assert ended_by[","] > 0
     assert ended_by["a"] > 0
+
+
+@pytest.mark.parametrize("decoding", ["dynamic", "static"])
+@pytest.mark.parametrize("minimum", [0, 12])
+def test_strings_end_nothing_before_the_minimum_and_what_is_judged_is_what_was_drawn(base, decoding, minimum):
+    """vLLM's rule: it looks for stop strings behind `min_tokens` only, so both ways to draw agree."""
+    made, stops = policy(base), ("a", "er")
+    options = {"max_new_tokens": 60, "min_new_tokens": minimum, "decoding": decoding}
+    free, _ = made.generate(made.render(["Hi", "Ho"]), SamplingConfig(**options), 32, 0)
+    sampling = SamplingConfig(**options, stop_strings=stops)
+    rollout, _ = made.generate(made.render(["Hi", "Ho"]), sampling, 32, 0)
+    written, decode = written_texts(made.tokenizer, rollout, sampling), made.tokenizer.decode
+    early = 0
+    for ids, drawn, text in zip(free.completion_tokens(), rollout.completion_tokens(), written, strict=True):
+        end = len(ids)
+        for n in range(len(ids), minimum, -1):  # where a stop is completed by the n-th token
+            before, now = decode(ids[: n - 1]), decode(ids[:n])
+            if any(now.find(stop, max(0, len(before) - len(stop) + 1)) >= 0 for stop in stops):
+                end = n
+        assert drawn == ids[:end]
+        early += any(stop in decode(drawn[:minimum]) for stop in stops)
+        whole, kept = decode(drawn, skip_special_tokens=True), decode(drawn[:-1], skip_special_tokens=True)
+        assert whole.startswith(text)
+        assert text == whole or whole[len(text) :].startswith(stops), "nothing but a stop is cut off"
+        assert len(text) > len(kept) - max(map(len, stops)), "and only at the last token"
+    assert bool(early) == bool(minimum)
 
 
 def test_a_string_may_end_inside_a_token_and_across_tokens():
