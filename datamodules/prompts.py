@@ -36,6 +36,14 @@ class TakesChatTemplate(Protocol):
         """Use a template for everything; an error if the module was told another."""
 
 
+@runtime_checkable
+class ChecksTokens(Protocol):
+    """A LightningModule whose policy can't read every token that its tokenizer gives."""
+
+    def check_tokens(self, texts: Sequence[Sequence[int]]) -> None:
+        """Look at texts as token ids; an error names a token that can't be read."""
+
+
 def check_at_least_one(**sizes: int | None) -> None:
     """Refuse sizes below 1, given by the names of their settings; None means that there is no limit."""
     for name, value in sizes.items():
@@ -126,7 +134,7 @@ class PromptDataModule(pl.LightningDataModule):
                 "it has no tokenizer",
                 "Pass `tokenizer=...`, or give the LightningModule a `tokenizer`.",
             )
-        return ChatRenderer(tokenizer, template)
+        return ChatRenderer(tokenizer, template, module.check_tokens if isinstance(module, ChecksTokens) else None)
 
     @property
     def all_sources(self) -> list[PromptSource]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from nspo_lightning.datamodules.sources.data_error import DataError, clip
@@ -31,14 +31,20 @@ class ChatRenderer:
     Args:
         tokenizer: A Hugging Face tokenizer, or anything with `apply_chat_template` and a call that encodes.
         chat_template: A Jinja template, or the path of a file that holds one; the tokenizer's own when None.
+        check: Looks at all ids, on the CPU, and raises an error of its own; None = nothing is looked at.
 
     Raises:
         DataError: If there is no template at all.
         PolicyError: If a template is given that is none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: str | None = None,
+        check: Callable[[Sequence[Sequence[int]]], None] | None = None,
+    ) -> None:
+        self.tokenizer, self._check = tokenizer, check
         self.template = None if chat_template is None else read_chat_template(chat_template)
         if self.template is None and not tokenizer.chat_template:
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -86,7 +92,10 @@ class ChatRenderer:
         """Turn rendered texts into ids, one list a text; the template has placed all special tokens already."""
         if not texts:
             return []
-        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        found = [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        if self._check is not None:
+            self._check(found)
+        return found
 
     def encode_answer(self, prompt: Prompt, answer: str) -> tuple[list[int], int, int]:
         """Encode a prompt with its answer, and find what the template gives to the answer.

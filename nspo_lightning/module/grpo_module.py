@@ -460,6 +460,10 @@ class GRPOModule(pl.LightningModule):
         """Take a datamodule's chat template for all uses; PolicyError if `policy.chat_template` is another."""
         self.text_policy.use_chat_template(template)
 
+    def check_tokens(self, texts: Sequence[Sequence[int]]) -> None:
+        """Refuse texts, as token ids, with a token that the loaded policy has no row for; PolicyError names it."""
+        self.text_policy.check_tokens(texts)
+
     @property
     def policy_settings(self) -> PolicySettings:
         """The model and its adapter."""

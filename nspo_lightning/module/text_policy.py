@@ -18,7 +18,7 @@ from nspo_lightning.policy.parts import causal_model, text_setting
 from nspo_lightning.policy.sampling_weights import Mode, SamplingWeights, choose_sampling_weights
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.tokenizer import end_of_turn_id, load_tokenizer, stop_token_ids
-from nspo_lightning.policy.vocabulary import check_vocabulary
+from nspo_lightning.policy.vocabulary import Vocabulary, check_vocabulary
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.places import Places
 from nspo_lightning.rollout.stopping import stop_at
@@ -42,6 +42,7 @@ class TextPolicy:
         self.share_prefix = share_prefix
         self.model: nn.Module | None = None
         self.fingerprint = ""
+        self._vocabulary: Vocabulary | None = None
         self._weights: SamplingWeights | None = None
         self._trained: frozenset[str] = frozenset()
         self._tokenizer: Any = None
@@ -50,7 +51,7 @@ class TextPolicy:
     def load(self, device: torch.device) -> nn.Module:
         """Load base and adapter and return the model, ready to train; all ranks load together."""
         self.model = load_policy(self.settings, device)
-        check_vocabulary(self.model, self.tokenizer, self.settings)
+        self._vocabulary = check_vocabulary(self.model, self.tokenizer, self.settings)
         self._weights, note = choose_sampling_weights(self.model, self.settings)
         if note:
             rank_zero_info(note)
@@ -183,8 +184,15 @@ class TextPolicy:
         """Render texts or chats with the chat template, as a batch that `generate` takes."""
         chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
         texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.device)
+        encoded = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+        self.check_tokens(encoded["input_ids"].tolist())
+        encoded = encoded.to(self.device)
         return {"prompt_ids": encoded["input_ids"], "prompt_mask": encoded["attention_mask"].bool()}
+
+    def check_tokens(self, texts: Sequence[Sequence[int]]) -> None:
+        """Refuse texts, as token ids, with a token that the loaded policy has no row for; PolicyError names it."""
+        if self._vocabulary is not None:
+            self._vocabulary.check(texts)
 
     def check_room(self, prompt_tokens: int, max_new_tokens: int, setting: str = "max_new_tokens") -> None:
         """Refuse prompts that leave no room in the policy's context for completions, whose length `setting` limits."""

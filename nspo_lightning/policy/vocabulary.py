@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,20 +15,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def check_vocabulary(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: PolicySettings) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The tokens that a policy's embedding has rows for.
+
+    Attributes:
+        rows: Tokens from this number on have none.
+        beyond: Those that the tokenizer knows nevertheless, by number.
+        owner: The model, for messages.
+        cure: How to give them rows.
+    """
+
+    rows: int
+    beyond: dict[int, str]
+    owner: str
+    cure: str
+
+    def check(self, texts: Iterable[Sequence[int]]) -> None:
+        """Refuse texts, as token ids on the CPU, that hold such a token.
+
+        Raises:
+            PolicyError: Naming it.
+        """
+        if not self.beyond:
+            return
+        for ids in texts:
+            if ids and (index := max(ids)) >= self.rows:
+                raise PolicyError(
+                    f"A text holds the token {self.beyond.get(index, '?')!r} ({index}), and the embedding of "
+                    f"'{self.owner}' has {self.rows} rows. Take it out of the data. {self.cure}"
+                )
+
+
+def check_vocabulary(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: PolicySettings) -> Vocabulary:
     """Refuse a tokenizer whose tokens the policy's embedding has no rows for.
 
-    Special tokens that neither text nor template needs may lack one (a picture's place, in models of text alone): then
-    each text is looked at before it is embedded. An embedding with more rows than there are tokens is normal.
+    Special tokens that neither text nor template needs may lack one (a picture's place, in models of text alone): texts
+    with one are refused where they become ids. An embedding with more rows than there are tokens is normal.
+
+    Returns:
+        What refuses them.
 
     Raises:
-        PolicyError: Naming such tokens; for those that may lack a row, when a text holds one.
+        PolicyError: Naming the tokens that need a row.
     """
     embedding = causal_model(policy).get_input_embeddings()
     rows = int(embedding.weight.shape[0])
     beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
-    if not beyond:
-        return
     template, added = str(tokenizer.chat_template), tokenizer.added_tokens_decoder
     used = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}
     missing = {
@@ -35,9 +70,10 @@ def check_vocabulary(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, sett
         if index in used or token in template or index not in added or not added[index].special
     }
     where = settings.tokenizer or settings.model_path
+    tokens = max(beyond, default=rows - 1) + 1
     cure = (
         "If it is another model's, give the policy's own (`policy.tokenizer`). If tokens were added to it, resize the "
-        f"model once (`model.resize_token_embeddings({max(beyond) + 1})`), save it with the tokenizer, and give that "
+        f"model once (`model.resize_token_embeddings({tokens})`), save it with the tokenizer, and give that "
         "folder as `policy.path`."
     )
     if missing:
@@ -46,13 +82,4 @@ def check_vocabulary(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, sett
             f"The tokenizer of '{where}' has {len(tokenizer)} tokens, and the embedding of '{settings.path}' has "
             f"{rows} rows: {len(missing)} tokens have none: {shown}{', ...' if len(missing) > 5 else ''}. {cure}"
         )
-
-    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and args[0].numel() and int(args[0].max()) >= rows:
-            index = int(args[0].max())
-            raise PolicyError(
-                f"A text holds the token {beyond.get(index, '?')!r} ({index}), and the embedding of '{settings.path}' "
-                f"has {rows} rows. Take it out of the data. {cure}"
-            )
-
-    embedding.register_forward_pre_hook(look)
+    return Vocabulary(rows=rows, beyond=beyond, owner=settings.path, cure=cure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny_jobs import datamodule, module, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nspo_lightning.compat.torch import NoDeviceWaits
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
@@ -67,10 +69,34 @@ def test_a_special_token_that_no_text_needs_is_refused_only_in_a_text(with_token
     """Gemma 3's models of text alone have no row for the place of a picture."""
     text_policy = policy(with_tokens("<picture>", special=True))
     text_policy.load(CPU)
-    plain, odd = (text_policy.render([text])["prompt_ids"] for text in ("Say mill.", "Say <picture>."))
-    text_policy.require()(input_ids=plain)
+    plain = text_policy.render(["Say mill."])["prompt_ids"]
+    with NoDeviceWaits():  # or its steps could not be captured as CUDA graphs
+        text_policy.require().get_input_embeddings()(plain)
     with pytest.raises(PolicyError, match=r"A text holds the token '<picture>'"):
-        text_policy.require()(input_ids=odd)
+        text_policy.render(["Say mill.", "Say <picture>."])
+
+
+@pytest.mark.parametrize("where", ["training", "validation", "calibration", "scored text"])
+def test_it_is_refused_wherever_text_becomes_ids(with_tokens, tmp_path, where):
+    job, data = module(with_tokens("<picture>", special=True)), datamodule()
+    run = trainer(tmp_path, steps=1, limit_val_batches=1.0, val_check_interval=1)
+    run.fit(job, data)
+    safety, general = data.safety.loaded(), data.general.loaded()
+    rows = {
+        "training": safety.train[0],
+        "validation": safety.validation,
+        "calibration": general.train[0],
+        "scored text": general.test,
+    }[where]
+    rows[:] = [replace(row, prompt="What is <picture>?") for row in rows]
+    loader = {
+        "training": data.train_dataloader,
+        "validation": lambda: data.val_dataloader()[0],
+        "calibration": data.calibration_dataloader,
+        "scored text": lambda: data.text_dataloader("test"),
+    }[where]()
+    with pytest.raises(PolicyError, match=r"A text holds the token '<picture>' \(\d+\).*\d rows\. Take it out"):
+        next(iter(loader))
 
 
 def test_an_embedding_with_more_rows_is_normal(tiny_llama, tmp_path):
