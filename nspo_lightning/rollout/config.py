@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Decoding = Literal["auto", "dynamic", "static", "graphs"]
+_WHOLE, _REAL = ("max_new_tokens", "min_new_tokens", "top_k"), ("temperature", "top_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Check the values; one that is out of its range raises ValueError."""
+        for name in (*_WHOLE, *_REAL, *(() if self.min_p is None else ("min_p",))):
+            value, kinds = getattr(self, name), int if name in _WHOLE else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or value != value:
+                raise ValueError(f"`{name}` must be a {'whole ' * (name in _WHOLE)}number, got {value!r}.")
         if self.max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -58,10 +63,13 @@ class SamplingConfig:
             raise ValueError(f"`min_p` must be in [0, 1] or None, got {self.min_p}.")
         if self.repetition_penalty <= 0:
             raise ValueError(f"`repetition_penalty` must be positive, got {self.repetition_penalty}.")
-        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
-            raise ValueError(f"`stop_strings` must be a list of texts, none of them empty, got {self.stop_strings!r}.")
-        if any(token < 0 for token in self.stop_token_ids):
-            raise ValueError(f"`stop_token_ids` must be token ids, got {list(self.stop_token_ids)}.")
+        if self.decoding not in get_args(Decoding):
+            raise ValueError(f"`decoding` must be one of {', '.join(get_args(Decoding))}, got {self.decoding!r}.")
+        strings, ids = self.stop_strings, self.stop_token_ids
+        if not isinstance(strings, (list, tuple)) or not all(isinstance(stop, str) and stop for stop in strings):
+            raise ValueError(f"`stop_strings` must be a list of texts, none of them empty, got {strings!r}.")
+        if not isinstance(ids, (list, tuple)) or not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError(f"`stop_token_ids` must be a list of token ids, got {ids!r}.")
         for name in ("stop_token_ids", "stop_strings"):  # a list is welcome, and what is saved is one kind of value
             object.__setattr__(self, name, tuple(getattr(self, name)))
 

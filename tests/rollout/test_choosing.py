@@ -56,6 +56,18 @@ def test_padding_repeats_a_token_that_is_there_anyway():
         ({"top_k": -1}, "`top_k` must not be negative"),
         ({"min_p": 1.5}, "`min_p` must be in"),
         ({"repetition_penalty": 0.0}, "`repetition_penalty` must be positive"),
+        ({"decoding": "graph"}, "`decoding` must be one of auto, dynamic, static, graphs, got 'graph'"),
+        ({"stop_strings": [5]}, "`stop_strings` must be a list of texts"),
+        ({"stop_strings": None}, "`stop_strings` must be a list of texts"),
+        ({"stop_token_ids": 5}, "`stop_token_ids` must be a list of token ids, got 5"),
+        ({"stop_token_ids": None}, "`stop_token_ids` must be a list of token ids, got None"),
+        ({"stop_token_ids": ["5"]}, "`stop_token_ids` must be a list of token ids"),
+        ({"stop_token_ids": [True]}, "`stop_token_ids` must be a list of token ids"),
+        ({"max_new_tokens": 5.5}, "`max_new_tokens` must be a whole number, got 5.5"),
+        ({"top_k": None}, "`top_k` must be a whole number, got None"),
+        ({"temperature": "1"}, "`temperature` must be a number, got '1'"),
+        ({"temperature": float("nan")}, "`temperature` must be a number, got nan"),
+        ({"min_p": "0.1"}, "`min_p` must be a number"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, message):
