@@ -75,17 +75,17 @@ def sample(
             "padding_side='left'."
         )
     parts = policy_parts(model)
-    draft = Draft.begin(
-        prompt_ids,
-        prompt_mask,
-        group_size=group_size,
-        config=config,
-        eos_token_ids=eos_token_ids,
-        stop=stop,
-        uniform=_noise_of(prompt_places, config.max_new_tokens, len(prompt_ids), group_size, config, generator),
-        with_log_probs=with_log_probs,
-    )
     try:
+        draft = Draft.begin(
+            prompt_ids,
+            prompt_mask,
+            group_size=group_size,
+            config=config,
+            eos_token_ids=eos_token_ids,
+            stop=stop,
+            uniform=_noise_of(prompt_places, config.max_new_tokens, len(prompt_ids), group_size, config, generator),
+            with_log_probs=with_log_probs,
+        )
         with evaluation_mode(model), products_in_waves(parts.model):
             _complete(draft, parts, prompt_ids, prompt_mask, group_size, share_prefix)
         return draft.rollout(prompt_ids, prompt_mask, group_size, pad_token_id)

@@ -445,7 +445,7 @@ def test_memory_is_that_of_the_formula(llama):
     parts = policy_parts(llama)
     assert isinstance(loop._memory, FixedMemory)
     held = sum(t.nbytes for store in (loop._memory._own, loop._memory._prompts) for t in tensors(list(store.values())))
-    assert held == (3 * 7 + 6 * 20) * bytes_per_token(parts.model)
+    assert held / (3 * 7 + 6 * 20) == bytes_per_token(parts.model)
 
 
 @pytest.mark.gpu

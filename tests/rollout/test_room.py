@@ -2,13 +2,17 @@
 
 import gc
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_sampler import draw
 from tiny_policies import CONFIGS, tiny_base, tiny_policy
+from transformers import BloomConfig, FalconMambaConfig, GPT2Config, MambaConfig, MptConfig
 
 from nspo_lightning.policy.parts import policy_parts
+from nspo_lightning.rollout.draft import Draft
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory
 from nspo_lightning.rollout.room import RolloutMemoryError, RolloutSize, bytes_per_token, too_large
 
@@ -71,6 +75,28 @@ def test_it_is_said_wherever_it_happens_and_memory_is_free_again(monkeypatch, sh
     gc.collect()
     assert held
     assert held[0]() is None, "while a checkpoint is written nothing holds the rollout"
+
+
+def test_room_for_the_draft_itself_may_be_missing(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Draft, "begin", full)
+    with pytest.raises(RolloutMemoryError, match=r"CUDA out of memory\.\nThe rollout: 12 completions"):
+        draw(tiny_policy())
+
+
+@pytest.mark.parametrize(
+    "config", [MambaConfig(), FalconMambaConfig(), GPT2Config(), MptConfig(), BloomConfig()], ids=lambda c: c.model_type
+)
+def test_what_a_config_does_not_say_is_left_out_of_the_message(config):
+    model = SimpleNamespace(config=config, dtype=torch.float32)
+    number = bytes_per_token(model)
+    said = too_large(replace(QWEN, bytes_per_token=number), "CUDA out of memory.")
+    assert "`data.batch_size` 8 -> 4" in said
+    assert ("kB a token" in said) == ("keys and values then" in said) == (number is not None)
+    assert (number is None) == (not isinstance(getattr(config, "num_attention_heads", None), int))
+    assert "None" not in said
 
 
 def test_other_errors_are_left_alone(monkeypatch):
