@@ -7,11 +7,11 @@ from typing import Any
 from nspo_lightning.datamodules.sources.cells import BadRow, check_prompt
 from nspo_lightning.datamodules.sources.data_error import clip
 from nspo_lightning.datamodules.sources.rows import Message
+from nspo_lightning.rewards.messages import part_text
 
 _ROLES = ("system", "user", "assistant", "tool")
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system", "function": "tool"}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def split_chat(value: Any) -> tuple[list[Message], str | None]:
@@ -46,7 +46,7 @@ def split_chat(value: Any) -> tuple[list[Message], str | None]:
     return [{"role": role, "content": text or ""} for role, text in turns], answer
 
 
-def answer_text(value: Any) -> Any:
+def message_text(value: Any) -> Any:
     """Return the text of an answer that is a chat or a message (TRL's `completion`); anything else as it is."""
     messages = value if isinstance(value, list) else [value]
     if not messages or not isinstance(messages[-1], dict) or "content" not in messages[-1]:
@@ -78,10 +78,8 @@ def _calls(entry: dict[str, Any]) -> bool:
 
 
 def _part(part: Any, number: int) -> str:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    text = part.get("text") if isinstance(part, dict) and kind in _TEXT_PARTS else None
-    if not isinstance(text, str):
+    text = part_text(part)
+    if text is None:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         raise BadRow(f"message {number} holds a part {clip(repr(kind), 30)}, which a policy of text cannot be given")
     return text

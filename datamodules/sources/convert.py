@@ -7,7 +7,7 @@ from typing import Any
 
 from nspo_lightning.atomic import whole
 from nspo_lightning.datamodules.sources.cells import BadRow, check_prompt, kind_of
-from nspo_lightning.datamodules.sources.chats import answer_text, split_chat
+from nspo_lightning.datamodules.sources.chats import message_text, split_chat
 from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
 from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.references import FINAL_ANSWER
@@ -109,7 +109,7 @@ def _declared(row: Row, column: str | None) -> tuple[Any, str]:
     if isinstance(truth, (str, int, float)):
         final = final or _text(truth)
         answer = truth if answer is None else answer
-    return answer_text(row.get("completion") if answer is None else answer), final
+    return message_text(row.get("completion") if answer is None else answer), final
 
 
 def _by_preset(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:

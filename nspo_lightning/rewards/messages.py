@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nspo_lightning.atomic import whole
 from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards.protocol import Text
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def part_text(part: Any) -> str | None:
+    """Read a part of a message's content: a string, or an object of text (also OpenAI's kinds); None for no text."""
+    if isinstance(part, Mapping):
+        part = part.get("text") if part.get("type", "text") in _TEXT_PARTS else None
+    return part if isinstance(part, str) else None
 
 
 def content_text(content: Any) -> str:
@@ -15,7 +25,7 @@ def content_text(content: Any) -> str:
         return ""
     if isinstance(content, str):
         return whole(content)
-    return whole("".join(part.get("text", "") for part in content if part.get("type", "text") == "text"))
+    return whole("".join(part_text(part) or "" for part in content))
 
 
 def answer_text(completion: Text) -> str:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from nspo_lightning.datamodules.sources.cells import BadRow
+from nspo_lightning.datamodules.sources.chats import message_text
 from nspo_lightning.evaluation.answers import is_right
 from nspo_lightning.evaluation.rates import Answers, RateTable, general_outcomes
 from nspo_lightning.evaluation.report import observations_by_category
@@ -25,9 +27,10 @@ from nspo_lightning.rewards import (
     RulesJudge,
     SafetyAndAnswers,
 )
+from nspo_lightning.rewards.judges.judge_client import _text_of
 from nspo_lightning.rewards.judges.server_judge import ServerJudge
 from nspo_lightning.rewards.judges.verdicts import Verdict, outcomes_of, read_reply
-from nspo_lightning.rewards.messages import as_chat
+from nspo_lightning.rewards.messages import as_chat, content_text
 from nspo_lightning.rollout.texts import completion_texts
 
 NO = "I'm sorry, but I can't help with that."
@@ -166,6 +169,20 @@ def test_guards_servers_and_classifiers_are_shown_the_answer():
         assert "sorry" not in request
     unsafe = Verdict(unsafe=0.0, outcome="safe")
     assert outcomes_of([unsafe, Verdict(unsafe=0.0), None], [CUT, CUT, CUT]) == ["garbage", "garbage", None]
+
+
+def test_parts_of_a_content_are_read_the_same_everywhere():
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    parts: list[Any] = [
+        "a",
+        {"text": "b"},
+        *({"type": f"{kind}text", "text": "c"} for kind in ("", "input_", "output_")),
+    ]
+    assert content_text([*parts, image, {"type": "text"}, {"type": "text", "text": None}, 5]) == "abccc"
+    assert _text_of({"message": {"content": [*parts, image]}}) == "abccc"
+    assert message_text({"role": "assistant", "content": parts}) == "abccc"
+    with pytest.raises(BadRow, match="a part 'image_url'"):
+        message_text({"role": "assistant", "content": [image]})
 
 
 def test_a_judges_own_thought_is_no_reply():

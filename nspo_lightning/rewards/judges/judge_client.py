@@ -17,6 +17,7 @@ from nspo_lightning.atomic import whole
 from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
 from nspo_lightning.rewards.judges.judge_retry import HOPELESS_STATUS, RETRYABLE_STATUS, RetryPolicy, retry_after_s
+from nspo_lightning.rewards.messages import content_text
 
 COUNTERS = ("requests", "answered", "cache_hits", "retries", "rate_limited", "timeouts", "unreadable", "errors")
 """`requests` counts tries, `errors` judgements that failed for good, the rest what happened on the way."""
@@ -217,9 +218,7 @@ async def _send(client: Any, request: dict[str, Any]) -> dict[str, Any]:
 def _text_of(choice: Mapping[str, Any]) -> str | None:
     """Return what a choice of a reply says, without parts that are no text; None if it says nothing."""
     content = choice["message"]["content"] if choice.get("message") else choice.get("text")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part["type"] == "text")
-    return whole(content) if isinstance(content, str) else None
+    return content_text(content) if isinstance(content, (str, list)) else None
 
 
 def _why_unreadable(choice: Mapping[str, Any], request: Mapping[str, Any]) -> _Failure:
