@@ -43,8 +43,9 @@ class Rollout:
         prompt_mask: Shape (P, L), bool, True = real token.
         group_size: G, completions a prompt.
         completion_ids: Shape (P * G, C), right-padded.
-        completion_mask: Shape (P * G, C), bool, True = generated token, the closing EOS included.
-        finished: Shape (P * G,), bool, True = ended by EOS, False = cut by the length limit.
+        completion_mask: Shape (P * G, C), bool, True = generated token, the one that ends it included.
+        finished: Shape (P * G,), bool, True = came to its end (EOS or another token that ends a turn, a stop token or
+            string), False = cut by the length limit.
         log_probs: Shape (P * G, C), float32, of the tokens under the weights that drew them, zero at padding; None
             where they were not asked for.
     """
