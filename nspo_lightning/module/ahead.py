@@ -13,9 +13,6 @@ from torch import Tensor
 
 from nspo_lightning.grpo import Rollout
 
-Answered = tuple[Rollout, Tensor]
-"""Completions, and their log-probabilities under the policy that drew them, shape (R, C)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
@@ -25,18 +22,18 @@ class Ahead:
         prompt_ids: Shape (P, L), left-padded.
         seed: Of the noise.
         update: Updates that the policy that draws them has behind it.
-        answer: What comes of it, or the error.
+        answer: What comes of it, with the log-probabilities under the policy that drew it, or the error.
     """
 
     prompt_ids: Tensor
     seed: int
     update: int
-    answer: Future[Answered]
+    answer: Future[Rollout]
 
     @classmethod
-    def begin(cls, work: Callable[[], Answered], prompt_ids: Tensor, seed: int, update: int) -> Ahead:
+    def begin(cls, work: Callable[[], Rollout], prompt_ids: Tensor, seed: int, update: int) -> Ahead:
         """Start the work on a thread that keeps no process alive."""
-        answer: Future[Answered] = Future()
+        answer: Future[Rollout] = Future()
 
         def run() -> None:
             try:
@@ -55,18 +52,16 @@ class Ahead:
         """Return plain tensors and values on the CPU, for checkpoints; None if it failed, or is not there yet."""
         if not (wait or self.answer.done()) or self.answer.exception() is not None:
             return None
-        rollout, log_probs = self.answer.result()
         return {
             "seed": self.seed,
             "update": self.update,
-            "rollout": rollout.to("cpu").state_dict(),
-            "log_probs": log_probs.cpu(),
+            "rollout": self.answer.result().to("cpu").state_dict(),
         }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> Ahead:
         """Make it again, answered, on a device."""
-        answer: Future[Answered] = Future()
+        answer: Future[Rollout] = Future()
         rollout = Rollout(**state["rollout"]).to(device)
-        answer.set_result((rollout, state["log_probs"].to(device)))
+        answer.set_result(rollout)
         return cls(prompt_ids=rollout.prompt_ids, seed=int(state["seed"]), update=int(state["update"]), answer=answer)

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.grpo import Rollout
-from nspo_lightning.module.ahead import Ahead, Answered
+from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rollout.places import places_among_ranks
@@ -44,6 +44,12 @@ class Drawn:
     texts: list[str]
     sampling_log_probs: Tensor | None = None
     update: int = 0
+
+    @classmethod
+    def of(cls, rollout: Rollout, texts: list[str], update: int) -> Drawn:
+        """Set a rollout's log-probabilities apart."""
+        drawn = replace(rollout, log_probs=None)
+        return cls(rollout=drawn, texts=texts, sampling_log_probs=rollout.log_probs, update=update)
 
 
 class Rollouts(Protocol):
@@ -84,8 +90,7 @@ class LocalRollouts(Rollouts):
         """See `Rollouts.draw`."""
         places = places_among_ranks(len(batch["prompt_ids"]))
         rollout, texts = self.policy.generate(batch, self.settings.sampling, self.settings.group_size, seed, places)
-        drawn = replace(rollout, log_probs=None)
-        return Drawn(rollout=drawn, texts=texts, sampling_log_probs=rollout.log_probs, update=update)
+        return Drawn.of(rollout, texts, update)
 
 
 @dataclass
@@ -135,10 +140,8 @@ class ServerRollouts(Rollouts):
             problem = str(error)
         _raise(next((one for one in ranks.gather_objects(problem) if one), ""))
         assert answered is not None  # nobody had a problem
-        rollout, log_probs = answered
-        texts = completion_texts(self.policy.tokenizer, rollout, self.settings.sampling)
-        drawn_by = update if ahead is None else ahead.update
-        return Drawn(rollout=rollout, texts=texts, sampling_log_probs=log_probs, update=drawn_by)
+        texts = completion_texts(self.policy.tokenizer, answered, self.settings.sampling)
+        return Drawn.of(answered, texts, update if ahead is None else ahead.update)
 
     def ask(self, batch: Mapping[str, Any], seed: int, update: int) -> Ahead | None:
         """Publish the adapter as it is, and have the server answer in the background; see `Rollouts.ask`."""
@@ -150,7 +153,7 @@ class ServerRollouts(Rollouts):
         """Send no request any more, until `check_start`."""
         self.server.client.stop()
 
-    def _work(self, batch: Mapping[str, Any], seed: int, update: int) -> Callable[[], Answered]:
+    def _work(self, batch: Mapping[str, Any], seed: int, update: int) -> Callable[[], Rollout]:
         """Do what all ranks must do together, and return what each then does alone."""
         places = places_among_ranks(len(batch["prompt_ids"]))
         model = self.policy.require()

@@ -94,8 +94,8 @@ class RolloutServer:
         vocab_size: int,
         seed: int,
         prompt_places: Places | None = None,
-    ) -> tuple[Rollout, Tensor]:
-        """Return groups drawn from a published adapter, and the log-probabilities of their tokens, shape (P * G, C).
+    ) -> Rollout:
+        """Return groups drawn from a published adapter, with the log-probabilities of their tokens.
 
         Args:
             name: The adapter's.

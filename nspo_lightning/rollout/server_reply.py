@@ -149,19 +149,19 @@ def as_rollout(
     groups: Sequence[Sequence[ServedCompletion]],
     stop_ids: Sequence[int],
     pad_id: int,
-) -> tuple[Rollout, Tensor]:
-    """Pad P groups of completions: the rollout, and their log-probabilities, shape (P * G, C), zero at padding."""
+) -> Rollout:
+    """Pad P groups of completions, with the log-probabilities that the server gives their tokens."""
     rows = [completion for group in groups for completion in group]
     lengths = torch.tensor([len(row.ids) for row in rows])
     ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True, padding_value=pad_id)
     log_probs = pad_sequence([torch.tensor(row.log_probs) for row in rows], batch_first=True)
     device = prompt_ids.device
-    rollout = Rollout(
+    return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask.bool(),
         group_size=len(groups[0]),
         completion_ids=ids.to(device),
         completion_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).to(device),
         finished=torch.tensor([row.stopped or row.ids[-1] in set(stop_ids) for row in rows], device=device),
+        log_probs=log_probs.to(device),
     )
-    return rollout, log_probs.to(device)

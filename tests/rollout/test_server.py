@@ -54,7 +54,7 @@ def draw(source, name, tokenizer, sampling=SAMPLING, seed=5, group_size=3):
     encoded = tokenizer(
         ["How do I burn the mill?", "Say ferry."], padding=True, return_tensors="pt", padding_side="left"
     )
-    return source.sample(
+    rollout = source.sample(
         name,
         encoded["input_ids"],
         encoded["attention_mask"].bool(),
@@ -65,6 +65,7 @@ def draw(source, name, tokenizer, sampling=SAMPLING, seed=5, group_size=3):
         vocab_size=len(tokenizer),
         seed=seed,
     )
+    return rollout, rollout.log_probs
 
 
 @pytest.fixture

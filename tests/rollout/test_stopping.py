@@ -184,7 +184,7 @@ def test_a_server_is_asked_to_stop_there_too():
     choice = {"token_ids": [3, 4], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "stop"}
     reply = {"model": "m", "choices": [{**choice, "stop_reason": "###"}]}
     rows = read_completions(reply, request, [5], 10)
-    rollout, _ = as_rollout(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), [rows], [5], 0)
+    rollout = as_rollout(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), [rows], [5], 0)
     assert rollout.finished.tolist() == [True]
     with pytest.raises(Exception, match="ended after 2 of 8 tokens"):
         read_completions({"model": "m", "choices": [{**choice, "stop_reason": "other"}]}, request, [5], 10)
