@@ -12,11 +12,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from nspo_lightning.compat.torch import NoDeviceWaits
 from nspo_lightning.nullspace.modes import evaluation_mode
@@ -47,7 +49,7 @@ class CapturedStep:
     def __init__(self, step: Step) -> None:
         self._step = step
         self._warm = False
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: _Replays | None = None
 
     def __call__(self) -> None:
         """Run the step once."""
@@ -56,11 +58,46 @@ class CapturedStep:
             self._warm = True
             return
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads (a loader that pins memory, NCCL's watchdog) may go on calling CUDA meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._step()
+            self._graph = self._captured()
         self._graph.replay()
+
+    def _captured(self) -> _Replays:
+        graph = torch.cuda.CUDAGraph()
+        # The outer stream is the present one again also after a capture that fails. Other threads (a loader that pins
+        # memory, NCCL's watchdog) may go on calling CUDA meanwhile.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):
+            self._step()
+        return graph
+
+
+class CapturedIfPossible(CapturedStep):
+    """A `CapturedStep` that is launched kernel by kernel where its capture fails: the trial had fewer rows."""
+
+    @override
+    def _captured(self) -> _Replays:
+        try:
+            return super()._captured()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a capture only records: nothing that the step reads has changed
+            warnings.warn(
+                f"A step of sampling can't be captured as a CUDA graph at its number of rows ({_first_line(error)}): "
+                "it is launched kernel by kernel, slower, with the same tokens.",
+                stacklevel=2,
+            )
+            return _Launched(self._step)
+
+
+class _Replays(Protocol):
+    def replay(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Launched:
+    replay: Step
 
 
 @contextmanager

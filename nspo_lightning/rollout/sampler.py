@@ -18,7 +18,7 @@ from nspo_lightning.rollout.choosing import noise
 from nspo_lightning.rollout.config import SamplingConfig
 from nspo_lightning.rollout.draft import Draft
 from nspo_lightning.rollout.fixed_memory import FixedMemory
-from nspo_lightning.rollout.graphs import GRAPHS_PAY_BACK, CapturedStep, capturing, decoding_for
+from nspo_lightning.rollout.graphs import GRAPHS_PAY_BACK, CapturedIfPossible, capturing, decoding_for
 from nspo_lightning.rollout.loops import StaticLoop, decode_dynamically
 from nspo_lightning.rollout.memory import RowMemory, SharedMemory
 from nspo_lightning.rollout.places import Places
@@ -119,7 +119,7 @@ def _complete(
     with capturing(prompt_ids.device):
         logits = memory.prefill(prompt_ids, prompt_mask)
         if way == "graphs":
-            StaticLoop(draft, memory, CapturedStep, GRAPHS_PAY_BACK).run(logits)
+            StaticLoop(draft, memory, CapturedIfPossible, GRAPHS_PAY_BACK).run(logits)
         else:
             StaticLoop(draft, memory, lambda step: step).run(logits)
 

@@ -97,7 +97,7 @@ def _small_steps(monkeypatch):
 def replayed(policy, **kwargs):
     with (
         patch.object(sampler, "decoding_for", lambda *_: "graphs"),
-        patch.object(sampler, "CapturedStep", ReplayedStep),
+        patch.object(sampler, "CapturedIfPossible", ReplayedStep),
         patch.object(sampler, "GRAPHS_PAY_BACK", 0),
     ):
         return draw(policy, **kwargs)
@@ -428,6 +428,46 @@ def test_a_capture_that_fails_or_replays_other_numbers_is_not_taken(monkeypatch)
         with pytest.warns(UserWarning, match=reason) as caught:
             assert way(policy, "auto") == "dynamic"
         assert len(caught) == 1, [str(c.message) for c in caught]
+
+
+def test_a_capture_that_fails_in_a_rollout_goes_on_without(llama, monkeypatch):
+    """The trial runs two rows; other kernels may be taken for many."""
+    tried = []
+
+    def fails(self):
+        tried.append(self)
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(graphs.CapturedStep, "_captured", fails)
+    monkeypatch.setattr(sampler, "decoding_for", lambda *_: "graphs")
+    ids, mask = ragged_prompts()
+    config = SamplingConfig(max_new_tokens=30, temperature=1.3)
+
+    def drawn():
+        return sampler.sample(
+            llama,
+            ids,
+            mask,
+            group_size=4,
+            config=config,
+            eos_token_ids=EOS,
+            pad_token_id=0,
+            generator=torch.Generator().manual_seed(1),
+        )
+
+    with pytest.warns(UserWarning, match=r"its number of rows \(operation not permitted\): it is launched kernel by"):
+        found = drawn()
+    assert len(tried) == len(set(tried)) > 0, "each bucket tries once"
+    monkeypatch.setattr(sampler, "decoding_for", lambda *_: "static")
+    assert_same(found, drawn())
+    monkeypatch.setattr(sampler, "decoding_for", lambda *_: "graphs")
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(graphs.CapturedStep, "_captured", full)
+    with pytest.raises(ValueError, match="CUDA out of memory"):
+        drawn()
 
 
 def test_models_that_cannot_share_prompts_are_dynamic():
