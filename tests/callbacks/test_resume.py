@@ -33,8 +33,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("phase", "occurrence", "number"),
     [
         ("between updates", 5, signal.SIGKILL),
-        ("checkpoint", 9, signal.SIGKILL),
-        ("validation", 2, signal.SIGKILL),
+        pytest.param("checkpoint", 9, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("validation", 2, signal.SIGKILL, marks=pytest.mark.slow),
         ("rollout", 3, signal.SIGTERM),
         ("between updates", 4, signal.SIGINT),
     ],

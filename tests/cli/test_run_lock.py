@@ -226,7 +226,13 @@ def test_many_at_once_and_one_gets_it(folder: Path) -> None:
     assert sorted(said) == ["mine", "taken", "taken", "taken"]
 
 
-@pytest.mark.parametrize("variables", [{"LOCAL_RANK": "1"}, {"LOCAL_RANK": "0", "RANK": "1"}, {"RANK": "3"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LOCAL_RANK": "0", "RANK": "1"},
+        *(pytest.param(given, marks=pytest.mark.slow) for given in ({"LOCAL_RANK": "1"}, {"RANK": "3"})),
+    ],
+)
 def test_other_ranks_of_a_run_take_no_lock(variables: dict[str, str], folder: Path) -> None:
     RunLock(folder).take()
     code = (

@@ -69,7 +69,9 @@ def test_a_mixture_that_would_change_the_evaluation_is_refused() -> None:
         mixing_settings(config)
 
 
-@pytest.mark.parametrize("name", ["calibration", "threshold", "data", "rank"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("calibration", "threshold")), "data", "rank"]
+)
 def test_every_variant_of_a_sweep_parses_and_has_a_name_of_its_own(name: str, tmp_path: Path) -> None:
     plan = make_sweep(name, CONFIG, SKILLS).plan([0, 1], 1e-3)
     assert len({spec.name for spec in plan}) == len(plan)

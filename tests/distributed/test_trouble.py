@@ -55,6 +55,7 @@ def test_a_judge_that_fails_on_one_rank_is_one_message_of_both(job):
     assert "On rank 1 (of 2; 1 failed, all stop together): no verdict" in printed
 
 
+@pytest.mark.slow
 def test_a_calibration_that_fails_on_the_first_rank_ends_both(job):
     (job.folder / "taken").mkdir()
     process = job.start([job.command("calibrate", 2, "--out", "taken")], "calibrates")

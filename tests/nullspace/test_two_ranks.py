@@ -23,6 +23,7 @@ def test_two_ranks_find_the_basis_of_one(tmp_path):
             assert (ours @ ours.T - theirs @ theirs.T).abs().max() < 1e-6
 
 
+@pytest.mark.slow  # through the callback, as people use it: tests/callbacks/test_null_space_ddp.py
 @pytest.mark.timeout(240)
 def test_row_sharded_matrices_are_held_like_whole_ones(tmp_path):
     basis = calibration().bases[""]

@@ -381,6 +381,7 @@ def check_many(count, concurrency, service_s):
     assert found.metrics()["errors"] == 0
 
 
+@pytest.mark.slow
 def test_many_judgements_with_a_fifth_faulty():
     check_many(count=300, concurrency=16, service_s=0.4)
 
