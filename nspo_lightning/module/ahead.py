@@ -60,8 +60,8 @@ class Ahead:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> Ahead:
-        """Make it again, answered, on a device."""
+        """Make it again, answered, on a device; earlier checkpoints hold the log-probabilities beside the rollout."""
         answer: Future[Rollout] = Future()
-        rollout = Rollout(**state["rollout"]).to(device)
+        rollout = Rollout(**{"log_probs": state.get("log_probs"), **state["rollout"]}).to(device)
         answer.set_result(rollout)
         return cls(prompt_ids=rollout.prompt_ids, seed=int(state["seed"]), update=int(state["update"]), answer=answer)

@@ -43,7 +43,6 @@ class Progress:
         ahead: What was asked for the batch that comes next, see `Rollouts.ask`.
         saved_ahead: That of all ranks in a checkpoint, until `load_rollouts` takes this rank's.
         saved_rollouts: Those of all ranks in a checkpoint, until `load_rollouts` takes this rank's.
-        unscored_cure: What would have given the last rollout without a score one.
     """
 
     max_nonfinite: int

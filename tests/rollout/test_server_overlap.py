@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from tiny_jobs import Recorder, adapter, datamodule, module, trainer
 from nspo_lightning.callbacks import ExactResume
 from nspo_lightning.datamodules.loader import FOLLOWING, PromptLoader
 from nspo_lightning.datamodules.sources.rows import PromptRow
+from nspo_lightning.grpo import Rollout
+from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.start_checks import look_ahead
 from nspo_lightning.rollout.server_client import RolloutServerError
 from nspo_lightning.rollout.server_config import ServerSettings
@@ -180,6 +183,29 @@ def test_a_resumed_run_goes_on_with_the_rollout_that_was_under_way(server, tiny_
     assert [s["reward"] for s in resumed] == [s["reward"] for s in steps[stop:]]
     weights, others = adapter(whole), adapter(again)
     assert all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["of today", "of earlier code"])
+def test_a_rollout_in_a_checkpoint_is_loaded_with_its_log_probs(beside):
+    ids, mask, log_probs = torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool), torch.tensor([[-1.5, -0.5]])
+    rollout = Rollout(
+        prompt_ids=ids,
+        prompt_mask=mask,
+        group_size=1,
+        completion_ids=ids,
+        completion_mask=mask,
+        finished=mask[:, 0],
+        log_probs=log_probs,
+    )
+    answer: Future[Rollout] = Future()
+    answer.set_result(rollout)
+    state = Ahead(prompt_ids=ids, seed=1, update=2, answer=answer).state_dict(wait=True)
+    assert state is not None
+    if beside:
+        state["log_probs"] = state["rollout"].pop("log_probs")
+    loaded = Ahead.from_state_dict(state, torch.device("cpu")).answer.result().log_probs
+    assert loaded is not None
+    assert torch.equal(loaded, log_probs)
 
 
 def test_a_checkpoint_of_an_interrupted_run_does_not_wait(server, tiny_llama, tmp_path):
