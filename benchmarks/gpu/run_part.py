@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import signal
 import sys
 import tempfile
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
+from goals import measured, read
 from record import Record
-from workload import SCALES, settings_of
+from workload import SCALES
 
 MODULES = {
     "quickstart": "quickstart",
@@ -34,13 +35,6 @@ MODULES = {
 TERMINATED = 143  # as the shell counts an end by SIGTERM
 
 
-def measured_before(out: Path, kind: str) -> set[str]:
-    """Name what the first part of a kind has measured already."""
-    path = out / f"{kind}-first.json"
-    results = json.loads(path.read_text())["results"] if path.is_file() else {}
-    return {name for name, values in results.items() if not {"error", "skipped"} & values.keys()}
-
-
 def main() -> int:
     """Run the part; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +47,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that commands in progress are ended too
     kind, _, half = arguments.part.partition("-")
     scale = SCALES[arguments.scale]
-    about = {"scale": arguments.scale, "settings": settings_of(scale), "device": {"kind": arguments.device}}
+    about = {"scale": arguments.scale, "settings": asdict(scale), "device": {"kind": arguments.device}}
     record = Record(arguments.out, arguments.part, about, arguments.seconds)
     try:
         from device import Device
@@ -63,7 +57,7 @@ def main() -> int:
         record.write()
         with tempfile.TemporaryDirectory() as folder:
             part = importlib.import_module(MODULES[kind])
-            earlier = measured_before(arguments.out, kind) if half == "rest" else set()
+            earlier = set(measured(read(arguments.out), kind)) if half == "rest" else set()
             part.main(scale, device, record, Path(folder), half == "rest", earlier)
     except Exception as error:
         traceback.print_exc()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,12 @@ from workload import Scale, batches, bf16_roofline, write_folder
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.scoring import score_completions
-from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 
 DECODINGS, WEIGHTS = ("dynamic", "static", "graphs"), ("quantized", "dequantized", "merged")
 FIRST = [("graphs", "merged"), ("dynamic", "quantized"), ("graphs", "quantized"), ("graphs", "dequantized")]
 REST = [(d, w) for w in WEIGHTS for d in DECODINGS if (d, w) not in FIRST]
 LARGEST_GAP = 0.25  # nats; tokens from other logits of the 7B's spread are 1.4 off, the mean's own error is 0.03
-OLD = {"decoding": "dynamic", "sampling_weights": "quantized"}  # what code without the settings does
-
-
-def setting(owner: type, name: str, value: str) -> dict[str, str]:
-    """Return a setting as keyword argument, nothing where the installed code has none and does just that.
-
-    Raises:
-        NotImplementedError: If the installed code has no such setting, and does something else.
-    """
-    if name in {field.name for field in fields(owner)}:
-        return {name: value}
-    if value in {OLD[name], "auto"}:
-        return {}
-    raise NotImplementedError(f"the installed code has no `{name}`, so nothing to measure as '{value}'")
 
 
 class Sampler:
@@ -50,20 +34,13 @@ class Sampler:
         self._first: tuple[str, torch.Tensor] | None = None
 
     def check(self, decoding: str) -> None:
-        """See that there is such a decoding here.
-
-        Raises:
-            NotImplementedError: If the installed code or the device has none.
-        """
-        setting(SamplingConfig, "decoding", decoding)
+        """See that the device has such a decoding; NotImplementedError if not."""
         if decoding == "graphs" and not self.device.is_cuda:
             raise NotImplementedError("CUDA graphs are for a card")
 
     def draw(self, decoding: str, tokens: int, policy: TextPolicy) -> torch.Tensor:
         """Sample completions of a forced length, and return their ids."""
-        config = SamplingConfig(
-            max_new_tokens=tokens, min_new_tokens=tokens, **setting(SamplingConfig, "decoding", decoding)
-        )
+        config = SamplingConfig(max_new_tokens=tokens, min_new_tokens=tokens, decoding=decoding)
         with torch.autocast(self.device.torch.type, torch.bfloat16):  # as under the Trainer
             rollout, _ = policy.generate(self._batch, config, self.scale.group, seed=0)
         shape = tuple(rollout.completion_ids.shape)
@@ -102,8 +79,9 @@ class Sampler:
         if self._policy is None or weights != self._weights:
             self._policy = None
             self.device.clear()
-            more = setting(PolicySettings, "sampling_weights", weights)
-            made = TextPolicy(policy_settings(self._folder, self.scale.rank, checkpointing=True, **more))
+            made = TextPolicy(
+                policy_settings(self._folder, self.scale.rank, checkpointing=True, sampling_weights=weights)
+            )
             torch.manual_seed(0)  # the same weights for each mode
             with made_bases():
                 made.load(self.device.torch)

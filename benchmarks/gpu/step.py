@@ -13,7 +13,6 @@ import torch
 from device import Device, Spent, listening
 from made_model import made_bases, policy_settings
 from record import Record
-from sampling import setting
 from torch.utils.data import DataLoader
 from typing_extensions import override
 from workload import LEARNING_RATE, Scale, batches, even_ids, write_folder
@@ -25,7 +24,6 @@ from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.nullspace import Basis, Calibration, ProtectedLayer, Spectrum, build_basis, choose_rank
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper
-from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 
 FIRST = [("auto", True), ("quantized", True)]  # sampling weights, gradient checkpointing
@@ -121,12 +119,11 @@ def measure(
     """Train a few steps."""
     device.clear()
     held = device.peak_gb()
-    more = setting(PolicySettings, "sampling_weights", weights)
     sampling = SamplingConfig(max_new_tokens=scale.new_tokens, min_new_tokens=scale.new_tokens)
     torch.manual_seed(0)
     module = GRPOModule(
         even_ids,
-        policy=policy_settings(folder, scale.rank, checkpointing=checkpointing, **more),
+        policy=policy_settings(folder, scale.rank, checkpointing=checkpointing, sampling_weights=weights),
         # Not fused: Lightning refuses to clip gradients for an optimizer that unscales them itself.
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0),
         group_size=scale.group,

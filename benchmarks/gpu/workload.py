@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,8 +189,3 @@ def linear_numbers(scale: Scale) -> tuple[int, int]:
 def bf16_roofline(scale: Scale, bytes_a_second: float) -> float:
     """Return the tokens a second at which reading all weights once a step in bf16 takes all of the memory's speed."""
     return scale.rows * bytes_a_second / (2 * sum(linear_numbers(scale)))
-
-
-def settings_of(scale: Scale) -> dict[str, Any]:
-    """Return a scale as plain numbers."""
-    return dict(json.loads(json.dumps(vars(scale))))
