@@ -31,26 +31,10 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_llama(tokenizer, tmp_path_factory):
     """A random Llama of width 64 in a folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny_policies import save_llama
 
     torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("tiny_llama")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        initializer_range=0.15,  # at the default, logits of a random model hardly differ and nothing can be learnt
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("tiny_llama"), tokenizer)
 
 
 @pytest.fixture(scope="session")

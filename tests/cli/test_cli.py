@@ -12,7 +12,8 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_policies import save_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nspo_lightning.cli.app import main
 from nspo_lightning.cli.run_config import policy_settings, read_config
@@ -296,11 +297,7 @@ def test_one_chat_template_for_everything(run, tokenizer, tmp_path):
 
 
 def test_a_width_that_4bit_cannot_take(run, tokenizer, tmp_path):
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=100, num_hidden_layers=1, num_attention_heads=2
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "odd")
-    tokenizer.save_pretrained(tmp_path / "odd")
+    save_llama(tmp_path / "odd", tokenizer, intermediate_size=100)
     check(run("fit", "--model.policy.path", tmp_path / "odd"), r"100 out-features.*quantization: none")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config, LlamaConfig, LlamaForCausalLM
+from tiny_policies import save_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config
 
 from nspo_lightning.export import merge
 from nspo_lightning.export.trained import ExportSource, LowRank
@@ -25,22 +26,8 @@ CPU = torch.device("cpu")
 def tied(tokenizer, tmp_path_factory):
     """A random Llama whose head is its embedding."""
     torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("tied")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.15,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+    return save_llama(tmp_path_factory.mktemp("tied"), tokenizer, **sizes, tie_word_embeddings=True)
 
 
 def trained(settings: PolicySettings, std: float = 0.2) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_policies import save_llama
+from transformers import AutoModelForCausalLM
 
 from nspo_lightning.policy.chat_template import read_chat_template
 from nspo_lightning.policy.identity import policy_fingerprint
@@ -146,16 +147,7 @@ def test_a_chat_template_is_text_or_a_file(tmp_path):
 
 
 def test_widths_that_4bit_on_cpu_cannot_take_are_named(tokenizer, tmp_path):
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=100,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_llama(tmp_path, tokenizer, intermediate_size=100)
     with pytest.raises(PolicyError, match=r"gate_proj' has 100 out-features.*multiples of 32.*quantization: none"):
         load_policy(settings(tmp_path, quantization="nf4"), CPU)
     check_4bit_widths(settings(tmp_path, quantization="nf4"), "cuda")

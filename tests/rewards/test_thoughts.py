@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nspo_lightning.datamodules.sources.cells import BadRow
@@ -194,14 +194,7 @@ def test_a_judges_own_thought_is_no_reply():
 
 
 def thinking_tokenizer(special: str) -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
-    fast.add_special_tokens({
-        "additional_special_tokens": ["<|assistant|>", *(["[THINK]", "[/THINK]"] if special == "by role" else [])]
-    })
+    fast = byte_tokenizer("<|assistant|>", *(["[THINK]", "[/THINK]"] if special == "by role" else []))
     fast.add_tokens(["<think>", "</think>"], special_tokens=special == "as added")
     return fast
 

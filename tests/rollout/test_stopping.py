@@ -8,7 +8,7 @@ import pytest
 import tiny_jobs
 import torch
 from chat_templates import FAMILIES, family_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_policies import save_llama
 
 from nspo_lightning.evaluation.thoughts import without_marks
 from nspo_lightning.grpo import Rollout
@@ -24,22 +24,8 @@ from nspo_lightning.rollout.texts import completion_texts, written_texts
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A base whose chat template ends turns with <|im_end|>, and whose EOS is <|endoftext|>."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = family_tokenizer("chatml-on-a-base")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("base"), family_tokenizer("chatml-on-a-base"))
 
 
 def policy(folder):

@@ -218,6 +218,17 @@ _TEXTS = [
 ]
 
 
+def byte_tokenizer(*special: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single bytes with <|pad|>, <|end|>, which is its EOS, and further special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
+    return fast
+
+
 def family_tokenizer(name: str, template: str | None = None) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer with the family's special tokens, whose merges cross words, spaces and lines."""
     family = FAMILIES[name]

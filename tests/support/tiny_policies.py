@@ -59,6 +59,26 @@ CONFIGS = {
 SHARING = [name for name in CONFIGS if name != "falcon"]
 
 
+def save_llama(folder, tokenizer, **sizes):
+    """Write a random Llama of width 64 with its tokenizer; `sizes` are settings of its configuration that differ."""
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "initializer_range": 0.15,  # at the default, logits of a random model hardly differ and nothing can be learnt
+    }
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_base(name):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
