@@ -50,11 +50,6 @@ class FixedMemory(SharedMemory):
         return k, v
 
     @override
-    def _plan(self) -> None:
-        super()._plan()
-        self._padding = (~self._prompt_mask)[self._owner]
-
-    @override
     def _bias(self, window: int | None, length: int, own: int, dtype: torch.dtype) -> Tensor:
         bias = self._bias_by_window.get(window)
         if bias is None:

@@ -127,9 +127,10 @@ class SharedMemory:
 
     def _plan(self) -> None:
         # slots: for each prompt, the rows it serves, filled up to the same number with row 0; places: where each row
-        # is found in that list.
+        # is found in that list. padding: (R, L), True = a column of its prompt that is none.
+        self._padding = (~self._prompt_mask)[self._owner]
         counts = torch.bincount(self._owner, minlength=len(self._prompt_mask))
-        width = int(counts.max())
+        width, self._is_padded = torch.stack([counts.max(), self._padding.any()]).tolist()
         rows = torch.arange(len(self._owner), device=self._owner.device)
         self._places = self._owner * width + rows - (counts.cumsum(0) - counts)[self._owner]
         self._slots = torch.zeros(len(counts) * width, dtype=torch.long, device=rows.device)
@@ -138,16 +139,15 @@ class SharedMemory:
     def _bias(self, window: int | None, length: int, own: int, dtype: torch.dtype) -> Tensor | None:
         # 0 where the new token may look, -inf where not; (R, 1, 1, L + t), the same for all layers of a step.
         if window not in self._bias_by_window:
-            mask = self._prompt_mask
-            hidden = None
+            padding, hidden = self._padding, None
             if window is not None and window < length + own:
-                column = torch.arange(length + own, device=mask.device)
+                column = torch.arange(length + own, device=padding.device)
                 hidden = (column <= length + own - 1 - window)[None]
-            if not bool(mask.all()):
-                padding = torch.cat([~mask, mask.new_zeros(len(mask), own)], 1)[self._owner]
+            if self._is_padded:
+                padding = torch.cat([padding, padding.new_zeros(len(padding), own)], 1)
                 hidden = padding if hidden is None else hidden | padding
             if hidden is not None:
-                hidden = torch.zeros(hidden.shape, dtype=dtype, device=mask.device).masked_fill_(hidden, -torch.inf)
+                hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
                 hidden = hidden[:, None, None]
             self._bias_by_window[window] = hidden
         return self._bias_by_window[window]

@@ -22,6 +22,7 @@ from nspo_lightning.rollout.choosing import NonFiniteLogitsError
 from nspo_lightning.rollout.fixed_memory import FixedMemory
 from nspo_lightning.rollout.graphs import decoding_for
 from nspo_lightning.rollout.loops import StaticLoop
+from nspo_lightning.rollout.memory import SharedMemory
 from nspo_lightning.rollout.places import Places
 from nspo_lightning.rollout.room import bytes_per_token
 
@@ -294,6 +295,18 @@ def test_a_step_never_waits_and_stays_where_it_is(name, changes):
     assert recorders[0] == recorders[1] == recorders[2] == recorders[3], "operations and shapes depend on the step"
     with FakeTensorMode(allow_non_fake_inputs=True):  # has no numbers at all: whatever asks for one fails
         copy.copy(loop)._step()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", *WINDOWED])
+@torch.no_grad()
+def test_what_a_growing_memory_knows_of_its_rows_is_not_asked_for_at_each_token(name):
+    memory = SharedMemory(policy_parts(tiny_policy(name)), 2)
+    memory.prefill(*ragged_prompts())
+    memory.keep(torch.tensor([0, 1, 4]))
+    token = torch.tensor([3, 4, 5])
+    memory.step(token)
+    with NoDeviceWaits():
+        memory.step(token)
 
 
 # ------------------------------------------------------------------------------------------ logits that say nothing
