@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nspo_lightning import ranks
 from nspo_lightning.compat.torch import version_of
 from nspo_lightning.nullspace.covariance import SecondMoment, fold_together, rows_that_count, select_rows
-from nspo_lightning.nullspace.experts import ExpertInputs
+from nspo_lightning.nullspace.experts import listen
 
 DEFAULT_DOMAIN = "general"
 
@@ -154,10 +154,9 @@ class InputCollector(Generic[Sum]):
         """Layer -> domain -> mean squared norm of its outputs."""
 
     def __enter__(self) -> InputCollector[Sum]:
-        for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
-            if isinstance(module, ExpertInputs):
-                self._handles += module.listen()
+        heard = {n: m for n, m in self._modules.items() if n not in self._leaders or self._is_summed(self._leaders[n])}
+        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in heard.items()]
+        self._handles += listen(heard.values())
         return self
 
     def __exit__(self, *_: object) -> None:

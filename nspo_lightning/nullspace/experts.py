@@ -11,7 +11,7 @@ gave, so that a module that only looks alike is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -37,9 +37,8 @@ class ExpertInputs(nn.Module):
     def __init__(self, block: nn.Module, reader: nn.Module, part: Part) -> None:
         super().__init__()
         self.in_features = reader.get_parameter(part).shape[-1]
-        self._modules_read = (block, reader)  # in a tuple: they are no parts of this one
-        self._part = part
-        self._block_input: Tensor | None = None
+        self.modules_read = (block, reader)  # in a tuple: they are no parts of this one
+        self.part = part
 
     @classmethod
     def of(cls, model: nn.Module, name: str, part: str) -> ExpertInputs | None:
@@ -67,36 +66,52 @@ class ExpertInputs(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameter is, and with it its input."""
-        return self._modules_read[1].get_parameter(self._part).device
+        return self.modules_read[1].get_parameter(self.part).device
 
     def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Return what the parameter makes of its input; listeners see both."""
         return outputs
 
+
+class _Block:
+    """Sees a block run: what its experts compute is computed again once, for all parts that are listened to."""
+
+    def __init__(self, parts: Sequence[ExpertInputs]) -> None:
+        self._parts = parts
+        self._input: Tensor | None = None
+
     def listen(self) -> list[RemovableHandle]:
-        """Be called whenever the block runs, until the handles are removed."""
-        block, reader = self._modules_read
+        block, reader = self._parts[0].modules_read
         return [block.register_forward_pre_hook(self._enter), reader.register_forward_hook(self._read)]
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._block_input = args[0] if args and isinstance(args[0], Tensor) else None
+        self._input = args[0] if args and isinstance(args[0], Tensor) else None
 
     def _read(self, reader: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        inputs, whole = args[0], self._block_input
-        self._block_input = None
-        rows, shape = inputs.reshape(-1, inputs.shape[-1]), inputs.shape[:-1]
+        inputs, whole = args[0], self._input
+        self._input = None
+        rows = inputs.reshape(-1, inputs.shape[-1])
         flat = inputs.ndim == 2 and whole is not None and whole.numel() == rows.numel()
         if flat and whole is not None and torch.equal(whole.reshape_as(rows), rows):
-            shape = whole.shape[:-1]  # without it, a mask that leaves rows out is refused
-        if self._part == "weight":
-            self(rows.view(*shape, -1), functional.linear(rows, _weight(reader, "weight")).view(*shape, -1))
+            inputs = whole  # else a mask that leaves rows out is refused; router and experts share it
+        shape = inputs.shape[:-1]
+        if self._parts[0].part == "weight":
+            self._parts[0](inputs, functional.linear(inputs, _weight(reader, "weight")))
             return
         up, states, down = _experts(reader, rows, args[1])
         _compare(reader, (down * args[2].unsqueeze(-1)).sum(1), output)
-        if self._part == "down_proj":
-            self(states.view(*shape, *states.shape[1:]), down.view(*shape, *down.shape[1:]))
-        else:
-            self(rows.view(*shape, -1), up.view(*shape, *up.shape[1:]))
+        for part in self._parts:
+            read, made = (states.view(*shape, *states.shape[1:]), down) if part.part == "down_proj" else (inputs, up)
+            part(read, made.view(*shape, *made.shape[1:]))
+
+
+def listen(modules: Iterable[nn.Module]) -> list[RemovableHandle]:
+    """Have each `ExpertInputs` among some modules called whenever its block runs, until the handles are removed."""
+    parts: dict[nn.Module, list[ExpertInputs]] = {}
+    for module in modules:
+        if isinstance(module, ExpertInputs):
+            parts.setdefault(module.modules_read[1], []).append(module)
+    return [handle for of_reader in parts.values() for handle in _Block(of_reader).listen()]
 
 
 def _experts(reader: nn.Module, rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -167,6 +167,37 @@ def test_what_is_said_to_enter_experts_is_what_their_weights_read(tiny_experts):
         assert float((moment.take() - wanted).norm() / wanted.norm()) < 1e-5
 
 
+@torch.no_grad()
+def test_experts_are_computed_again_once_a_block_and_not_for_other_inputs(tiny_experts):
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_experts).requires_grad_(True)
+    modules = {layer.name: layer.module for layer in plan_layers(model).layers}
+    ran: list[int] = []
+    for block in model.model.layers:
+        block.mlp.experts.act_fn.register_forward_hook(lambda *_: ran.append(1))
+
+    def activations(names: list[str], **options: Any) -> InputCollector[SecondMoment]:
+        ran.clear()
+        collector: InputCollector[SecondMoment] = InputCollector({name: modules[name] for name in names}, **options)
+        with collector:
+            collector.begin()
+            model(input_ids=IDS)
+            collector.end()
+        return collector
+
+    activations([])
+    alone = len(ran)
+    down = [name for name in modules if name.endswith("down_proj") and ".experts." in name]
+    activations(down)
+    once = len(ran)
+    assert once > alone
+    groups = activations(list(modules)).groups
+    assert len(ran) == once
+    name = "model.layers.0.mlp"
+    assert groups[f"{name}.gate.weight"] == [f"{name}.gate.weight", f"{name}.experts.gate_up_proj"]
+    activations(list(modules), groups=groups, only=["model.layers.0.self_attn.q_proj"])
+    assert len(ran) == alone
+
+
 def test_experts_of_another_form_are_refused_with_names_that_train(tokenizer, tmp_path):
     """GPT-OSS: transposed weights, biases and an activation of its own."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
