@@ -15,6 +15,7 @@ from nspo_lightning.evaluation.thoughts import answer_of, is_unfinished
 SHORT_WORDS = 5
 """The most words of an answer that is compared unless the data say otherwise."""
 _SAID = re.compile(r"(?:\bfinal answer\b|\banswer(?: is\b|:))[\s:*]*", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)|\n")
 _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _AROUND = "().,:;!?*\"'`[] \n\t"
 
@@ -57,8 +58,9 @@ def is_short(answer: str) -> bool:
 def matches(completion: str, reference: str) -> bool:
     r"""Return whether a completion says a reference, as people would see it.
 
-    A number or range is compared with the last one that is said (after ``####`` or inside ``\boxed{}``, where there is
-    one); see `numbers`. One word, a letter say, may be followed by more. Several words must be the same.
+    A number or range is compared with the last one that is said (after ``####``, inside ``\boxed{}`` or in the sentence
+    that "the answer is" begins, where there is one); see `numbers`. One word, a letter say, may be followed by more.
+    Several words must be the same.
 
     Example:
         >>> matches("So it costs $1,042.00.", "1042"), matches("13", "3"), matches(" a  b", "a b")
@@ -80,5 +82,8 @@ def matches(completion: str, reference: str) -> bool:
 def _final_part(completion: str) -> str:
     if "####" in completion:
         return after_hashes(completion).split("\n", 1)[0]
-    boxed = _BOXED.findall(completion)
-    return boxed[-1] if boxed else completion
+    if boxed := _BOXED.findall(completion):
+        return str(boxed[-1])
+    *before, after = _SAID.split(completion)
+    sentence = _SENTENCE_END.split(after, maxsplit=1)[0]
+    return sentence if before and numbers_in(sentence) else completion

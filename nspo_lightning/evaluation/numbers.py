@@ -16,6 +16,7 @@ from fractions import Fraction
 _LONGEST = 400  # digits of a number; more are a loop, and Python itself refuses to read 4,300
 _DASHES = re.compile("[\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}]")
 _CURRENCY = "$\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}\N{INDIAN RUPEE SIGN}\N{WON SIGN}"
+_THIN = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}"
 _TOKEN = re.compile(
     r"""
     (?<![\w.])
@@ -26,10 +27,13 @@ _TOKEN = re.compile(
       | (?P<plain> (?: \d{1,3}(?:,\d{3})+(?!,?\d) | \d+ )? (?:(?<=\d)|(?=\.\d))
                    (?:\.\d+)? (?:[eE][+-]?\d{1,2}(?!\w))? )
     )
+    (?P<scale> [ ](?:thousand|million|billion|trillion)\b )?
     (?P<percent> [ ]?[%\N{FULLWIDTH PERCENT SIGN}] | [ ]percent\b )?
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_NEGATIVE = re.compile(r"(?<![\d)%] )\b(?:minus|negative) (?=[\d.])", re.IGNORECASE)
 _SIGN = re.compile(r"(?:^|[^\w)%])[-+]\Z")
 _ALONE = re.compile(r"[\s.*()\[\]=+-]*")
 _TO = re.compile(r"\s*(?:-|to|and|\.\.\.?)\s*")
@@ -101,10 +105,10 @@ def _share(number: Number) -> Fraction:
 
 def _plain(text: str) -> str:
     text = _DASHES.sub("-", text).replace("\\%", "%").replace("{,}", ",").replace("\\$", "$")
-    text = re.sub("(?<=\\d)[\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}](?=\\d{3}(?!\\d))", ",", text)
-    text = re.sub("[\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}]", " ", text)
+    text = re.sub(rf"(?<=\d)[{_THIN}](?=\d{{3}}(?!\d))", ",", text)
+    text = re.sub(f"[{_THIN}]", " ", text)
     text = re.sub(rf"(?<=[\w.])[{_CURRENCY}]", " ", text)
-    text = re.sub(rf"[{_CURRENCY}] ?", "", text)
+    text = _NEGATIVE.sub("-", re.sub(rf"[{_CURRENCY}] ?", "", text))
     return re.sub("[\xbc-\xbe\u2150-\u215e]", lambda half: " " + unicodedata.normalize("NFKC", half[0]), text).replace(
         "\N{FRACTION SLASH}", "/"
     )
@@ -117,6 +121,8 @@ def _scan(plain: str) -> Iterator[tuple[int, int, Number]]:
         value = _value(match)
         if value is None:
             continue
+        if match["scale"] is not None:
+            value *= _SCALES[match["scale"].strip().lower()]
         if _SIGN.search(plain, max(start - 2, 0), start):
             start -= 1
             value = -value if plain[start] == "-" else value

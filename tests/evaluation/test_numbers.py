@@ -46,6 +46,19 @@ SAME = [
     ("100000", "1e5"),
     ("8", "10-2=8"),
     ("18", "The ducks lay 16, so she earns **$18** every day."),
+    ("72", "The answer is 72. That took 2 steps."),
+    ("72", "I buy 3 shirts. They cost 24 each.\nSo I pay 72."),
+    ("7", "The answer is 3 + 4 = 7."),
+    ("72", "**Answer:** 72\nStep 2 of 2 was the hard one."),
+    ("1.5", "The answer is: $1.50! Shall I show 2 more?"),
+    ("7", "I don't know what the answer is. Perhaps 7"),
+    ("-3", "minus 3"),
+    ("-3", "It is negative 3."),
+    ("7", "10 minus 3 is 7"),
+    ("3", "10 minus 3"),
+    ("1000000", "1\N{THIN SPACE}000\N{THIN SPACE}000"),
+    ("1500000", "$1.5 million"),
+    ("2 thousand", "2,000"),
     ("7", "On 2024-01-05 at 3:30 it was 7, says version 1.2.3."),
 ]
 DIFFERENT = [
@@ -75,6 +88,9 @@ DIFFERENT = [
     ("29", "29 shirts in 3 boxes"),
     ("29", ""),
     ("29", "twenty"),
+    ("72", "The answer is 2. 36 + 36 = 72 is not asked."),
+    ("1.5", "1.5 million"),
+    ("3", "minus 3"),
 ]
 
 
