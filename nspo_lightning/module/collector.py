@@ -84,7 +84,6 @@ class Collector:
             advantages=advantages.to(drawn.rollout.completion_ids.device),
             old_log_probs=self.scorer.log_probs(drawn.rollout) if settings.num_minibatches > 1 else None,
             reference_log_probs=self.scorer.reference_log_probs(drawn.rollout),
-            sampling_log_probs=drawn.sampling_log_probs,
         )
         server = settings.rollout_server
         staleness = {"rollout/staleness": float(update - drawn.update)} if server and server.overlap else {}

@@ -21,18 +21,16 @@ class Experience:
     """A judged rollout.
 
     Attributes:
-        rollout: Prompts and completions.
+        rollout: Prompts and completions; with log-probabilities if a server or a merged copy drew them.
         advantages: Shape (R,).
         old_log_probs: Shape (R, C), under the policy that sampled; None while that is still the current policy.
         reference_log_probs: Shape (R, C), under the base; None at beta 0.
-        sampling_log_probs: Shape (R, C), as a server or a merged copy drew them; None if the policy itself drew them.
     """
 
     rollout: Rollout
     advantages: Tensor
     old_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
-    sampling_log_probs: Tensor | None = None
 
     def select(self, prompts: slice | Tensor) -> Experience:
         """Keep whole groups, given as a slice or a bool tensor of shape (P,)."""
@@ -144,10 +142,11 @@ class ExperienceBuffer:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> ExperienceBuffer:
-        """Rebuild a buffer at its place, on a device."""
+        """Rebuild a buffer at its place, on a device; earlier checkpoints hold log-probabilities beside the rollout."""
         values = dict(state)
         parts, passes, step = (values.pop(name) for name in ("num_minibatches", "num_iterations", "step"))
-        experience = Experience(**values | {"rollout": Rollout(**values["rollout"])})
+        rollout = Rollout(**{"log_probs": values.pop("sampling_log_probs", None), **values["rollout"]})
+        experience = Experience(**values | {"rollout": rollout})
         buffer = cls(experience.to(device), parts, passes)
         buffer.step = step
         return buffer

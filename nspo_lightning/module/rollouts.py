@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,23 +33,14 @@ class Drawn:
     """Completions of a batch of P prompts.
 
     Attributes:
-        rollout: R = P * G completions.
+        rollout: R = P * G completions; with log-probabilities if another program or a merged copy drew them.
         texts: The same as text.
-        sampling_log_probs: Shape (R, C), what another program or a merged copy drew the tokens with; None if the policy
-            itself drew them.
         update: Updates that the policy that drew them had behind it.
     """
 
     rollout: Rollout
     texts: list[str]
-    sampling_log_probs: Tensor | None = None
     update: int = 0
-
-    @classmethod
-    def of(cls, rollout: Rollout, texts: list[str], update: int) -> Drawn:
-        """Set a rollout's log-probabilities apart."""
-        drawn = replace(rollout, log_probs=None)
-        return cls(rollout=drawn, texts=texts, sampling_log_probs=rollout.log_probs, update=update)
 
 
 class Rollouts(Protocol):
@@ -90,7 +81,7 @@ class LocalRollouts(Rollouts):
         """See `Rollouts.draw`."""
         places = places_among_ranks(len(batch["prompt_ids"]))
         rollout, texts = self.policy.generate(batch, self.settings.sampling, self.settings.group_size, seed, places)
-        return Drawn.of(rollout, texts, update)
+        return Drawn(rollout=rollout, texts=texts, update=update)
 
 
 @dataclass
@@ -141,7 +132,7 @@ class ServerRollouts(Rollouts):
         _raise(next((one for one in ranks.gather_objects(problem) if one), ""))
         assert answered is not None  # nobody had a problem
         texts = completion_texts(self.policy.tokenizer, answered, self.settings.sampling)
-        return Drawn.of(answered, texts, update if ahead is None else ahead.update)
+        return Drawn(rollout=answered, texts=texts, update=update if ahead is None else ahead.update)
 
     def ask(self, batch: Mapping[str, Any], seed: int, update: int) -> Ahead | None:
         """Publish the adapter as it is, and have the server answer in the background; see `Rollouts.ask`."""

@@ -97,7 +97,7 @@ class Scorer:
                 old_log_probs=part(experience.old_log_probs),
                 reference_log_probs=part(experience.reference_log_probs),
                 entropy=scores.entropy,
-                sampling_log_probs=part(experience.sampling_log_probs),
+                sampling_log_probs=micro.rollout.log_probs,
                 importance_cap=self.settings.importance_cap,
             )
             metrics.append(result.metrics)

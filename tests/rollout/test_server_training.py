@@ -40,6 +40,10 @@ def fit(policy, folder, steps=3, **kwargs):
     return recorder.steps
 
 
+def without_log_probs(drawn):
+    return replace(drawn, rollout=replace(drawn.rollout, log_probs=None))
+
+
 def test_it_learns_what_local_sampling_of_the_same_tokens_would(server, tiny_llama, tmp_path, monkeypatch):
     torch.manual_seed(7)
     remote = module(tiny_llama, rollout_server=settings(server, tmp_path), optimizer=sgd)
@@ -59,7 +63,7 @@ def test_it_learns_what_local_sampling_of_the_same_tokens_would(server, tiny_lla
     torch.manual_seed(7)
     local = module(tiny_llama, optimizer=sgd)
     replay = iter(seen)
-    monkeypatch.setattr(LocalRollouts, "draw", lambda *_: replace(next(replay), sampling_log_probs=None))
+    monkeypatch.setattr(LocalRollouts, "draw", lambda *_: without_log_probs(next(replay)))
     assert "sampling/sampling_logp_difference/mean" not in fit(local, tmp_path)[-1]
     remote_weights, local_weights = adapter(remote), adapter(local)
     moved = 0.0
@@ -133,17 +137,20 @@ def test_the_key_is_nowhere_in_what_a_run_leaves(server, tiny_llama, tmp_path, m
     assert server.key not in "".join(capfd.readouterr())
 
 
-def test_a_rollout_in_the_buffer_keeps_its_samplers_log_probs(server, tiny_llama, tmp_path):
+@pytest.mark.parametrize("beside", [False, True], ids=["of today", "of earlier code"])
+def test_a_rollout_in_the_buffer_keeps_its_samplers_log_probs(server, tiny_llama, tmp_path, beside):
     policy = module(tiny_llama, rollout_server=settings(server, tmp_path), num_minibatches=2)
     trainer(tmp_path, steps=1).fit(policy, datamodule(repeat_batches=2))
     left = policy.progress.open_rollouts.get(None)
     assert left is not None
     state = left.state_dict()
+    if beside:
+        state["sampling_log_probs"] = state["rollout"].pop("log_probs")
     again = ExperienceBuffer.from_state_dict(state, torch.device("cpu"))
-    kept = again.experience.sampling_log_probs
+    kept = again.experience.rollout.log_probs
     assert kept is not None
-    assert torch.equal(kept, left.experience.sampling_log_probs)
-    drawn, old = again.next().sampling_log_probs, again.experience.select(slice(1, 2)).old_log_probs
+    assert torch.equal(kept, left.experience.rollout.log_probs)
+    drawn, old = again.next().rollout.log_probs, again.experience.select(slice(1, 2)).old_log_probs
     assert drawn is not None
     assert old is not None
     assert drawn.shape == old.shape
