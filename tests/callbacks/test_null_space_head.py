@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from tiny_jobs import datamodule, module
 from tiny_jobs import trainer as job
+from tiny_policies import move_adapter_
 from transformers import AutoModelForCausalLM
 
 from nspo_lightning.callbacks import NullSpaceProjection
@@ -100,10 +101,7 @@ def test_all_weights_with_a_shared_head_are_refused_by_both_names(tmp_path, tied
 def test_an_adapted_head_is_saved_without_the_weight_that_it_adapts(tmp_path, tied_llama):
     policy = module(tied_llama, policy=settings(tied_llama, ["lm_head"]))
     policy.load(torch.device("cpu"))
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    move_adapter_(policy, 1.0)
     policy.save_adapter(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sorted(name.split(".")[-2] for name in saved) == ["lora_A", "lora_B"]

@@ -22,6 +22,7 @@ from null_space_problems import (
     leak,
     trainer,
 )
+from tiny_policies import move_adapter_
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -294,9 +295,7 @@ def test_a_frozen_adapter_beside_the_trained_one_stays_on_in_calibration(tmp_pat
             torch.manual_seed(0)
             config = peft.LoraConfig(r=4, target_modules=["one", "two"])
             self.policy = peft.get_peft_model(Plain(), config, adapter_name="old")
-            for name, parameter in self.policy.named_parameters():
-                if "lora_B" in name:
-                    nn.init.normal_(parameter, std=0.3)
+            move_adapter_(self.policy, 0.3)
             self.policy.add_adapter("new", config)
             self.policy.base_model.set_adapter(["old", "new"])
             for name, parameter in self.policy.named_parameters():

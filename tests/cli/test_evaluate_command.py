@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from tiny_policies import move_adapter_
 
 from nspo_lightning.checkpoints import CheckpointError
 from nspo_lightning.cli.evaluate import harness_scores, main
@@ -44,9 +44,7 @@ def job(tiny_llama, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     settings = policy_settings(config, tmp_path / "config.yaml")
     model: Any = load_policy(settings, torch.device("cpu"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.5)
+    move_adapter_(model, 0.5)
     model.save_pretrained(tmp_path / "adapter")
     model.eval()
     tokenizer = load_tokenizer(settings)

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
+from tiny_policies import move_adapter_
 
 from nspo_lightning.callbacks import PredictionWriter, TestReport
 from nspo_lightning.datamodules import AlignmentDataModule
@@ -51,9 +51,7 @@ def job(tiny_llama, tmp_path):
     data = AlignmentDataModule(str(safety), str(general), val_size=4, test_size=6, eval_batch_size=4)
     policy = module(tiny_llama)
     policy.configure_model()
-    for name, parameter in policy.policy.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
+    move_adapter_(policy.policy, 0.3)
     policy.save_adapter(tmp_path / "adapter")
     return tiny_llama, data, policy, tmp_path
 

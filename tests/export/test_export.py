@@ -14,6 +14,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_policies import move_adapter_
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from nspo_lightning.cli.app import main
@@ -323,9 +324,7 @@ def test_transposed_weights_and_rank_stabilised_scales_are_merged_as_peft_does()
     lora = LoraConfig(r=2, lora_alpha=8, use_rslora=True, target_modules=["c_attn"], fan_in_fan_out=True)
     state = {name: value.clone() for name, value in base.state_dict().items()}
     policy = get_peft_model(base, lora)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+    move_adapter_(policy, 1.0)
     weights = {f"policy.{name}": p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
     settings = PolicySettings(lora=LoraSettings(r=2, alpha=8, use_rslora=True))
     fresh = GPT2LMHeadModel(config).eval()

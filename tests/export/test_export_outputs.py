@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_policies import save_llama
+from tiny_policies import move_adapter_, save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPT2Config
 
 from nspo_lightning.export import merge
@@ -34,9 +34,7 @@ def trained(settings: PolicySettings, std: float = 0.2) -> Any:
     """A policy whose B is not zero, as after training."""
     torch.manual_seed(4)
     policy: Any = load_policy(settings, CPU).eval()
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=std)
+    move_adapter_(policy, std)
     return policy
 
 

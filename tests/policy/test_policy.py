@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_policies import save_llama
+from tiny_policies import move_adapter_, save_llama
 from transformers import AutoModelForCausalLM
 
 from nspo_lightning.policy.chat_template import read_chat_template
@@ -92,9 +92,7 @@ def test_gradient_checkpointing_trains(tiny_llama):
 
 def test_a_trained_adapter_is_refused_and_can_be_merged(tiny_llama, tmp_path):
     policy: Any = load_policy(settings(tiny_llama, quantization="none"), CPU)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    move_adapter_(policy, 0.05)
     adapter = str(tmp_path / "sft")
     policy.save_pretrained(adapter)
     load_tokenizer(settings(tiny_llama)).save_pretrained(adapter)

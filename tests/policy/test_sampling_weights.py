@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny_jobs import Recorder, adapter, datamodule, module, trainer
-from tiny_policies import tiny_policy
+from tiny_policies import move_adapter_, tiny_policy
 
 from nspo_lightning import ranks
 from nspo_lightning.callbacks import ExactResume
@@ -35,10 +35,7 @@ def settings_of(path, **kwargs):
 def loaded(path, **kwargs):
     """A policy whose adapter is not zero."""
     policy = load_policy(settings_of(path, **kwargs), CPU)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
+    move_adapter_(policy, 0.05)
     return policy
 
 
@@ -362,10 +359,7 @@ def test_validation_and_the_base_answer_from_their_own_weights(tiny_llama):
         torch.manual_seed(3)
         job = module(tiny_llama, policy=settings_of(tiny_llama, sampling_weights=mode, dtype="bfloat16"))
         job.load(CPU)
-        with torch.no_grad():
-            for name, parameter in job.require_policy().named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.1)
+        move_adapter_(job.require_policy(), 0.1)
         batch = {"prompt": ["a", "b", "c"], "prompt_ids": IDS, "prompt_mask": torch.ones_like(IDS) > 0}
         batch["columns"] = {"answer": ["x"] * 3}
         of_policy, of_base = job.evaluator.answer(batch, 1, 0), job.base_answer(batch, 1, 0)

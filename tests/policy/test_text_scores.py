@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from tiny_policies import move_adapter_
 
 from nspo_lightning.policy import text_scores
 from nspo_lightning.policy.adapter import has_adapter
@@ -24,9 +24,7 @@ def policy(tiny_llama):
     settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=LoraSettings(r=4))
     model = load_policy(settings, torch.device("cpu"))
     torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    move_adapter_(model, 0.05)
     return model
 
 
@@ -106,9 +104,7 @@ def test_an_adapted_head_is_off_in_the_base(tiny_llama):
     lora = LoraSettings(r=4, target_modules=["lm_head"])
     settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=lora)
     model = load_policy(settings, torch.device("cpu"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
+    move_adapter_(model, 0.1)
     model.eval()
     given = batch()
     found = score_text(model, {key: value[:1] for key, value in given.items()})

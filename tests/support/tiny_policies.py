@@ -92,11 +92,15 @@ def tiny_base(name):
 def with_adapter(base, **kwargs):
     torch.manual_seed(1)
     policy = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", **kwargs))
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
+    move_adapter_(policy, 0.05)
     return policy
+
+
+def move_adapter_(policy, std):
+    """Give B values, as after training: while it is zero, the adapter does nothing."""
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
 
 
 def tiny_policy(name="llama", **kwargs):
