@@ -22,14 +22,11 @@ from nspo_lightning.datamodules.text.render import ChatRenderer
 _EXAMPLE_CHARS = 1200
 
 
-def data_report(
-    datamodule: AlignmentDataModule, tokenizer: Any = None, console: Console | None = None, examples: int = 3
-) -> dict[str, Any]:
+def data_report(datamodule: AlignmentDataModule, console: Console | None = None, examples: int = 3) -> dict[str, Any]:
     """Print counts, drops with their reasons, lengths and rendered examples.
 
     Args:
-        datamodule: The configured datamodule.
-        tokenizer: The policy's tokenizer; None = the datamodule's own, or its module's.
+        datamodule: The configured datamodule, with a tokenizer or a module that has one.
         console: Where to print; standard output when None.
         examples: How many rendered texts of each use are shown.
 
@@ -41,8 +38,6 @@ def data_report(
         DataError: If the data cannot be used.
     """
     console = console or Console()
-    if tokenizer is not None:
-        datamodule.tokenizer = tokenizer
     renderer = datamodule.general.renderer
     reports = list(datamodule.reports)
     uses = rendered_uses(datamodule, renderer)

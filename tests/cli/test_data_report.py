@@ -39,8 +39,8 @@ class Characters:
 def report(files, **options):
     stream = io.StringIO()
     safety, general = files
-    data = AlignmentDataModule(safety, general, max_prompt_tokens=100, **options)
-    figures = data_report(data, Characters(), Console(file=stream, width=150))
+    data = AlignmentDataModule(safety, general, **{"max_prompt_tokens": 100, "tokenizer": Characters(), **options})
+    figures = data_report(data, Console(file=stream, width=150))
     return stream.getvalue(), figures
 
 
