@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from nspo_lightning.datamodules.sources.rows import PromptRow
+from nspo_lightning.datamodules.sources.source import AnswerUse
 from nspo_lightning.evaluation.answers import after_hashes, is_short
 
-AnswerUse = Literal["match", "text"]
-"""Whether answers are compared with completions, or are free text, which is scored by its likelihood."""
 FINAL_ANSWER = "final_answer"
 """The column with what a completion is compared with; empty where the answer is free text."""
 _SHORT_SHARE = 0.9

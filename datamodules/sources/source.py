@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Kind = Literal["harmful", "benign"]
-
-_BAD_ROW_CHOICES = ("error", "drop")
-_KINDS = ("harmful", "benign")
-_ANSWER_USES = ("match", "text")
+AnswerUse = Literal["match", "text"]
+"""Whether answers are compared with completions, or are free text, which is scored by its likelihood."""
+BadRows = Literal["error", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class PromptSource:
     """The column that holds a chat (a list of role and content). A last assistant turn becomes the answer."""
     answer_column: str | None = None
     """The column that holds the reference answer. Default: `answer`, where there is one."""
-    answers: Literal["match", "text"] | None = None
+    answers: AnswerUse | None = None
     """Whether completions are compared with the answers (`match`), or these are free text that is scored by its
     likelihood (`text`). Default: as the preset or the row's `final_answer` says, else compared where they are short."""
     skill: str | None = None
@@ -62,7 +61,7 @@ class PromptSource:
     """Keep the first of several rows with the same prompt."""
     max_prompt_tokens: int | None = None
     """Leave out, and report, rows whose rendered prompt is longer. Default: the datamodule's."""
-    bad_rows: Literal["error", "drop"] = "error"
+    bad_rows: BadRows = "error"
     """What a row does that cannot be used (an empty, null, non-text or absurdly long prompt, an unknown `kind`): stop,
     or be left out and reported."""
     streaming: bool = False
@@ -100,12 +99,11 @@ class PromptSource:
         if self.preset is not None and self.named_columns:
             field = next(iter(self.named_columns))
             raise ValueError(f"{label}: `preset` ({self.preset}) names the columns, not `{field}`. Keep one.")
-        if self.kind is not None and self.kind not in _KINDS:
-            raise ValueError(f"{label}: `kind` must be one of {_KINDS} or left out, got {self.kind!r}.")
-        if self.answers is not None and self.answers not in _ANSWER_USES:
-            raise ValueError(f"{label}: `answers` must be one of {_ANSWER_USES} or left out, got {self.answers!r}.")
-        if self.bad_rows not in _BAD_ROW_CHOICES:
-            raise ValueError(f"{label}: `bad_rows` must be one of {_BAD_ROW_CHOICES}, got {self.bad_rows!r}.")
+        for field, known in (("kind", get_args(Kind)), ("answers", get_args(AnswerUse))):
+            if (given := vars(self)[field]) is not None and given not in known:
+                raise ValueError(f"{label}: `{field}` must be one of {known} or left out, got {given!r}.")
+        if self.bad_rows not in get_args(BadRows):
+            raise ValueError(f"{label}: `bad_rows` must be one of {get_args(BadRows)}, got {self.bad_rows!r}.")
 
     @property
     def named_columns(self) -> dict[str, str]:
