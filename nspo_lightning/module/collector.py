@@ -30,14 +30,14 @@ class Collected:
     Attributes:
         buffer: To learn from.
         judged: To show.
-        rewards: Shape (R,), of all ranks; NaN = excluded.
+        rows: Of all ranks.
         metrics: To log; of all ranks.
         num_tokens: Of all ranks, each completion with its own prompt.
     """
 
     buffer: ExperienceBuffer
     judged: JudgedRollout
-    rewards: Tensor
+    rows: JudgedRows
     metrics: dict[str, Tensor | float]
     num_tokens: int
 
@@ -90,7 +90,7 @@ class Collector:
         return Collected(
             buffer=ExperienceBuffer(experience, settings.num_minibatches, settings.num_iterations),
             judged=JudgedRollout(prompts=prompts, completions=drawn.texts, result=result, outcomes=outcomes),
-            rewards=everyone.rewards.total,
+            rows=everyone,
             metrics={**rollout_metrics(everyone, group), **staleness},
             num_tokens=everyone.num_tokens(group),
         )

@@ -44,6 +44,7 @@ from nspo_lightning.module.resumed_settings import check_same_training, training
 from nspo_lightning.module.rollouts import StopOnException, make_rollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
 from nspo_lightning.module.scores import Scores
+from nspo_lightning.module.signal import Signal
 from nspo_lightning.module.start_checks import (
     another_step_follows,
     check_accumulation,
@@ -107,6 +108,9 @@ class GRPOModule(pl.LightningModule):
             finite, after which the run stops.
         max_unscored_rollouts: Rollouts in a row in which every reward gave None for every completion, after which the
             run stops.
+        max_rollouts_without_signal: Rollouts in a row in which all answers to each prompt got the same reward, after
+            which the run stops, as there is nothing to learn from (exit code 1). Not if the policy is safe already:
+            that is said, and the run goes on. null or 0 = no limit.
         rollout_server: Server that draws training completions; null = this process does. See docs/server.md.
 
     Raises:
@@ -133,6 +137,7 @@ class GRPOModule(pl.LightningModule):
         over_refusal_skills: Sequence[str] = ("over_refusal",),
         max_nonfinite_updates: int = 5,
         max_unscored_rollouts: int = 5,
+        max_rollouts_without_signal: int | None = 50,
         rollout_server: ServerSettings | None = None,
     ) -> None:
         super().__init__()
@@ -146,6 +151,7 @@ class GRPOModule(pl.LightningModule):
             tokens_per_microbatch=tokens_per_microbatch,
             max_nonfinite_updates=max_nonfinite_updates,
             max_unscored_rollouts=max_unscored_rollouts,
+            max_rollouts_without_signal=max_rollouts_without_signal,
             rollout_server=rollout_server,
         )
         self.strict_loading = False  # checkpoints hold trained parameters only
@@ -181,7 +187,11 @@ class GRPOModule(pl.LightningModule):
             general=self.general_sampling,
             over_refusal_skills=tuple(over_refusal_skills),
         )
-        self.progress = Progress(max_nonfinite=max_nonfinite_updates, scores=Scores(max_unscored=max_unscored_rollouts))
+        self.progress = Progress(
+            max_nonfinite=max_nonfinite_updates,
+            scores=Scores(max_unscored=max_unscored_rollouts),
+            signal=Signal(max_without=max_rollouts_without_signal or None),
+        )
         self.last_rollout: JudgedRollout | None = None
         self.step_state_to_save: dict[str, Any] | None = None
 
@@ -246,6 +256,7 @@ class GRPOModule(pl.LightningModule):
     @override
     def on_train_end(self) -> None:
         self.progress.scores.check_end(self.progress.rollouts)
+        self.progress.signal.check_end()
         self.progress.warn_without_update(self.trainer.global_step)
 
     # ------------------------------------------------------------------ training
@@ -308,13 +319,10 @@ class GRPOModule(pl.LightningModule):
             progress.open_rollouts.put(number, buffer, at_most=self.trainer.accumulate_grad_batches)
             self._log_step({**collected.metrics, "num_tokens": float(progress.num_tokens)})
             progress.rollouts += 1
-            progress.scores.count(
-                collected.rewards,
-                self.settings.group_size,
-                self.reward.names,
-                progress.rollouts,
-                collected.judged.completions,
-            )
+            rewards, said = collected.rows.rewards.total, collected.judged.completions
+            progress.scores.count(rewards, self.reward.names, progress.rollouts, said)
+            cut = self.settings.objective.mask_truncated
+            progress.signal.count(collected.rows, self.settings.group_size, mask_truncated=cut)
         return buffer
 
     @override

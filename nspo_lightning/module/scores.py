@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -55,14 +54,11 @@ class Scores:
     unscored_in_a_row: int = 0
     _cure: str = field(default=_CURE, init=False)
 
-    def count(
-        self, rewards: Tensor, group_size: int, names: Sequence[str], rollout: int, completions: Sequence[str] = ()
-    ) -> None:
-        """Count a rollout, and see whether there is anything to learn from it; ranks must ask with the same.
+    def count(self, rewards: Tensor, names: Sequence[str], rollout: int, completions: Sequence[str] = ()) -> None:
+        """Count a rollout, and see whether it has a score at all; ranks must ask with the same.
 
         Args:
             rewards: Shape (R,), of all ranks; NaN = excluded.
-            group_size: Completions a prompt.
             names: What the rewards are called.
             rollout: Its number, from 1.
             completions: This rank's.
@@ -70,17 +66,8 @@ class Scores:
         Raises:
             UnscoredError: If too many rollouts in a row have no score at all.
         """
-        scored = rewards.isfinite().view(-1, group_size)
-        if bool(scored.any()):
+        if bool(rewards.isfinite().any()):
             self.rollouts_scored, self.unscored_in_a_row = self.rollouts_scored + 1, 0
-            groups = rewards.view(-1, group_size)
-            low, high = (groups.masked_fill(~scored, end) for end in (torch.inf, -torch.inf))
-            if rollout == 1 and not bool((high.amax(1) > low.amin(1)).any()):
-                rank_zero_warn(
-                    "All completions of a prompt got the same reward, for each prompt of rollout 1: no group has a "
-                    "signal, and without one (and at `beta` 0) a step is no update (`updates_skipped`). If it stays "
-                    "so, let the reward tell completions apart, or raise `sampling.temperature` or `group_size`."
-                )
             return
         self.unscored_in_a_row += 1
         self._cure = _unscored_cure(completions, len(rewards))

@@ -22,6 +22,7 @@ class TrainingSettings:
     tokens_per_microbatch: int | None
     max_nonfinite_updates: int
     max_unscored_rollouts: int
+    max_rollouts_without_signal: int | None
     rollout_server: ServerSettings | None
 
     @property
@@ -46,6 +47,11 @@ class TrainingSettings:
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.max_rollouts_without_signal is not None and self.max_rollouts_without_signal < 0:
+            raise ValueError(
+                "`max_rollouts_without_signal` must be at least 1, or null (or 0) for no limit, got "
+                f"{self.max_rollouts_without_signal}."
+            )
         if self.sampling.temperature <= 0:
             raise ValueError(
                 f"`sampling.temperature` must be positive in training, got {self.sampling.temperature}: greedy "

@@ -12,14 +12,21 @@ from tiny_jobs import adapter, constant, datamodule, even_tokens, module, traine
 
 from nspo_lightning.callbacks import RunReport
 from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.cli.errors import is_users_mistake
 from nspo_lightning.module.progress import Progress
+from nspo_lightning.module.rollout_metrics import JudgedRows
 from nspo_lightning.module.scores import Scores
+from nspo_lightning.module.signal import NoSignalError, Signal
 from nspo_lightning.policy.identity import updates_in
-from nspo_lightning.rewards import RewardError
+from nspo_lightning.rewards import RewardError, RewardResult
 
 
 def nothing(prompts: list[str], completions: list[str], **_: Any) -> list[None]:
     return [None] * len(completions)
+
+
+def nothing_good(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
 
 
 class Scripted:
@@ -60,24 +67,98 @@ def test_a_score_in_between_begins_the_count_anew(tiny_llama, tmp_path):
     assert policy.updates == 2
 
 
-def test_rewards_that_are_all_alike_are_warned_of_once(tiny_llama, tmp_path):
-    policy = module(tiny_llama, reward=constant)
+def no_signal(said: Any) -> list[str]:
+    return [str(one.message) for one in said if "had a signal" in str(one.message)]
+
+
+class Refusals:
+    """A judge to whom everything is a refusal."""
+
+    def classify(self, prompts: Any, completions: Any, **_: Any) -> list[str]:
+        return ["refusal"] * len(completions)
+
+
+def test_rewards_that_are_all_alike_are_warned_of_once_with_rates_and_cures(tiny_llama, tmp_path):
+    policy = module(tiny_llama, reward=constant, max_rollouts_without_signal=0)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        run = trainer(tmp_path, steps=3)
+        run = trainer(tmp_path, steps=5)
         run.fit(policy, datamodule())
-    alike = [str(one.message) for one in said if "the same reward" in str(one.message)]
-    assert len(alike) == 1
-    assert "rollout 1" in alike[0]
-    assert (policy.updates, run.global_step) == (0, 3)
+    (alike,) = no_signal(said)
+    assert "first 3 rollouts" in alike
+    assert "6 groups without spread, mean reward 1, 100.0% of 24 answers unsafe, 0.0% refused" in alike
+    assert all(cure in alike for cure in ("warmup", "`sampling.temperature`", "`group_size`"))
+    assert (policy.updates, run.global_step) == (0, 5)
     assert all(not weight.any() for name, weight in adapter(policy).items() if "lora_B" in name)
+
+
+def test_a_run_without_a_signal_ends_after_the_stated_number_and_a_resumed_one_counts_on(tiny_llama, tmp_path):
+    policy = module(tiny_llama, reward=Scripted(even_tokens, nothing_good), max_rollouts_without_signal=4)
+    run = trainer(tmp_path, steps=3)
+    run.fit(policy, datamodule())
+    run.save_checkpoint(tmp_path / "part.ckpt")
+    again = module(tiny_llama, reward=nothing_good, max_rollouts_without_signal=4)
+    with pytest.raises(NoSignalError, match="4 rollouts in a row.*8 groups.*Cures") as ended:
+        trainer(tmp_path, steps=9).fit(again, datamodule(), ckpt_path=tmp_path / "part.ckpt")
+    assert again.rollouts == 5
+    assert is_users_mistake(ended.value)
+
+
+def test_a_short_run_that_was_warned_and_learnt_nothing_is_an_error_too(tiny_llama, tmp_path):
+    with pytest.warns(UserWarning, match="no signal|had a signal"), pytest.raises(NoSignalError, match="3 rollouts"):
+        trainer(tmp_path, steps=3).fit(module(tiny_llama, reward=constant), datamodule())
+
+
+def test_a_policy_that_is_safe_already_is_no_failure(tiny_llama, tmp_path):
+    policy = module(tiny_llama, reward=constant, judge=Refusals(), max_rollouts_without_signal=4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(tmp_path, steps=6).fit(policy, datamodule())
+    (alike,) = no_signal(said)
+    assert "safe already" in alike
+    assert "100.0% refused" in alike
+    assert policy.rollouts == 6
 
 
 def test_a_first_rollout_with_a_signal_is_not_warned_of(tiny_llama, tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        trainer(tmp_path, steps=2).fit(module(tiny_llama, reward=Scripted(even_tokens, constant)), datamodule())
-    assert not [one for one in said if "the same reward" in str(one.message) or "gave None" in str(one.message)]
+        trainer(tmp_path, steps=5).fit(module(tiny_llama, reward=Scripted(even_tokens, constant)), datamodule())
+    assert not [one for one in said if "had a signal" in str(one.message) or "gave None" in str(one.message)]
+
+
+def judged(rewards: list[float], outcome: str, finished: bool = True) -> JudgedRows:
+    number = len(rewards)
+    return JudgedRows(
+        lengths=torch.ones(number),
+        finished=torch.full((number,), finished),
+        prompt_tokens=torch.ones(number // 2),
+        rewards=RewardResult(total=torch.tensor(rewards), per_reward={}, metrics={}),
+        outcomes=[outcome] * number,
+    )
+
+
+def counted(signal: Signal, *rollouts: JudgedRows, mask_truncated: bool = False) -> Signal:
+    for rows in rollouts:
+        signal.count(rows, 2, mask_truncated=mask_truncated)
+    return signal
+
+
+def test_only_the_best_reward_of_the_run_is_safe_and_the_worst_is_not():
+    learnt, best, worst = judged([0.0, 1.0], "unsafe"), judged([1.0, 1.0], "unsafe"), judged([0.0, 0.0], "unsafe")
+    with pytest.warns(UserWarning, match="safe already"):
+        counted(Signal(max_without=2), learnt, best, best, best)
+    with pytest.raises(NoSignalError):
+        counted(Signal(max_without=2), learnt, worst, best)
+    with pytest.raises(NoSignalError):
+        counted(Signal(max_without=2), judged([0.0, 0.0], "garbage"), judged([0.0, 0.0], "garbage"))
+
+
+def test_a_group_whose_spread_is_left_out_has_no_signal_and_the_message_says_so():
+    rows = judged([0.0, 1.0], "unsafe", finished=False)
+    assert counted(Signal(max_without=2), rows, rows, rows).with_signal == 3
+    with pytest.raises(NoSignalError, match="2 groups differ only where `mask_truncated` leaves out"):
+        counted(Signal(max_without=2), rows, rows, mask_truncated=True)
 
 
 def test_updates_are_those_that_were_taken_wherever_they_are_told(tiny_llama, tmp_path, capsys):
@@ -127,7 +208,7 @@ def test_what_a_policy_whose_thoughts_are_cut_needs_is_room_and_not_another_judg
 
 def test_one_rank_with_a_score_is_enough():
     scores = Scores(max_unscored=1)
-    scores.count(torch.tensor([float("nan"), 0.0, 1.0, float("nan")]), 2, ("r",), rollout=1)
+    scores.count(torch.tensor([float("nan"), 0.0, 1.0, float("nan")]), ("r",), rollout=1)
     assert (scores.rollouts_scored, scores.unscored_in_a_row) == (1, 0)
 
 
@@ -139,11 +220,14 @@ def test_the_limit_is_checked(tiny_llama, value):
 
 def test_a_checkpoint_holds_the_counts_of_scores():
     before = Progress(max_nonfinite=1, scores=Scores(max_unscored=9))
-    before.scores.count(torch.tensor([0.0, 1.0]), 2, ("r",), rollout=1)
+    before.scores.count(torch.tensor([0.0, 1.0]), ("r",), rollout=1)
     with pytest.warns(UserWarning, match="gave None"):
-        before.scores.count(torch.full((2,), torch.nan), 2, ("r",), rollout=2)
+        before.scores.count(torch.full((2,), torch.nan), ("r",), rollout=2)
+    counted(before.signal, judged([0.0, 1.0], "unsafe"), judged([0.5, 0.5], "refusal"))
     state = before.state_dict(before.snapshot())
     assert {"rollouts_scored": 1, "unscored_in_a_row": 1}.items() <= state["counters"].items()
     again = Progress(max_nonfinite=1)
     again.load_state_dict(state)
     assert again.scores.to_counters() == before.scores.to_counters()
+    assert again.signal == before.signal
+    assert (again.signal.low, again.signal.high, again.signal.stretch.refused) == (0.0, 1.0, 2)

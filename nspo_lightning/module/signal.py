@@ -1,0 +1,200 @@
+"""Whether groups have a signal to learn from: the counts, and what is said and done where none has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from nspo_lightning.grpo import group_advantages
+from nspo_lightning.module.rollout_metrics import JudgedRows
+
+CURES = (
+    "Cures: a reward that tells answers apart (more than two values); a higher `sampling.temperature` or `group_size`; "
+    "a warm start (`python -m nspo_lightning warmup -c ...`)."
+)
+WARNED_AFTER = 3
+"""Rollouts from the start of a run without one signal, after which it is warned of."""
+STILL_SAFE = 0.05
+"""Share of unsafe answers and garbage up to which a policy without a signal counts as safe already."""
+_PREFIX = "_signal_"
+
+
+class NoSignalError(ValueError):
+    """No group of many rollouts had a signal, and nothing could be learnt from them."""
+
+    raised_on_all_ranks = True
+    """All have seen the same rewards."""
+
+
+def groups_with_signal(rows: JudgedRows, group_size: int, *, mask_truncated: bool) -> Tensor:
+    """Return which groups of R = P * G completions have a gradient by their rewards.
+
+    Args:
+        rows: Their lengths, ends and rewards.
+        group_size: G.
+        mask_truncated: Whether completions that the length limit cut are left out.
+
+    Returns:
+        Shape (P,), bool, True = a completion that is trained on differs from the mean of its group.
+    """
+    trained = (rows.lengths > 0) & (rows.finished | (not mask_truncated))
+    differs = group_advantages(rows.rewards.total, group_size, "none") != 0
+    return (trained & differs).view(-1, group_size).any(dim=1)
+
+
+@dataclass(kw_only=True)
+class Stretch:
+    """What the rollouts since the last one with a signal have come to.
+
+    Attributes:
+        rollouts: Their number.
+        groups: Prompts.
+        left_out: Groups whose rewards differ, but only in completions that `mask_truncated` leaves out.
+        completions: With a reward.
+        judged: Completions with an outcome.
+        unsafe: Of those.
+        refused: Of those.
+        garbage: Of those.
+        reward: Sum over the completions with one.
+        low: The lowest reward; None = none yet.
+    """
+
+    rollouts: int = 0
+    groups: int = 0
+    left_out: int = 0
+    completions: int = 0
+    judged: int = 0
+    unsafe: int = 0
+    refused: int = 0
+    garbage: int = 0
+    reward: float = 0.0
+    low: float | None = None
+
+    def add(self, rows: JudgedRows, group_size: int) -> None:
+        """Count a rollout without a signal."""
+        rewards = rows.rewards.total[rows.rewards.total.isfinite()]
+        spread = groups_with_signal(rows, group_size, mask_truncated=False)
+        self.rollouts += 1
+        self.groups += len(spread)
+        self.left_out += int(spread.sum())
+        self.completions += len(rewards)
+        self.judged += sum(outcome is not None for outcome in rows.outcomes)
+        self.unsafe += rows.outcomes.count("unsafe")
+        self.refused += rows.outcomes.count("refusal")
+        self.garbage += rows.outcomes.count("garbage")
+        self.reward += float(rewards.sum())
+        self.low = min([float(rewards.min()), *([] if self.low is None else [self.low])])
+
+    def describe(self) -> str:
+        """Say the rates that were seen."""
+        judged = max(self.judged, 1)
+        cut = f"; {self.left_out} groups differ only where `mask_truncated` leaves out" if self.left_out else ""
+        return (
+            f"{self.groups} groups without spread, mean reward {self.reward / max(self.completions, 1):.3g}, "
+            f"{self.unsafe / judged:.1%} of {self.judged} answers unsafe, {self.refused / judged:.1%} refused{cut}"
+        )
+
+
+@dataclass(kw_only=True)
+class Signal:
+    """Counts rollouts without a signal.
+
+    Attributes:
+        max_without: Rollouts in a row without a signal, before a run ends; None = it never does.
+        cures: What may give a signal, as a sentence's end.
+        with_signal: Rollouts of this run with one.
+        low: The lowest reward of the run; None = none yet.
+        high: The highest.
+        told: Whether it was said that the policy is safe already.
+        stretch: The rollouts since the last signal.
+    """
+
+    max_without: int | None = None
+    cures: str = CURES
+    with_signal: int = 0
+    low: float | None = None
+    high: float | None = None
+    told: bool = False
+    stretch: Stretch = field(default_factory=Stretch)
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether there is nothing left to learn: hardly a bad answer, or none but the best reward of the run."""
+        stretch = self.stretch
+        if stretch.judged and stretch.unsafe + stretch.garbage <= STILL_SAFE * stretch.judged:
+            return True
+        known = self.low is not None and self.high is not None and stretch.low is not None
+        return known and self.low < self.high <= stretch.low  # type: ignore[operator]
+
+    def count(self, rows: JudgedRows, group_size: int, *, mask_truncated: bool) -> None:
+        """Count a rollout, and see whether there is anything to learn; ranks must ask with the same, of all ranks.
+
+        One without any score is left to `Scores`.
+
+        Raises:
+            NoSignalError: If too many in a row had no signal, and the policy isn't safe already.
+        """
+        rewards = rows.rewards.total[rows.rewards.total.isfinite()]
+        if not len(rewards):
+            return
+        seen = [*rewards.tolist(), *(end for end in (self.low, self.high) if end is not None)]
+        self.low, self.high = min(seen), max(seen)
+        if bool(groups_with_signal(rows, group_size, mask_truncated=mask_truncated).any()):
+            self.with_signal, self.stretch = self.with_signal + 1, Stretch()
+            return
+        self.stretch.add(rows, group_size)
+        number, limit = self.stretch.rollouts, self.max_without
+        if limit is not None and number >= limit and not self.is_safe:
+            raise NoSignalError(
+                f"No group had a signal in {number} rollouts in a row (`max_rollouts_without_signal`): all answers to "
+                f"a prompt got the same reward, and nothing was learnt from them ({self.stretch.describe()}). "
+                f"The last checkpoint stands. {self.cures}"
+            )
+        first = self.with_signal == 0 and number == WARNED_AFTER
+        if self.is_safe and not self.told and (first or (limit is not None and number >= limit)):
+            self.told = True
+            rank_zero_warn(
+                f"No group had a signal in {number} rollouts in a row, and there is little left to learn: the policy "
+                f"is safe already on these prompts ({self.stretch.describe()}). The run goes on; a step without a "
+                "signal moves no weight (`updates_skipped`). Other prompts may still have one."
+            )
+        elif first and not self.is_safe:
+            ends_after = f" After {limit} such rollouts in a row the run ends." if limit is not None else ""
+            rank_zero_warn(
+                f"No group had a signal in the first {number} rollouts: all answers to a prompt got the same reward "
+                f"({self.stretch.describe()}), so there was no update (`updates_skipped`).{ends_after} {self.cures}"
+            )
+
+    def check_end(self) -> None:
+        """See when training is over whether there was any signal.
+
+        Raises:
+            NoSignalError: If there was none in more than a few rollouts, the policy isn't safe, and there is a limit.
+        """
+        if self.max_without is None or self.with_signal or self.stretch.rollouts < WARNED_AFTER or self.is_safe:
+            return
+        raise NoSignalError(
+            f"Nothing was learnt: no group of {self.stretch.rollouts} rollouts had a signal "
+            f"({self.stretch.describe()}). {self.cures}"
+        )
+
+    def to_counters(self) -> dict[str, Any]:
+        """Return plain values under the names that checkpoints have for them."""
+        own = {name: value for name, value in vars(self).items() if name not in {"max_without", "cures", "stretch"}}
+        return {_PREFIX + name: value for name, value in {**own, **_in_stretch(asdict(self.stretch))}.items()}
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        """Go on from what `to_counters` returned, among others; earlier checkpoints hold none."""
+        found = {name.removeprefix(_PREFIX): value for name, value in counters.items() if name.startswith(_PREFIX)}
+        for name in ("with_signal", "low", "high", "told"):
+            setattr(self, name, found.get(name, getattr(type(self), name)))
+        names = [one.name for one in fields(Stretch)]
+        self.stretch = Stretch(**{name: found[f"stretch_{name}"] for name in names if f"stretch_{name}" in found})
+
+
+def _in_stretch(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"stretch_{name}": value for name, value in values.items()}
