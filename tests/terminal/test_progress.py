@@ -6,7 +6,7 @@ import logging
 import sys
 
 import pytest
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from screen import screen, terminal
 
 from nspo_lightning.terminal.progress import Work, rows_progress
