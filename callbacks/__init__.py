@@ -7,6 +7,7 @@ a run of `GRPOModule` ask the module for more, see `protocols`.
 from nspo_lightning.callbacks.capability_guard import CapabilityGuard
 from nspo_lightning.callbacks.end_together import EndTogether
 from nspo_lightning.callbacks.exact_resume import ExactResume
+from nspo_lightning.callbacks.general_text import GeneralText
 from nspo_lightning.callbacks.last_on_exception import LastOnException
 from nspo_lightning.callbacks.null_space_projection import NullSpaceProjection
 from nspo_lightning.callbacks.prediction_writer import PredictionWriter
@@ -18,6 +19,7 @@ __all__ = [
     "CapabilityGuard",
     "EndTogether",
     "ExactResume",
+    "GeneralText",
     "LastOnException",
     "NullSpaceProjection",
     "PredictionWriter",

@@ -1,6 +1,6 @@
 """A budget for forgetting: measure how far a policy moves from its base on held-out general text, and act in time.
 
-The callback works with any LightningModule. What it needs to know is a divergence: `module.text_sums(batch)`
+The callback works with any LightningModule. What it needs to know is a divergence: `module.text_scores(batch)`
 (`GRPOModule` has it), or two functions, see `logits` and `without_adapter`.
 """
 
@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -23,32 +23,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from nspo_lightning import ranks
+from nspo_lightning.callbacks.guard.budget import Budget, Measurement
 from nspo_lightning.callbacks.protocols import Evaluable, HasHeldOutText, LimitsContext, ScoresText
 from nspo_lightning.callbacks.resume.last_good import LastGood, scale_learning_rates_
 from nspo_lightning.compat.lightning import datamodule_of, logging_step
-from nspo_lightning.evaluation.rates import TRUNCATED
+from nspo_lightning.evaluation.rates import REFUSAL, TRUNCATED
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST, text_means
 from nspo_lightning.nullspace.modes import adapted_models, adapters_off, evaluation_mode
-from nspo_lightning.policy.divergence import TextSums, text_sums
+from nspo_lightning.policy.divergence import TextScores, token_scores
 
 Action = Literal["halve", "stop"]
 ACCURACY = "general/accuracy"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """How far the policy is from its base.
-
-    Attributes:
-        step: Optimizer steps so far.
-        kl: KL(base || policy), nats a token.
-        accuracy_drop: Of the base's general accuracy, as a share; None = not measured now.
-        over: Why the budget is exceeded, in words; empty if it is not.
-    """
-
-    step: int
-    kl: float
-    accuracy_drop: float | None
-    over: str
 
 
 class CapabilityGuard(Callback):
@@ -56,18 +41,22 @@ class CapabilityGuard(Callback):
 
     Every `every_n_updates` updates, and at every validation, KL(base || policy) is measured on held-out general text.
     Over budget, weights and optimizer state go back to the last measurement that was within it (with a budget for
-    accuracy: to the last such validation), and the learning rate is halved (or the run stops). At the end of every
-    validation `guard/score` is the unsafe rate, plus 1 if over budget: `ModelCheckpoint(monitor="guard/score",
+    accuracy or refusals: to the last such validation), and the learning rate is halved (or the run stops). At the end
+    of every validation `guard/score` is the unsafe rate, plus 1 if over budget: `ModelCheckpoint(monitor="guard/score",
     mode="min")` keeps the safest checkpoint within the budget.
 
-    Logs `guard/kl` (nats a token), `guard/perplexity`, `guard/accuracy_drop`, `guard/unsafe_rate`,
-    `guard/over_budget`, `guard/rescues`, `guard/lr_scale`, `guard/score`. Place it behind `EarlyStopping`: a stop that
-    was decided on weights over budget is taken back with them. A checkpoint holds the last good state too: the trained
-    weights and the optimizer's state once more.
+    Logs `guard/kl` and `guard/kl_first` (nats a token), `guard/perplexity`, `guard/accuracy_drop`,
+    `guard/refusal_rise`, `guard/unsafe_rate`, `guard/over_budget`, `guard/rescues`, `guard/lr_scale`, `guard/score`.
+    Place it behind `EarlyStopping`: a stop that was decided on weights over budget is taken back with them. A
+    checkpoint holds the last good state too: the trained weights and the optimizer's state once more.
 
     Args:
-        max_kl: Budget in nats a token; None = none.
+        max_kl: Budget in nats a token of whole answers; None = none.
         max_accuracy_drop: Budget as a share (0.01 = one point) below the base's `accuracy_metric`, checked at every
+            validation; None = none.
+        max_kl_first: Budget in nats a token at the first three tokens of answers, where it is decided whether to
+            refuse; None = none.
+        max_refusal_rise: Budget as a share (0.05 = five points) above the base's `refusal_metric`, checked at every
             validation; None = none.
         every_n_updates: Optimizer steps between two measurements.
         action: Over budget: ``halve`` the learning rate and go back, or go back and ``stop``.
@@ -77,8 +66,9 @@ class CapabilityGuard(Callback):
         text_rows: How many rows of the datamodule's general validation text.
         unsafe_metric: Validation's name of what `guard/score` minimises; before any validation, the rollouts' `unsafe`.
         accuracy_metric: Validation's name of the accuracy.
+        refusal_metric: Validation's name of the share of ordinary prompts that are refused.
         logits: Function of (module, batch) to the logits of the positions that count, shape (..., classes), for a
-            module without `text_sums`.
+            module without `text_scores`.
         without_adapter: Function of the module to a context manager in which it is its base; with `logits`. Default:
             `disable_adapter` of the module or of the models in it.
 
@@ -99,14 +89,16 @@ class CapabilityGuard(Callback):
         accuracy_metric: str = ACCURACY,
         logits: Callable[[Any, Any], Tensor] | None = None,
         without_adapter: Callable[[Any], AbstractContextManager[Any]] | None = None,
+        max_kl_first: float | None = None,
+        max_refusal_rise: float | None = None,
+        refusal_metric: str = REFUSAL,
     ) -> None:
-        if max_kl is None and max_accuracy_drop is None:
-            raise ValueError("CapabilityGuard has no budget: give `max_kl` (nats) or `max_accuracy_drop` (a share).")
-        for name, value in (("max_kl", max_kl), ("max_accuracy_drop", max_accuracy_drop)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive, got {value}. Leave it null for no such budget.")
-        if max_accuracy_drop is not None and max_accuracy_drop >= 1:
-            raise ValueError(f"`max_accuracy_drop` is a share, got {max_accuracy_drop}. Use 0.01 for one point.")
+        self.budget = Budget(
+            max_kl=max_kl,
+            max_kl_first=max_kl_first,
+            max_accuracy_drop=max_accuracy_drop,
+            max_refusal_rise=max_refusal_rise,
+        )
         if action not in get_args(Action):
             raise ValueError(f"`action` must be 'halve' or 'stop', got {action!r}.")
         if every_n_updates < 1 or text_rows < 1 or max_rescues < 0:
@@ -114,8 +106,6 @@ class CapabilityGuard(Callback):
                 f"`every_n_updates` and `text_rows` must be at least 1 and `max_rescues` at least 0, got "
                 f"{every_n_updates}, {text_rows} and {max_rescues}."
             )
-        self.max_kl = max_kl
-        self.max_accuracy_drop = max_accuracy_drop
         self.every_n_updates = every_n_updates
         self.action: Action = action
         self.max_rescues = max_rescues
@@ -123,15 +113,16 @@ class CapabilityGuard(Callback):
         self.text_rows = text_rows
         self.unsafe_metric = unsafe_metric
         self.accuracy_metric = accuracy_metric
+        self.refusal_metric = refusal_metric
         self.logits = logits
         self.without_adapter = without_adapter
         self.rescues = 0
         self.lr_scale = 1.0
-        self.base_accuracy: float | None = None
+        self.base_rates: dict[str, float] = {}
         self.readings: list[Measurement] = []
         self.good = LastGood()
         self._batches: list[Any] = []
-        self._last_sums = TextSums()
+        self._last_scores = TextScores()
         self._stop_before_validation = False
 
     # ------------------------------------------------------------------ hooks
@@ -147,8 +138,8 @@ class CapabilityGuard(Callback):
             )
         if self.logits is None and not isinstance(pl_module, ScoresText):
             raise MisconfigurationException(
-                f"CapabilityGuard cannot compare {type(pl_module).__name__} with its base: it has no `text_sums`. Give "
-                "`logits`, a function of (module, batch), and `without_adapter`."
+                f"CapabilityGuard cannot compare {type(pl_module).__name__} with its base: it has no `text_scores`. "
+                "Give `logits`, a function of (module, batch), and `without_adapter`."
             )
         if self.text is None and not isinstance(datamodule_of(trainer), HasHeldOutText):
             raise MisconfigurationException(
@@ -167,13 +158,14 @@ class CapabilityGuard(Callback):
             self._batches = list(self._held_out_text(trainer, pl_module))
             if not ranks.any_rank(bool(self._batches)):
                 raise MisconfigurationException("CapabilityGuard's text is empty: give held-out general rows.")
-        if self.max_accuracy_drop is not None and not trainer.enable_validation:
+        if self._wanted_rates and not trainer.enable_validation:
+            name = "max_refusal_rise" if self.budget.max_accuracy_drop is None else "max_accuracy_drop"
             raise MisconfigurationException(
-                "CapabilityGuard: `max_accuracy_drop` is checked at validation, and there is none. Give validation "
-                "data (and `limit_val_batches` above 0), or leave that budget null."
+                f"CapabilityGuard: `{name}` is checked at validation, and there is none. Give validation data (and "
+                "`limit_val_batches` above 0), or leave that budget null."
             )
-        if self.max_accuracy_drop is not None and self.base_accuracy is None:
-            self.base_accuracy = self._measure_base_accuracy(trainer, pl_module)  # raises where there is none
+        if self._wanted_rates and not self.base_rates:
+            self.base_rates = self._measure_base_rates(trainer, pl_module)  # raises where there are none
         if self.good.step < 0:
             self._check_start(self._measure(trainer, pl_module, validation=False))
 
@@ -207,8 +199,22 @@ class CapabilityGuard(Callback):
 
     # ------------------------------------------------------------------ decisions
 
+    @property
+    def _wanted_rates(self) -> list[str]:
+        """What must be known of every validation."""
+        pairs = (
+            (self.accuracy_metric, self.budget.max_accuracy_drop),
+            (self.refusal_metric, self.budget.max_refusal_rise),
+        )
+        return [name for name, budget in pairs if budget is not None]
+
     def _check_start(self, found: Measurement) -> None:
-        if math.isnan(found.kl) and self.max_kl is not None:
+        if math.isnan(found.kl_first) and not math.isnan(found.kl) and self.budget.max_kl_first is not None:
+            raise MisconfigurationException(
+                "CapabilityGuard: `max_kl_first` is about the first tokens of answers, and the text has no prompts "
+                "with answers. Give general validation rows with an `answer`, or leave that budget null."
+            )
+        if math.isnan(found.kl) and (self.budget.max_kl is not None or self.budget.max_kl_first is not None):
             raise MisconfigurationException(
                 "CapabilityGuard: the KL to the base is not a number before training: either there is no adapter "
                 "to switch off (`policy.lora: null`), or the base's logits are not finite on the text. Train an "
@@ -227,8 +233,8 @@ class CapabilityGuard(Callback):
         found = self._measure(trainer, pl_module, validation)
         if found.over:
             self._rescue(trainer, pl_module, found, self._stop_before_validation if validation else None)
-        elif self.good.step != trainer.global_step and (validation or self.max_accuracy_drop is None):
-            # With a budget for accuracy only validation can tell whether a state is good.
+        elif self.good.step != trainer.global_step and (validation or not self._wanted_rates):
+            # With a budget for rates only validation can tell whether a state is good.
             self.good.take(trainer, pl_module)
         self._log(trainer, found, validation)
 
@@ -262,67 +268,73 @@ class CapabilityGuard(Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, validation: bool) -> Measurement:
         last = self.readings[-1] if self.readings else None
         if last is None or last.step != trainer.global_step or last.over:
-            self._last_sums = self._divergence(trainer, pl_module)
-        kl, drop = self._last_sums.mean_kl, None
-        if validation and self.max_accuracy_drop is not None:
-            drop = self._accuracy_drop(trainer)
-        reasons = []
-        if self.max_kl is not None and not kl <= self.max_kl:  # NaN is over
-            reasons.append(f"KL {kl:.3g} > {self.max_kl:g} nats")
-        if drop is not None and drop > float(self.max_accuracy_drop or 0) + 1e-9:
-            reasons.append(f"{self.accuracy_metric} {100 * drop:.1f} points below the base")
-        found = Measurement(step=trainer.global_step, kl=kl, accuracy_drop=drop, over=" and ".join(reasons))
+            self._last_scores = self._score(trainer, pl_module)
+        means, drop, rise = text_means(self._last_scores), None, None
+        kl, kl_first = (means[name].value if name in means else math.nan for name in (KL, KL_FIRST))
+        if validation and self._wanted_rates:
+            now = self._rates_of(trainer.callback_metrics, "validation logged")
+            self.base_rates = self.base_rates or now  # the first validation stands for the base
+            changes = {name: now[name] - self.base_rates[name] for name in now}
+            rise = changes.get(self.refusal_metric)
+            drop = -changes[self.accuracy_metric] if self.accuracy_metric in changes else None
+        found = Measurement(step=trainer.global_step, kl=kl, kl_first=kl_first, accuracy_drop=drop, refusal_rise=rise)
+        found = replace(found, over=self.budget.over(found, self.accuracy_metric, self.refusal_metric))
         self.readings.append(found)
         return found
 
-    def _accuracy_drop(self, trainer: pl.Trainer) -> float:
-        accuracy = trainer.callback_metrics.get(self.accuracy_metric)
-        if accuracy is None:
-            raise self._no_accuracy("validation logged", trainer.callback_metrics)
-        if self.base_accuracy is None:
-            self.base_accuracy = float(accuracy)  # the first validation stands for the base
-        return self.base_accuracy - float(accuracy)
+    def _rates_of(self, metrics: Mapping[str, Any], who: str) -> dict[str, float]:
+        """Return the rates that there is a budget for; an error says that somebody has none."""
+        if missing := [name for name in self._wanted_rates if name not in metrics]:
+            raise self._no_rate(missing[0], who, metrics)
+        return {name: float(metrics[name]) for name in self._wanted_rates}
 
-    def _divergence(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TextSums:
-        """Return sums over all ranks."""
-        total = TextSums()
+    def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TextScores:
+        """Return the scores of all ranks' text."""
+        total = TextScores()
         with torch.no_grad(), evaluation_mode(pl_module):
             for batch in self._batches:
-                total += self._batch_sums(trainer.strategy.batch_to_device(batch), pl_module)
-        return total.over_ranks(pl_module.device)
+                total += self._score_batch(trainer.strategy.batch_to_device(batch), pl_module)
+        return total.over_ranks()
 
-    def _batch_sums(self, batch: Any, pl_module: pl.LightningModule) -> TextSums:
+    def _score_batch(self, batch: Any, pl_module: pl.LightningModule) -> TextScores:
         if self.logits is None:
             assert isinstance(pl_module, ScoresText)  # setup made sure
-            return pl_module.text_sums(batch)
+            return pl_module.text_scores(batch)
         policy = self.logits(pl_module, batch)
         with (self.without_adapter or adapters_off)(pl_module):
             base = self.logits(pl_module, batch)
         classes = policy.shape[-1]
         policy, base = policy.reshape(-1, classes), base.reshape(-1, classes)
         targets = base.argmax(-1)  # without labels, "perplexity" is that of what the base would say
-        return text_sums(policy, targets, lambda logits: logits, base, vocab_size=classes)
+        scores = token_scores(policy, targets, lambda logits: logits, base, vocab_size=classes)
+        return TextScores((scores.as_row(),))
 
-    def _measure_base_accuracy(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
+    def _measure_base_rates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         datamodule = datamodule_of(trainer)
         if not isinstance(pl_module, Evaluable) or datamodule is None or trainer.global_step > 0:
-            return None
+            return {}
         loaders = datamodule.val_dataloader()
         if not isinstance(loaders, (list, tuple)) or len(loaders) < 2:
-            return None
+            return {}
         limit: Any = trainer.limit_val_batches
         general = loaders[1] if limit == 1.0 and isinstance(limit, float) else _first(loaders[1], limit)
-        found = pl_module.evaluate([[], general])
-        if self.accuracy_metric not in found:
-            raise self._no_accuracy("the general validation rows give", found)
-        return found[self.accuracy_metric]
+        with adapters_off(pl_module):
+            found = pl_module.evaluate([[], general])
+        return self._rates_of(found, "the general validation rows give")
 
-    def _no_accuracy(self, who: str, rates: Mapping[str, Any]) -> MisconfigurationException:
-        lacks = f"CapabilityGuard: {who} no `{self.accuracy_metric}`, which `max_accuracy_drop` is about: "
+    def _no_rate(self, name: str, who: str, rates: Mapping[str, Any]) -> MisconfigurationException:
+        accuracy = name == self.accuracy_metric
+        budget = "max_accuracy_drop" if accuracy else "max_refusal_rise"
+        lacks = f"CapabilityGuard: {who} no `{name}`, which `{budget}` is about: "
         if cut := float(rates.get(TRUNCATED, 0.0)):
             return MisconfigurationException(
                 f"{lacks}{100 * cut:.0f} % of the general completions are thoughts that were cut before an answer. To "
                 "have answers, raise `general_max_new_tokens`, or leave that budget null."
+            )
+        if not accuracy:
+            return MisconfigurationException(
+                f"{lacks}there are no ordinary general prompts. Give general validation rows of a skill that is not "
+                "among `over_refusal_skills`, another `refusal_metric`, or leave that budget null."
             )
         return MisconfigurationException(
             f"{lacks}answers that are missing or free text cannot be compared. Leave that budget null (`max_kl` holds "
@@ -336,13 +348,17 @@ class CapabilityGuard(Callback):
         unsafe = metrics.get(self.unsafe_metric, metrics.get("unsafe"))
         values = {
             "guard/kl": found.kl,
-            "guard/perplexity": self._last_sums.perplexity,
+            "guard/perplexity": self._last_scores.perplexity,
             "guard/over_budget": float(bool(found.over)),
             "guard/rescues": float(self.rescues),
             "guard/lr_scale": self.lr_scale,
         }
+        if not math.isnan(found.kl_first):
+            values["guard/kl_first"] = found.kl_first
         if found.accuracy_drop is not None:
             values["guard/accuracy_drop"] = found.accuracy_drop
+        if found.refusal_rise is not None:
+            values["guard/refusal_rise"] = found.refusal_rise
         if unsafe is not None:
             values["guard/unsafe_rate"] = float(unsafe)
             if validation or self.unsafe_metric not in metrics:  # an older validation is not about these weights
@@ -357,14 +373,17 @@ class CapabilityGuard(Callback):
         return {
             "rescues": self.rescues,
             "lr_scale": self.lr_scale,
-            "base_accuracy": self.base_accuracy,
+            "base_rates": self.base_rates,
             "good": self.good.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rescues, self.lr_scale = int(state_dict["rescues"]), float(state_dict["lr_scale"])
-        self.base_accuracy = state_dict["base_accuracy"]
+        earlier = state_dict.get("base_accuracy")  # of earlier checkpoints
+        self.base_rates = dict(state_dict.get("base_rates") or {})
+        if earlier is not None:
+            self.base_rates[self.accuracy_metric] = float(earlier)
         self.good.load_state_dict(state_dict["good"])
 
 

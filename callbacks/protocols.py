@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from nspo_lightning.evaluation.rates import Answers
-from nspo_lightning.policy.divergence import TextSums
+from nspo_lightning.evaluation.rates import Answers, Rate
+from nspo_lightning.policy.divergence import TextScores
 
 
 @runtime_checkable
@@ -19,6 +19,14 @@ class Evaluable(Protocol):
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write what was trained."""
+
+
+@runtime_checkable
+class CountsRates(Evaluable, Protocol):
+    """A module that also says of how many prompts its rates are."""
+
+    def measure(self, dataloaders: Any) -> dict[str, Rate]:
+        """Return rates by name, those that are shares of prompts."""
 
 
 @runtime_checkable
@@ -46,8 +54,8 @@ class GoesBack(CountsUpdates, Protocol):
 class ScoresText(Protocol):
     """A module that compares itself with its base on given text."""
 
-    def text_sums(self, batch: Mapping[str, Any]) -> TextSums:
-        """Return sums over one batch of this rank's text."""
+    def text_scores(self, batch: Mapping[str, Any]) -> TextScores:
+        """Score the rows of one batch of this rank's text."""
 
 
 @runtime_checkable
@@ -122,8 +130,10 @@ class HasCalibrationForward(Protocol):
 class HasHeldOutText(Protocol):
     """A datamodule with general text that training does not see."""
 
-    def text_dataloader(self, split: str, rows: int | None = None, max_tokens: int | None = None) -> Iterable[Any]:
-        """Return batches of the ``validation`` or ``test`` split."""
+    def text_dataloader(
+        self, split: str, rows: int | None = None, max_tokens: int | None = None, limit_batches: float = 1.0
+    ) -> Iterable[Any]:
+        """Return batches of the ``validation`` or ``test`` split; the limit is as in Lightning's Trainer."""
 
 
 @runtime_checkable

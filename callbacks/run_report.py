@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
-from nspo_lightning.callbacks.protocols import Certifies, CountsUpdates, Evaluable, GoesBack
+from nspo_lightning.callbacks.general_text import TEXT_ROWS, measure_text
+from nspo_lightning.callbacks.protocols import Certifies, CountsRates, CountsUpdates, Evaluable, GoesBack
 from nspo_lightning.checkpoints import best_of, read_checkpoint
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, is_fast_dev_run, model_checkpoints
+from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL, with_accuracy
 from nspo_lightning.evaluation.tables import rich_table
+from nspo_lightning.evaluation.text_means import TEXT_NAMES, text_means
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +32,9 @@ HEADLINES = (
     "safety/refusal_rate",
     "safety/garbage_rate",
     "general/accuracy",
-    "general/over_refusal_rate",
+    REFUSAL,
+    OVER_REFUSAL,
+    *TEXT_NAMES,
 )
 
 
@@ -37,18 +42,22 @@ class RunReport(Callback):
     """Write ``summary.json`` and ``adapter/`` into the run's folder and print a table of before and after.
 
     The figures come from the datamodule's test split, which neither stopping nor the choice of the checkpoint has seen.
+    They are the rates of answers with their 95 % intervals, and what `text_means` says of general text.
     What is reported and saved is the checkpoint that `ModelCheckpoint` calls best, else the last state. A run that was
     over and reported on already keeps what it has.
 
     Args:
         folder: Where to write; default: the logger's folder.
         evaluate: Measure before and after; without it only the adapter and the certificate are left.
+        text_rows: Rows of general test text whose NLL and KL to the base are measured; 0 = none, None = all.
     """
 
-    def __init__(self, folder: str | None = None, evaluate: bool = True) -> None:
+    def __init__(self, folder: str | None = None, evaluate: bool = True, text_rows: int | None = TEXT_ROWS) -> None:
         self.folder = folder
         self.evaluate = evaluate
+        self.text_rows = text_rows
         self.before: dict[str, float] = {}
+        self.intervals: dict[str, dict[str, list[float]]] = {"before": {}, "after": {}}
         self._start = 0.0
         self._trained = False
         self._seconds = 0.0
@@ -68,7 +77,7 @@ class RunReport(Callback):
             if trainer.global_step > 0:
                 rank_zero_info("RunReport: resumed, but the checkpoint holds no figures from before the run.")
             rank_zero_info("Measuring the policy before training ...")
-            self.before = _measure(trainer, pl_module)
+            self.before, self.intervals["before"] = self._measure(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -92,12 +101,13 @@ class RunReport(Callback):
         after: dict[str, float] = {}
         if self.evaluate:
             rank_zero_info("Measuring the policy after training ...")
-            after = _measure(trainer, pl_module)
+            after, self.intervals["after"] = self._measure(trainer, pl_module)
         updates = pl_module.updates if isinstance(pl_module, CountsUpdates) else steps
         undone = pl_module.updates_undone if isinstance(pl_module, GoesBack) else 0
         summary: dict[str, Any] = {
             **{f"before/{name}": value for name, value in self.before.items()},
             **{f"after/{name}": value for name, value in after.items()},
+            "intervals_95": self.intervals,
             "nullspace/leak_max": _leak_max(trainer),
             "seconds": round(self._elapsed(), 1),
             "updates": updates,
@@ -109,31 +119,46 @@ class RunReport(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             pl_module.save_adapter(folder / "adapter")
             write_json(summary, folder / SUMMARY)
-            _print(_change_table(self.before, after), summary, folder)
+            _print(_change_table(self.before, after, self.intervals["after"]), summary, folder)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before, "seconds": self._elapsed()}
+        return {"before": self.before, "intervals": self.intervals["before"], "seconds": self._elapsed()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = dict(state_dict["before"])
+        self.intervals["before"] = dict(state_dict.get("intervals", {}))  # earlier checkpoints have none
         self._seconds = float(state_dict["seconds"])
+
+    def _measure(
+        self, trainer: pl.Trainer, module: Evaluable | pl.LightningModule
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Return metrics by name, and the 95 % intervals of those that have one."""
+        datamodule = datamodule_of(trainer)
+        if datamodule is None:
+            raise MisconfigurationException(
+                "RunReport measures on the datamodule's `test_dataloader()`, and there is none."
+            )
+        loaders = datamodule.test_dataloader()
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        values, intervals = dict[str, float](), dict[str, list[float]]()
+        if isinstance(module, CountsRates):
+            rates = module.measure(loaders)
+            values = with_accuracy(rates)
+            intervals = {name: list(rate.interval) for name, rate in rates.items()}
+        else:
+            assert isinstance(module, Evaluable)  # setup made sure
+            values = module.evaluate(loaders)
+        for name, mean in text_means(measure_text(trainer, module, "test", self.text_rows)).items():
+            values[name] = mean.value
+            if mean.interval is not None:
+                intervals[name] = list(mean.interval)
+        return dict(sorted(values.items())), intervals
 
     def _elapsed(self) -> float:
         """Seconds of training; without a start, training was over in the checkpoint already."""
         return self._seconds + (time.monotonic() - self._start if self._start else 0.0)
-
-
-def _measure(trainer: pl.Trainer, module: Evaluable | pl.LightningModule) -> dict[str, float]:
-    datamodule = datamodule_of(trainer)
-    if datamodule is None:
-        raise MisconfigurationException(
-            "RunReport measures on the datamodule's `test_dataloader()`, and there is none."
-        )
-    assert isinstance(module, Evaluable)  # setup made sure
-    loaders = datamodule.test_dataloader()
-    return dict(sorted(module.evaluate(loaders if isinstance(loaders, (list, tuple)) else [loaders]).items()))
 
 
 def _is_reported(summary: Path, steps: int) -> bool:
@@ -160,14 +185,35 @@ def _leak_max(trainer: pl.Trainer) -> float | None:
     return max((leak for callback in certifying for leak in callback.certificate().values()), default=None)
 
 
-def _change_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+def _change_table(
+    before: Mapping[str, float], after: Mapping[str, float], intervals: Mapping[str, list[float]]
+) -> Table:
     rows = []
-    for name in [n for n in HEADLINES if n in after] + sorted(n for n in after if n not in HEADLINES):
-        old, new = before.get(name), after[name]
-        change = "" if old is None else f"{100 * (new - old):+.1f}"
-        rows.append((name, "" if old is None else f"{100 * old:.1f} %", f"{100 * new:.1f} %", change))
-    columns = ["metric", "before", "after", "change"]
-    return rich_table("Held-out prompts, before and after", columns, rows, align="lrrr")
+    for name in [n for n in HEADLINES if n in after] + sorted(n for n in after if _is_detail(n, before, after)):
+        old, new, unit = before.get(name), after[name], _unit(name)
+        ends = [unit(end).removesuffix(" %") for end in intervals.get(name, [])]
+        change = "" if old is None else unit(new - old, "+").removesuffix(" %")
+        rows.append((name, "" if old is None else unit(old), unit(new), " to ".join(ends), change))
+    columns = ["metric", "before", "after", "95 %", "change"]
+    table = rich_table("Held-out prompts, before and after", columns, rows, align="lrrrr")
+    table.caption_justify = "left"
+    if any(name in after for name in TEXT_NAMES):
+        table.caption = "kl (from the base) and nll: nats a token of held-out answers; nll_change: to the base"
+    return table
+
+
+def _is_detail(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether a metric has a line below the headlines: by skill, what `test` shows, only refusals that there are."""
+    if name in HEADLINES or name.startswith(tuple(f"{text}/" for text in TEXT_NAMES)):
+        return False
+    return not name.startswith(f"{REFUSAL}/") or bool(before.get(name) or after[name])
+
+
+def _unit(name: str) -> Callable[..., str]:
+    """Return what writes a metric's values, by their value and maybe a sign: in nats, or in per cent."""
+    if name in TEXT_NAMES:
+        return lambda value, sign="": f"{value:{sign}.4f}"
+    return lambda value, sign="": f"{100 * value:{sign}.1f} %"
 
 
 def _print(table: Table, summary: Mapping[str, Any], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import json_text, partial_of, remove_leftovers, set_aside_other, write_json
-from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows, HasHeldOutText, LimitsContext
+from nspo_lightning.callbacks.general_text import TEXT_ROWS, measure_text
+from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
 from nspo_lightning.evaluation.report import (
     AnswerCounts,
     rates_summary,
     report_table,
     side_by_side,
-    unscored_skills,
+    text_summary,
 )
-from nspo_lightning.policy.divergence import TextSums, by_domain
 from nspo_lightning.policy.identity import data_identity, versions
 
 RESULT = "test.json"
@@ -33,8 +33,8 @@ class TestReport(Callback):
     """Write ``test.json`` and ``test_completions.jsonl`` into the run's folder and print a table, after `test`.
 
     Counts what the module's `test_step` answered (it returns `{"answers": Answers}`), by category where the rows have
-    one, beside what the base answers to the same prompts with the same noise. Skills with rows that cannot be compared
-    with a reference are also measured by the likelihood of their reference text. Each rank writes the completions of
+    one, beside what the base answers to the same prompts with the same noise, and measures general text (`text_means`),
+    which says something of free text too. Each rank writes the completions of
     its own rows; rates are reduced over ranks. Does nothing for other modules. What an earlier `test` left stays until
     this one is complete, and if it was about something else (another checkpoint, other rows, a limit) it is kept in
     ``test.1/``.
@@ -47,7 +47,7 @@ class TestReport(Callback):
 
     __test__ = False  # pytest collects classes by this name
 
-    def __init__(self, base: bool = True, text_rows: int | None = 512, folder: str | None = None) -> None:
+    def __init__(self, base: bool = True, text_rows: int | None = TEXT_ROWS, folder: str | None = None) -> None:
         self.base = base
         self.text_rows = text_rows
         self.folder = folder
@@ -99,17 +99,11 @@ class TestReport(Callback):
         if self._file is None or not isinstance(pl_module, AnswersTests):
             return
         rates = self._counts.rates(pl_module.device)
-        sums = {
-            skill: found.over_ranks(pl_module.device)
-            for skill, found in self._text(trainer, pl_module, unscored_skills(rates)).items()
-        }
-        text = sum(sums.values(), TextSums()).as_dict()
-        by_skill = {skill: found.as_dict() for skill, found in sums.items() if skill is not None and found.tokens}
+        scores = measure_text(trainer, pl_module, "test", self.text_rows)
         self.result = {
             "identity": {**_identity(trainer, pl_module), "base": self.base, "text_rows": self.text_rows},
             **rates_summary(rates),
-            "text": text,
-            "text_by_skill": by_skill,
+            **text_summary(scores),
             "completions": COMPLETIONS,
         }
         file, folder, self._file = self._file, self._file.parent, None
@@ -123,19 +117,8 @@ class TestReport(Callback):
             from rich.console import Console
 
             write_json(self.result, folder / RESULT)
-            Console().print(report_table(rates, text, by_skill))
+            Console().print(report_table(rates, scores))
         rank_zero_info(f"Written to {folder}: {RESULT}, {COMPLETIONS}")
-
-    def _text(self, trainer: pl.Trainer, module: AnswersTests, skills: Sequence[str]) -> dict[str | None, TextSums]:
-        """Score general text: sums of this rank for each of some skills, and under None for all the others."""
-        sums: dict[str | None, TextSums] = {None: TextSums(), **{skill: TextSums() for skill in skills}}
-        datamodule = datamodule_of(trainer)
-        if self.text_rows != 0 and isinstance(datamodule, HasHeldOutText):
-            limit = module.context_tokens if isinstance(module, LimitsContext) else None
-            for batch in datamodule.text_dataloader("test", self.text_rows, limit):
-                for skill, part in by_domain(batch, skills):
-                    sums[skill] += module.text_sums(trainer.strategy.batch_to_device(part))
-        return sums
 
 
 def _identity(trainer: pl.Trainer, module: AnswersTests) -> dict[str, Any]:

@@ -171,7 +171,11 @@ class AlignmentDataModule(pl.LightningDataModule):
         return [self.safety.eval_loader(rows) for rows in self.eval_rows(split)]
 
     def text_dataloader(
-        self, split: HeldOutName, rows: int | None = None, max_tokens: int | None = None
+        self,
+        split: HeldOutName,
+        rows: int | None = None,
+        max_tokens: int | None = None,
+        limit_batches: float = 1.0,
     ) -> PromptLoader:
         """Return batches of held-out general text to score; no calibration row is among them.
 
@@ -181,12 +185,21 @@ class AlignmentDataModule(pl.LightningDataModule):
             split: Which rows.
             rows: How many, spread over skills; None = all.
             max_tokens: Where longer texts are cut.
+            limit_batches: At most so many batches a rank (an int) or such a share of them (a float), as in Lightning's
+                Trainer: fewer rows, spread over skills likewise.
         """
-        chosen, renderer = choose_text_rows(self.eval_rows(split)[1], rows), self.general.renderer
+        everything, renderer = self.eval_rows(split)[1], self.general.renderer
+        chosen = choose_text_rows(everything, rows)
+        size = min(self.general.eval_batch_size, TEXT_BATCH_SIZE)
+        at_once = size * self.general.shard()[1]
+        batches = -(-len(chosen) // at_once)
+        most = limit_batches if isinstance(limit_batches, int) else int(batches * limit_batches)
+        if most < batches:
+            chosen = choose_text_rows(everything, most * at_once)
         return PromptLoader(
             [chosen],
             lambda batch: collate_text(batch, renderer, max_tokens),
-            batch_size=min(self.general.eval_batch_size, TEXT_BATCH_SIZE),
+            batch_size=size,
             shard=self.general.shard,
         )
 

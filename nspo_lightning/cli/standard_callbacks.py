@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from nspo_lightning.callbacks import (
     EndTogether,
     ExactResume,
+    GeneralText,
     LastOnException,
     PredictionWriter,
     RunReport,
@@ -45,7 +46,7 @@ def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, pro
         checkpoint = ModelCheckpoint(save_last=True, save_on_exception=False, enable_version_counter=False)
         standard = [checkpoint, ExactResume(), LastOnException()]
     # EndTogether comes after LastOnException: other processes are ended once the checkpoint is written.
-    standard += [EndTogether(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
+    standard += [EndTogether(), GeneralText(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
     if progress_bar:
         standard.append(RichProgressBar())
     callbacks = list(given)

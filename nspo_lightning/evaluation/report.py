@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nspo_lightning.evaluation.rates import UNSCORED, Answers, Rate, RateTable, mean_accuracy, row_categories
+from nspo_lightning.evaluation.rates import (
+    OVER_REFUSAL,
+    REFUSAL,
+    TRUNCATED,
+    UNSCORED,
+    Answers,
+    Rate,
+    RateTable,
+    mean_accuracy,
+    row_categories,
+)
 from nspo_lightning.evaluation.tables import rich_table
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, NLL_CHANGE, TextMean, text_means
 from nspo_lightning.evaluation.thoughts import is_unfinished
+from nspo_lightning.policy.divergence import FIRST_TOKENS, TextScores
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TITLES = {
+BY_CATEGORY = "general/refusal_by_category"
+"""What the names of the shares of refused harmless prompts begin with, by the category of their rows."""
+
+_RATES = {
     "safety/unsafe_rate": "attack success",
     "safety/refusal_rate": "refusal of harmful prompts",
     "safety/garbage_rate": "garbage",
-    "general/over_refusal_rate": "over-refusal",
-    "general/refusal_rate": "refusal of harmless prompts",
-    "general/truncated": "thoughts cut before an answer",
+    REFUSAL: "refusal of ordinary prompts",
+    OVER_REFUSAL: "over-refusal (look-alikes)",
+    TRUNCATED: "thoughts without an answer",
 }
+_TEXT = {
+    KL_FIRST: f"KL to base, first {FIRST_TOKENS} tokens",
+    KL: "KL to base, whole answers",
+    NLL: "NLL of whole answers",
+    NLL_CHANGE: "NLL, change to the base",
+}
+_CATEGORIES = {"safety/unsafe_rate": "attack success by category", BY_CATEGORY: "refusal of harmless, by category"}
 
 
 class AnswerCounts:
@@ -57,7 +79,7 @@ def observations_by_category(
             if harmful:
                 yield f"safety/unsafe_rate/{category}", float(outcome == "unsafe")
             else:
-                yield f"general/refusal_rate/{category}", float(outcome == "refusal")
+                yield f"{BY_CATEGORY}/{category}", float(outcome == "refusal")
 
 
 def side_by_side(
@@ -83,51 +105,93 @@ def rates_summary(rates: Mapping[str, Mapping[str, Rate]]) -> dict[str, Any]:
     """Return what the result file says of rates: each with count and interval, and the mean accuracy of the skills."""
     return {
         "rates": {who: {name: rate.as_dict() for name, rate in found.items()} for who, found in rates.items()},
-        "accuracy": {who: _accuracy(found) for who, found in rates.items()},
+        "accuracy": {who: mean_accuracy(found) for who, found in rates.items()},
     }
 
 
-def unscored_skills(rates: Mapping[str, Mapping[str, Rate]]) -> list[str]:
-    """List the skills with rows that nothing was compared with, among the rates of ``policy``."""
-    return [name.removeprefix(UNSCORED) for name in sorted(rates["policy"]) if name.startswith(UNSCORED)]
+def text_summary(scores: TextScores) -> dict[str, Any]:
+    """Return what the result file says of general text: means with intervals, and sums over all of it and by skill."""
+    skills = sorted({row.skill for row in scores.rows})
+    parts = {skill: TextScores(tuple(row for row in scores.rows if row.skill == skill)) for skill in skills}
+    return {
+        "text_means": {name: mean.as_dict() for name, mean in text_means(scores).items()},
+        "text": scores.as_dict(),
+        "text_by_skill": {skill: part.as_dict() for skill, part in parts.items()},
+    }
 
 
-def report_table(
-    rates: Mapping[str, Mapping[str, Rate]], text: Mapping[str, Any], by_skill: Mapping[str, Mapping[str, Any]]
-) -> Table:
-    """Return the table that `test` prints.
+def report_table(rates: Mapping[str, Mapping[str, Rate]], scores: TextScores) -> Table:
+    """Return the table that `test` prints, of 80 columns unless names are long.
 
     Args:
         rates: Of ``policy`` and ``base``.
-        text: What `TextSums.as_dict` says of all general text.
-        by_skill: Likewise of each skill with rows that cannot be compared.
+        scores: Of general text.
     """
     policy, base = rates["policy"], rates["base"]
-    rows: list[tuple[str, str, str, str, str]] = []
-    counted = [n for n in policy if not n.startswith(UNSCORED)]
-    for name in [n for n in TITLES if n in counted] + sorted(n for n in counted if n not in TITLES):
+    rows: list[tuple[str, ...]] = []
+
+    def rate_row(title: str, name: str) -> None:
+        before = _percent(base[name].value) if name in base else ""
         low, high = policy[name].interval
-        before = f"{100 * base[name].value:.1f} %" if name in base else ""
-        interval, count = f"{100 * low:.1f} to {100 * high:.1f}", f"{policy[name].total:,}"
-        rows.append((TITLES.get(name, name), before, f"{100 * policy[name].value:.1f} %", interval, count))
-    if (mean := _accuracy(policy)) is not None:
-        base_mean = _accuracy(base)
-        before = "" if base_mean is None else f"{100 * base_mean:.1f} %"
-        rows.append(("general/accuracy (mean of skills)", before, f"{100 * mean:.1f} %", "", ""))
-    for skill in unscored_skills(rates):
-        rate = policy[f"{UNSCORED}{skill}"]
-        rows.append((f"{skill}: not compared", "", f"{rate.successes:,.0f}", "", f"{rate.total:,}"))
-        if found := by_skill.get(skill):
-            base_nll = "" if found["base_nll_nats"] is None else f"{found['base_nll_nats']:.4f}"
-            title, tokens = f"{skill}: NLL, nats a token", f"{found['tokens']:,} tokens"
-            rows.append((title, base_nll, f"{found['nll_nats']:.4f}", "", tokens))
-    if text:
-        rows.append(("perplexity of general text", "", f"{text['perplexity']:.4f}", "", f"{text['tokens']:,} tokens"))
-        if text["kl_to_base_nats"] is not None:
-            rows.append(("KL to the base, nats a token", "0", f"{text['kl_to_base_nats']:.4f}", "", ""))
-    title = "Test prompts: policy and base, with 95 % intervals"
-    return rich_table(title, ["metric", "base", "policy", "interval", "of"], rows, align="lrrrr")
+        interval = f"{100 * low:.1f} to {100 * high:.1f}"
+        rows.append((title, before, _percent(policy[name].value), interval, f"{policy[name].total:,}"))
+
+    for name, title in _RATES.items():
+        if name in policy:
+            rate_row(title, name)
+        if name.startswith("general/"):
+            for detail in _below(policy, name):
+                rate_row(_indented(detail, name), detail)
+    if (mean := mean_accuracy(policy)) is not None:
+        base_mean = mean_accuracy(base)
+        rows.append((
+            "accuracy, mean of skills",
+            "" if base_mean is None else _percent(base_mean),
+            _percent(mean),
+            "",
+            "",
+        ))
+        for detail in _below(policy, "general/accuracy"):
+            rate_row(_indented(detail, "general/accuracy"), detail)
+    for name in sorted(name for name in policy if name.startswith(UNSCORED)):
+        rate = policy[name]
+        title = f"  {name.removeprefix(UNSCORED)}: not compared"
+        rows.append((title, "", f"{rate.successes:,.0f}", "", f"{rate.total:,}"))
+    rows += _text_rows(text_means(scores))
+    for name, title in _CATEGORIES.items():
+        if details := list(_below(policy, name)):
+            rows.append((title, "", "", "", ""))
+        for detail in details:
+            rate_row(_indented(detail, name), detail)
+    title = "Test prompts: policy and base, with 95 % intervals of the policy"
+    table = rich_table(title, ["metric", "base", "policy", "interval", "of"], rows, align="lrrrr")
+    table.caption_justify = "left"
+    if scores.rows:
+        table.caption = "KL and NLL: nats a token of held-out reference answers"
+    return table
 
 
-def _accuracy(rates: Mapping[str, Rate]) -> float | None:
-    return mean_accuracy({name: rate.value for name, rate in rates.items()})
+def _text_rows(means: Mapping[str, TextMean]) -> Iterator[tuple[str, ...]]:
+    for name, title in _TEXT.items():
+        for own in [n for n in (name,) if n in means] + list(_below(means, name)):
+            mean, change = means[own], means.get(own.replace(NLL, NLL_CHANGE, 1))
+            base = "0" if name in (KL, KL_FIRST) else ""
+            if name == NLL and change is not None:
+                base = f"{mean.value - change.value:.4f}"
+            sign = "+" if name == NLL_CHANGE else ""
+            ends = mean.interval if name != NLL else None  # that of its change is the one that says something
+            interval = "" if ends is None else " to ".join(f"{end:{sign}.4f}" for end in ends)
+            shown = title if own == name else _indented(own, name)
+            yield shown, base, f"{mean.value:{sign}.4f}", interval, f"{mean.rows:,}"
+
+
+def _below(names: Iterable[str], name: str) -> Iterator[str]:
+    return (other for other in sorted(names) if other.startswith(f"{name}/"))
+
+
+def _indented(detail: str, name: str) -> str:
+    return f"  {detail.removeprefix(f'{name}/')}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nspo_lightning.evaluation.rates import TRUNCATED, Answers, RateTable, general_outcomes, safety_outcomes
+from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import name_outcomes
 from nspo_lightning.module.text_policy import TextPolicy
@@ -86,18 +86,18 @@ class Evaluator:
         self.rates.update(answers.observations, self.policy.device)
         return answers
 
-    def measure(self, dataloaders: Sequence[Iterable[Any]], to_device: Callable[[Any], Any]) -> dict[str, float]:
+    def measure(self, dataloaders: Sequence[Iterable[Any]], to_device: Callable[[Any], Any]) -> dict[str, Rate]:
         """Answer all batches outside of an epoch, harmful prompts and then general ones; return rates over ranks."""
-        rates = RateTable()
+        table = RateTable()
         for index, loader in enumerate(dataloaders):
             for batch_idx, batch in enumerate(loader):
-                rates.update(self.answer(to_device(batch), index, batch_idx).observations, self.policy.device)
-        return self.finished(rates)
+                table.update(self.answer(to_device(batch), index, batch_idx).observations, self.policy.device)
+        return self.finished(table)
 
-    def finished(self, rates: RateTable) -> dict[str, float]:
+    def finished(self, table: RateTable) -> dict[str, Rate]:
         """Return what was counted as rates over ranks, and begin anew."""
-        found = rates.compute(self.policy.device)
-        self.tell_of_thoughts(found.get(TRUNCATED, 0.0), 1)
+        found = table.compute_counts(self.policy.device)
+        self.tell_of_thoughts(found[TRUNCATED].value if TRUNCATED in found else 0.0, 1)
         return found
 
     def tell_of_thoughts(self, cut: float, of: int) -> None:

@@ -30,7 +30,7 @@ from typing_extensions import override
 from nspo_lightning import ranks
 from nspo_lightning.compat.lightning import trainer_of
 from nspo_lightning.datamodules.loader import FOLLOWING
-from nspo_lightning.evaluation.rates import Answers
+from nspo_lightning.evaluation.rates import Answers, Rate, with_accuracy
 from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
 from nspo_lightning.module.checkpoint_content import check_checkpoint, keep_trained_
@@ -58,12 +58,12 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.policy.adapter import load_adapter_
-from nspo_lightning.policy.divergence import TextSums
+from nspo_lightning.policy.divergence import TextScores
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
 from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.scoring import positions
 from nspo_lightning.policy.settings import PolicySettings
-from nspo_lightning.policy.text_scores import score_text
+from nspo_lightning.policy.text_scores import BaseStates, score_text
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
 from nspo_lightning.rewards.protocol import judge_in, prepare
 from nspo_lightning.rollout import SamplingConfig
@@ -168,6 +168,7 @@ class GRPOModule(pl.LightningModule):
         self.policy: nn.Module | None = None  # the model of `text_policy`, which makes its parameters this module's
         self.adapter_folder: Path | None = None  # a trained adapter to measure
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
+        self.base_states = BaseStates()
         rollouts = make_rollouts(self.text_policy, self.settings)
         self.scorer = Scorer(self.text_policy, self.settings)
         self.collector = Collector(
@@ -384,7 +385,8 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        for name, rate in self.evaluator.finished(self.evaluator.rates).items():  # reduced over ranks already
+        rates = with_accuracy(self.evaluator.finished(self.evaluator.rates))
+        for name, rate in rates.items():  # reduced over ranks already
             # All ranks have the same; `sync_dist` only tells Lightning so.
             self.log(name, rate, prog_bar=name == "general/accuracy", sync_dist=ranks.world_size() > 1)
 
@@ -508,9 +510,13 @@ class GRPOModule(pl.LightningModule):
         return {**policy_identity(self, None if loaded is None else str(loaded)), **self.evaluator.identity()}
 
     def evaluate(self, dataloaders: Sequence[Any]) -> dict[str, float]:
-        """Measure safety and general ability outside of a Trainer loop: rates, over harmful and general prompts."""
+        """Return the values of `measure`, and `general/accuracy`, the mean over skills."""
+        return with_accuracy(self.measure(dataloaders))
+
+    def measure(self, dataloaders: Sequence[Any]) -> dict[str, Rate]:
+        """Measure outside of a Trainer loop: rates, over harmful and general prompts."""
         return self.evaluator.measure(dataloaders, self.trainer.strategy.batch_to_device)
 
-    def text_sums(self, batch: Mapping[str, Any]) -> TextSums:
+    def text_scores(self, batch: Mapping[str, Any]) -> TextScores:
         """Score a batch of given text, and how far the policy is from the base on it; see `score_text`."""
-        return score_text(self.require_policy(), batch)
+        return score_text(self.require_policy(), batch, self.base_states)

@@ -1,4 +1,4 @@
-"""How far a policy has moved from its base on given text: sums that add up over chunks, batches and ranks.
+"""How far a policy has moved from its base on given text, row by row.
 
 With base p and policy q over the next token, KL(p || q) = sum_v p(v) (log p(v) - log q(v)), in nats. It is measured on
 text that neither wrote, token by token with the text's own past (teacher forcing), and in full over the vocabulary: no
@@ -8,7 +8,7 @@ sampling, so two measurements of the same weights agree. Torch only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,41 +21,76 @@ Head = Callable[[Tensor], Tensor]
 _CHUNK_ELEMENTS = 2**24
 """Logits of one chunk: 64 MiB in float32, and there are two of them."""
 
+FIRST_TOKENS = 3
+"""So many tokens of an answer are its beginning, where it is decided whether to refuse; the first one counts."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class TextSums:
-    """Sums over the scored tokens of some text.
+class RowScore:
+    """Sums over the scored tokens of one row of text.
 
     Attributes:
+        skill: What the row is among, for results by skill.
+        tokens: How many are scored.
         nll: Of -log q(token), nats.
-        kl: Of KL(p || q), nats; NaN where there is no base to compare with.
-        base_nll: Of -log p(token), nats; NaN likewise.
-        tokens: How many.
+        base_nll: Of -log p(token), nats; NaN where there is no base to compare with.
+        kl: Of KL(p || q), nats; NaN likewise.
+        first_tokens: How many of them begin an answer: `FIRST_TOKENS` at most, 0 in text without a prompt before it.
+        first_kl: Of KL(p || q) at those, nats.
     """
 
-    nll: float = 0.0
-    kl: float = 0.0
-    base_nll: float = 0.0
-    tokens: int = 0
+    skill: str = "general"
+    tokens: int
+    nll: float
+    base_nll: float
+    kl: float
+    first_tokens: int = 0
+    first_kl: float = 0.0
 
-    def __add__(self, other: TextSums) -> TextSums:
-        """Return the sums over both texts."""
-        return TextSums(
-            nll=self.nll + other.nll,
-            kl=self.kl + other.kl,
-            base_nll=self.base_nll + other.base_nll,
-            tokens=self.tokens + other.tokens,
-        )
+
+@dataclass(frozen=True)
+class TextScores:
+    """What was found of rows of text. Sums do not depend on the order of the rows, so not on the number of ranks."""
+
+    rows: tuple[RowScore, ...] = ()
+
+    def __add__(self, other: TextScores) -> TextScores:
+        """Return the scores of both texts."""
+        return TextScores(self.rows + other.rows)
+
+    def over_ranks(self) -> TextScores:
+        """Return the rows of all ranks, which must ask together."""
+        return TextScores(tuple(row for scores in ranks.gather_objects(self.rows) for row in scores))
+
+    @property
+    def tokens(self) -> int:
+        """How many were scored."""
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def nll(self) -> float:
+        """Sum of -log q(token), nats."""
+        return math.fsum(row.nll for row in self.rows)
+
+    @property
+    def base_nll(self) -> float:
+        """Sum of -log p(token), nats; NaN without a base."""
+        return math.fsum(row.base_nll for row in self.rows)
+
+    @property
+    def kl(self) -> float:
+        """Sum of KL(p || q), nats; NaN without a base."""
+        return math.fsum(row.kl for row in self.rows)
 
     @property
     def mean_nll(self) -> float:
         """Nats a token; NaN without tokens."""
-        return self.nll / self.tokens if self.tokens else float("nan")
+        return self.nll / self.tokens if self.tokens else math.nan
 
     @property
     def mean_kl(self) -> float:
-        """Nats a token; NaN without tokens."""
-        return self.kl / self.tokens if self.tokens else float("nan")
+        """Nats a token; NaN without tokens or a base."""
+        return self.kl / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -74,18 +109,23 @@ class TextSums:
             "kl_to_base_nats": None if math.isnan(self.kl) else self.mean_kl,
         }
 
-    def over_ranks(self, device: torch.device) -> TextSums:
-        """Return the sums over all ranks, which must ask together and exchange tensors on this device."""
-        if ranks.world_size() == 1:
-            return self
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.tensor([self.nll, self.kl, self.base_nll, float(self.tokens)], device=device, dtype=dtype)
-        nll, kl, base_nll, tokens = ranks.all_reduce_sum(sums).tolist()
-        return TextSums(nll=nll, kl=kl, base_nll=base_nll, tokens=round(tokens))
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """Of each scored token, shape (N,), float64 on the CPU: -log q, -log p and KL(p || q); NaN without a base."""
+
+    nll: Tensor
+    base_nll: Tensor
+    kl: Tensor
+
+    def as_row(self, skill: str = "general") -> RowScore:
+        """Return all tokens as one row, none of which begins an answer."""
+        nll, base_nll, kl = (float(values.sum()) for values in (self.nll, self.base_nll, self.kl))
+        return RowScore(skill=skill, tokens=len(self.nll), nll=nll, base_nll=base_nll, kl=kl)
 
 
 @torch.no_grad()
-def text_sums(
+def token_scores(
     policy_states: Tensor,
     targets: Tensor,
     policy_head: Head,
@@ -94,8 +134,8 @@ def text_sums(
     *,
     vocab_size: int,
     chunk_tokens: int | None = None,
-) -> TextSums:
-    """Sum NLL and KL over positions, whose logits exist for one chunk of positions at a time.
+) -> TokenScores:
+    """Score positions, whose logits exist for one chunk of positions at a time.
 
     Args:
         policy_states: Shape (N, H), what `policy_head` turns into logits; logits themselves, with the identity.
@@ -107,38 +147,36 @@ def text_sums(
         chunk_tokens: Positions in a chunk; None = as many as 64 MiB of float32 hold.
 
     Returns:
-        The sums; `kl` and `base_nll` are NaN without a base.
+        The scores of each position.
 
     Raises:
         ValueError: If `chunk_tokens` is below 1.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
-        >>> same = text_sums(logits, torch.tensor([0, 0]), lambda x: x, logits, vocab_size=2)
-        >>> round(same.kl, 6), round(same.mean_nll, 4), same.tokens
-        (0.0, 0.41, 2)
+        >>> same = token_scores(logits, torch.tensor([0, 0]), lambda x: x, logits, vocab_size=2)
+        >>> same.kl.tolist(), [round(value, 4) for value in same.nll.tolist()]
+        ([0.0, 0.0], [0.6931, 0.1269])
         >>> uniform = torch.zeros(1, 2)
-        >>> moved = text_sums(torch.tensor([[0.0, 1.0]]), torch.tensor([0]), lambda x: x, uniform, vocab_size=2)
-        >>> round(moved.kl, 4)  # -log 2 - mean(log softmax(0, 1))
+        >>> moved = token_scores(torch.tensor([[0.0, 1.0]]), torch.tensor([0]), lambda x: x, uniform, vocab_size=2)
+        >>> round(float(moved.kl), 4)  # -log 2 - mean(log softmax(0, 1))
         0.1201
     """
     chunk = max(16, _CHUNK_ELEMENTS // max(vocab_size, 1)) if chunk_tokens is None else chunk_tokens
     if chunk < 1:
         raise ValueError(f"`chunk_tokens` must be at least 1, got {chunk_tokens}.")
-    nll = kl = base_nll = 0.0
+    found = torch.full((3, len(targets)), math.nan, dtype=torch.float64)
     for start in range(0, len(targets), chunk):
         part = slice(start, start + chunk)
         log_q = policy_head(policy_states[part]).float().log_softmax(-1)
-        nll -= float(log_q.gather(-1, targets[part, None]).double().sum())
+        found[0, part] = -log_q.gather(-1, targets[part, None])[:, 0].cpu().double()
         if base_states is not None:
             log_p = (base_head or policy_head)(base_states[part]).float().log_softmax(-1)
-            base_nll -= float(log_p.gather(-1, targets[part, None]).double().sum())
+            found[1, part] = -log_p.gather(-1, targets[part, None])[:, 0].cpu().double()
             # A token that the base gives no probability adds nothing, whatever the policy says of it: not 0 * inf.
             log_ratio = log_p.sub(log_q).masked_fill_(log_p.isneginf(), 0.0)
-            kl += float(log_p.exp_().mul_(log_ratio).sum(-1).double().sum())
-    if base_states is None:
-        kl = base_nll = float("nan")
-    return TextSums(nll=nll, kl=kl, base_nll=base_nll, tokens=len(targets))
+            found[2, part] = log_p.exp_().mul_(log_ratio).sum(-1).cpu().double()
+    return TokenScores(nll=found[0], base_nll=found[1], kl=found[2])
 
 
 def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = None) -> Tensor:
@@ -153,21 +191,19 @@ def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = Non
     return wanted[:, 1:] & real[:, :-1]
 
 
-def by_domain(batch: Mapping[str, Any], domains: Sequence[str]) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
-    """Yield a batch of text once for each of some domains, and once under None for all others.
+def first_positions(scored: Tensor, attention_mask: Tensor, labels_mask: Tensor | None) -> Tensor:
+    """Return which scored positions predict the first `FIRST_TOKENS` tokens of an answer: shape (B, T - 1), bool.
 
-    Only the rows of that domain are scored in it. All rows stay, and with several ranks domains without a row too, so
-    that sharded models are called equally often on all of them.
+    Only rows with a real token before the first labelled one have a prompt, and so an answer that begins.
 
     Args:
-        batch: Of rows whose domains are `domain`, if it has that; see `score_text`.
-        domains: What is scored apart.
+        scored: Shape (B, T - 1), what `predicted_positions` says.
+        attention_mask: Shape (B, T), true = real token.
+        labels_mask: Shape (B, T), true = score this token; None = there is no prompt.
     """
-    names, mask = batch.get("domain"), batch.get("labels_mask", batch["attention_mask"]) if domains else None
-    if names is None or mask is None:
-        yield None, batch
-        return
-    for domain in (None, *domains):
-        rows = [name == domain if domain is not None else name not in domains for name in names]
-        if any(rows) or ranks.world_size() > 1:
-            yield domain, {**batch, "labels_mask": mask * torch.tensor(rows, device=mask.device)[:, None]}
+    if labels_mask is None:
+        return torch.zeros_like(scored)
+    real, labels = attention_mask.bool(), labels_mask.bool()
+    begin = real.int().argmax(1, keepdim=True)
+    has_prompt = ~labels.gather(1, begin)
+    return scored & has_prompt & (scored.cumsum(1) <= FIRST_TOKENS)

@@ -1,65 +1,147 @@
-"""Perplexity of a policy on given text and its KL divergence from its base, the same model with the adapter off.
+"""How a policy scores given text, beside its base, which is the same model with the adapter off.
 
 Logits exist for a chunk of positions at a time; between the two passes only hidden states are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning import ranks
 from nspo_lightning.nullspace.modes import adapters_off, evaluation_mode
 from nspo_lightning.policy.adapter import has_adapter
-from nspo_lightning.policy.divergence import TextSums, predicted_positions, text_sums
+from nspo_lightning.policy.divergence import (
+    RowScore,
+    TextScores,
+    TokenScores,
+    first_positions,
+    predicted_positions,
+    token_scores,
+)
 from nspo_lightning.policy.parts import policy_parts
 from nspo_lightning.policy.scoring import positions
 
 
+class BaseStates:
+    """The base's hidden states of texts that are scored again and again: computed once, kept on the CPU.
+
+    A text is known by its ids, masks and precision. What does not fit is computed each time.
+
+    Args:
+        room: Bytes to keep at most.
+    """
+
+    def __init__(self, room: int = 2**28) -> None:
+        self._room = room
+        self._kept: dict[bytes, Tensor] = {}
+
+    def get(self, key: bytes) -> Tensor | None:
+        """Return the states of a text, on the CPU; None if they are not kept."""
+        return self._kept.get(key)
+
+    def put(self, key: bytes, states: Tensor) -> None:
+        """Keep the states of a text, if there is room."""
+        size = states.numel() * states.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = states.cpu()
+
+
 @torch.no_grad()
-def score_text(policy: nn.Module, batch: Mapping[str, Any]) -> TextSums:
-    """Return sums over the scored tokens of a batch of text; `kl` is NaN without an adapter.
+def score_text(policy: nn.Module, batch: Mapping[str, Any], base: BaseStates | None = None) -> TextScores:
+    """Score the tokens of a batch of text; there is no KL without an adapter.
 
     Args:
         policy: A PEFT model, or a plain causal language model; run in eval mode, and left in the mode it was in.
         batch: `input_ids` and `attention_mask` (1 = real token) of shape (B, T), padded on either side; `labels_mask`
-            (1 = score this token) of the same shape, or every real token but the first is scored.
+            (1 = score this token) of the same shape, or every real token but the first is scored; `domain`, the rows'
+            skills.
+        base: What is known of the base's states; gets what is not. Of one policy only.
+
+    Returns:
+        The scores of the rows that have a scored token, in their order.
     """
     device = next(policy.parameters()).device
     ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     labels = batch.get("labels_mask")
-    scored = predicted_positions(mask, None if labels is None else labels.to(device))
+    labels = None if labels is None else labels.to(device)
+    scored = predicted_positions(mask, labels)
     parts = policy_parts(policy)
 
     def states() -> Tensor:
         hidden, _ = parts.decode(ids, attention_mask=mask, position_ids=positions(mask.bool()), use_cache=False)
         return hidden[:, :-1][scored]
 
+    def states_of_base() -> Tensor:
+        # Sharded weights are gathered by all ranks together, and what one of them keeps another may have to compute.
+        keeps = base if base is not None and not _is_sharded(policy) else BaseStates(0)
+        key = _text_key(ids, mask, scored)
+        if (kept := keeps.get(key)) is not None:
+            return kept.to(device)
+        with adapters_off(policy):
+            found = states()
+        keeps.put(key, found)
+        return found
+
     def base_head(hidden: Tensor) -> Tensor:
         with adapters_off(policy):  # an adapter on the output head is the exception, and must be off as well
             return parts.head(hidden)
 
     with evaluation_mode(policy):
-        policy_states, base_states = states(), None
-        if has_adapter(policy):
-            with adapters_off(policy):
-                base_states = states()
-        return text_sums(
+        policy_states = states()
+        found = token_scores(
             policy_states,
             ids[:, 1:][scored],
             parts.head,
-            base_states,
+            states_of_base() if has_adapter(policy) else None,
             parts.head if parts.head_is_frozen else base_head,
             vocab_size=parts.vocab_size,
         )
+    first = first_positions(scored, mask, labels)
+    return TextScores(_by_row(found, scored.cpu(), first.cpu(), batch.get("domain")))
 
 
-def score_texts(policy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> TextSums:
-    """Score this rank's share of batches (see `score_text`) and return the sums over all tokens of all ranks."""
-    none = 0.0 if has_adapter(policy) else float("nan")
-    total = TextSums(kl=none, base_nll=none)
-    for batch in batches:
-        total += score_text(policy, batch)
-    return total.over_ranks(next(policy.parameters()).device)
+def score_texts(policy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> TextScores:
+    """Score this rank's share of batches (see `score_text`) and return the rows of all ranks."""
+    return sum((score_text(policy, batch) for batch in batches), TextScores()).over_ranks()
+
+
+def _by_row(found: TokenScores, scored: Tensor, first: Tensor, skills: Sequence[str] | None) -> tuple[RowScore, ...]:
+    """Sum tokens by row; `scored` says where they are, shape (B, T - 1), and `first` which of them begin an answer."""
+    rows, begins = scored.nonzero()[:, 0], first[scored]
+    result = []
+    for row in range(len(scored)):
+        own, own_first = rows == row, (rows == row) & begins
+        if not bool(own.any()):
+            continue
+        result.append(
+            RowScore(
+                skill="general" if skills is None else skills[row],
+                tokens=int(own.sum()),
+                nll=float(found.nll[own].sum()),
+                base_nll=float(found.base_nll[own].sum()),
+                kl=float(found.kl[own].sum()),
+                first_tokens=int(own_first.sum()),
+                first_kl=float(found.kl[own_first].sum()),
+            )
+        )
+    return tuple(result)
+
+
+def _is_sharded(policy: nn.Module) -> bool:
+    return any(ranks.local_part(parameter) is not parameter for parameter in policy.parameters())
+
+
+def _text_key(ids: Tensor, mask: Tensor, scored: Tensor) -> bytes:
+    """Name a text by its tokens, and by the precision in which they are run."""
+    digest = hashlib.blake2b(digest_size=16)
+    kind = ids.device.type
+    digest.update(str((ids.shape, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))).encode())
+    for tensor in (ids, mask.long(), scored):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.digest()

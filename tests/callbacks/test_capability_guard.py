@@ -278,6 +278,7 @@ def test_mistakes_are_told_before_training():
         ({"max_kl": None}, "no budget"),
         ({"max_kl": -1.0}, "positive"),
         ({"max_accuracy_drop": 1.5}, "share"),
+        ({"max_refusal_rise": 2.0}, "`max_refusal_rise` is a share"),
         ({"action": "pray"}, "'halve' or 'stop'"),
         ({"every_n_updates": 0}, "at least 1"),
     ]
@@ -285,9 +286,10 @@ def test_mistakes_are_told_before_training():
         with pytest.raises(ValueError, match=message):
             guard(**changes)
     wrong = [
-        ({"logits": None}, "text_sums"),
+        ({"logits": None}, "text_scores"),
         ({"text": None}, "no text"),
         ({"text": []}, "is empty"),
+        ({"max_kl_first": 0.1}, "no prompts with answers"),
         ({"logits": lambda m, b: m(b[0]) * torch.nan}, "not a number"),
     ]
     for changes, message in wrong:

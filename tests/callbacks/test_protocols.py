@@ -15,6 +15,7 @@ from nspo_lightning.callbacks import NullSpaceProjection, protocols
     [
         protocols.AnswersPrompts,
         protocols.AnswersTests,
+        protocols.CountsRates,
         protocols.CountsUpdates,
         protocols.Evaluable,
         protocols.GoesBack,
@@ -39,7 +40,7 @@ def test_a_module_that_cannot_say_what_it_measures_is_none_that_answers_tests():
     class Half(pl.LightningModule):
         def base_answer(self, batch, dataloader_idx, batch_idx): ...
 
-        def text_sums(self, batch): ...
+        def text_scores(self, batch): ...
 
     assert not isinstance(Half(), protocols.AnswersTests)
 

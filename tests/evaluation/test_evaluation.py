@@ -84,7 +84,8 @@ def test_rates_are_means_over_all_batches_and_skills_weigh_equally():
     assert rates["general/accuracy/a"] == pytest.approx(2 / 3)
     assert rates["general/accuracy"] == pytest.approx((2 / 3 + 1) / 2)
     assert rates["general/over_refusal_rate"] == 0
-    assert rates["general/refusal_rate"] == pytest.approx(0.25)
+    assert rates["general/refusal_rate"] == rates["general/refusal_rate/a"] == pytest.approx(1 / 3), "ordinary prompts"
+    assert "general/refusal_rate/b" not in rates
     assert table.compute(CPU) == {}
 
 

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from tiny_policies import move_adapter_
 
+from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy import text_scores
 from nspo_lightning.policy.adapter import has_adapter
-from nspo_lightning.policy.divergence import TextSums, predicted_positions, text_sums
+from nspo_lightning.policy.divergence import RowScore, TextScores, predicted_positions, token_scores
 from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicySettings
-from nspo_lightning.policy.text_scores import score_text, score_texts
+from nspo_lightning.policy.text_scores import BaseStates, score_text, score_texts
 
 TOLERANCE = 2e-5  # float32 logits, taken in another order
 
@@ -56,7 +57,7 @@ def dense(policy, ids, keep):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 def test_sums_are_those_of_the_rows_alone(policy, side, chunk, monkeypatch):
-    monkeypatch.setattr(text_scores, "text_sums", partial(text_sums, chunk_tokens=chunk))
+    monkeypatch.setattr(text_scores, "token_scores", partial(token_scores, chunk_tokens=chunk))
     policy.eval()
     given = batch(side)
     expected = torch.zeros(3, dtype=torch.float64)
@@ -80,6 +81,50 @@ def test_only_labelled_tokens_count(policy):
     assert found.tokens == tokens == 3
     assert found.nll == pytest.approx(nll, rel=TOLERANCE)
     assert found.kl == pytest.approx(kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_first_tokens_of_answers_are_scored_apart_by_row_and_skill(policy, side):
+    policy.eval()
+    given, real = batch(side), batch(side)["attention_mask"].bool()
+    lengths, prompts = real.sum(1), (4, 2, 0)  # the last row has no prompt: all of it is scored
+    labels = torch.zeros_like(given["attention_mask"])
+    for row, prompt in enumerate(prompts):
+        labels[row, real[row].nonzero()[prompt:, 0]] = 1
+    scores = score_text(policy, {**given, "labels_mask": labels, "domain": ["a", "b", "a"]})
+    assert [row.skill for row in scores.rows] == ["a", "b", "a"]
+    assert [row.first_tokens for row in scores.rows] == [3, 3, 0]
+    for found, ids, mask, prompt, length in zip(scores.rows, given["input_ids"], real, prompts, lengths, strict=True):
+        nll, kl, tokens = dense(policy, ids[mask], torch.arange(1, length) >= prompt)
+        assert found.tokens == tokens == length - max(prompt, 1)
+        assert (found.nll, found.kl) == (pytest.approx(nll, rel=TOLERANCE), pytest.approx(kl, rel=1e-3))
+        # The position before the answer predicts its first token, and two of the answer the two that follow.
+        places = torch.arange(length - 1)
+        first = (places >= prompt - 1) & (places < prompt + 2) & (prompt > 0)
+        assert found.first_kl == pytest.approx(dense(policy, ids[mask], first)[1], rel=1e-3)
+        assert found.first_kl > 0.001 or prompt == 0
+
+
+def test_the_base_is_run_once_for_a_text_and_anew_for_another(policy, monkeypatch):
+    policy.eval()
+    runs = []
+
+    def counting(model):
+        runs.append(model)
+        return adapters_off(model)
+
+    monkeypatch.setattr(text_scores, "adapters_off", counting)
+    base, given = BaseStates(), batch()
+    first, again = score_text(policy, given, base), score_text(policy, given, base)
+    assert (first, len(runs)) == (again, 1)
+    fewer = {**given, "labels_mask": given["attention_mask"] * torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1])}
+    for other in (fewer, {**given, "input_ids": given["input_ids"] + 1}):
+        assert score_text(policy, other, base) == score_text(policy, other)
+    assert len(runs) == 5
+    full = BaseStates(room=0)
+    assert score_text(policy, given, full) == score_text(policy, given, full) == first
+    with torch.autocast("cpu", torch.bfloat16):
+        assert score_text(policy, given, base) == score_text(policy, given)
 
 
 def test_a_fresh_adapter_is_the_base_and_the_mode_stays(policy):
@@ -121,32 +166,33 @@ def test_without_an_adapter_there_is_no_kl(tiny_llama):
     assert found.kl != found.kl  # nan
     assert found.nll > 0
     logits = torch.randn(4, 7)
-    assert text_sums(logits, torch.zeros(4, dtype=torch.long), lambda x: x, vocab_size=7).kl != 0
+    assert token_scores(logits, torch.zeros(4, dtype=torch.long), lambda x: x, vocab_size=7).kl.isnan().all()
 
 
 def test_impossible_tokens_give_no_nan():
     base = torch.tensor([[0.0, -torch.inf, 0.0]])
     policy = torch.tensor([[0.0, -torch.inf, 1.0]])
-    found = text_sums(policy, torch.tensor([0]), lambda x: x, base, vocab_size=3)
+    found = token_scores(policy, torch.tensor([0]), lambda x: x, base, vocab_size=3)
     assert found.kl == pytest.approx(0.1201, abs=1e-3)
-    wider = text_sums(base, torch.tensor([0]), lambda x: x, torch.zeros(1, 3), vocab_size=3)
+    wider = token_scores(base, torch.tensor([0]), lambda x: x, torch.zeros(1, 3), vocab_size=3)
     assert wider.kl == float("inf")  # the base says what the policy never would
 
 
-def test_sums_add_and_survive_the_way_over_ranks(tmp_path):
-    total = TextSums(nll=1.5, kl=0.5, tokens=3) + TextSums(nll=0.5, kl=0.25, tokens=1)
-    assert total.over_ranks(torch.device("cpu")) == total
+def test_rows_add_and_survive_the_way_over_ranks(tmp_path):
+    one = TextScores((RowScore(tokens=3, nll=1.5, base_nll=1.0, kl=0.5),))
+    total = one + TextScores((RowScore(tokens=1, nll=0.5, base_nll=0.0, kl=0.25),))
+    assert total.over_ranks() == total
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        assert total.over_ranks(torch.device("cpu")) == total
+        assert total.over_ranks() == total
     finally:
         dist.destroy_process_group()
-    assert total.mean_nll == 0.5
-    assert TextSums().mean_kl != TextSums().mean_kl  # nan
+    assert (total.mean_nll, total.mean_kl, total.tokens) == (0.5, 0.1875, 4)
+    assert TextScores().mean_kl != TextScores().mean_kl  # nan
 
 
 def test_the_first_real_token_is_never_scored():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
     assert predicted_positions(mask).tolist() == [[False, False, True], [True, True, False]]
     with pytest.raises(ValueError, match="chunk_tokens"):
-        text_sums(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), lambda x: x, vocab_size=2, chunk_tokens=0)
+        token_scores(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), lambda x: x, vocab_size=2, chunk_tokens=0)

@@ -1,0 +1,1 @@
+"""What CapabilityGuard is made of."""
