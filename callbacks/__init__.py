@@ -11,6 +11,7 @@ from nspo_lightning.callbacks.general_text import GeneralText
 from nspo_lightning.callbacks.last_on_exception import LastOnException
 from nspo_lightning.callbacks.null_space_projection import NullSpaceProjection
 from nspo_lightning.callbacks.prediction_writer import PredictionWriter
+from nspo_lightning.callbacks.run_progress import RunProgress
 from nspo_lightning.callbacks.run_report import RunReport
 from nspo_lightning.callbacks.sample_completions import SampleCompletions
 from nspo_lightning.callbacks.test_report import TestReport
@@ -23,6 +24,7 @@ __all__ = [
     "LastOnException",
     "NullSpaceProjection",
     "PredictionWriter",
+    "RunProgress",
     "RunReport",
     "SampleCompletions",
     "TestReport",

@@ -24,6 +24,7 @@ from typing_extensions import override
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.basis_source import BasisSource, CalibrationJob
 from nspo_lightning.callbacks.null_space.batches import BatchToInputs
+from nspo_lightning.callbacks.null_space.calibration_progress import calibration_progress
 from nspo_lightning.callbacks.null_space.hold import Hold, at_start
 from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference, ready
 from nspo_lightning.callbacks.null_space.logs import (
@@ -374,7 +375,6 @@ class NullSpaceProjection(Callback):
         *,
         trainer: pl.Trainer | None = None,
         sharded: bool = False,
-        progress: Callable[[str, int], None] | None = None,
     ) -> Calibration:
         """Return bases that are made now from calibration text, inside or outside fit.
 
@@ -383,7 +383,6 @@ class NullSpaceProjection(Callback):
             batches: Calibration batches, or a job that `BasisSource.find` returned.
             trainer: Its precision is used; None = the module's own.
             sharded: Each rank has batches of its own; else they are the same on all, and dealt out.
-            progress: Called with (stage, done).
         """
         if isinstance(batches, CalibrationJob):
             job = batches
@@ -391,7 +390,12 @@ class NullSpaceProjection(Callback):
             layers = plan_layers(pl_module, self.target_modules, resumed=True).layers
             precision = "" if trainer is None else str(trainer.precision)
             job = self.source.job(pl_module, layers, batches, sharded=sharded, precision=precision)
-        with inference(trainer, pl_module), at_start(job.layers, {}):
+        shown = trainer is None or trainer.progress_bar_callback is not None
+        with (
+            calibration_progress(visible=shown) as report,
+            inference(trainer, pl_module),
+            at_start(job.layers, {}),
+        ):
             self.calibration = calibrate_modules(
                 {layer.name: layer.module for layer in job.layers},
                 calibration_forward(pl_module),
@@ -401,7 +405,8 @@ class NullSpaceProjection(Callback):
                 keep_moments=self.source.keep_moments,
                 sharded=job.sharded,
                 allow_unreached=self.unprotected != "error",
-                progress=progress,
+                progress=report,
+                count=len(job.calls),
                 say=rank_zero_info,
             )
         if not self.calibration.bases:

@@ -137,6 +137,14 @@ class HasHeldOutText(Protocol):
 
 
 @runtime_checkable
+class KnowsBatchSizes(Protocol):
+    """A loader that knows its batches before it gives them."""
+
+    def batch_sizes(self) -> list[int]:
+        """Return the rows of each batch of this rank."""
+
+
+@runtime_checkable
 class HasEvalRows(Protocol):
     """A datamodule that can name the rows it evaluates on."""
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
+from nspo_lightning.callbacks.batch_rows import measuring
 from nspo_lightning.callbacks.general_text import TEXT_ROWS, measure_text
 from nspo_lightning.callbacks.protocols import Certifies, CountsRates, CountsUpdates, Evaluable, GoesBack
 from nspo_lightning.checkpoints import best_of, read_checkpoint
@@ -41,7 +42,8 @@ HEADLINES = (
 class RunReport(Callback):
     """Write ``summary.json`` and ``adapter/`` into the run's folder and print a table of before and after.
 
-    The figures come from the datamodule's test split, which neither stopping nor the choice of the checkpoint has seen.
+    The figures come from the datamodule's test split, which neither stopping nor the choice of the checkpoint has seen,
+    within `trainer.limit_test_batches` (0 measures nothing).
     They are the rates of answers with their 95 % intervals, and what `text_means` says of general text.
     What is reported and saved is the checkpoint that `ModelCheckpoint` calls best, else the last state. A run that was
     over and reported on already keeps what it has.
@@ -76,8 +78,7 @@ class RunReport(Callback):
         if self.evaluate and not self.before:
             if trainer.global_step > 0:
                 rank_zero_info("RunReport: resumed, but the checkpoint holds no figures from before the run.")
-            rank_zero_info("Measuring the policy before training ...")
-            self.before, self.intervals["before"] = self._measure(trainer, pl_module)
+            self.before, self.intervals["before"] = self._measure(trainer, pl_module, "Measuring before training")
 
     @override
     def on_train_batch_start(
@@ -100,8 +101,7 @@ class RunReport(Callback):
         best = _load_best(trainer, pl_module)
         after: dict[str, float] = {}
         if self.evaluate:
-            rank_zero_info("Measuring the policy after training ...")
-            after, self.intervals["after"] = self._measure(trainer, pl_module)
+            after, self.intervals["after"] = self._measure(trainer, pl_module, "Measuring after training")
         updates = pl_module.updates if isinstance(pl_module, CountsUpdates) else steps
         undone = pl_module.updates_undone if isinstance(pl_module, GoesBack) else 0
         summary: dict[str, Any] = {
@@ -132,7 +132,7 @@ class RunReport(Callback):
         self._seconds = float(state_dict["seconds"])
 
     def _measure(
-        self, trainer: pl.Trainer, module: Evaluable | pl.LightningModule
+        self, trainer: pl.Trainer, module: Evaluable | pl.LightningModule, label: str
     ) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Return metrics by name, and the 95 % intervals of those that have one."""
         datamodule = datamodule_of(trainer)
@@ -140,16 +140,19 @@ class RunReport(Callback):
             raise MisconfigurationException(
                 "RunReport measures on the datamodule's `test_dataloader()`, and there is none."
             )
-        loaders = datamodule.test_dataloader()
+        loaders, limit = datamodule.test_dataloader(), trainer.limit_test_batches
         loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
         values, intervals = dict[str, float](), dict[str, list[float]]()
-        if isinstance(module, CountsRates):
-            rates = module.measure(loaders)
-            values = with_accuracy(rates)
-            intervals = {name: list(rate.interval) for name, rate in rates.items()}
-        else:
-            assert isinstance(module, Evaluable)  # setup made sure
-            values = module.evaluate(loaders)
+        if limit == 0:
+            return values, intervals
+        with measuring(trainer, label, loaders, limit, "trainer.limit_test_batches") as shown:
+            if isinstance(module, CountsRates):
+                rates = module.measure(shown)
+                values = with_accuracy(rates)
+                intervals = {name: list(rate.interval) for name, rate in rates.items()}
+            else:
+                assert isinstance(module, Evaluable)  # setup made sure
+                values = module.evaluate(shown)
         for name, mean in text_means(measure_text(trainer, module, "test", self.text_rows)).items():
             values[name] = mean.value
             if mean.interval is not None:
@@ -217,10 +220,11 @@ def _unit(name: str) -> Callable[..., str]:
 
 
 def _print(table: Table, summary: Mapping[str, Any], folder: Path) -> None:
-    from rich.console import Console
+    from rich import get_console
 
-    console = Console()
-    console.print(table)
+    console = get_console()
+    if table.row_count:
+        console.print(table)
     leak = summary["nullspace/leak_max"]
     promise = "no projection" if leak is None else f"largest leak into the protected space {leak:.1e}"
     updates, skipped, undone = (summary[name] for name in ("updates", "updates_skipped", "updates_undone"))

@@ -114,10 +114,14 @@ class TestReport(Callback):
         trainer.strategy.barrier("earlier test set aside")
         partial_of(file).replace(file)
         if trainer.is_global_zero:
-            from rich.console import Console
+            from rich import get_console
 
             write_json(self.result, folder / RESULT)
+<<<<<<< HEAD
             Console().print(report_table(rates, scores))
+=======
+            get_console().print(report_table(rates, text, by_skill))
+>>>>>>> 1d16522 (Fit, test, calibration, loading, reading, judging and comparing show rows done and time left; limit_test_batches limits fit's measurements)
         rank_zero_info(f"Written to {folder}: {RESULT}, {COMPLETIONS}")
 
 

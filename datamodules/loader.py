@@ -127,6 +127,12 @@ class PromptLoader:
     def _positions(self, batches: int) -> int:
         return -(-batches // self.window) * self.window * self.repeat_batches
 
+    def batch_sizes(self) -> list[int]:
+        """Count the rows of each batch of an epoch on this rank, repetitions included."""
+        batches, repeats, window = self._epoch_batches(), self.repeat_batches, self.window
+        indices = (repeated_index(position, repeats, window) for position in range(self._positions(len(batches))))
+        return [len(batches[index]) if index < len(batches) else 0 for index in indices]
+
     def describe(self) -> str:
         """Say what an epoch visits, for example ``400 of 800 and 400 of 400 rows``."""
         pairs = zip(self._visited, self._sizes, strict=True)

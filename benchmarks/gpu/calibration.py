@@ -33,8 +33,8 @@ class Stages:
         self.begin = device.now()
         self.times: list[float] = []
 
-    def __call__(self, stage: str, done: int) -> None:
-        """Take a report of `calibrate_modules`: "layers" comes before each basis."""
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """Take a report of `calibrate_modules`: "layers" comes before the first basis and after each."""
         if stage != "layers":
             return
         self.times.append(self._device.now())
@@ -78,7 +78,7 @@ def measure(scale: Scale, device: Device, record: Record, folder: Path) -> dict[
         except OutOfTimeError:
             whole = False
         end = device.now()
-    seconds = [b - a for a, b in itertools.pairwise([*stages.times, end])]
+    seconds = [b - a for a, b in itertools.pairwise(stages.times if whole else [*stages.times, end])]
     return found | {"peak_gb": device.peak_gb(), "bases_whole": whole} | bases_of(scale, seconds, whole)
 
 

@@ -17,6 +17,7 @@ from nspo_lightning.datamodules.sources.opening import is_builtin, open_source
 from nspo_lightning.datamodules.sources.references import with_final_answers
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
+from nspo_lightning.terminal import rows_progress
 
 _CHUNK_ROWS = 512
 
@@ -77,15 +78,17 @@ def usable_rows(
     rows: list[PromptRow] = []
     converted = _converted(source, default_kind, report)
     chunk_size = 1 if source.streaming else _CHUNK_ROWS  # a stream must not read past the last row that it needs
-    while chunk := list(itertools.islice(converted, chunk_size)):
-        for row, reason in zip(chunk, reject(chunk, source), strict=True):
-            if reason is None:
-                rows.append(row)
-            else:
-                report.dropped[reason] += 1
-        if source.streaming and len(rows) == source.count:
-            report.notes.append(f"stream stopped after {source.count} usable rows")
-            break
+    with rows_progress(f"Reading {source.label}", announced=False) as advance:
+        while chunk := list(itertools.islice(converted, chunk_size)):
+            for row, reason in zip(chunk, reject(chunk, source), strict=True):
+                if reason is None:
+                    rows.append(row)
+                else:
+                    report.dropped[reason] += 1
+            advance(len(chunk))
+            if source.streaming and len(rows) == source.count:
+                report.notes.append(f"stream stopped after {source.count} usable rows")
+                break
     if not rows:
         raise DataError(
             source.label,

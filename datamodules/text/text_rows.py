@@ -8,6 +8,7 @@ from dataclasses import replace
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.order import shares
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, hash_rank, rank_all, take_ranked
+from nspo_lightning.terminal import rows_progress
 
 AnswerFn = Callable[[list[Prompt]], list[str]]
 """Answers prompts with the policy, for `prompt_and_model_answer`."""
@@ -84,14 +85,16 @@ def with_model_answers(rows: Sequence[PromptRow], answer_fn: AnswerFn | None, ba
             "Pass `calibration_dataloader(answer_fn=...)`, or use `prompt_and_answer`.",
         )
     answered: list[PromptRow] = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        answers = answer_fn([row.prompt for row in part])
-        if len(answers) != len(part):
-            raise DataError(
-                "`answer_fn`", f"it gave {len(answers)} answers to {len(part)} prompts", "Give one answer a prompt."
-            )
-        answered += [replace(row, answer=answer) for row, answer in zip(part, answers, strict=True)]
+    with rows_progress("Answering calibration prompts", len(rows)) as advance:
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            answers = answer_fn([row.prompt for row in part])
+            if len(answers) != len(part):
+                raise DataError(
+                    "`answer_fn`", f"it gave {len(answers)} answers to {len(part)} prompts", "Give one answer a prompt."
+                )
+            answered += [replace(row, answer=answer) for row, answer in zip(part, answers, strict=True)]
+            advance(len(part))
     return answered
 
 

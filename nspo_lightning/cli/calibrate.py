@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import lightning.pytorch as pl
+from rich import get_console
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches, is_sharded
@@ -57,15 +56,12 @@ def calibrate(
         raise TypeError(
             f"{type(datamodule).__name__} must have a `calibration_dataloader()`; add one that yields batches."
         )
-    callback, console = projection or NullSpaceProjection(), Console()
+    callback, console = projection or NullSpaceProjection(), get_console()
     with _prepared(trainer, module, datamodule):
         callback.source.keep_moments = _keeps(module, callback, keep_moments)
         source = calibration_batches(datamodule, module)
         batches = list(itertools.islice(iter(source), callback.source.limit_batches))
-        with _progress(console, len(batches), visible=trainer.is_global_zero) as report:
-            calibration = callback.calibrate(
-                module, batches, trainer=trainer, sharded=is_sharded(source), progress=report
-            )
+        calibration = callback.calibrate(module, batches, trainer=trainer, sharded=is_sharded(source))
     path, picture = Path(out), Path(out).with_suffix(".png")
     if trainer.is_global_zero:  # all ranks have the same
         callback.save(path)
@@ -95,23 +91,6 @@ def _prepared(trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.Li
     finally:
         datamodule.teardown("fit")
         module.teardown("fit")
-
-
-@contextmanager
-def _progress(console: Console, batches: int, *, visible: bool) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not visible) as progress:
-
-        def report(stage: str, done: int) -> None:
-            if stage not in tasks:
-                label = "calibration text" if stage == "batches" else "bases"
-                tasks[stage] = progress.add_task(label, total=batches if stage == "batches" else None)
-            progress.update(tasks[stage], completed=done)
-
-        yield report
-        for task in tasks.values():
-            progress.update(task, total=progress.tasks[task].completed)
 
 
 def _keeps(module: pl.LightningModule, callback: NullSpaceProjection, keep_moments: bool | None) -> bool:

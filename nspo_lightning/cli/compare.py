@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from rich import get_console
 from rich.console import Console
 
 from nspo_lightning.checkpoints import FOLDER, last_in
@@ -92,7 +93,7 @@ def compare(
     """
     from nspo_lightning.compare.summary import write_report
 
-    console, source, folder = console or Console(), Path(config).resolve(), Path(out).resolve()
+    console, source, folder = console or get_console(), Path(config).resolve(), Path(out).resolve()
     settings = read_config(Path(config), needs={"model": ("reward",), "data": ("safety", "general")})
     if not out:
         raise ValueError("`--out` must name the folder of the results, got ''. Give one, such as runs/compare.")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from rich import get_console
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -37,7 +38,7 @@ def data_report(datamodule: AlignmentDataModule, console: Console | None = None,
     Raises:
         DataError: If the data cannot be used.
     """
-    console = console or Console()
+    console = console or get_console()
     renderer = datamodule.general.renderer
     reports = list(datamodule.reports)
     uses = rendered_uses(datamodule, renderer)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from rich.console import Console
+from rich import get_console
 
 from nspo_lightning.atomic import set_aside_other, write_json
 from nspo_lightning.checkpoints import find_checkpoint, read_checkpoint
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         },
         "results": {who: harness_scores(values) for who, values in found.items()},
     }
-    console = Console()
+    console = get_console()
     if kept := set_aside_other(out, result["identity"]):
         console.print(f"An earlier result of something else stood in {out}; it is now in {kept}.")
     write_json(result, out)

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 import yaml
 from jsonargparse import ActionConfigFile
+from rich import get_console
 from rich.console import Console
-from rich.progress import track
 
 from nspo_lightning.atomic import json_text, replacing
 from nspo_lightning.cli.help import PROG
@@ -31,6 +31,7 @@ from nspo_lightning.datamodules.sources.rows import RawRow
 from nspo_lightning.keys import check_no_key
 from nspo_lightning.rewards import Reward, RewardFunction, RewardResult, RewardSet
 from nspo_lightning.rewards.rules.labels import LabelAgreement, label_agreement, truth_value
+from nspo_lightning.terminal import rows_progress
 
 _COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
 _LABEL_COLUMNS: dict[str, Literal["safe", "unsafe"]] = {"is_safe": "safe", "is_unsafe": "unsafe", "unsafe": "unsafe"}
@@ -83,7 +84,7 @@ def judge_file(
         raise ValueError(f"`batch_size` and `limit` must be at least 1, got {batch_size} and {limit}.")
     default = f"{Path(input).name.split('.')[0]}.scores.jsonl"
     target = check_output("--output", default if output is None else output, inputs=[Path(input)])
-    console = console or Console()
+    console = console or get_console()
     rewards = reward if isinstance(reward, RewardSet) else RewardSet([reward])
     rows = list(itertools.islice(read_file(Path(input)), limit))
     if not rows:
@@ -148,13 +149,15 @@ def _score(
 ) -> list[RewardResult]:
     """Score batch by batch into a partial file that takes its name when it is complete."""
     results: list[RewardResult] = []
-    with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
-        for start in track(range(0, len(rows), batch_size), description="Scoring", console=console, transient=True):
+    scoring = rows_progress("Scoring", len(rows), console=console)
+    with replacing(target) as partial, partial.open("w", encoding="utf-8") as file, scoring as advance:
+        for start in range(0, len(rows), batch_size):
             batch = [row.data for row in rows[start : start + batch_size]]
             prompts, completions = ([data[column] for data in batch] for column in columns)
             others = {name for data in batch for name in data} - set(columns)
             results.append(rewards(prompts, completions, {name: [data.get(name) for data in batch] for name in others}))
             file.writelines(line + "\n" for line in _lines(results[-1], start))
+            advance(len(batch))
     return results
 
 

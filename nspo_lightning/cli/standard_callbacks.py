@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelSummary,
     ProgressBar,
-    RichProgressBar,
 )
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -23,6 +22,7 @@ from nspo_lightning.callbacks import (
     GeneralText,
     LastOnException,
     PredictionWriter,
+    RunProgress,
     RunReport,
     SampleCompletions,
     TestReport,
@@ -48,7 +48,7 @@ def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, pro
     # EndTogether comes after LastOnException: other processes are ended once the checkpoint is written.
     standard += [EndTogether(), GeneralText(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
     if progress_bar:
-        standard.append(RichProgressBar())
+        standard.append(RunProgress())
     callbacks = list(given)
     for callback in standard:
         kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)

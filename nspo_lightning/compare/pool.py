@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nspo_lightning.terminal import rows_progress
 
 Run = Callable[[list[str]], None]
 """Runs a command line. Workers are processes of their own, so it is a function of a module."""
@@ -46,21 +47,18 @@ def run_all(jobs: Sequence[Job], workers: int, console: Console, run: Run) -> li
         return []
     cores = (os.cpu_count() or 1) // max(workers, 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores, 1)))  # workers inherit it
-    left = (TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left)
     results: list[JobResult] = []
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, initializer=_die_with, initargs=(os.getpid(),))
     try:
-        with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
-            task = progress.add_task("runs", total=len(jobs))
+        with rows_progress("Comparing", len(jobs), unit="runs", console=console) as advance:
             for future in as_completed([executor.submit(run_one, job, run) for job in jobs]):
                 result = future.result()
                 results.append(result)
                 state = f"failed: {result.error}" if result.error else f"{result.seconds:.0f} s"
-                progress.console.print(f"{result.name}: {state}", highlight=False)
-                progress.advance(task)
+                console.print(f"{result.name}: {state}", highlight=False)
+                advance()
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()  # what is finished is on disk; the rest is run again

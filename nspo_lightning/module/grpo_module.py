@@ -70,6 +70,7 @@ from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.graphs import check_decoding
 from nspo_lightning.rollout.server_config import ServerSettings
 from nspo_lightning.rollout.texts import written_texts
+from nspo_lightning.terminal import rows_progress
 
 
 def _text_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
@@ -217,9 +218,12 @@ class GRPOModule(pl.LightningModule):
             return
         for sampling in (self.settings.sampling, self.evaluation_sampling):
             check_decoding(sampling.decoding, device)
-        prepare(self.reward)
-        prepare(self.judge)
-        self.policy = self.text_policy.load(device)
+        trainer = trainer_of(self)
+        shown = trainer is None or trainer.progress_bar_callback is not None
+        with rows_progress("Loading the policy and its judges", visible=shown):
+            prepare(self.reward)
+            prepare(self.judge)
+            self.policy = self.text_policy.load(device)
         if self.adapter_folder is not None:
             load_adapter_(self.policy, self.adapter_folder)
 

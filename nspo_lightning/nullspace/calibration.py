@@ -26,7 +26,7 @@ from nspo_lightning.nullspace.basis_set import (
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
 from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.domains import combine, domain_shares
-from nspo_lightning.nullspace.passes import CalibrationText, ForwardCall, PassPlan
+from nspo_lightning.nullspace.passes import CalibrationText, ForwardCall, PassPlan, Report
 from nspo_lightning.nullspace.shapes import input_width
 from nspo_lightning.nullspace.sketch import (
     MOST_PASSES,
@@ -62,7 +62,8 @@ def calibrate_modules(
     keep_moments: bool = False,
     sharded: bool = False,
     allow_unreached: bool = False,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Report | None = None,
+    count: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Calibration:
     """Run calibration text through a model and build a basis for each distinct layer input.
@@ -77,7 +78,8 @@ def calibrate_modules(
         keep_moments: Keep the second moments by domain (on the CPU, float32), for `Calibration.recombined`.
         sharded: Each rank's ``calls`` yield different batches already; else rank r takes every world-th one.
         allow_unreached: Note layers that are never called in `Calibration.unreached`; else they are an error.
-        progress: Called with (stage, batches or layers done).
+        progress: Called with (stage, batches or layers done, of how many).
+        count: Batches that ``calls`` returns, if known; only for `progress`.
         say: Called with a line about passes and memory, where there is a limit.
 
     Returns:
@@ -94,6 +96,7 @@ def calibrate_modules(
         calls=calls,
         sharded=sharded,
         report=report,
+        count=count,
         allow_unreached=allow_unreached,
     )
     builder = BasisBuilder(settings)
@@ -105,13 +108,13 @@ def calibrate_modules(
     while plan.passes or plan.too_wide:  # both grow by layers that turn out to read something of their own
         if not plan.passes:
             for first, spectrum in _sketched_spectra(text, plan, result):
-                report("layers", builder.count + 1)
                 builder.add(first, spectrum)
             continue
         only = plan.passes.pop(0)
         collector: InputCollector[SecondMoment] = InputCollector(modules, groups=plan.groups, only=only)
-        for index, first in enumerate(_collect(text, collector, result, plan, only)):
-            report("layers", index + 1)
+        firsts = _collect(text, collector, result, plan, only)
+        report("layers", 0, len(firsts))
+        for index, first in enumerate(firsts):
             sums = collector.over_ranks(first)
             collector.moments.pop(first, None)
             _count_tokens(result, first, sums)
@@ -120,6 +123,7 @@ def calibrate_modules(
                 kept = {d: m.to(device="cpu", dtype=torch.float32, copy=True) for d, m in moments.items()}
                 result.moments[first] = kept
             builder.add(first, _exact_spectrum(moments, sums, settings, builder.count))
+            report("layers", index + 1, len(firsts))
     builder.finish()
     return result
 

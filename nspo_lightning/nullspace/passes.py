@@ -25,6 +25,8 @@ from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.shapes import input_width
 
+Report = Callable[[str, int, "int | None"], None]
+"""Told of a stage (``batches`` of a pass, ``layers``), how many are done (0 as it begins), and of how many if known."""
 _NO_BATCHES = "Calibration got no batches. Check `calibration` or the datamodule's `calibration_dataloader()`."
 
 
@@ -48,7 +50,9 @@ class CalibrationText:
     forward: Callable[..., Any]
     calls: Callable[[], Iterable[ForwardCall]]
     sharded: bool
-    report: Callable[[str, int], None]
+    report: Report
+    count: int | None = None
+    """Calls in a pass, if known."""
     allow_unreached: bool = False
 
     def run(self, collector: InputCollector[Any]) -> None:
@@ -57,7 +61,9 @@ class CalibrationText:
         Raises:
             ValueError: If there are no batches.
         """
-        done = 0
+        done, world = 0, 1 if self.sharded else ranks.world_size()
+        turns = None if self.count is None else -(-self.count // world)
+        self.report("batches", done, turns)
         with collector:
             for call, counting in self._turns():
                 try:
@@ -65,7 +71,7 @@ class CalibrationText:
                 except RepeatBatch:
                     self._forward(collector, call, counting)
                 done += 1
-                self.report("batches", done)
+                self.report("batches", done, turns)
         if done == 0:
             raise ValueError(_NO_BATCHES)
 

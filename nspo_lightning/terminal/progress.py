@@ -84,8 +84,9 @@ class Work:
 
     def counted(self) -> str:
         """Say how many rows are done."""
-        of = "" if self.total is None else f" of {self.total:,}"
-        return f"{self.done:,}{of} {self.unit}"
+        if self.total is None:
+            return f"{self.done:,} {self.unit}" if self.done else ""
+        return f"{self.done:,} of {self.total:,} {self.unit}"
 
     def begun(self) -> str:
         """Say what begins."""
@@ -103,7 +104,8 @@ class Work:
 
     def ended(self) -> str:
         """Say that it is over."""
-        return f"{self.label}: {self.done:,} {self.unit} in {duration(self.elapsed)}"
+        counted = f"{self.done:,} {self.unit} in" if self.done else "took"
+        return f"{self.label}: {counted} {duration(self.elapsed)}"
 
 
 def duration(seconds: float) -> str:
@@ -120,6 +122,7 @@ def rows_progress(
     *,
     unit: str = "rows",
     done: int = 0,
+    announced: bool = True,
     visible: bool = True,
     console: Console | None = None,
     clock: Clock = time.monotonic,
@@ -127,13 +130,14 @@ def rows_progress(
     """Show how far a piece of work is, while it is under way.
 
     In a terminal this is a bar that goes away at the end. Elsewhere a first line comes at once (not inside of other
-    work that is shown), then at most one a minute, and a last one if there were any; they go to standard error.
+    work that is shown), then at most one a minute, and a last one after more than a minute; they go to standard error.
 
     Args:
         label: What is done, as "Measuring before training".
         total: Rows in all; None = unknown.
         unit: What is counted, as "updates".
         done: Rows that were done before, by a run that goes on.
+        announced: Whether a log gets the first line.
         visible: Whether anything is shown; other ranks than the first never show anything.
         console: Where bars are drawn; default: rich's own, which others print to as well.
         clock: Seconds, from any start.
@@ -151,7 +155,8 @@ def rows_progress(
         yield lambda rows=1, *, note=None: None
         return
     with _SHOWN.one_more(work, console) as display:
-        shown = _Lines(work, nested=len(_SHOWN.works) > 1) if display is None else _Bar(work, display)
+        announced = announced and len(_SHOWN.works) == 1
+        shown = _Lines(work, announced=announced) if display is None else _Bar(work, display)
 
         def advance(rows: int = 1, *, note: str | None = None) -> None:
             work.advance(rows, note)
@@ -164,9 +169,9 @@ def rows_progress(
 class _Lines:
     """Work in a log."""
 
-    def __init__(self, work: Work, *, nested: bool) -> None:
+    def __init__(self, work: Work, *, announced: bool) -> None:
         self._work, self._last, self._told = work, work.start, False
-        if not nested:
+        if announced:
             _say(work.begun())
 
     def update(self) -> None:

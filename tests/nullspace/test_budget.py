@@ -102,9 +102,7 @@ def seven_b() -> CalibrationText:
     modules = {name: module for name, module in model.named_modules() if name.endswith("proj")}
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
     call = ForwardCall(kwargs={"input_ids": ids, "attention_mask": {"full_attention": None}, "use_cache": False})
-    return CalibrationText(
-        modules=modules, forward=model, calls=lambda: [call], sharded=False, report=lambda stage, done: None
-    )
+    return CalibrationText(modules=modules, forward=model, calls=lambda: [call], sharded=False, report=lambda *_: None)
 
 
 def test_a_7b_model_is_calibrated_exactly_within_8_gb(seven_b):
@@ -163,9 +161,7 @@ def test_inputs_of_experts_are_planned_for_where_the_experts_are(part):
     module, _, parameter = part.partition(".")
     inputs = ExpertInputs.of(model, f"model.layers.0.mlp.{module}", parameter)
     assert inputs is not None
-    text = CalibrationText(
-        modules={part: inputs}, forward=model, calls=list, sharded=False, report=lambda stage, done: None
-    )
+    text = CalibrationText(modules={part: inputs}, forward=model, calls=list, sharded=False, report=lambda *_: None)
     assert text.device() == torch.device("meta")
 
 
