@@ -70,7 +70,7 @@ def batches_of(loader: Any, limit: float, name: str) -> float:
 
 @contextmanager
 def measuring(
-    trainer: pl.Trainer, label: str, loaders: Sequence[Iterable[Any]], limit: float, name: str
+    trainer: pl.Trainer, label: str, loaders: Sequence[Iterable[Any]], limit: float = 1.0, name: str = ""
 ) -> Iterator[list[Iterable[Any]]]:
     """Give loaders, cut to a limit, that show how far they are gone through; nothing if the Trainer shows no bars.
 

@@ -6,7 +6,6 @@ The callback works with any LightningModule. What it needs to know is a divergen
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nspo_lightning import ranks
+from nspo_lightning.callbacks.batch_rows import measuring
 from nspo_lightning.callbacks.guard.budget import Budget, Measurement
 from nspo_lightning.callbacks.protocols import Evaluable, HasHeldOutText, LimitsContext, ScoresText
 from nspo_lightning.callbacks.resume.last_good import LastGood, scale_learning_rates_
@@ -291,8 +291,9 @@ class CapabilityGuard(Callback):
     def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TextScores:
         """Return the scores of all ranks' text."""
         total = TextScores()
-        with torch.no_grad(), evaluation_mode(pl_module):
-            for batch in self._batches:
+        shown = measuring(trainer, "Guarding general text", [self._batches])
+        with torch.no_grad(), evaluation_mode(pl_module), shown as [batches]:
+            for batch in batches:
                 total += self._score_batch(trainer.strategy.batch_to_device(batch), pl_module)
         return total.over_ranks()
 
@@ -316,9 +317,8 @@ class CapabilityGuard(Callback):
         loaders = datamodule.val_dataloader()
         if not isinstance(loaders, (list, tuple)) or len(loaders) < 2:
             return {}
-        limit: Any = trainer.limit_val_batches
-        general = loaders[1] if limit == 1.0 and isinstance(limit, float) else _first(loaders[1], limit)
-        with adapters_off(pl_module):
+        limit, name = trainer.limit_val_batches, "trainer.limit_val_batches"
+        with adapters_off(pl_module), measuring(trainer, "Measuring the base", [loaders[1]], limit, name) as [general]:
             found = pl_module.evaluate([[], general])
         return self._rates_of(found, "the general validation rows give")
 
@@ -385,8 +385,3 @@ class CapabilityGuard(Callback):
         if earlier is not None:
             self.base_rates[self.accuracy_metric] = float(earlier)
         self.good.load_state_dict(state_dict["good"])
-
-
-def _first(loader: Any, limit: float) -> Any:
-    count = int(limit) if isinstance(limit, int) else int(limit * len(loader))
-    return itertools.islice(loader, count)

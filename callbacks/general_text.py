@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from nspo_lightning import ranks
+from nspo_lightning.callbacks.batch_rows import measuring
 from nspo_lightning.callbacks.protocols import HasHeldOutText, LimitsContext, ScoresText
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.evaluation.text_means import text_means
@@ -63,6 +64,7 @@ def measure_text(
     options = {} if whole else {"limit_batches": limit}
     loader = datamodule.text_dataloader(split, rows, longest, **options)
     scores = TextScores()
-    for batch in loader:
-        scores += module.text_scores(trainer.strategy.batch_to_device(batch))
+    with measuring(trainer, "Scoring general text", [loader]) as [batches]:
+        for batch in batches:
+            scores += module.text_scores(trainer.strategy.batch_to_device(batch))
     return scores.over_ranks()

@@ -117,11 +117,7 @@ class TestReport(Callback):
             from rich import get_console
 
             write_json(self.result, folder / RESULT)
-<<<<<<< HEAD
-            Console().print(report_table(rates, scores))
-=======
-            get_console().print(report_table(rates, text, by_skill))
->>>>>>> 1d16522 (Fit, test, calibration, loading, reading, judging and comparing show rows done and time left; limit_test_batches limits fit's measurements)
+            get_console().print(report_table(rates, scores))
         rank_zero_info(f"Written to {folder}: {RESULT}, {COMPLETIONS}")
 
 
