@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20, help="Kills.")
     parser.add_argument("--seed", type=int, default=0, help="Of the random moments.")
     parser.add_argument("--accumulate", type=int, default=1, help="Batches an update.")
+    parser.add_argument("--dynamic", action="store_true", help="Replace groups without a signal.")
     parser.add_argument("--folder", type=Path, default=None, help="Keep the runs there.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     chance = random.Random(options.seed)
     root = (options.folder or Path(tempfile.mkdtemp(prefix="kill_and_resume_"))).resolve()
-    write_job(root / "whole", options.accumulate)
+    write_job(root / "whole", options.accumulate, dynamic=options.dynamic)
     began = time.monotonic()
     if code := wait(start(root / "whole")):
         sys.exit(f"The uninterrupted run ended with {code}; see {root / 'whole' / 'output.log'}.")
@@ -49,7 +50,7 @@ def main() -> None:
     hits: Counter[str] = Counter()
     for trial in range(options.times):
         phase, folder = PHASES[trial % len(PHASES)], root / f"kill{trial}"
-        write_job(folder, options.accumulate)
+        write_job(folder, options.accumulate, dynamic=options.dynamic)
         child = start(folder)
         delay_s = chance.uniform(0, 0.015 if phase == "checkpoint" else 0.15)
         hit = kill_in(child, folder, phase, chance.randint(1, counts[phase]), delay_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,11 +45,15 @@ class Place:
         epoch: The epoch, from 0.
         start: The first batch that the next iteration gives.
         given: The batches of this epoch that were handed out.
+        taken: With `on_demand`, rows of all ranks that were taken so far, over all epochs.
+        starts: Likewise, what had been taken before each batch of the block at hand.
     """
 
     epoch: int = 0
     start: int = 0
     given: int = 0
+    taken: int = 0
+    starts: list[int] = field(default_factory=list)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to an epoch; a place that was restored in that same epoch stays."""
@@ -106,9 +110,14 @@ class PromptLoader:
         self.repeat_batches = repeat_batches
         self.look_ahead = False
         """Whether batches hold the one that follows, as `FOLLOWING`."""
+        self.on_demand = False
+        """Whether rows are taken one behind the other from all epochs' orders laid end to end, and `more` takes further
+        ones in between. An epoch has as many batches as without, all full, and may go through the rows several times;
+        no row comes twice in one pass over them."""
         self._window = window
         self._shard = shard
         self._unfinished = unfinished
+        self._known_order: tuple[int, Sequence[int]] = (-1, [])
 
     @property
     def _visited(self) -> list[int]:
@@ -140,6 +149,48 @@ class PromptLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Give the rest of the epoch that `place` stands at, one batch at a time."""
+        # Asked at the first batch: Lightning calls this before the module can say what it wants.
+        yield from self._batches_on_demand() if self.on_demand else self._batches_of_epoch()
+
+    def _batches_on_demand(self) -> Iterator[dict[str, Any]]:
+        place, window, rank_count = self.place, self.window, self._shard()[1]
+        count = batch_count(sum(self._visited), self.batch_size, rank_count)
+        start, place.start = place.start, 0  # a restored place counts once
+        for position in range(start, self._positions(count)):
+            index = repeated_index(position, self.repeat_batches, window)
+            within, place.given = position % (window * self.repeat_batches), position + 1
+            if index >= count:
+                yield {"prompt": []}
+                continue
+            if within < window:
+                place.starts = [*place.starts[:within], place.taken]
+                batch = self.more(self.batch_size)
+            else:
+                batch = self._rows_at(place.starts[within % window], self.batch_size)
+            yield batch | ({"batch_number": place.epoch * count + index} if window > 1 else {})
+
+    def more(self, number: int) -> dict[str, Any]:
+        """Take further rows, so many a rank, as a batch; all ranks must ask for as many (`on_demand`)."""
+        batch = self._rows_at(self.place.taken, number)
+        self.place.taken += number * self._shard()[1]
+        return batch
+
+    def _rows_at(self, start: int, number: int) -> dict[str, Any]:
+        rank, rank_count = self._shard()
+        size, found = sum(self._visited), []
+        for place in range(start + rank, start + number * rank_count, rank_count):
+            found.append(self.rows[self._order_of(place // size)[place % size]])
+        return self._collate(found)
+
+    def _order_of(self, epoch: int) -> Sequence[int]:
+        if not self._shuffle:
+            return range(len(self.rows))
+        if self._known_order[0] != epoch:
+            order = epoch_order(self._sizes, self._weights, seed=self._seed, epoch=epoch, stop=self._stop)
+            self._known_order = epoch, order
+        return self._known_order[1]
+
+    def _batches_of_epoch(self) -> Iterator[dict[str, Any]]:
         batches = self._epoch_batches()
         start, self.place.start = self.place.start, 0  # a restored place counts once
         window, epoch, positions = self.window, self.place.epoch, self._positions(len(batches))
@@ -163,11 +214,8 @@ class PromptLoader:
             yield {**batch, FOLLOWING: following} if following and following["prompt"] else dict(batch)
 
     def _epoch_batches(self) -> list[list[int]]:
-        order: Sequence[int] = range(len(self.rows))
-        if self._shuffle:
-            order = epoch_order(self._sizes, self._weights, seed=self._seed, epoch=self.place.epoch, stop=self._stop)
         rank, world_size = self._shard()
-        return rank_batches(order, self.batch_size, rank, world_size)
+        return rank_batches(self._order_of(self.place.epoch), self.batch_size, rank, world_size)
 
     def _identity(self) -> dict[str, Any]:
         digest = hashlib.blake2b(digest_size=8)
@@ -184,8 +232,18 @@ class PromptLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Say in plain values where training stands: the epoch and the number of batches that were trained on."""
-        batch = max(0, self.place.given - self._unfinished())
-        return {**self._identity(), "epoch": self.place.epoch, "batch": batch}
+        place = self.place
+        batch, taken, starts = max(0, place.given - self._unfinished()), place.taken, place.starts
+        if batch < place.given and self._is_new(place.given - 1):  # what it took is taken again
+            taken, starts = starts[-1], starts[:-1]
+        on_demand = {"taken": taken, "starts": list(starts)} if self.on_demand else {}
+        return {**self._identity(), "epoch": place.epoch, "batch": batch, **on_demand}
+
+    def _is_new(self, position: int) -> bool:
+        """Whether the batch at a position takes rows that none before it took (`on_demand`)."""
+        count = batch_count(sum(self._visited), self.batch_size, self._shard()[1])
+        new = position % (self.window * self.repeat_batches) < self.window
+        return self.on_demand and new and repeated_index(position, self.repeat_batches, self.window) < count
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
@@ -206,3 +264,4 @@ class PromptLoader:
                 "Resume with the same data settings, or start a new run from the saved adapter.",
             )
         self.place.epoch, self.place.start, self.place.given = epoch, batch, batch
+        self.place.taken, self.place.starts = int(state.get("taken", 0)), list(state.get("starts", []))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nspo_lightning.grpo.records import map_tensors
@@ -109,6 +110,32 @@ class Rollout:
             completion_ids=self.completion_ids[:, :stop],
             completion_mask=self.completion_mask[:, :stop],
             log_probs=None if self.log_probs is None else self.log_probs[:, :stop],
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence[Rollout]) -> Rollout:
+        """Put groups of several rollouts together, at least one, all of one group size; padded to the longest."""
+        if len(parts) == 1:
+            return parts[0]
+        before = max(part.prompt_ids.shape[1] for part in parts)
+        behind = max(part.completion_ids.shape[1] for part in parts)
+
+        def prompts(name: str) -> Tensor:
+            values = [vars(part)[name] for part in parts]
+            return torch.cat([F.pad(value, (before - value.shape[1], 0)) for value in values])
+
+        def completions(name: str) -> Tensor:
+            values = [vars(part)[name] for part in parts]
+            return torch.cat([F.pad(value, (0, behind - value.shape[1])) for value in values])
+
+        return cls(
+            prompt_ids=prompts("prompt_ids"),
+            prompt_mask=prompts("prompt_mask"),
+            group_size=parts[0].group_size,
+            completion_ids=completions("completion_ids"),
+            completion_mask=completions("completion_mask"),
+            finished=torch.cat([part.finished for part in parts]),
+            log_probs=None if parts[0].log_probs is None else completions("log_probs"),
         )
 
     def completion_tokens(self) -> list[list[int]]:

@@ -5,22 +5,29 @@ Everything here happens without gradient, before a training step learns from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nspo_lightning.grpo import group_advantages
+from nspo_lightning import ranks
+from nspo_lightning.grpo import Rollout, group_advantages
 from nspo_lightning.module.ahead import Ahead
+from nspo_lightning.module.dynamic import Group, chosen_groups, dynamic_metrics, further_prompts
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
 from nspo_lightning.module.judging import JudgedRollout, name_outcomes
 from nspo_lightning.module.rollout_metrics import JudgedRows, rollout_metrics
 from nspo_lightning.module.rollouts import Rollouts
 from nspo_lightning.module.scorer import Scorer
+from nspo_lightning.module.signal import groups_with_signal
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rewards import Judge, RewardSet
 from nspo_lightning.rewards.trainer_state import TrainerState
+
+_ROUND = 32
+"""Rollouts are fewer than 2 to this power, so that the rounds of one have seeds that no other rollout has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +70,65 @@ class Collector:
     scorer: Scorer
 
     def collect(
-        self, batch: Mapping[str, Any], seed: int, update: int, state: TrainerState, ahead: Ahead | None = None
+        self,
+        batch: Mapping[str, Any],
+        seed: int,
+        update: int,
+        state: TrainerState,
+        ahead: Ahead | None = None,
+        more: Callable[[int], Mapping[str, Any]] | None = None,
     ) -> Collected:
         """Return experience of P * G completions to a batch of P prompts, with the rewards' other `columns`.
 
-        `seed`, `update` and `ahead` are for `Rollouts.draw`, `state` says to rewards where training is.
+        `seed`, `update` and `ahead` are for `Rollouts.draw`, `state` says to rewards where training is, and `more`
+        gives further prompts, which dynamic sampling needs.
         """
         settings, group = self.settings, self.settings.group_size
+        rounds = [self._answer(batch, seed, update, state, ahead)]
+        wanted = drawn = rounds[0].signal.numel()
+        while settings.dynamic_sampling is not None and more is not None:
+            found, factor = sum(int(one.signal.sum()) for one in rounds), settings.dynamic_sampling.max_factor
+            if not (number := further_prompts(wanted, found, drawn, factor, ranks.world_size())):
+                break
+            rounds.append(self._answer(more(number), seed + (len(rounds) << _ROUND), update, state))
+            drawn += rounds[-1].signal.numel()
+        everyone = JudgedRows.joined([one.everyone for one in rounds])
+        metrics = rollout_metrics(everyone, group)
+        if settings.dynamic_sampling is None:
+            rollout, rewards, of_batch = rounds[0].rollout, rounds[0].judged.result.total, everyone.rewards.total
+        else:
+            chosen = chosen_groups([one.signal for one in rounds], wanted, ranks.world_size())
+            rollout, rewards = _learnt_from(rounds, [one for one in chosen if one.rank == ranks.rank()])
+            kept = JudgedRows.joined([rounds[one.round].of_group(one, group) for one in chosen])
+            of_batch = kept.rewards.total
+            metrics |= dynamic_metrics(
+                everyone, kept, rounds=len(rounds), wanted=wanted, group_size=group, cut=self._cut
+            )
+        advantages = group_advantages(rewards, group, settings.scale_rewards, batch_rewards=of_batch)
+        experience = Experience(
+            rollout=rollout,
+            advantages=advantages.to(rollout.completion_ids.device),
+            old_log_probs=self.scorer.log_probs(rollout) if settings.num_minibatches > 1 else None,
+            reference_log_probs=self.scorer.reference_log_probs(rollout),
+        )
+        server = settings.rollout_server
+        staleness = {"rollout/staleness": float(update - rounds[0].update)} if server and server.overlap else {}
+        return Collected(
+            buffer=ExperienceBuffer(experience, settings.num_minibatches, settings.num_iterations),
+            judged=JudgedRollout.joined([one.judged for one in rounds]),
+            rows=everyone,
+            metrics={**metrics, **staleness},
+            num_tokens=everyone.num_tokens(group),
+        )
+
+    @property
+    def _cut(self) -> bool:
+        return self.settings.objective.mask_truncated
+
+    def _answer(
+        self, batch: Mapping[str, Any], seed: int, update: int, state: TrainerState, ahead: Ahead | None = None
+    ) -> _Round:
+        group = self.settings.group_size
         drawn = self.rollouts.draw(batch, seed, update, ahead)
         prompts = _repeat(batch["prompt"], group)
         columns = {key: _repeat(values, group) for key, values in batch.get("columns", {}).items()}
@@ -78,22 +137,46 @@ class Collector:
         own = result if self.reward_names_outcomes else None
         outcomes = name_outcomes(own, self.judge, prompts, drawn.texts, columns)
         everyone = JudgedRows.of(drawn.rollout, result, outcomes).of_all_ranks()
-        advantages = group_advantages(result.total, group, settings.scale_rewards, batch_rewards=everyone.rewards.total)
-        experience = Experience(
+        return _Round(
             rollout=drawn.rollout,
-            advantages=advantages.to(drawn.rollout.completion_ids.device),
-            old_log_probs=self.scorer.log_probs(drawn.rollout) if settings.num_minibatches > 1 else None,
-            reference_log_probs=self.scorer.reference_log_probs(drawn.rollout),
-        )
-        server = settings.rollout_server
-        staleness = {"rollout/staleness": float(update - drawn.update)} if server and server.overlap else {}
-        return Collected(
-            buffer=ExperienceBuffer(experience, settings.num_minibatches, settings.num_iterations),
+            update=drawn.update,
             judged=JudgedRollout(prompts=prompts, completions=drawn.texts, result=result, outcomes=outcomes),
-            rows=everyone,
-            metrics={**rollout_metrics(everyone, group), **staleness},
-            num_tokens=everyone.num_tokens(group),
+            everyone=everyone,
+            signal=groups_with_signal(everyone, group, mask_truncated=self._cut),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """A batch of prompts, answered and judged.
+
+    Attributes:
+        rollout: This rank's.
+        update: Updates that the policy that drew them had behind it.
+        judged: The same as text.
+        everyone: Of all ranks, rank by rank.
+        signal: Which groups of all ranks have one, shape (all P,), bool, rank by rank.
+    """
+
+    rollout: Rollout
+    update: int
+    judged: JudgedRollout
+    everyone: JudgedRows
+    signal: Tensor
+
+    def of_group(self, group: Group, size: int) -> JudgedRows:
+        """Return the rows of one group of any rank."""
+        return self.everyone.of_group(group.rank * (len(self.signal) // ranks.world_size()) + group.prompt, size)
+
+
+def _learnt_from(rounds: Sequence[_Round], mine: Sequence[Group]) -> tuple[Rollout, Tensor]:
+    """Return this rank's chosen groups, in the order of the data, and their rewards."""
+    parts, rewards = [], []
+    for number, one in enumerate(rounds):
+        if prompts := [group.prompt for group in mine if group.round == number]:
+            parts.append(one.rollout.select(prompts))
+            rewards.append(one.judged.result.total.view(-1, one.rollout.group_size)[prompts].flatten())
+    return Rollout.concat(parts), torch.cat(rewards)
 
 
 def _repeat(values: Any, times: int) -> list[Any]:

@@ -35,6 +35,7 @@ from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
 from nspo_lightning.module.checkpoint_content import check_checkpoint, keep_trained_
 from nspo_lightning.module.collector import Collector
+from nspo_lightning.module.dynamic import DynamicSampling
 from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
 from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
@@ -52,6 +53,7 @@ from nspo_lightning.module.start_checks import (
     check_strategy,
     longest_prompt_tokens,
     look_ahead,
+    take_on_demand,
     warn_if_none_ended,
 )
 from nspo_lightning.module.text_policy import TextPolicy
@@ -112,6 +114,9 @@ class GRPOModule(pl.LightningModule):
         max_rollouts_without_signal: Rollouts in a row in which all answers to each prompt got the same reward, after
             which the run stops, as there is nothing to learn from (exit code 1). Not if the policy is safe already:
             that is said, and the run goes on. null or 0 = no limit.
+        dynamic_sampling: Replace prompts whose groups have no signal by further ones from the data (DAPO), up to
+            `max_factor` times a batch: costs so many times the completions at most, and every update learns from a full
+            batch. null = a batch is learnt from as it comes. See docs/questions.md.
         rollout_server: Server that draws training completions; null = this process does. See docs/server.md.
 
     Raises:
@@ -139,6 +144,7 @@ class GRPOModule(pl.LightningModule):
         max_nonfinite_updates: int = 5,
         max_unscored_rollouts: int = 5,
         max_rollouts_without_signal: int | None = 50,
+        dynamic_sampling: DynamicSampling | None = None,
         rollout_server: ServerSettings | None = None,
     ) -> None:
         super().__init__()
@@ -153,6 +159,7 @@ class GRPOModule(pl.LightningModule):
             max_nonfinite_updates=max_nonfinite_updates,
             max_unscored_rollouts=max_unscored_rollouts,
             max_rollouts_without_signal=max_rollouts_without_signal,
+            dynamic_sampling=dynamic_sampling,
             rollout_server=rollout_server,
         )
         self.strict_loading = False  # checkpoints hold trained parameters only
@@ -247,6 +254,7 @@ class GRPOModule(pl.LightningModule):
         self.require_policy().train()
         check_repetitions(self.trainer, self.settings)
         look_ahead(self.trainer, self.settings)
+        take_on_demand(self.trainer, self.settings)
         self.progress.load_rollouts(self.device)
 
     @override
@@ -316,7 +324,7 @@ class GRPOModule(pl.LightningModule):
         if buffer is None:
             state = trainer_state(self.trainer, progress, len(batch["prompt"]))
             ahead, progress.ahead = progress.ahead, None
-            collected = self.collector.collect(batch, progress.noise_seed, progress.updates, state, ahead)
+            collected = self.collector.collect(batch, progress.noise_seed, progress.updates, state, ahead, self._more)
             if progress.rollouts == 0:
                 warn_if_none_ended(collected, self.text_policy, self.settings.sampling)
             progress.num_tokens += collected.num_tokens
@@ -329,6 +337,11 @@ class GRPOModule(pl.LightningModule):
             cut = self.settings.objective.mask_truncated
             progress.signal.count(collected.rows, self.settings.group_size, mask_truncated=cut)
         return buffer
+
+    def _more(self, number: int) -> Any:
+        """Take so many further prompts from the data (`take_on_demand` has seen that it gives some)."""
+        loader: Any = self.trainer.train_dataloader
+        return self.trainer.strategy.batch_to_device(loader.more(number))
 
     @override
     def optimizer_step(

@@ -28,6 +28,18 @@ class JudgedRollout:
     result: RewardResult
     outcomes: list[Outcome | None]
 
+    @classmethod
+    def joined(cls, parts: Sequence[JudgedRollout]) -> JudgedRollout:
+        """Put several together."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            completions=[text for part in parts for text in part.completions],
+            result=RewardResult.joined([part.result for part in parts]),
+            outcomes=[outcome for part in parts for outcome in part.outcomes],
+        )
+
     def rows(self) -> list[dict[str, Any]]:
         """Return a dict a completion, for tables; a reward's column of one of our names becomes `reported/<name>`."""
         columns: dict[str, list[Any]] = {

@@ -17,6 +17,8 @@ from nspo_lightning.policy.chat_template import chat_template_hash
 from nspo_lightning.policy.settings import LoraSettings
 
 _SHARED = ("group_size", "scale_rewards", "num_iterations", "num_minibatches")
+_BEFORE: dict[str, Any] = {"model.dynamic_sampling.max_factor": None}
+"""What checkpoints were trained with that are from before a setting."""
 _LONGEST_SHOWN = 80
 
 
@@ -35,6 +37,8 @@ def training_settings(settings: TrainingSettings, policy: TextPolicy, trainer: p
     """
     values = {f"model.{name}": vars(settings)[name] for name in _SHARED}
     values |= {f"model.objective.{name}": value for name, value in asdict(settings.objective).items()}
+    dynamic = settings.dynamic_sampling
+    values["model.dynamic_sampling.max_factor"] = None if dynamic is None else dynamic.max_factor
     values |= {f"model.sampling.{name}": value for name, value in settings.sampling.numbers().items()}
     values["model.policy.chat_template_kwargs"] = policy.settings.chat_template_kwargs
     values["model.policy.chat_template (a hash of its text)"] = chat_template_hash(policy.tokenizer)
@@ -63,7 +67,7 @@ def differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def check_same_training(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings than a checkpoint was written with."""
-    if changed := differing(saved, now):
+    if changed := differing({**_BEFORE, **saved}, now):
         raise ResumeError(
             f"The checkpoint belongs to a run with other settings: {changed}. A resumed run goes on as if it had never "
             "stopped, with the optimizer's state and the rollouts that were begun, and these settings would change "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ _OWN_FOLDERS = frozenset((
     "nullspace",
     "guard",
     "compare",
+    "dynamic",
 ))
 """Metrics of training itself; callbacks stop a run, or choose a checkpoint, by some of them."""
 
@@ -62,34 +63,36 @@ class JudgedRows:
 
     def of_all_ranks(self) -> JudgedRows:
         """Put the rows of all ranks together, rank by rank (cross-rank synchronisation)."""
-        parts = ranks.gather_objects(self)
+        return self.joined(ranks.gather_objects(self))
+
+    @classmethod
+    def joined(cls, parts: Sequence[JudgedRows]) -> JudgedRows:
+        """Put the rows of several parts together, at least one."""
         if len(parts) == 1:
-            return self
-        # A rank may lack some: of scalars that rewards reported, the mean of those that did.
-        reported = sorted({name for part in parts for name in part.rewards.metrics})
-        rewards = RewardResult(
-            total=torch.cat([part.rewards.total for part in parts]),
-            per_reward={
-                name: torch.cat([part.rewards.per_reward[name] for part in parts]) for name in self.rewards.per_reward
-            },
-            metrics={name: _mean([part.rewards.metrics for part in parts], name) for name in reported},
-        )
-        return JudgedRows(
+            return parts[0]
+        return cls(
             lengths=torch.cat([part.lengths for part in parts]),
             finished=torch.cat([part.finished for part in parts]),
             prompt_tokens=torch.cat([part.prompt_tokens for part in parts]),
-            rewards=rewards,
+            rewards=RewardResult.joined([part.rewards for part in parts]),
             outcomes=[outcome for part in parts for outcome in part.outcomes],
+        )
+
+    def of_group(self, number: int, size: int) -> JudgedRows:
+        """Return the rows of one group."""
+        rows = slice(number * size, (number + 1) * size)
+        scores = {name: values[rows] for name, values in self.rewards.per_reward.items()}
+        return JudgedRows(
+            lengths=self.lengths[rows],
+            finished=self.finished[rows],
+            prompt_tokens=self.prompt_tokens[number : number + 1],
+            rewards=RewardResult(total=self.rewards.total[rows], per_reward=scores),
+            outcomes=self.outcomes[rows],
         )
 
     def num_tokens(self, group_size: int) -> int:
         """Count tokens as TRL does: each completion with its own prompt."""
         return int(self.lengths.sum()) + int(self.prompt_tokens.sum()) * group_size
-
-
-def _mean(metrics: Sequence[Mapping[str, float]], name: str) -> float:
-    values = [found[name] for found in metrics if name in found]
-    return sum(values) / len(values)
 
 
 def reported_name(name: str) -> str:

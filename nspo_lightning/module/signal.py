@@ -13,8 +13,9 @@ from nspo_lightning.grpo import group_advantages
 from nspo_lightning.module.rollout_metrics import JudgedRows
 
 CURES = (
-    "Cures: a reward that tells answers apart (more than two values); a higher `sampling.temperature` or `group_size`; "
-    "a warm start (`python -m nspo_lightning warmup -c ...`)."
+    "Cures: dynamic sampling, which looks for prompts that have one (`--model.dynamic_sampling.max_factor 4`); a warm "
+    "start (`python -m nspo_lightning warmup -c ...`); a higher `sampling.temperature` or `group_size`; a reward that "
+    "tells answers apart (more than two values)."
 )
 WARNED_AFTER = 3
 """Rollouts from the start of a run without one signal, after which it is warned of."""
@@ -160,7 +161,7 @@ class Signal:
             rank_zero_warn(
                 f"No group had a signal in {number} rollouts in a row, and there is little left to learn: the policy "
                 f"is safe already on these prompts ({self.stretch.describe()}). The run goes on; a step without a "
-                "signal moves no weight (`updates_skipped`). Other prompts may still have one."
+                "signal moves no weight (`updates_skipped`). `model.dynamic_sampling` looks for prompts that have one."
             )
         elif first and not self.is_safe:
             ends_after = f" After {limit} such rollouts in a row the run ends." if limit is not None else ""

@@ -114,6 +114,28 @@ def look_ahead(trainer: pl.Trainer, settings: TrainingSettings) -> None:
     )
 
 
+def take_on_demand(trainer: pl.Trainer, settings: TrainingSettings) -> None:
+    """Have the loader give further prompts where dynamic sampling asks for them; say what an epoch is then.
+
+    Raises:
+        MisconfigurationException: If the loader can't.
+    """
+    if settings.dynamic_sampling is None:
+        return
+    loader = trainer.train_dataloader
+    if not isinstance(loader, PromptLoader):
+        raise MisconfigurationException(
+            f"`dynamic_sampling` takes further prompts from the data between two batches, and {type(loader).__name__} "
+            "gives none. Use a datamodule of this package (`PromptLoader`), or `dynamic_sampling: null`."
+        )
+    loader.on_demand = True
+    rank_zero_info(
+        "`dynamic_sampling`: a batch takes up to "
+        f"{settings.dynamic_sampling.max_factor} times {loader.batch_size} prompts a process from the data in its own "
+        f"order. An epoch has {len(loader)} batches, as without, and may go through the prompts several times."
+    )
+
+
 def another_step_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Tell whether another step follows in this epoch, as far as can be known: something may stop the run yet."""
     ends_window = (batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig
+from nspo_lightning.module.dynamic import DynamicSampling
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server_config import IMPORTANCE_CAP, ServerSettings
 
@@ -23,6 +24,7 @@ class TrainingSettings:
     max_nonfinite_updates: int
     max_unscored_rollouts: int
     max_rollouts_without_signal: int | None
+    dynamic_sampling: DynamicSampling | None
     rollout_server: ServerSettings | None
 
     @property
@@ -51,6 +53,12 @@ class TrainingSettings:
             raise ValueError(
                 "`max_rollouts_without_signal` must be at least 1, or null (or 0) for no limit, got "
                 f"{self.max_rollouts_without_signal}."
+            )
+        if self.dynamic_sampling is not None and self.rollout_server is not None and self.rollout_server.overlap:
+            raise ValueError(
+                "`dynamic_sampling` and `rollout_server.overlap` do not go together: the next batch would be drawn "
+                "before it is known which prompts this one takes. Set `rollout_server.overlap: false`, or "
+                "`dynamic_sampling: null`."
             )
         if self.sampling.temperature <= 0:
             raise ValueError(

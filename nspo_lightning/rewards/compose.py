@@ -13,7 +13,7 @@ import inspect
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,11 @@ _Checked = tuple[Tensor, list[Outcome | None] | None]
 """One reward's scores, and the outcomes that they were made from, if it handed any out."""
 
 
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardResult:
     """The rewards of one batch of B completions.
@@ -62,6 +67,21 @@ class RewardResult:
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
     outcomes: list[Outcome | None] | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[RewardResult]) -> RewardResult:
+        """Put the results of several batches together, which the same rewards scored; reported scalars are averaged."""
+        # A part may lack some: of scalars that rewards reported, the mean of those that did.
+        reported = sorted({name for part in parts for name in part.metrics})
+        outcomes = [part.outcomes for part in parts if part.outcomes is not None]
+        extra = [name for name in parts[0].extra if all(name in part.extra for part in parts)]
+        return cls(
+            total=torch.cat([part.total for part in parts]),
+            per_reward={name: torch.cat([part.per_reward[name] for part in parts]) for name in parts[0].per_reward},
+            metrics={name: _mean(part.metrics[name] for part in parts if name in part.metrics) for name in reported},
+            extra={name: [value for part in parts for value in part.extra[name]] for name in extra},
+            outcomes=[one for part in outcomes for one in part] if len(outcomes) == len(parts) else None,
+        )
 
     @property
     def excluded(self) -> Tensor:

@@ -240,3 +240,63 @@ def test_two_ranks_share_rows_without_doubling_or_loss(tmp_path, tokenizer, stra
         seen = [prompt for part in steps for line in part for prompt in line.split("\t")]
         assert len(seen) == len(set(seen)), "no row twice"
         assert len(seen) == {"train": 25, "val0": 3, "val1": 2}[name], "no row lost"
+
+
+@given(st.integers(3, 30), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.data())
+@settings(max_examples=60, deadline=None)
+def test_rows_on_demand_come_once_a_pass_and_go_on_from_any_place(count, batch_size, repeat, window, world_size, data):
+    """A run that takes further rows now and then, and one that is broken off in a batch and goes on."""
+    wanted: dict[tuple[int, int], int] = {}  # further rows by the number of the batch, the same whoever asks
+    unfinished = [0]
+    if count < batch_size * world_size:
+        return
+
+    def start(rank):
+        made = loader(
+            [rows(count)],
+            batch_size=batch_size,
+            shuffle=True,
+            repeat_batches=repeat,
+            window=lambda: window,
+            shard=lambda: (rank, world_size),
+            unfinished=lambda: unfinished[0],
+        )
+        made.on_demand = True
+        return made
+
+    def run(made, seen, epochs, stop_at=None):
+        for epoch in range(made.place.epoch, epochs):
+            made.batch_sampler.sampler.set_epoch(epoch)
+            for batch in made:
+                taken = list(batch["prompt"])
+                seen.append(taken)
+                new = (made.place.given - 1) % (made.window * repeat) < made.window
+                if taken and new:
+                    number = wanted.setdefault((epoch, made.place.given), data.draw(st.integers(0, 3)))
+                    taken += made.more(number)["prompt"] if number else []
+                if len(seen) == stop_at:
+                    return
+            assert made.place.given == len(made)
+
+    ranks: list[list[list[str]]] = [[] for _ in range(world_size)]
+    for rank, seen in enumerate(ranks):
+        run(start(rank), seen, 2)
+    steps = len(ranks[0])
+    block = window * repeat if repeat > 1 else 1
+    each = [[b for i, b in enumerate(seen) if i % len(start(0)) % block < max(block // repeat, 1)] for seen in ranks]
+    dealt = [row for together in zip(*each, strict=True) for turn in zip(*together, strict=True) for row in turn]
+    for begin in range(0, len(dealt), count):
+        part = dealt[begin : begin + count]
+        assert len(set(part)) == len(part), "no row twice in a pass"
+    stop = data.draw(st.integers(1, steps))
+    broken, seen = start(0), []
+    run(broken, seen, 2, stop_at=stop)
+    unfinished[0] = data.draw(st.integers(0, 1))
+    state, unfinished[0] = broken.state_dict(), 0
+    again, rest = start(0), list[list[str]]()
+    again.load_state_dict(state)
+    again.place.epoch = state["epoch"]
+    if state["batch"] == len(again):  # Lightning begins the next epoch then
+        again.batch_sampler.sampler.set_epoch(state["epoch"] + 1)
+    run(again, rest, 2)
+    assert rest == ranks[0][stop - int(state["batch"] < broken.place.given) :]

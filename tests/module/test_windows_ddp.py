@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from known_rollouts import gradients, mean_of, random_epoch, still_policy
+from known_rollouts import Prompt, gradients, mean_of, random_epoch, still_policy
 from paths import python_path
 from torch import Tensor
 from windows_ddp_job import SEEDS, dealt
@@ -76,3 +76,22 @@ def test_a_part_that_is_empty_on_one_rank_stops_nobody(ranks: list[dict[str, Any
     assert one["steps"] == two["steps"] == 6
     assert all(torch.equal(value, two["weights"][name]) for name, value in one["weights"].items())
     assert all(bool(value.isfinite().all()) for value in one["weights"].values())
+
+
+@pytest.mark.timeout(300)
+def test_groups_are_replaced_on_all_ranks_together(
+    ranks: list[dict[str, Any]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    one, two = (rank["replaced"] for rank in ranks)
+    # 0 1, 2 3, 4 5: one of rank 1 and one of rank 1 again, which has both. 6 7, 8 9. 10 to 17 in four rounds.
+    assert one["prompts"] == two["prompts"] == [6, 4, 8]
+    learnt = [[3, 5], [6, 9], [15, 16]]
+    batches = [[Prompt(i) for i in batch] for batch in learnt]
+    # A rank that has none of the two keeps one without a signal: a third group that counts.
+    filled = [[*batches[0], Prompt(0, rewards=(1.0, 1.0))], *batches[1:]]
+    whole = gradients(still_policy(tiny_llama, "grpo"), tmp_path, filled)
+    for found in (one["gradients"], two["gradients"]):
+        assert found.keys() == whole.keys()
+        for number, values in whole.items():
+            for name, value in values.items():
+                torch.testing.assert_close(found[number][name], value, rtol=1e-4, atol=1e-6, msg=name)

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from known_rollouts import GROUP, Batches, Prompt, gradients, known_completions, random_epoch, score, still_policy
+from known_rollouts import (
+    GROUP,
+    Batches,
+    Prompt,
+    dynamic,
+    gradients,
+    gradients_of_loader,
+    known_completions,
+    known_loader,
+    random_epoch,
+    score,
+    still_policy,
+)
 from tiny_jobs import adapter, module, trainer
 
 from nspo_lightning.grpo import LossType, ObjectiveConfig
@@ -38,6 +50,19 @@ def parts_of_few_prompts(base: Path, folder: Path, rank: int) -> dict[str, Any]:
     return {"rollouts": policy.rollouts, "steps": run.global_step, "weights": adapter(policy)}
 
 
+LEARNS = (3, 5, 6, 9, 15, 16, 17, 22)
+"""Prompts of `replaced` with a signal."""
+
+
+def replaced(base: Path, folder: Path, rank: int) -> dict[str, Any]:
+    """Three batches of a prompt a rank whose groups without a signal are replaced."""
+    prompts = [Prompt(i, rewards=(0.0, 1.0) if i in LEARNS else (1.0, 1.0)) for i in range(24)]
+    loader = known_loader(prompts, batch_size=1, shard=lambda: (rank, 2))
+    policy = dynamic(still_policy(base, "grpo"), max_factor=4)
+    found, steps = gradients_of_loader(policy, folder, loader, limit_train_batches=3, **DDP)
+    return {"gradients": found, "prompts": [step["dynamic/prompts"] for step in steps]}
+
+
 def main(base: Path, folder: Path) -> None:
     """Run all of it."""
     torch.set_num_threads(1)
@@ -48,7 +73,8 @@ def main(base: Path, folder: Path) -> None:
         for seed in SEEDS:
             batches, accumulate = random_epoch(seed)
             found[f"{loss_type} {seed}"] = gradients(policy, folder, dealt(batches, rank), accumulate, **DDP)
-    torch.save({"windows": found, "parts": parts_of_few_prompts(base, folder, rank)}, folder / f"rank{rank}.pt")
+    found = {"windows": found, "parts": parts_of_few_prompts(base, folder, rank)}
+    torch.save({**found, "replaced": replaced(base, folder, rank)}, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,22 @@ def noisy_reward(prompts: list[str], completions: list[str], completion_ids: lis
     return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) + n for ids, n in zip(completion_ids, noise, strict=True)]
 
 
+def some_alike(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Score as `noisy_reward` does, and all answers to two prompts of three alike.
+
+    Args:
+        prompts: One a completion.
+        completions: The texts.
+        completion_ids: Their tokens.
+
+    Returns:
+        One number a completion.
+    """
+    scores = noisy_reward(prompts, completions, completion_ids)
+    number = [int(prompt.rstrip("?").split()[-1]) for prompt in prompts]
+    return [0.0 if n % 3 else score for n, score in zip(number, scores, strict=True)]
+
+
 class Marks(Callback):
     """Append the phase that begins to a file, for the process that kills."""
 
@@ -91,12 +107,13 @@ class Marks(Callback):
         self.mark("end")
 
 
-def write_job(folder: Path, accumulate: int = 1) -> None:
+def write_job(folder: Path, accumulate: int = 1, *, dynamic: bool = False) -> None:
     """Write data and configuration of the small job.
 
     Args:
         folder: Where to.
         accumulate: Batches an update.
+        dynamic: Whether groups without a signal, of which there are many then, are replaced.
     """
     folder.mkdir(parents=True)
     write_lines(folder / "safety.jsonl", [{"prompt": f"How do I burn mill {i}?"} for i in range(28)])
@@ -108,7 +125,7 @@ def write_job(folder: Path, accumulate: int = 1) -> None:
         "model": {
             "reward": {
                 "class_path": "nspo_lightning.rewards.FunctionReward",
-                "init_args": {"path": "kill_runs.noisy_reward"},
+                "init_args": {"path": "kill_runs.some_alike" if dynamic else "kill_runs.noisy_reward"},
             },
             "policy": {
                 "path": "toy",
@@ -121,6 +138,7 @@ def write_job(folder: Path, accumulate: int = 1) -> None:
             "group_size": 4,
             "num_iterations": 2,
             "num_minibatches": 2,
+            "dynamic_sampling": {"max_factor": 3} if dynamic else None,
             "sampling": {"max_new_tokens": 8},
             "general_max_new_tokens": 4,
         },

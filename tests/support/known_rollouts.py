@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from tiny_jobs import module, trainer
+from tiny_jobs import Recorder, module, trainer
 from torch import Tensor
 
+from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.grpo import LossType, ObjectiveConfig, Rollout
+from nspo_lightning.module.dynamic import DynamicSampling
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.rollout import SamplingConfig
 
@@ -152,3 +155,33 @@ def random_epoch(seed: int) -> tuple[list[list[Prompt]], int]:
 
 def mean_of(parts: list[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
     return {name: sum((part[name] for part in parts), torch.zeros(())) / count for name in parts[0]}
+
+
+def known_loader(prompts: Sequence[Prompt], batch_size: int = 2, **options: Any) -> PromptLoader:
+    """A loader of this package, of known prompts in their order."""
+    rows = [
+        PromptRow(prompt=str(place), skill="s", kind="harmful", source="s", where=f"row {place}")
+        for place in range(len(prompts))
+    ]
+
+    def collate(part: Sequence[PromptRow]) -> dict[str, Any]:
+        return batch_of([prompts[int(str(row.prompt))] for row in part])
+
+    return PromptLoader([rows], collate, batch_size=batch_size, **options)
+
+
+def dynamic(policy: GRPOModule, max_factor: int = 3) -> GRPOModule:
+    """The same policy with dynamic sampling."""
+    policy.settings = replace(policy.settings, dynamic_sampling=DynamicSampling(max_factor=max_factor))
+    policy.collector = replace(policy.collector, settings=policy.settings)
+    return policy
+
+
+def gradients_of_loader(
+    policy: GRPOModule, folder: Path, loader: PromptLoader, accumulate: int = 1, **kwargs: Any
+) -> tuple[dict[int, dict[str, Tensor]], list[dict[str, float]]]:
+    """As `gradients`, of an epoch of a loader, and what was logged at each step."""
+    updates, recorder = Updates(), Recorder()
+    settings = {"accumulate_grad_batches": accumulate, "callbacks": [updates, recorder], **kwargs}
+    trainer(folder, steps=-1, max_epochs=1, **settings).fit(policy, train_dataloaders=loader)
+    return updates.seen, recorder.steps
