@@ -172,7 +172,7 @@ def main() -> None:
         make_compliant(arguments, goals, arguments.work / "base")
     config = write_config(arguments.work, arguments.learning_rate)
     command = [sys.executable, "-m", "nspo_lightning", "compare", "--config", str(config)]
-    command += ["--out", str(arguments.work / "comparison"), "--metric", "text/nll", "--higher_is_better", "false"]
+    command += ["--out", str(arguments.work / "comparison"), "--metric", "general/nll", "--higher_is_better", "false"]
     command += ["--mixed_reward", str(arguments.work / "mixed_reward.yaml")]
     if not arguments.only_prepare:
         subprocess.run([*command, *rest], check=True)

@@ -22,7 +22,7 @@ from nspo_lightning.checkpoints import best_of, read_checkpoint
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, is_fast_dev_run, model_checkpoints
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL, with_accuracy
 from nspo_lightning.evaluation.tables import rich_table
-from nspo_lightning.evaluation.text_means import TEXT_NAMES, text_means
+from nspo_lightning.evaluation.text_means import TEXT_NAMES, in_nats, text_means
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -207,14 +207,14 @@ def _change_table(
 
 def _is_detail(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
     """Whether a metric has a line below the headlines: by skill, what `test` shows, only refusals that there are."""
-    if name in HEADLINES or name.startswith(tuple(f"{text}/" for text in TEXT_NAMES)):
+    if name in HEADLINES or in_nats(name):
         return False
     return not name.startswith(f"{REFUSAL}/") or bool(before.get(name) or after[name])
 
 
 def _unit(name: str) -> Callable[..., str]:
     """Return what writes a metric's values, by their value and maybe a sign: in nats, or in per cent."""
-    if name in TEXT_NAMES:
+    if in_nats(name):
         return lambda value, sign="": f"{value:{sign}.4f}"
     return lambda value, sign="": f"{100 * value:{sign}.1f} %"
 

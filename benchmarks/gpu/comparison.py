@@ -107,7 +107,7 @@ def measure(scale: Scale, device: Device, record: Record, folder: Path, model: s
     command += ["--out", str(out), "--methods", json.dumps(methods), "--seeds", json.dumps(seeds)]
     command += ["--learning_rates", "[2e-4]", "--steps", str(scale.compared_steps)]
     command += ["--eval_every", str(max(scale.compared_steps // 3, 1)), "--jobs", "4" if device.is_cuda else "1"]
-    command += ["--metric", "text/nll", "--higher_is_better", "false", "--text_rows", "8"]
+    command += ["--metric", "general/nll", "--higher_is_better", "false", "--text_rows", "32"]
     log = record.path.with_suffix(".output.txt")
     done = run(command, log, record.left() - REPORT_SECONDS)
     if done["exit_code"] is None:

@@ -21,7 +21,7 @@ from nspo_lightning.cli.run_config import read_config
 from nspo_lightning.compare.methods import METHODS, as_dicts
 from nspo_lightning.compare.plan import RESULT, Budget, RunSpec, main_grid
 from nspo_lightning.compare.pool import Job, JobResult, run_all
-from nspo_lightning.compare.results import Findings, RunResult
+from nspo_lightning.compare.results import Findings, RunResult, current_name
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep, make_sweep
 from nspo_lightning.datamodules import PromptSource
@@ -57,7 +57,7 @@ def compare(
     unsafe_limit: float = 0.05,
     metric: str = "general/accuracy",
     higher_is_better: bool = True,
-    text_rows: int = 16,
+    text_rows: int = 128,
     mixed_reward: str | None = None,
     jobs: int | None = None,
     only_report: bool = False,
@@ -80,8 +80,9 @@ def compare(
         stop_unsafe: A run ends once its unsafe rate on validation prompts is at most this.
         unsafe_limit: What counts as safe in the selection.
         metric: What general ability is, for the selection and the pictures.
-        higher_is_better: False where less of the metric is better (text/nll).
-        text_rows: General rows of each domain whose NLL and KL to the base are measured at each evaluation; 0 = none.
+        higher_is_better: False where less of the metric is better (general/nll).
+        text_rows: General rows, spread over skills, whose NLL and KL to the base are measured at each evaluation; 0 =
+            none.
         mixed_reward: YAML file with the reward of the method that mixes general prompts in, written as in a
             configuration; by default the configuration's on harmful prompts, and right answers on general ones.
         jobs: Processes at a time; by default one a core on the CPU, else one.
@@ -105,7 +106,7 @@ def compare(
         seeds, steps, eval_every = seeds[:1], min(steps, 60), max(eval_every, 5)
         learning_rates = learning_rates or [2 * own]
     budget = Budget(steps=steps, eval_every=eval_every, stop_unsafe=stop_unsafe)
-    rule = SelectionRule(unsafe_limit=unsafe_limit, metric=metric, higher_is_better=higher_is_better)
+    rule = SelectionRule(unsafe_limit=unsafe_limit, metric=current_name(metric), higher_is_better=higher_is_better)
     asked: Sweep | None = None
     if sweep is not None:
         asked = make_sweep(sweep, settings, calibration_domains(settings) if sweep == "calibration" else [])

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nspo_lightning.compare.results import RunResult
+from nspo_lightning.evaluation.text_means import TEXT_NAMES
 
 _METRICS = (
     "safety/unsafe_rate",
     "safety/refusal_rate",
     "safety/garbage_rate",
     "general/accuracy",
+    "general/refusal_rate",
     "general/over_refusal_rate",
-    "text/nll",
-    "text/kl",
+    *TEXT_NAMES,
 )
 
 

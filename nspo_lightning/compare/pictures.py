@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from nspo_lightning.compare.results import Findings, RunResult, Value, mean_at
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compare.sweeps import Sweep
+from nspo_lightning.evaluation.rates import REFUSAL
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST
+from nspo_lightning.policy.divergence import FIRST_TOKENS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,29 +43,46 @@ def mean_front(runs: Sequence[RunResult], value: Value) -> list[float]:
     return [mean if mean > -math.inf else math.nan for mean in means]
 
 
+_DISTANCES: dict[str, tuple[str, float]] = {
+    KL: ("KL to the base on whole general answers, nats a token", 1.0),
+    KL_FIRST: (f"KL to the base at the first {FIRST_TOKENS} tokens, nats a token", 1.0),
+    REFUSAL: ("ordinary general prompts refused, %", 100.0),
+}
+"""What is drawn against safety beside general ability, where it was measured: label and unit; less is better."""
+
+
 def tradeoff_figure(findings: Findings) -> Figure:
     """Draw safety against general ability: each method's front (validation), and a point a run (test)."""
     from matplotlib.figure import Figure
 
-    has_text = findings.everywhere("text/kl")
-    figure = Figure(figsize=(15 if has_text else 11, 5.6), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(1, 3 if has_text else 2))
-    for axes in panels:
+    shown = [name for name in _DISTANCES if findings.everywhere(name)]
+    columns = 3 if shown else 2
+    figure = Figure(figsize=(15 if shown else 11, 5.6 if len(shown) < 2 else 10), layout="constrained")
+    grid = figure.subplots(1 if len(shown) < 2 else 2, columns, squeeze=False)
+    panels: list[Axes] = list(grid.flat)
+    for spare in panels[len(shown) + 2 :]:
+        spare.axis("off")
+    front, selected, *others = panels[: len(shown) + 2]
+    for axes in (front, selected, *others):
         axes.axvline(100 * findings.rule.unsafe_limit, color="0.6", lw=0.8, ls=":")
         _label(axes, "unsafe answers to harmful prompts, %")
-    for axes in (panels[0], panels[-1]):
+    for axes in (front, selected):
         axes.axhline(0, color="0.6", lw=0.8)
         axes.set_ylabel(_ability_label(findings.rule))
-    _draw_fronts(panels[0], findings, findings.gain, "Fronts: general ability (validation)")
-    if has_text:
-        title = "Fronts: distance from the base (validation)"
-        shown = _draw_fronts(panels[1], findings, lambda p: -p["text/kl"], title, sign=-1.0)
-        if any(kl > 0 for kl in shown):  # nothing to take a logarithm of where no run came far enough
-            panels[1].set_yscale("log")
-        panels[1].set_ylabel("KL to the base on general answers, nats a token (less is better)")
-    _draw_selected(panels[-1], findings)
-    _legend_below(figure, panels[-1], columns=6, size=10)
+    _draw_fronts(front, findings, findings.gain, "Fronts: general ability (validation)")
+    _draw_selected(selected, findings)
+    for axes, name in zip(others, shown, strict=True):
+        label, unit = _DISTANCES[name]
+        _draw_distance(axes, findings, name, unit)
+        axes.set_ylabel(f"{label} (less is better)")
+    _legend_below(figure, selected, columns=6, size=10)
     return figure
+
+
+def _draw_distance(axes: Axes, findings: Findings, name: str, unit: float) -> None:
+    drawn = _draw_fronts(axes, findings, lambda p: -unit * p[name], "Fronts: distance (validation)", sign=-1.0)
+    if unit == 1.0 and any(value > 0 for value in drawn):  # else nothing to take a logarithm of
+        axes.set_yscale("log")
 
 
 def _draw_fronts(axes: Axes, findings: Findings, value: Value, title: str, sign: float = 1.0) -> list[float]:
@@ -99,12 +119,15 @@ def curves_figure(findings: Findings) -> Figure:
     """Draw unsafe rate and general ability over rollouts, the mean over seeds at the selected learning rate."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    safety, ability = figure.subplots(1, 2)
-    for axes, value, name, title in (
-        (safety, lambda p: 100 * p[UNSAFE], "unsafe answers to harmful prompts, %", "Safety"),
-        (ability, findings.gain, _ability_label(findings.rule), "General ability"),
-    ):
+    curves: list[tuple[Value, str, str]] = [
+        (lambda p: 100 * p[UNSAFE], "unsafe answers to harmful prompts, %", "Safety"),
+        (findings.gain, _ability_label(findings.rule), "General ability"),
+    ]
+    if findings.everywhere(REFUSAL):
+        curves.append((lambda p: 100 * p[REFUSAL], "ordinary general prompts refused, %", "Ordinary prompts"))
+    figure = Figure(figsize=(5.5 * len(curves), 5.6), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(1, len(curves)))
+    for axes, (value, name, title) in zip(panels, curves, strict=True):
         for label in findings.trained:
             group = findings.groups[label]
             xs, ys = _mean_curve([r.trajectory for r in group.results], value)
@@ -114,7 +137,7 @@ def curves_figure(findings: Findings) -> Figure:
         _label(axes, "rollouts")
         axes.set_ylabel(name)
         axes.set_title(f"{title} over training, validation prompts")
-    _legend_below(figure, safety, columns=4, size=9)
+    _legend_below(figure, panels[0], columns=4, size=9)
     return figure
 
 

@@ -84,6 +84,7 @@ class RunSpec:
             ),
             "trainer.callbacks": [
                 _named("nspo_lightning.compare.trajectory.Trajectory", **own, **trajectory),
+                _named("nspo_lightning.callbacks.GeneralText", text_rows=trajectory.get("text_rows", 0)),
                 _named("nspo_lightning.callbacks.RunReport", evaluate=False),
             ],
             **({} if trains else {"trainer.max_steps": 0}),

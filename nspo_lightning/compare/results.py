@@ -14,9 +14,25 @@ from typing import Any
 from nspo_lightning.compare.plan import Budget, RunSpec
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule, front_at, mean_and_spread
 from nspo_lightning.compare.sweeps import Sweep
+from nspo_lightning.evaluation.rates import REFUSAL
+from nspo_lightning.evaluation.text_means import in_nats
 
 Value = Callable[[Mapping[str, float]], float]
 """Of a checkpoint's metrics, larger = better."""
+
+
+def current_name(metric: str) -> str:
+    """Return what a metric is called today: what was `text/nll` and `text/kl` is `general/nll` and `general/kl`."""
+    return f"general/{metric.removeprefix('text/')}" if metric.startswith("text/") else metric
+
+
+def renamed(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return a record with today's names, also one of an earlier version.
+
+    That counted look-alikes among the refusals of ordinary prompts, so those are left out: they have no skills there.
+    """
+    by_skill = any(name.startswith(f"{REFUSAL}/") for name in metrics)
+    return {current_name(name): value for name, value in metrics.items() if by_skill or name != REFUSAL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +56,8 @@ class RunResult:
     def read(cls, spec: RunSpec, path: Path) -> RunResult:
         """Read a run's ``result.json``."""
         content = json.loads(path.read_text())
+        content |= {name: renamed(content[name]) for name in ("selected", "test")}
+        content["trajectory"] = [renamed(record) for record in content["trajectory"]]
         return cls(spec=spec, prompts=content.pop("test_prompts"), **content)
 
     def row(self) -> dict[str, Any]:
@@ -120,7 +138,7 @@ class Findings:
         """Return the ability relative to the base on the same prompts; in points where it is a rate."""
         base = None if self.base is None else self.base.test if test else self.base.selected
         zero = 0.0 if base is None else self.rule.ability(base)
-        return (self.rule.ability(metrics) - zero) * (1.0 if self.rule.metric.startswith("text/") else 100.0)
+        return (self.rule.ability(metrics) - zero) * (1.0 if in_nats(self.rule.metric) else 100.0)
 
 
 def write_csv(results: Iterable[RunResult], path: Path) -> None:

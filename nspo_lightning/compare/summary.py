@@ -14,9 +14,11 @@ from nspo_lightning.compare.pictures import curves_figure, sweep_figure, tradeof
 from nspo_lightning.compare.results import Findings, Group, RunResult, mean_at, write_csv
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.evaluation.intervals import wilson_interval
+from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
 from nspo_lightning.evaluation.tables import markdown_table
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, in_nats
+from nspo_lightning.policy.divergence import FIRST_TOKENS
 
-_OVER_REFUSAL = "general/over_refusal_rate"
 _LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 
 
@@ -59,7 +61,7 @@ def summary(findings: Findings) -> str:
     ]
     if sweep is None:
         lines += _fronts(findings, rule)
-        for metric in ("text/kl", _OVER_REFUSAL):
+        for metric in (KL, KL_FIRST, REFUSAL, OVER_REFUSAL):
             if findings.everywhere(metric):
                 lines += _fronts(findings, SelectionRule(metric=metric, higher_is_better=False))
     elif any(key.startswith("general/accuracy/") for key in results[0].test):
@@ -69,19 +71,17 @@ def summary(findings: Findings) -> str:
 
 def _table(findings: Findings) -> str:
     metric, groups = findings.rule.metric, findings.groups.values()
-    has_text = any("text/kl" in r.test for g in groups for r in g.results)
     head = ["variant" if findings.sweep else "method", "lr", "unsafe", "refusal", "garbage"]
-    head += ["general accuracy" if metric == "general/accuracy" else metric, "change", "over-refusal"]
-    head += ["KL to base", "NLL change"] if has_text else []
+    head += ["general accuracy" if metric == "general/accuracy" else metric, "change"]
+    head += ["ordinary refused", "over-refusal", "KL to base", f"KL first {FIRST_TOKENS} tokens", "NLL change"]
     head += ["null share", "leak", "rollouts", "seeds"]
-    return markdown_table(head, [_row(group, findings, has_text=has_text) for group in groups])
+    return markdown_table(head, [_row(group, findings) for group in groups])
 
 
-def _row(group: Group, findings: Findings, *, has_text: bool) -> list[str]:
+def _row(group: Group, findings: Findings) -> list[str]:
     base, prompts = findings.base, group.results[0].prompts
     shares = [r.null_share for r in group.results if r.null_share is not None]
     leaks = [r.leak for r in group.results if r.leak is not None]
-    text = [f"{group.test('text/kl')[0]:.4f}", _change(group, base, "text/nll", 1.0, "{:+.4f}")] if has_text else []
     return [
         group.label,
         "" if group.learning_rate is None else f"{group.learning_rate:g}",
@@ -89,8 +89,10 @@ def _row(group: Group, findings: Findings, *, has_text: bool) -> list[str]:
         _rate(group, "safety/refusal_rate", prompts["harmful"]),
         _rate(group, "safety/garbage_rate", prompts["harmful"]),
         *_ability(group, base, findings.rule),
-        _rate(group, _OVER_REFUSAL, prompts["general"]),
-        *text,
+        _rate(group, REFUSAL, prompts["general"]),
+        _rate(group, OVER_REFUSAL, prompts["general"]),
+        *(_nats(group, name) for name in (KL, KL_FIRST)),
+        _change(group, base, NLL, 1.0, "{:+.4f}"),
         f"{fmean(shares):.0%}" if shares else "",
         f"{max(leaks):.0e}" if leaks else "",
         f"{fmean(r.selected.get('rollouts', 0.0) for r in group.results):.0f}",
@@ -109,17 +111,23 @@ def _rate(group: Group, metric: str, prompts: int, *, interval: bool = False) ->
     return text
 
 
+def _nats(group: Group, metric: str) -> str:
+    mean, _ = group.test(metric)
+    return "" if math.isnan(mean) else f"{mean:.4f}"
+
+
 def _ability(group: Group, base: RunResult | None, rule: SelectionRule) -> list[str]:
     mean, spread = group.test(rule.metric)
-    if rule.metric.startswith("text/"):
+    if in_nats(rule.metric):
         return [f"{mean:.4f} ± {spread:.4f}", _change(group, base, rule.metric, 1.0, "{:+.4f}")]
     return [f"{100 * mean:.1f} ± {100 * spread:.1f} %", _change(group, base, rule.metric, 100.0, "{:+.1f}")]
 
 
 def _change(group: Group, base: RunResult | None, metric: str, unit: float, form: str) -> str:
-    if base is None or metric not in base.test:
+    mean, _ = group.test(metric)
+    if base is None or metric not in base.test or math.isnan(mean):
         return ""
-    return form.format(unit * (group.test(metric)[0] - base.test[metric]))
+    return form.format(unit * (mean - base.test[metric]))
 
 
 def _fronts(findings: Findings, rule: SelectionRule) -> list[str]:
@@ -143,7 +151,7 @@ def _shown(ability: float, rule: SelectionRule) -> str:
     if ability == -math.inf:
         return "—"
     value = ability if rule.higher_is_better else -ability
-    return f"{value:.4f}" if rule.metric.startswith("text/") else f"{100 * value:.1f} %"
+    return f"{value:.4f}" if in_nats(rule.metric) else f"{100 * value:.1f} %"
 
 
 def _by_domain(findings: Findings) -> list[str]:

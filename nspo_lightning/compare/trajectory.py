@@ -19,18 +19,19 @@ from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
 from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.callbacks.general_text import measure_text
 from nspo_lightning.callbacks.protocols import CountsUpdates, Evaluable
-from nspo_lightning.compare.general_text import HasPolicy, text_metrics
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.evaluation.text_means import text_means
 
 _Split = Literal["validation", "test"]
 
-_PREFIXES = ("safety/", "general/", "text/")
+_PREFIXES = ("safety/", "general/")
 
 
-class Trained(Evaluable, CountsUpdates, HasPolicy, Protocol):
+class Trained(Evaluable, CountsUpdates, Protocol):
     """What is asked of the module that `fit` trains; `GRPOModule` has it."""
 
     @property
@@ -48,7 +49,8 @@ class Trajectory(Callback):
         metric: See `SelectionRule`.
         higher_is_better: See `SelectionRule`.
         stop_unsafe: Stop once an evaluation's unsafe rate is at most this.
-        text_rows: General rows with an answer whose NLL and KL to the base are measured; 0 = none.
+        text_rows: General test rows with an answer whose NLL and KL to the base are measured; 0 = none, None = all.
+            On validation rows `GeneralText` does so.
         measure_start: Measure before the first step as well (what the base does).
     """
 
@@ -60,7 +62,7 @@ class Trajectory(Callback):
         metric: str = "general/accuracy",
         higher_is_better: bool = True,
         stop_unsafe: float = 0.01,
-        text_rows: int = 0,
+        text_rows: int | None = 0,
         measure_start: bool = False,
     ) -> None:
         self.result = Path(result)
@@ -90,7 +92,7 @@ class Trajectory(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        rates = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(_PREFIXES[:2])}
+        rates = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(_PREFIXES)}
         if self.records and self.records[-1]["steps"] == trainer.fit_loop.total_batch_idx + 1:
             return  # the last step's validation ran already
         self._record(trainer, pl_module, rates)
@@ -101,10 +103,10 @@ class Trajectory(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.measure_start and not self.records:
-            self._record(trainer, pl_module, _rates(trainer, pl_module, "validation"))
+            self._record(trainer, pl_module, self._measure(trainer, pl_module, "validation"))
         if self._weights:
             pl_module.load_state_dict(self._weights, strict=False)
-        test = _rates(trainer, pl_module, "test") | self._text(trainer, pl_module, "test")
+        test = self._measure(trainer, pl_module, "test")
         harmful, general = _datamodule(trainer).eval_rows("test")
         result = {
             "selected": self.selected,
@@ -140,13 +142,12 @@ class Trajectory(Callback):
             "rollouts": float(_trained(pl_module).rollouts),
             "updates": float(_trained(pl_module).updates),
             **rates,
-            **self._text(trainer, pl_module, "validation"),
         }
         if self.rule.metric not in record:
             raise MisconfigurationException(
                 f"No `{self.rule.metric}` to select checkpoints by among {', '.join(sorted(record))}: answers that are "
-                "missing or free text cannot be compared. Use `--metric text/nll --higher_is_better false`, or general "
-                "rows with short answers."
+                "missing or free text cannot be compared. Use `--metric general/nll --higher_is_better false`, or "
+                "general rows with short answers."
             )
         self.records.append(record)
         if not self.selected or self.rule.preference(record) > self.rule.preference(self.selected):
@@ -154,10 +155,12 @@ class Trajectory(Callback):
             trained = ((n, p) for n, p in pl_module.named_parameters() if p.requires_grad)
             self._weights = {name: parameter.detach().cpu().clone() for name, parameter in trained}
 
-    def _text(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
-        if self.text_rows == 0:
-            return {}
-        return text_metrics(_trained(pl_module), _datamodule(trainer), split, self.text_rows)
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
+        """Return rates and general text outside of the validation loop."""
+        data = _datamodule(trainer)
+        rates = _trained(pl_module).evaluate(data.test_dataloader() if split == "test" else data.val_dataloader())
+        means = text_means(measure_text(trainer, pl_module, split, self.text_rows))
+        return rates | {name: mean.value for name, mean in means.items()}
 
 
 def _trained(pl_module: pl.LightningModule) -> Trained:
@@ -166,11 +169,6 @@ def _trained(pl_module: pl.LightningModule) -> Trained:
 
 def _datamodule(trainer: pl.Trainer) -> AlignmentDataModule:
     return cast(AlignmentDataModule, datamodule_of(trainer))
-
-
-def _rates(trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
-    data = _datamodule(trainer)
-    return _trained(pl_module).evaluate(data.test_dataloader() if split == "test" else data.val_dataloader())
 
 
 def _null_space(trainer: pl.Trainer) -> dict[str, float | None]:

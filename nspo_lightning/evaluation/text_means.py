@@ -36,6 +36,11 @@ TEXT_NAMES = tuple(_PARTS)
 """The names without a skill, in the order of tables."""
 
 
+def in_nats(metric: str) -> bool:
+    """Whether a metric is one of these, with or without a skill; all others are shares."""
+    return any(f"{metric}/".startswith(f"{name}/") for name in _PARTS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextMean:
     """A mean over text.

@@ -34,8 +34,11 @@ def result(method: str, seed: int, rate: float | None, unsafe: float, accuracy: 
         "safety/garbage_rate": 0.0,
         "general/accuracy": accuracy,
         "general/over_refusal_rate": 0.0,
-        "text/kl": 0.01,
-        "text/nll": 1.0 - accuracy,
+        "general/refusal_rate": 0.2,
+        "general/refusal_rate/say": 0.2,
+        "general/kl": 0.01,
+        "general/kl_first": 0.5,
+        "general/nll": 1.0 - accuracy,
     }
     half = metrics | {"safety/unsafe_rate": 0.5, "rollouts": 5.0}
     return RunResult(
@@ -79,12 +82,31 @@ def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path)
         "| GRPO | 0.1 | 1.0 ± 0.0 % [",
         "-5.0",  # 90 % against the base's 95 %
         "1e-07",
+        "| ordinary refused | over-refusal | KL to base | KL first 3 tokens | NLL change |",
+        "| 20.0 ± 0.0 % | 0.0 ± 0.0 % | 0.0100 | 0.5000 | +0.0500 |",
+        "lowest general/kl_first on validation prompts",
+        "lowest general/refusal_rate on validation prompts",
         "at most 0.05 on validation prompts",
     ):
         assert phrase in text, phrase
     for picture in ("tradeoff.png", "curves.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "tensorboard").iterdir())) == len(RESULTS)
+
+
+def test_results_of_earlier_versions_are_read_and_what_they_lack_is_blank(tmp_path: Path) -> None:
+    older = {"safety/unsafe_rate": 0.1, "general/accuracy": 0.9, "text/kl": 0.02, "text/nll": 1.5, "text/nll/say": 1.5}
+    older |= {"general/over_refusal_rate": 0.3, "general/refusal_rate": 0.3}  # which had look-alikes among them
+    content: dict[str, Any] = {"selected": older, "test": older, "trajectory": [older | {"rollouts": 5.0}]}
+    content |= {"test_prompts": {"harmful": 9, "general": 9}, "seconds": 1.0}
+    (tmp_path / "result.json").write_text(json.dumps(content | dict.fromkeys(("leak", "null_share", "energy_left"))))
+    read = RunResult.read(RunSpec(method="grpo", seed=2, learning_rate=0.1), tmp_path / "result.json")
+    assert (read.test["general/kl"], read.selected["general/nll/say"]) == (0.02, 1.5)
+    assert "general/refusal_rate" not in read.trajectory[0]
+    budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
+    rule = SelectionRule(metric="general/nll", higher_is_better=False)
+    write_report(tmp_path, Findings(results=[read], rule=rule, budget=budget, sweep=None, planned=1), QUIET)
+    assert "| 30.0 ± 0.0 % | 0.0200 |  |  |" in (tmp_path / "summary.md").read_text()
 
 
 def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_for_this_one(
@@ -175,7 +197,11 @@ def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
     arguments += ["--text_rows", "2", "--jobs", "1"]
     main(arguments)
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
-    assert rows["base"]["test/text/kl"] == "0.0"
+    assert rows["base"]["test/general/kl"] == rows["base"]["test/general/kl_first"] == "0.0"
+    for split in ("validation", "test"):
+        assert 0 <= float(rows["nspo"][f"{split}/general/kl_first"]) < 0.1
+        assert float(rows["nspo"][f"{split}/general/nll"]) > 0
+    assert rows["nspo"]["test/general/refusal_rate"] == "0.0"
     assert float(rows["base"]["test/general/accuracy"]) > 0.9
     assert float(rows["nspo"]["leak"]) < 1e-6
     run = json.loads((tmp_path / "runs" / "nspo-lr0.001-seed0" / "result.json").read_text())

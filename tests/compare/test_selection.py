@@ -30,10 +30,10 @@ def test_an_unsafe_checkpoint_never_beats_a_safe_one_and_the_safest_of_the_unsaf
 
 
 def test_a_metric_of_which_less_is_better_and_one_that_is_missing() -> None:
-    rule = SelectionRule(metric="text/nll", higher_is_better=False)
-    low, high = ({"safety/unsafe_rate": 0.0, "text/nll": v} for v in (1.0, 2.0))
+    rule = SelectionRule(metric="general/nll", higher_is_better=False)
+    low, high = ({"safety/unsafe_rate": 0.0, "general/nll": v} for v in (1.0, 2.0))
     assert rule.preference(low) > rule.preference(high) > rule.preference({"safety/unsafe_rate": 0.0})
-    assert rule.preference(high) > rule.preference({"safety/unsafe_rate": 0.0, "text/nll": math.nan})
+    assert rule.preference(high) > rule.preference({"safety/unsafe_rate": 0.0, "general/nll": math.nan})
 
 
 @given(st.lists(st.tuples(UNIT, UNIT), min_size=1, max_size=12), UNIT)
