@@ -2,6 +2,7 @@
 
     python benchmarks/grpo_step.py                 # all five cases, TRL and ours in turn, A B A B, fresh processes
     python benchmarks/grpo_step.py --cases a,b     # some of them
+    python benchmarks/grpo_step.py --model PATH    # a real model: cases real (float32), real-nf4, real-nf4-unpacking
     python benchmarks/grpo_step.py --scaling       # the cost of our step over G, prompt and completion length
     python benchmarks/grpo_step.py --profile       # where our step's time goes
     python benchmarks/grpo_step.py --docs          # write tables and plot into docs/performance.md from the JSON
@@ -46,6 +47,10 @@ class Case:
     stop_tokens: int = 1  # ids that end a completion: each is about as likely as any other of the 8,192
     faster: float
     memory: float | None = None  # at most this share of TRL's peak
+    prompts: int = 4
+    group: int = 8
+    training_weights: str = "auto"
+    alone: bool = False  # without TRL
 
 
 CASES = {
@@ -61,6 +66,18 @@ CASES = {
     "d": Case(title="as a, NF4 base", prompt_tokens=256, quantization="nf4", faster=3),
     "e": Case(title="as a, num_iterations 2", prompt_tokens=256, num_iterations=2, faster=3),
 }
+_REAL: dict[str, Any] = {"prompt_tokens": 64, "min_new_tokens": 24, "max_new_tokens": 24, "prompts": 2, "faster": 1}
+REAL_CASES = {
+    "real": Case(title="a real model, float32", **_REAL),
+    "real-nf4": Case(title="a real model, NF4", quantization="nf4", **_REAL),
+    "real-nf4-unpacking": Case(
+        title="the same, unpacked for each product",
+        quantization="nf4",
+        training_weights="quantized",
+        alone=True,
+        **_REAL,
+    ),
+}
 
 
 def machine() -> dict[str, Any]:
@@ -75,10 +92,11 @@ def machine() -> dict[str, Any]:
 
 def run_worker(kind: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one side of one case in a fresh process."""
-    case = CASES[name]
+    case = {**CASES, **REAL_CASES}[name]
     steps = args.steps * case.num_iterations
     out = folder / f"{kind}.json"
     job = {**asdict(case), "folder": str(folder), "steps": steps, "warmup": case.num_iterations, "out": str(out)}
+    job["model"] = str(args.model.resolve()) if name in REAL_CASES else None
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-W", "ignore", str(HERE / "grpo_step_workers.py"), kind, json.dumps(job)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -89,8 +107,8 @@ def run_worker(kind: str, name: str, args: argparse.Namespace, folder: Path) -> 
 
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one case in turn: A B A B."""
-    case = CASES[name]
-    runs: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
+    case = {**CASES, **REAL_CASES}[name]
+    runs: dict[str, list[dict[str, Any]]] = {"ours": []} if case.alone else {"trl": [], "ours": []}
     with tempfile.TemporaryDirectory() as tmp:
         for repeat in range(args.repeats):
             for kind in runs:
@@ -113,6 +131,8 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
         }
         for kind, results in runs.items()
     }
+    if case.alone:
+        return {**asdict(case), **sides}
     # Completions of random lengths differ between the two samplers, so what is compared is the time for a token.
     per_token = "tokens_per_second" if case.stop_tokens > 1 else None
     faster = (
@@ -144,6 +164,7 @@ def main() -> None:
     """Run what was asked for and merge it into the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=None, help="comma-separated, of a,b,c,d,e; default all")
+    parser.add_argument("--model", type=Path, help="folder of a causal language model, for the cases real*")
     parser.add_argument("--repeats", type=int, default=2, help="rounds of TRL, ours")
     parser.add_argument("--steps", type=int, default=2, help="measured rollouts a run, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
@@ -154,7 +175,9 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {"cases": {}}
     only = args.scaling or args.profile or args.docs
-    names = args.cases.split(",") if args.cases else ([] if only else list(CASES))
+    names = args.cases.split(",") if args.cases else ([] if only else list(REAL_CASES if args.model else CASES))
+    if args.model is None and (real := sorted(set(names) & set(REAL_CASES))):
+        parser.error(f"case {real[0]} needs --model PATH, the folder of a causal language model")
     load = os.getloadavg()[0]
     if load > 1:
         print(f"Warning: the load average is {load:.1f} before anything has started: times will be too long.")
@@ -175,7 +198,9 @@ def main() -> None:
         from grpo_step_report import write_docs
 
         write_docs(results, HERE.parent / "docs")
-    print(json.dumps({name: round(case["times_faster"], 2) for name, case in sorted(results["cases"].items())}))
+    print(
+        json.dumps({name: round(case.get("times_faster", 0.0), 2) for name, case in sorted(results["cases"].items())})
+    )
 
 
 def save(results: dict[str, Any], path: Path) -> None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-PROMPTS, GROUP, VOCABULARY = 4, 8, 8192
+VOCABULARY = 8192
 LEARNING_RATE = 1e-5
 CPU_SECONDS: list[float] = []  # of each step, all threads: what a busy machine stretches least
+PHASES: dict[str, float] = {}  # CPU seconds of ours, of all steps since it was last cleared
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-    """Prefer even words: cheap, and different for each completion."""
+    """Prefer even words, or words of even length: cheap, and different for each completion."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    numbers = [[int(word[1:]) for word in text.split() if word[1:].isdigit()] for text in texts]
+    numbers = [[int(word[1:]) if word[1:].isdigit() else len(word) for word in text.split()] for text in texts]
     return [sum(n % 2 == 0 for n in row) / max(len(row), 1) for row in numbers]
 
 
@@ -69,9 +73,63 @@ def make_prompts(tokens: int, count: int) -> list[list[int]]:
     return ids
 
 
+def real_prompts(path: Path, tokens: int, count: int) -> list[list[int]]:
+    """Draw prompts of whole English-looking words, which a real tokenizer reads back as the same ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    words = [i for t, i in sorted(tokenizer.get_vocab().items()) if re.fullmatch(r"Ġ[a-z]{3,8}", t)]
+    picked = torch.randint(len(words), (count, tokens), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [[words[i] for i in row] for row in picked]
+    if any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in prompts):
+        raise RuntimeError(f"The tokenizer of {path} does not read these words back as it wrote them.")
+    return prompts
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Count the CPU seconds of a block, less those of phases inside it."""
+    start, inside = time.process_time(), sum(PHASES.values())
+    yield
+    spent = time.process_time() - start - (sum(PHASES.values()) - inside)
+    PHASES[name] = PHASES.get(name, 0.0) + spent
+
+
+def time_phases() -> None:
+    """Count what the parts of our step take, in PHASES."""
+    from nspo_lightning.module.rollouts import LocalRollouts
+    from nspo_lightning.module.scorer import Scorer
+    from nspo_lightning.nullspace.keeper import NullSpaceKeeper
+
+    def timed(owner: Any, method: str, name: str) -> None:
+        inner = getattr(owner, method)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with phase(name):
+                return inner(*args, **kwargs)
+
+        setattr(owner, method, run)
+
+    timed(LocalRollouts, "draw", "sample")
+    timed(Scorer, "_score", "score")
+    timed(Scorer, "loss", "backward")  # what is left of it
+    timed(NullSpaceKeeper, "project_gradients_", "projection")
+    timed(NullSpaceKeeper, "reproject_", "projection")
+
+
 def as_text(ids: list[int]) -> str:
     """Write a prompt as the text that the tokenizer reads as these ids."""
     return " ".join(f"w{i}" for i in ids)
+
+
+def texts_of(job: dict[str, Any], path: Path, steps: int) -> list[tuple[list[int], str]]:
+    """Return the prompts of all steps, each as token ids and as text."""
+    if not job["model"]:
+        return [(ids, as_text(ids)) for ids in make_prompts(job["prompt_tokens"], job["prompts"] * steps)]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return [(i, tokenizer.decode(i)) for i in real_prompts(path, job["prompt_tokens"], job["prompts"] * steps)]
 
 
 def run_trl(job: dict[str, Any], path: Path) -> tuple[list[float], float]:
@@ -117,14 +175,14 @@ def run_trl(job: dict[str, Any], path: Path) -> tuple[list[float], float]:
         return reward(prompts, completions, **kw)
 
     steps = job["warmup"] + job["steps"]
-    prompts = make_prompts(job["prompt_tokens"], PROMPTS * steps)
+    prompts = texts_of(job, path, steps)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=counted,
         args=GRPOConfig(
             output_dir=str(Path(job["folder"]) / "trl"),
-            per_device_train_batch_size=PROMPTS * GROUP,
-            num_generations=GROUP,
+            per_device_train_batch_size=job["prompts"] * job["group"],
+            num_generations=job["group"],
             max_completion_length=job["max_new_tokens"],
             generation_kwargs={"min_new_tokens": job["min_new_tokens"]},
             num_iterations=job["num_iterations"],
@@ -144,7 +202,7 @@ def run_trl(job: dict[str, Any], path: Path) -> tuple[list[float], float]:
             shuffle_dataset=False,
             seed=0,
         ),
-        train_dataset=Dataset.from_dict({"prompt": [as_text(ids) for ids in prompts]}),
+        train_dataset=Dataset.from_dict({"prompt": [text for _, text in prompts]}),
         processing_class=AutoTokenizer.from_pretrained(path),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Timer()],
@@ -171,7 +229,9 @@ def run_ours(job: dict[str, Any], path: Path) -> tuple[list[float], float]:
     class Timer(pl.Callback):
         seconds: ClassVar[list[float]] = []
 
-        def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == job["warmup"]:
+                PHASES.clear()
             self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
         def on_train_batch_end(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
@@ -185,24 +245,27 @@ def run_ours(job: dict[str, Any], path: Path) -> tuple[list[float], float]:
         return reward(prompts, completions, **kw)
 
     steps = job["warmup"] + job["steps"]
-    prompts = make_prompts(job["prompt_tokens"], PROMPTS * steps)
+    prompts = texts_of(job, path, steps)
     batches = []
     for step in range(steps):
-        start = step // job["num_iterations"] * PROMPTS
-        ids = torch.tensor(prompts[start : start + PROMPTS])
-        text = [as_text(row) for row in ids.tolist()]
+        start = step // job["num_iterations"] * job["prompts"]
+        rows = prompts[start : start + job["prompts"]]
+        ids = torch.tensor([row for row, _ in rows])
+        text = [text for _, text in rows]
         batches.append({"prompt": text, "prompt_ids": ids, "prompt_mask": torch.ones_like(ids).bool(), "columns": {}})
     calibration = [{"input_ids": torch.tensor(make_prompts(128, 8)), "attention_mask": torch.ones(8, 128).long()}]
+    time_phases()
     module = GRPOModule(
         reward=counted,
         policy=PolicySettings(
             path=str(path),
             quantization=job["quantization"],
+            training_weights=job["training_weights"],
             dtype="float32",
             lora=LoraSettings(r=16, alpha=32, dropout=0.0, target_modules="all-linear"),
         ),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0),
-        group_size=GROUP,
+        group_size=job["group"],
         sampling=SamplingConfig(max_new_tokens=job["max_new_tokens"], min_new_tokens=job["min_new_tokens"]),
         objective=ObjectiveConfig(loss_type="grpo"),
         num_iterations=job["num_iterations"],
@@ -227,7 +290,7 @@ def run_ours(job: dict[str, Any], path: Path) -> tuple[list[float], float]:
 def main() -> None:
     """Run one side and write what was measured."""
     kind, job = sys.argv[1], json.loads(sys.argv[2])
-    path = make_policy(Path(job["folder"]), job["stop_tokens"])
+    path = Path(job["model"]) if job["model"] else make_policy(Path(job["folder"]), job["stop_tokens"])
     torch.manual_seed(0)
     seconds, tokens = {"trl": run_trl, "ours": run_ours}[kind](job, path)
     # A rollout feeds num_iterations steps, only the first of which samples: their mean is the cost of a step.
@@ -245,6 +308,7 @@ def main() -> None:
         "tokens_per_second": tokens / iterations / mean,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         "first_step_seconds": seconds[0],
+        "phases": {name: spent / job["steps"] for name, spent in PHASES.items()},
     }
     Path(job["out"]).write_text(json.dumps(result))
 

@@ -433,7 +433,7 @@ class GRPOModule(pl.LightningModule):
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             now = training_settings(self.settings, self.text_policy, trainer)
             check_same_training(checkpoint[STATE_KEY].get("settings", {}), now)
-            warn_of_other_weights(checkpoint[STATE_KEY].get("sampling_weights"), self.text_policy.sampling_mode)
+            warn_of_other_weights(checkpoint[STATE_KEY].get("sampling_weights"), self.text_policy)
         self.progress.load_state_dict(checkpoint[STATE_KEY])
         self.progress.updates = updates_in(checkpoint)
 

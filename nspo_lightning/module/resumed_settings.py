@@ -76,12 +76,14 @@ def check_same_training(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Non
         )
 
 
-def warn_of_other_weights(saved: str | None, now: str) -> None:
+def warn_of_other_weights(saved: str | None, policy: TextPolicy) -> None:
     """Warn where completions are drawn with other weights than before a resume. Earlier checkpoints don't say which.
 
     Not refused: the policy is the same up to rounding, and a smaller device may have no room for a copy.
     """
-    if saved is not None and saved != now:
+    now = policy.sampling_mode
+    same_bits = policy.device.type == "cpu" and {saved, now} == {"quantized", "dequantized"}
+    if saved is not None and saved != now and not same_bits:
         rank_zero_warn(
             f"The run drew its completions from {saved} weights and goes on with {now} ones: the same policy with "
             f"other rounding, so not bit for bit as if it had never stopped. For that, set `policy.sampling_weights: "

@@ -18,6 +18,7 @@ from nspo_lightning.policy.parts import causal_model, text_setting
 from nspo_lightning.policy.sampling_weights import Mode, SamplingWeights, choose_sampling_weights
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.tokenizer import end_of_turn_id, load_tokenizer, stop_token_ids
+from nspo_lightning.policy.unpacked import hold_unpacked, is_held
 from nspo_lightning.policy.vocabulary import Vocabulary, check_vocabulary
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.places import Places
@@ -52,9 +53,10 @@ class TextPolicy:
         """Load base and adapter and return the model, ready to train; all ranks load together."""
         self.model = load_policy(self.settings, device)
         self._vocabulary = check_vocabulary(self.model, self.tokenizer, self.settings)
-        self._weights, note = choose_sampling_weights(self.model, self.settings)
-        if note:
-            rank_zero_info(note)
+        note = hold_unpacked(self.model, self.settings)
+        self._weights, other_note = choose_sampling_weights(self.model, self.settings)
+        for line in filter(None, (note, other_note)):
+            rank_zero_info(line)
         self.fingerprint = policy_fingerprint(self.model)
         self._trained = self._trainable_names()
         return self.model
@@ -88,7 +90,9 @@ class TextPolicy:
     @property
     def sampling_mode(self) -> Mode:
         """Which weights training draws completions with."""
-        return "quantized" if self._weights is None else self._weights.mode
+        mode = "quantized" if self._weights is None else self._weights.mode
+        held = mode == "quantized" and any(map(is_held, self.require().modules()))
+        return "dequantized" if held else mode
 
     @property
     def context_tokens(self) -> int | None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel, keep_4bit_exact
+from nspo_lightning.compat.host import multiplies_fast
 from nspo_lightning.policy.adapter import add_adapter
 from nspo_lightning.policy.settings import TOY, PolicyError, PolicySettings
 
@@ -161,5 +162,11 @@ def _with_attention(loader: Any, settings: PolicySettings, kwargs: dict[str, Any
 
 
 def load_policy(settings: PolicySettings, device: torch.device) -> nn.Module:
-    """Load base and adapter, ready to train."""
+    """Load base and adapter, ready to train; warn of a dtype that is slow on this CPU."""
+    if device.type == "cpu" and not multiplies_fast(TORCH_DTYPES[settings.dtype]):
+        warnings.warn(
+            f"`policy.dtype` is {settings.dtype}, and this CPU has no instructions for it: torch imitates them, ten "
+            "times slower and more. `policy.dtype: float32` is fast here.",
+            stacklevel=2,
+        )
     return add_adapter(load_base(settings, device), settings).train()

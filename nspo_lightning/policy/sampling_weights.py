@@ -4,7 +4,7 @@ A 4-bit matrix is unpacked again for each product, and an adapter adds two produ
 completion, that is most of its time. Inside `SamplingWeights.in_place` the maps compute with a copy:
 
 - dequantized: the 4-bit values in the compute dtype, the adapter beside them. The same function: bitsandbytes' own
-  product unpacks to the same numbers.
+  product unpacks to the same numbers. Layers that hold such a copy anyway (`unpacked.py`) need no other.
 - merged: W + s B A, rounded to W's dtype. Nearly the same function: bfloat16 has 8 bits, so an update's entries below
   1/512 of their weight are lost. Only what is learnt from is drawn so, and corrected by the importance ratio. Added
   anew to the stored base each time and never subtracted, so nothing drifts.
@@ -15,7 +15,6 @@ parameter and no module changes, so gradients, checkpoints, hooks and the refere
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from nspo_lightning import ranks
 from nspo_lightning.compat.torch import memory_of
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
+from nspo_lightning.policy.unpacked import dtype_of, is_4bit, is_held, nbytes_of, product, unpacked
 
 Mode = Literal["quantized", "dequantized", "merged"]
 
@@ -42,53 +42,27 @@ class _Map:
     module: Any
     base: Any
 
-    @property
-    def is_4bit(self) -> bool:
-        return type(self.base.weight).__name__ == "Params4bit"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        if not self.is_4bit:
-            return self.base.weight.dtype  # type: ignore[no-any-return]
-        return self.base.compute_dtype or self.base.weight.quant_state.dtype  # type: ignore[no-any-return]
-
-    @property
-    def nbytes(self) -> int:
-        shape = self.base.weight.quant_state.shape if self.is_4bit else self.base.weight.shape
-        return int(shape[0] * shape[1] * self.dtype.itemsize)
-
     def weight(self) -> Tensor:
         """Make the copy, shape (out, in)."""
-        weight = _unpacked(self.base.weight, self.dtype) if self.is_4bit else self.base.weight.detach()
+        weight = unpacked(self.base) if is_4bit(self.base) else self.base.weight.detach()
         if self.module is self.base:
             return weight
         for name in self.module.active_adapters:
             if name in self.module.lora_A:
-                weight = (self.module.get_delta_weight(name).float() + weight).to(self.dtype)
+                weight = (self.module.get_delta_weight(name).float() + weight).to(dtype_of(self.base))
         return weight.T if self.module.fan_in_fan_out else weight
 
     def forward_with(self, weight: Tensor) -> Callable[..., Tensor]:
         """Return what the module computes with a copy."""
-        is_4bit, bias, module, own = self.is_4bit, self.base.bias, self.module, self.module.forward
-        if is_4bit and bias is not None:
-            bias = bias.detach().to(weight.dtype)
+        in_4bit, bias, module, own = is_4bit(self.base), self.base.bias, self.module, self.module.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if module is not self.base and module.disable_adapters:  # switched off since the copy was made
                 return own(x, *args, **kwargs)  # type: ignore[no-any-return]
             # A 4-bit layer computes in its own dtype, and any other leaves that to autocast.
-            return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype) if is_4bit else F.linear(x, weight, bias)
+            return product(x, weight, bias) if in_4bit else F.linear(x, weight, bias)
 
         return forward
-
-
-def _unpacked(weight: Any, dtype: torch.dtype) -> Tensor:
-    # bitsandbytes' product unpacks to the dtype that it computes in, whatever the state's.
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = copy.copy(weight.quant_state)
-    state.dtype = dtype
-    return dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
 
 
 class SamplingWeights:
@@ -106,7 +80,7 @@ class SamplingWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of the copy: in x out of each map that has one, times the bytes of its dtype."""
-        return sum(one.nbytes for one in self._maps())
+        return sum(nbytes_of(one.base) for one in self._maps())
 
     @property
     def differ(self) -> bool:
@@ -153,7 +127,9 @@ class SamplingWeights:
         adapted = [one for one in modules if self.mode == "merged" and _merges(one)]
         merged = [_Map(module=one, base=one.get_base_layer()) for one in adapted]
         inside = {id(one.base) for one in merged}
-        plain = [_Map(module=one, base=one) for one in modules if id(one) not in inside and _is_4bit(one)]
+        plain = [
+            _Map(module=one, base=one) for one in modules if id(one) not in inside and is_4bit(one) and not is_held(one)
+        ]
         return [*merged, *plain]
 
 
@@ -167,11 +143,7 @@ def _merges(module: Any) -> bool:
     if module.lora_variant or any(module.lora_bias.values()):
         return False
     base = module.get_base_layer()
-    return type(base) in {nn.Linear, Conv1D} or _is_4bit(base)
-
-
-def _is_4bit(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
+    return type(base) in {nn.Linear, Conv1D} or is_4bit(base)
 
 
 def choose_sampling_weights(policy: nn.Module, settings: PolicySettings) -> tuple[SamplingWeights, str]:
@@ -192,8 +164,8 @@ def choose_sampling_weights(policy: nn.Module, settings: PolicySettings) -> tupl
     weights = SamplingWeights(policy, "merged" if asked == "auto" else asked)
     needed, memory = weights.nbytes, memory_of(device)
     if not needed:
-        idle = asked in {"dequantized", "merged"}
-        why = "there is no adapter to merge (`policy.lora: null`)" if settings.lora is None else "no layer is in 4 bits"
+        why = "there is no adapter to merge (`policy.lora: null`)" if asked == "merged" else "no layer is in 4 bits"
+        idle = asked == "merged" or (asked == "dequantized" and not any(map(is_4bit, policy.modules())))
         note = f"`policy.sampling_weights: {asked}` changes nothing: {why}." if idle else ""
         return SamplingWeights(policy, "quantized"), note
     if memory is None:

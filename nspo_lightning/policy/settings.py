@@ -65,6 +65,9 @@ class PolicySettings:
             makes Qwen3 answer without a thought. They become the saved template's defaults.
         attn_implementation: Passed to transformers; null = its own choice. A model without "sdpa" gets "eager".
         gradient_checkpointing: Recompute activations in the backward pass.
+        training_weights: What 4-bit layers compute with, in training and whatever else runs the policy in this process.
+            "quantized": each product unpacks its weights. "dequantized": a copy in full, made once; the same numbers,
+            faster, 2 to 4 bytes a parameter. "auto": the copy on a CPU with four times its bytes free, none on a GPU.
         sampling_weights: What completions are drawn with in this process. "quantized": the weights as they are trained.
             "dequantized": the 4-bit values unpacked once a rollout, the same function with fewer products.
             "merged": those plus the adapter's update, rounded, in training alone, which corrects the rounding;
@@ -86,6 +89,7 @@ class PolicySettings:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     attn_implementation: str | None = "sdpa"
     gradient_checkpointing: bool = False
+    training_weights: Literal["auto", "quantized", "dequantized"] = "auto"
     sampling_weights: Literal["auto", "quantized", "dequantized", "merged"] = "auto"
     trust_remote_code: bool = False
 

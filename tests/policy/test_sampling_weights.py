@@ -20,6 +20,7 @@ from nspo_lightning.policy import sampling_weights
 from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.sampling_weights import SamplingWeights, choose_sampling_weights
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
+from nspo_lightning.policy.unpacked import unpacked
 from nspo_lightning.rollout import SamplingConfig, sample
 
 CPU = torch.device("cpu")
@@ -28,7 +29,9 @@ GB = 10**9
 
 
 def settings_of(path, **kwargs):
-    values = {"path": str(path), "dtype": "float32", "lora": LoraSettings(r=4, alpha=8), **kwargs}
+    # No copy that is held while training, which sampling would take.
+    values = {"dtype": "float32", "lora": LoraSettings(r=4, alpha=8), "training_weights": "quantized", **kwargs}
+    values["path"] = str(path)
     return PolicySettings(**values)
 
 
@@ -266,10 +269,10 @@ def test_no_room_for_what_was_asked_is_an_error_in_bytes(tiny_llama, card, mode)
 def test_running_out_of_memory_while_copying_says_the_same(tiny_llama, monkeypatch):
     policy = loaded(tiny_llama)
 
-    def full(weight, dtype):
+    def full(layer):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(sampling_weights, "_unpacked", full)
+    monkeypatch.setattr(sampling_weights, "unpacked", full)
     with pytest.raises(PolicyError, match="sampling_weights: quantized"), SamplingWeights(policy, "merged").in_place():
         pass
     assert not forwards(policy)
@@ -329,8 +332,7 @@ def test_training_from_merged_weights_logs_and_corrects_the_rounding(tiny_llama,
 
 def test_the_ratio_is_to_the_log_probs_of_the_copy(tiny_llama, monkeypatch):
     """With a copy so coarse that rounding shows: what is kept is what the copy gives the tokens, not the policy."""
-    unpacked = sampling_weights._unpacked
-    monkeypatch.setattr(sampling_weights, "_unpacked", lambda *args: unpacked(*args).bfloat16().float())
+    monkeypatch.setattr(sampling_weights, "unpacked", lambda layer: unpacked(layer).bfloat16().float())
     job = module(tiny_llama, policy=settings_of(tiny_llama, sampling_weights="merged"))
     job.load(CPU)
     drawn = job.collector.rollouts.draw({"prompt_ids": IDS, "prompt_mask": torch.ones_like(IDS) > 0}, 1, 0)
