@@ -90,6 +90,8 @@ class NullSpaceProjection(Callback):
             this much (relative to the inputs).
         domain_weights: Weight of each calibration domain; None = equal.
         without_domains: Domains to leave out.
+        start_weight: Weight of the starts of answers (the last prompt token and the first three of the answer) in
+            what is protected, and with ``contrast`` in what is to be learnt from; None = 0.9 with ``contrast``, else 0.
         memory_budget_gb: Limit for second moments held at one time; more passes are made, wide inputs are sketched.
             None = one pass on the CPU, on a GPU 60 % of its free memory.
         keep_moments: Store the second moments by domain in the basis file.
@@ -124,6 +126,7 @@ class NullSpaceProjection(Callback):
         max_output_change: float | None = None,
         domain_weights: dict[str, float] | None = None,
         without_domains: Sequence[str] = (),
+        start_weight: float | None = None,
         memory_budget_gb: float | None = None,
         keep_moments: bool = False,
         cache_dir: str | PathLike[str] | None = "auto",
@@ -144,6 +147,7 @@ class NullSpaceProjection(Callback):
             max_output_change=max_output_change,
             domain_weights=domain_weights,
             without_domains=tuple(without_domains),
+            start_weight=start_weight,
             seed=seed,
         )
         self.source = BasisSource(

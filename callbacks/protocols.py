@@ -115,7 +115,10 @@ class HasCalibrationText(Protocol):
     """A datamodule or module with text to protect."""
 
     def calibration_dataloader(self) -> Iterable[Any]:
-        """Return batches; may take ``answer_fn``, see `AnswersPrompts`."""
+        """Return batches; may take ``answer_fn``, see `AnswersPrompts`, and ``to_learn``.
+
+        With ``to_learn`` true, batches of the prompts that are trained on come too, their ``domain`` being `TO_LEARN`.
+        """
 
 
 @runtime_checkable

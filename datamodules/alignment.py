@@ -10,7 +10,7 @@ from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.datamodules.safety import SafetyDataModule
 from nspo_lightning.datamodules.sources.order import Stop
 from nspo_lightning.datamodules.sources.read import SourceReport
-from nspo_lightning.datamodules.sources.rows import PromptRow
+from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.sources.source import Sources
 from nspo_lightning.datamodules.sources.splits import HeldOutName
 from nspo_lightning.datamodules.text.collate import CalibrationText, Side, collate_text
@@ -19,6 +19,8 @@ from nspo_lightning.datamodules.text.text_rows import AnswerFn, choose_text_rows
 
 TEXT_BATCH_SIZE = 16
 """Rows of text scored at once, at most."""
+LEARN_ROWS = 256
+"""Harmful prompts that the criterion `contrast` is shown."""
 
 
 class AlignmentDataModule(pl.LightningDataModule):
@@ -203,6 +205,13 @@ class AlignmentDataModule(pl.LightningDataModule):
             shard=self.general.shard,
         )
 
-    def calibration_dataloader(self, answer_fn: AnswerFn | None = None) -> PromptLoader:
-        """Return batches of general text for the null space; see `GeneralDataModule.calibration_dataloader`."""
-        return self.general.calibration_dataloader(answer_fn)
+    def calibration_dataloader(self, answer_fn: AnswerFn | None = None, to_learn: bool = False) -> PromptLoader:
+        """Return batches of general text for the null space; see `GeneralDataModule.calibration_dataloader`.
+
+        With `to_learn`, up to `LEARN_ROWS` of the harmful prompts that are trained on come too.
+        """
+        harmful: list[PromptRow] = []
+        if to_learn:
+            train = [row for rows in self.safety.loaded().train for row in rows if row.kind == "harmful"]
+            harmful = [train[i] for i in take_ranked(train, min(LEARN_ROWS, len(train)), "to learn")]
+        return self.general.calibration_dataloader(answer_fn, harmful)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.datamodules.prompts import PromptDataModule, check_at_least_one
 from nspo_lightning.datamodules.sources.data_error import DataError
@@ -22,6 +25,7 @@ from nspo_lightning.datamodules.text.text_rows import (
     mix_batches,
     with_model_answers,
 )
+from nspo_lightning.nullspace.domains import TO_LEARN
 
 
 class GeneralDataModule(PromptDataModule):
@@ -133,12 +137,18 @@ class GeneralDataModule(PromptDataModule):
         text = calibration_text(row, self.calibration_text, self.renderer)
         return len(self.renderer.encode([text])[0]) <= self.calibration_max_tokens
 
-    def calibration_dataloader(self, answer_fn: AnswerFn | None = None) -> PromptLoader:
-        """Return batches of general text for the null space: `input_ids`, `attention_mask` and `domain`.
+    def calibration_dataloader(
+        self, answer_fn: AnswerFn | None = None, to_learn: Sequence[PromptRow] = ()
+    ) -> PromptLoader:
+        """Return batches of general text for the null space, see `collate_calibration`.
 
         `answer_fn` answers prompts, for `prompt_and_model_answer`; `NullSpaceProjection` passes the module's.
+        `to_learn` are prompts that are trained on; they come last, with the policy's own answers.
         """
         rows, renderer = self.calibration_rows(answer_fn), self.renderer
+        if to_learn:
+            answered = with_model_answers(to_learn, answer_fn, self.eval_batch_size)
+            rows = rows + [replace(row, skill=TO_LEARN) for row in answered]
         if self.calibration_report is not None:
             announce([self.calibration_report])
         return PromptLoader(

@@ -37,11 +37,19 @@ Source = str | PathLike[str] | Iterable[Any] | None
 _SAMPLED = 4  # batches that are read where text is only looked at
 
 
-def calibration_batches(owner: Any, pl_module: pl.LightningModule) -> Iterable[Any]:
-    """Return the batches of a `HasCalibrationText`, with the model's answers where it takes ``answer_fn``."""
+def calibration_batches(owner: Any, pl_module: pl.LightningModule, settings: BasisSettings) -> Iterable[Any]:
+    """Return the batches of a `HasCalibrationText`.
+
+    With the model's answers where it takes ``answer_fn``, and with the prompts that are trained on where it takes
+    ``to_learn`` and the criterion asks for them.
+    """
     loader = owner.calibration_dataloader
-    answered = "answer_fn" in inspect.signature(loader).parameters and isinstance(pl_module, AnswersPrompts)
-    batches: Iterable[Any] = loader(answer_fn=pl_module.calibration_answers) if answered else loader()
+    taken, wanted = inspect.signature(loader).parameters, dict[str, Any]()
+    if "answer_fn" in taken and isinstance(pl_module, AnswersPrompts):
+        wanted["answer_fn"] = pl_module.calibration_answers
+    if "to_learn" in taken and settings.needs_text_to_learn:
+        wanted["to_learn"] = True
+    batches: Iterable[Any] = loader(**wanted)
     return batches
 
 
@@ -199,7 +207,7 @@ class BasisSource:
             return self.source
         for owner in (datamodule_of(trainer), pl_module):
             if isinstance(owner, HasCalibrationText):
-                return calibration_batches(owner, pl_module)
+                return calibration_batches(owner, pl_module, self.settings)
         raise MisconfigurationException(
             "NullSpaceProjection has nothing to calibrate on: `calibration` is None and neither the datamodule nor the "
             "module has a `calibration_dataloader()`. Pass an iterable of batches, a basis file, or add that method."

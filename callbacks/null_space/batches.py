@@ -21,13 +21,15 @@ def to_call(batch: Any, batch_to_inputs: BatchToInputs | None) -> ForwardCall:
 
     Args:
         batch: A dict with ``input_ids`` and ``attention_mask`` of shape ``(batch, seq)`` and optionally ``domain``, a
-            list of names; or a tensor; or a tuple whose first entry is the input.
+            list of names, and ``answer_starts``, shape ``(batch, seq)``, True = start of an answer; or a tensor; or a
+            tuple whose first entry is the input.
         batch_to_inputs: The user's own layout.
 
     Raises:
         TypeError: If the batch has none of the known layouts.
     """
     domains = batch.get("domain") if isinstance(batch, Mapping) else None
+    starts = batch.get("answer_starts") if isinstance(batch, Mapping) else None
     if batch_to_inputs is not None:
         inputs, mask = batch_to_inputs(batch)
     elif isinstance(batch, Mapping) and "input_ids" in batch:
@@ -47,22 +49,23 @@ def to_call(batch: Any, batch_to_inputs: BatchToInputs | None) -> ForwardCall:
             "(forward arguments, mask)."
         )
     if isinstance(inputs, Mapping):
-        call = ForwardCall(kwargs=inputs, mask=mask, domains=domains)
+        call = ForwardCall(kwargs=inputs, mask=mask, domains=domains, starts=starts)
     else:
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        call = ForwardCall(args=args, mask=mask, domains=domains)
+        call = ForwardCall(args=args, mask=mask, domains=domains, starts=starts)
     return move_call(call, torch.device("cpu"))
 
 
 def move_call(call: ForwardCall, device: torch.device) -> ForwardCall:
     """Return the call with its tensors on a device."""
-    args, kwargs, mask = move_data_to_device((call.args, dict(call.kwargs), call.mask), device)
-    return ForwardCall(args=args, kwargs=kwargs, mask=mask, domains=call.domains)
+    moved = move_data_to_device((call.args, dict(call.kwargs), call.mask, call.starts), device)
+    args, kwargs, mask, starts = moved
+    return ForwardCall(args=args, kwargs=kwargs, mask=mask, domains=call.domains, starts=starts)
 
 
 def tensors_of(call: ForwardCall) -> Iterable[Tensor]:
     """Yield the tensors of a call, for the data fingerprint."""
-    yield from (v for v in (*call.args, *call.kwargs.values(), call.mask) if isinstance(v, Tensor))
+    yield from (v for v in (*call.args, *call.kwargs.values(), call.mask, call.starts) if isinstance(v, Tensor))
 
 
 def floating_tensors(output: Any) -> list[Tensor]:

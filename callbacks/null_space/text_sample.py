@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from nspo_lightning import ranks
-from nspo_lightning.nullspace import ForwardCall
+from nspo_lightning.nullspace import TO_LEARN, ForwardCall
 
 _MOST_DOMAINS = 8
 _MOST_KINDS = 4
@@ -31,7 +31,8 @@ class TextSample:
 
     @classmethod
     def of(cls, calls: Sequence[ForwardCall]) -> TextSample:
-        """Choose from calibration batches (cross-rank synchronisation)."""
+        """Choose from the calibration batches whose outputs must stay (cross-rank synchronisation)."""
+        calls = [call for call in calls if TO_LEARN not in (call.domains or ())]
         if not calls:
             nothing: tuple[list[ForwardCall], list[ForwardCall]] = ([], [])
             rows, first = ranks.broadcast_object(nothing, 0)
@@ -90,6 +91,7 @@ def halved(call: ForwardCall) -> ForwardCall | None:
         call,
         kwargs={name: value[:, part] for name, value in call.kwargs.items()},
         mask=None if call.mask is None else call.mask[:, part],
+        starts=None if call.starts is None else call.starts[:, part],
     )
 
 
@@ -118,6 +120,7 @@ def _part(call: ForwardCall, rows: slice) -> ForwardCall:
         kwargs={name: value[rows] for name, value in call.kwargs.items()},
         mask=None if call.mask is None else call.mask[rows],
         domains=None if call.domains is None else list(call.domains[rows]),
+        starts=None if call.starts is None else call.starts[rows],
     )
 
 

@@ -193,7 +193,7 @@ class EndToEndCheck:
         """Return unit rows as a move of `_STEP` times the layer's own size: its outputs' energy by its inputs'."""
         basis = self._bases[layer.name]
         out = layer.matrix.shape[-2] if layer.output is None else layer.output.shape[0]
-        ratio = self._energy.get(layer.name, 0.0) / max(float(basis.values.sum()), 1e-300)
+        ratio = self._energy.get(layer.name, 0.0) / max(basis.energy, 1e-300)
         size = _STEP * ((ratio * basis.width / max(out, 1)) ** 0.5 if 0 < ratio < math.inf else 1.0)
         if layer.output is None or not layer.output.requires_grad:  # a displacement is held, not A itself
             return rows * size, None

@@ -11,9 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.text.render import ChatRenderer
+from nspo_lightning.nullspace.domains import TO_LEARN
+from nspo_lightning.policy.turns import common_start
 
 CalibrationText = Literal["prompt", "prompt_and_answer", "prompt_and_model_answer"]
 Side = Literal["left", "right"]
+STARTS = 3
+"""Tokens of an answer that count as its start: there it is decided whether it is a refusal."""
 
 
 def pad_token_ids(ids: Sequence[Sequence[int]], pad_token_id: int, side: Side) -> tuple[Tensor, Tensor]:
@@ -62,10 +66,25 @@ def is_cut_by_template(row: PromptRow, renderer: ChatRenderer) -> bool:
 def collate_calibration(
     rows: Sequence[PromptRow], text: CalibrationText, renderer: ChatRenderer, side: Side
 ) -> dict[str, Any]:
-    """Return `input_ids` and `attention_mask` (1 = real token), shape (rows, tokens), and `domain`, one name a row."""
-    texts = renderer.encode([calibration_text(row, text, renderer) for row in rows])
+    """Return `input_ids`, `attention_mask` (1 = real token) and `answer_starts`, shape (rows, tokens), and `domain`.
+
+    `answer_starts` is True at the last token of the prompt and the first `STARTS` of its answer, if there are any.
+    There is one domain a row, its skill. Rows of the skill `TO_LEARN` are prompts with the policy's own answers.
+    """
+    used = ["prompt_and_model_answer" if row.skill == TO_LEARN else text for row in rows]
+    texts = renderer.encode([calibration_text(row, use, renderer) for row, use in zip(rows, used, strict=True)])
+    prompts = renderer.encode_prompts(rows)
     ids, mask = pad_token_ids(texts, renderer.pad_token_id, side)
-    return {"input_ids": ids, "attention_mask": mask.long(), "domain": [row.skill for row in rows]}
+    starts = torch.zeros_like(mask)
+    for i, (whole, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        first = common_start(whole, prompt) - 1 + (ids.shape[1] - len(whole) if side == "left" else 0)
+        starts[i, max(first, 0) : first + 1 + STARTS] = True
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "answer_starts": starts & mask,
+        "domain": [row.skill for row in rows],
+    }
 
 
 def collate_text(rows: Sequence[PromptRow], renderer: ChatRenderer, max_tokens: int | None = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from nspo_lightning.callbacks.protocols import HasCalibrationText
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
+from nspo_lightning.nullspace.domains import APART
 from nspo_lightning.nullspace.picture import spectrum_figure
 
 _SHOWN = 12  # layers that are named
@@ -59,7 +60,7 @@ def calibrate(
     callback, console = projection or NullSpaceProjection(), get_console()
     with _prepared(trainer, module, datamodule):
         callback.source.keep_moments = _keeps(module, callback, keep_moments)
-        source = calibration_batches(datamodule, module)
+        source = calibration_batches(datamodule, module, callback.settings)
         batches = list(itertools.islice(iter(source), callback.source.limit_batches))
         calibration = callback.calibrate(module, batches, trainer=trainer, sharded=is_sharded(source))
     path, picture = Path(out), Path(out).with_suffix(".png")
@@ -102,7 +103,8 @@ def _keeps(module: pl.LightningModule, callback: NullSpaceProjection, keep_momen
 
 def _domain_means(calibration: Calibration) -> dict[str, dict[str, float]]:
     """Return ``"a -> b"`` -> means over layers of `domain_report`; empty with one domain."""
-    reports = [domain_report(moments) for moments in calibration.moments.values() if len(moments) > 1]
+    protected = [{d: m for d, m in moments.items() if d not in APART} for moments in calibration.moments.values()]
+    reports = [domain_report(moments) for moments in protected if len(moments) > 1]
     if not reports:
         return {}
     return {pair: {key: fmean(r[pair][key] for r in reports) for key in reports[0][pair]} for pair in reports[0]}

@@ -6,7 +6,7 @@ from nspo_lightning.nullspace.calibration import UnheldLayersError, calibrate_mo
 from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.criteria import CRITERIA, NoNullDirections, RankChoice, choose_rank, energy_left
 from nspo_lightning.nullspace.diagnostics import LayerCertificate, certify, table_rows
-from nspo_lightning.nullspace.domains import combine, domain_report, principal_cosines
+from nspo_lightning.nullspace.domains import TO_LEARN, combine, domain_report, principal_cosines
 from nspo_lightning.nullspace.layers import LayerPlan, ProtectedLayer, Refusal, plan_layers
 from nspo_lightning.nullspace.passes import ForwardCall
 from nspo_lightning.nullspace.projection import apply, component, project_start
@@ -14,6 +14,7 @@ from nspo_lightning.nullspace.store import load_calibration, save_calibration
 
 __all__ = [
     "CRITERIA",
+    "TO_LEARN",
     "Basis",
     "BasisSettings",
     "Calibration",

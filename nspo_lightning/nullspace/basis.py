@@ -59,6 +59,10 @@ class Basis:
     subspace: Subspace = "null"
     outside: float = 0.0
     """See `Spectrum.outside`."""
+    oblique: bool = False
+    """The free directions are not C's eigenvectors: they share energy with the protected ones (see `contrast`)."""
+    trace: float | None = None
+    """Trace of C where ``values`` do not sum up to it."""
 
     @property
     def width(self) -> int:
@@ -79,6 +83,16 @@ class Basis:
     def form(self) -> Form:
         """``hard`` or ``soft``."""
         return "hard" if self.weights is None else "soft"
+
+    @property
+    def energy(self) -> float:
+        """Mean squared norm of the inputs, the trace of C."""
+        return float(self.values.sum()) if self.trace is None else self.trace
+
+    @property
+    def largest_energy(self) -> float:
+        """Bound on the energy of any direction."""
+        return float(self.values.max())
 
     @property
     def condition(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ from nspo_lightning.nullspace.basis import (
     build_soft_basis,
     decompose,
 )
+from nspo_lightning.nullspace.contrast import MOST_FREE, Candidates, candidates, choose_free, contrast_basis
 from nspo_lightning.nullspace.criteria import (
     Criterion,
     NoNullDirections,
@@ -28,8 +29,10 @@ from nspo_lightning.nullspace.criteria import (
     energy_left,
     value_leaving_one,
 )
-from nspo_lightning.nullspace.domains import combine, domain_shares
+from nspo_lightning.nullspace.domains import APART, TO_LEARN, combine, domain_shares, shares_to_learn
 
+CONTRAST_START_WEIGHT = 0.9
+"""``contrast`` weighs the starts of answers so where nothing else is asked: whether to answer is decided there."""
 _SHOWN = 8  # inputs that a refusal names
 
 
@@ -46,6 +49,7 @@ class BasisSettings:
     max_output_change: float | None = None
     domain_weights: Mapping[str, float] | None = None
     without_domains: Sequence[str] = ()
+    start_weight: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +61,26 @@ class BasisSettings:
             raise ValueError(f"`min_null_share` must lie in [0, 1), got {self.min_null_share}.")
         if not self.softness > 0:
             raise ValueError(f"`softness` must be positive, got {self.softness}.")
+        if self.start_weight is not None and not 0 <= self.start_weight <= 1:
+            raise ValueError(f"`start_weight` must be a share in [0, 1], got {self.start_weight}. 0.9 is a good start.")
+        if self.criterion == "contrast" and self.form == "soft":
+            raise ValueError("criterion='contrast' chooses what is cut; form='soft' has no cut. Choose one of them.")
+
+    @property
+    def starts(self) -> float:
+        """The weight of answers' starts, see `domains`."""
+        if self.start_weight is not None:
+            return self.start_weight
+        return CONTRAST_START_WEIGHT if self.criterion == "contrast" else 0.0
+
+    @property
+    def needs_text_to_learn(self) -> bool:
+        """Whether the prompts that are trained on are calibrated on too."""
+        return self.criterion == "contrast"
+
+    def shares(self, domains: Iterable[str]) -> dict[str, float]:
+        """Return the share of each domain in what is protected, see `domain_shares`."""
+        return domain_shares(domains, self.domain_weights, without=self.without_domains, start_weight=self.starts)
 
     def choose(self, values: Tensor) -> RankChoice:
         """Return how many directions of a spectrum are protected, in the hard form."""
@@ -125,11 +149,14 @@ class Calibration:
         """
         if set(self.moments) != set(self.bases):
             raise ValueError("The moments of this calibration were not kept. Calibrate with `keep_moments=True`.")
-        spectra = {}
+        spectra: dict[str, Spectrum | Candidates] = {}
         for name, by_domain in self.moments.items():
-            tokens = sum(n for d, n in self.domain_tokens.items() if d not in settings.without_domains)
-            mean = combine(by_domain, settings.domain_weights, without=settings.without_domains)
-            spectra[name] = decompose_for(settings, mean, tokens=tokens, resolution=torch.finfo(torch.float32).eps)
+            shares = settings.shares(by_domain)
+            tokens = sum(self.domain_tokens[domain] for domain in shares if domain not in APART)
+            to_learn = moment_to_learn(by_domain, settings)
+            mean = combine(by_domain, shares)
+            resolution = torch.finfo(torch.float32).eps
+            spectra[name] = directions_for(settings, mean, to_learn, tokens=tokens, resolution=resolution)
         return replace(
             self,
             bases=bases_from_spectra(spectra, settings),
@@ -143,7 +170,7 @@ def least_energy(domain_energy: Mapping[str, Mapping[str, float]], settings: Bas
     """Return `Calibration.output_energy` from the energies by domain."""
     found = {}
     for layer, energies in domain_energy.items():
-        shares = domain_shares(energies, settings.domain_weights, without=settings.without_domains)
+        shares = settings.shares(energies)
         found[layer] = min(share * energies[domain] for domain, share in shares.items())
     return found
 
@@ -151,6 +178,39 @@ def least_energy(domain_energy: Mapping[str, Mapping[str, float]], settings: Bas
 _LEADING = ("energy", "bound", "relative", "absolute", "rank", "null_share")
 """Criteria that leading eigenvalues and the sum of the others decide; ``auto`` looks at every eigenvalue."""
 _LEAST_ENERGY = 1e-10  # below it rounding decides what is left of a trace, and each small eigenvalue must be known
+
+
+def moment_to_learn(moments: Mapping[str, Tensor], settings: BasisSettings) -> Tensor | None:
+    """Return the second moment S of the prompts that are trained on, where the settings want it.
+
+    Raises:
+        ValueError: If calibration saw none.
+    """
+    if not settings.needs_text_to_learn:
+        return None
+    shares = shares_to_learn(moments, start_weight=settings.starts)
+    if not shares:
+        raise ValueError(
+            f"criterion={settings.criterion!r} asks what the prompts that are trained on need, and calibration saw "
+            f"none: give batches whose `domain` is {TO_LEARN!r}, a `calibration_dataloader(to_learn=...)`, or choose "
+            "criterion='auto'."
+        )
+    return combine(moments, shares)
+
+
+def directions_for(
+    settings: BasisSettings,
+    moment: Tensor,
+    to_learn: Tensor | None,
+    *,
+    tokens: int,
+    resolution: float,
+    rounded_energy: float = math.inf,
+) -> Spectrum | Candidates:
+    """Return what a basis is made of: eigenpairs, or with ``to_learn`` (see `moment_to_learn`) the candidates."""
+    if to_learn is not None:
+        return candidates(moment, to_learn, tokens=tokens, most_free=max(MOST_FREE, settings.min_null_share))
+    return decompose_for(settings, moment, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy)
 
 
 def decompose_for(
@@ -187,11 +247,15 @@ class BasisBuilder:
         self.count = 0
         """Inputs so far."""
         self._refused: list[str] = []
+        self._candidates: dict[str, Candidates] = {}
 
-    def add(self, name: str, spectrum: Spectrum) -> None:
-        """Choose how much of an input is protected, and build its basis."""
-        settings, values = self.settings, spectrum.values
+    def add(self, name: str, spectrum: Spectrum | Candidates) -> None:
+        """Choose how much of an input is protected, and build its basis; candidates wait for the others' (`finish`)."""
         self.count += 1
+        if isinstance(spectrum, Candidates):
+            self._candidates[name] = spectrum
+            return
+        settings, values = self.settings, spectrum.values
         if settings.form == "soft":
             self.bases[name] = build_soft_basis(spectrum, settings.softness)
             return
@@ -221,10 +285,23 @@ class BasisBuilder:
                 f"or no protected one, in {len(self._refused)} of {self.count} layer inputs. What would leave one:\n"
                 f"{shown}{more}\ncriterion='auto' finds a cut for each layer; form='soft' needs none."
             )
+        self._choose_among_candidates()
         return self.bases
 
+    def _choose_among_candidates(self) -> None:
+        if not self._candidates:
+            return
+        settings = self.settings
+        choices = choose_free(
+            self._candidates, min_null_share=settings.min_null_share, max_output_change=settings.max_output_change
+        )
+        for number, name in enumerate(choices):
+            seed = settings.seed + number
+            of = self._candidates.pop(name)
+            self.bases[name] = contrast_basis(of, choices[name], subspace=settings.subspace, seed=seed)
 
-def bases_from_spectra(spectra: Mapping[str, Spectrum], settings: BasisSettings) -> dict[str, Basis]:
+
+def bases_from_spectra(spectra: Mapping[str, Spectrum | Candidates], settings: BasisSettings) -> dict[str, Basis]:
     """Return input -> basis from input -> eigenpairs; see `BasisBuilder.finish` for what is refused."""
     builder = BasisBuilder(settings)
     for name, spectrum in spectra.items():

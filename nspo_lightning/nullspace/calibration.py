@@ -19,13 +19,15 @@ from nspo_lightning.nullspace.basis_set import (
     BasisBuilder,
     BasisSettings,
     Calibration,
-    decompose_for,
+    directions_for,
     least_energy,
+    moment_to_learn,
     protected_count,
 )
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
+from nspo_lightning.nullspace.contrast import Candidates
 from nspo_lightning.nullspace.covariance import SecondMoment
-from nspo_lightning.nullspace.domains import combine, domain_shares
+from nspo_lightning.nullspace.domains import APART, combine
 from nspo_lightning.nullspace.passes import CalibrationText, ForwardCall, PassPlan, Report
 from nspo_lightning.nullspace.shapes import input_width
 from nspo_lightning.nullspace.sketch import (
@@ -105,6 +107,11 @@ def calibrate_modules(
     plan = PassPlan(text, budget)
     if plan.budget is not None and say is not None:
         say(f"Null space: {plan.describe()}.")
+    if settings.needs_text_to_learn and plan.too_wide:
+        raise ValueError(
+            f"criterion={settings.criterion!r} needs whole second moments, and those of {len(plan.too_wide)} inputs "
+            f"(the first: {plan.too_wide[0]}) do not fit into `memory_budget_gb`. Raise it, or choose criterion='auto'."
+        )
     while plan.passes or plan.too_wide:  # both grow by layers that turn out to read something of their own
         if not plan.passes:
             for first, spectrum in _sketched_spectra(text, plan, result):
@@ -179,18 +186,28 @@ def _count_tokens(result: Calibration, first: str, sums: Mapping[str, RunningSum
 
 def _exact_spectrum(
     moments: dict[str, Tensor], sums: Mapping[str, SecondMoment], settings: BasisSettings, index: int
-) -> Spectrum:
+) -> Spectrum | Candidates:
     """Return eigenpairs found on one rank, so that all ranks hold the same vectors even where eigenvalues coincide."""
-    moment = combine(moments, settings.domain_weights, without=settings.without_domains, in_place=True)
+    shares = settings.shares(moments)
+    to_learn = moment_to_learn(moments, settings)
+    moment = combine(moments, shares, in_place=True)
     moments.clear()
-    tokens, resolution = sum(s.rows for s in sums.values()), max(s.resolution for s in sums.values())
+    tokens = sum(sums[domain].rows for domain in shares if domain not in APART)
+    resolution = max(s.resolution for s in sums.values())
     rounded_energy = max(s.rounded_energy for s in sums.values() if s.resolution == resolution)
     owner = index % ranks.world_size()
-    found = None
+    found: Spectrum | Candidates | None = None
     if ranks.rank() == owner:
-        found = decompose_for(settings, moment, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy)
+        found = directions_for(
+            settings, moment, to_learn, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy
+        )
     if ranks.world_size() == 1 and found is not None:
         return found
+    if to_learn is not None:
+        shared = ranks.broadcast_object(found, owner)
+        assert shared is not None  # the owner found them
+        return shared
+    assert not isinstance(found, Candidates)
     described = None if found is None else (tuple(found.vectors.shape), found.vectors.dtype)
     described = ranks.broadcast_object(described, owner)
     assert described is not None  # the owner described its eigenvectors
@@ -252,5 +269,6 @@ def _sketched_spectra(text: CalibrationText, plan: PassPlan, result: Calibration
 
 def _domain_weights(sums: Mapping[str, RangeSketch], settings: BasisSettings) -> tuple[dict[str, float], int]:
     """Return the factor of each domain's sum in the combined second moment, and the rows that it is taken over."""
-    shares = domain_shares(sums, settings.domain_weights, without=settings.without_domains)
-    return {d: share / max(sums[d].rows, 1) for d, share in shares.items()}, sum(sums[d].rows for d in shares)
+    shares = settings.shares(sums)
+    tokens = sum(sums[d].rows for d in shares if d not in APART)
+    return {d: share / max(sums[d].rows, 1) for d, share in shares.items()}, tokens

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nspo_lightning import ranks
 from nspo_lightning.compat.torch import version_of
 from nspo_lightning.nullspace.covariance import SecondMoment, fold_together, rows_that_count, select_rows
+from nspo_lightning.nullspace.domains import STARTS, STARTS_TO_LEARN, TO_LEARN
 from nspo_lightning.nullspace.experts import listen
 
 DEFAULT_DOMAIN = "general"
@@ -143,6 +144,7 @@ class InputCollector(Generic[Sum]):
             self._settle({first: list(names) for first, names in groups.items()})
         self._handles: list[Any] = []
         self._mask: Tensor | None = None
+        self._starts: Tensor | None = None
         self._parts: dict[torch.device, list[_Part]] = {}
         self._domains: list[str] | None = None
         self._counting = True
@@ -164,15 +166,24 @@ class InputCollector(Generic[Sum]):
             handle.remove()
         self._handles.clear()
 
-    def begin(self, mask: Tensor | None = None, domains: Sequence[str] | None = None, *, counting: bool = True) -> None:
+    def begin(
+        self,
+        mask: Tensor | None = None,
+        domains: Sequence[str] | None = None,
+        *,
+        starts: Tensor | None = None,
+        counting: bool = True,
+    ) -> None:
         """Announce the next forward pass.
 
         Args:
             mask: True (non-zero) = counts, shape ``(batch, ...)``; None = every row counts.
             domains: The domain of each sample of the batch; None = one domain.
+            starts: True = at the start of an answer, shape as the mask: those rows are summed once more, as a domain of
+                their own. None = none is.
             counting: False = only find out who shares inputs, or keep a collective forward pass company.
         """
-        self._mask, self._counting = mask, counting
+        self._mask, self._counting, self._starts = mask, counting, starts
         self._domains = list(domains) if domains is not None else None
         self._entered.clear()
         self._taken.clear()
@@ -297,7 +308,8 @@ class InputCollector(Generic[Sum]):
         if inputs.device not in self._parts:  # worked out once in a forward pass: it reads from the device
             self._parts[inputs.device] = list(self._parts_on(inputs.device))
         parts = self._parts[inputs.device]
-        if self._domains is not None and len(parts) > 1 and inputs.shape[0] != len(self._domains):
+        apart = any(part.samples is not None for part in parts)
+        if self._domains is not None and apart and inputs.shape[0] != len(self._domains):
             raise ValueError(
                 f"A batch of {len(self._domains)} samples of several domains enters a layer as {inputs.shape[0]} rows: "
                 "they cannot be told apart. Give each batch a single domain."
@@ -315,3 +327,19 @@ class InputCollector(Generic[Sum]):
                 mask = None if whole is None else whole[samples]
             counted = None if mask is None else rows_that_count(mask)
             yield _Part(domain=domain, samples=samples, mask=mask, counted=counted)
+        yield from self._starts_on(device)
+
+    def _starts_on(self, device: torch.device) -> Iterator[_Part]:
+        """Yield the starts of answers, of text to protect and of text to learn from."""
+        if self._starts is None:
+            return
+        starts = self._starts.to(device)
+        names = self._domains or [DEFAULT_DOMAIN] * len(starts)
+        for domain, learn in ((STARTS, False), (STARTS_TO_LEARN, True)):
+            rows = [i for i, name in enumerate(names) if (name == TO_LEARN) == learn]
+            if not rows:
+                continue
+            samples = None if len(rows) == len(names) else torch.tensor(rows).to(device)
+            mask = starts if samples is None else starts[samples]
+            if bool(mask.any()):
+                yield _Part(domain=domain, samples=samples, mask=mask, counted=rows_that_count(mask))

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Criterion = Literal["auto", "energy", "relative", "absolute", "rank", "bound", "null_share"]
+Criterion = Literal["auto", "energy", "relative", "absolute", "rank", "bound", "null_share", "contrast"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 
 NEGLIGIBLE_ENERGY = 1e-6
@@ -36,6 +36,7 @@ DEFAULT_THRESHOLDS: dict[str, float | None] = {
     "rank": 0.5,
     "bound": 0.03,
     "null_share": 0.5,
+    "contrast": None,
 }
 
 
@@ -147,10 +148,11 @@ def check_threshold(criterion: str, threshold: float | None) -> float | None:
     """
     if criterion not in CRITERIA:
         raise ValueError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
-    if criterion == "auto":
+    if criterion in ("auto", "contrast"):
         if threshold is not None:
             raise ValueError(
-                f"criterion='auto' reads its cut off the spectrum and takes no `threshold`, got {threshold}. State a "
+                f"criterion={criterion!r} reads its cut off the spectrum and takes no `threshold`, got "
+                f"{threshold}. State a "
                 "limit with `min_null_share` or `max_output_change`, or choose criterion='energy'."
             )
         return None

@@ -83,7 +83,7 @@ def certify(
     inside = protected_component(basis, update)
     leak = norm(inside) / total if total > 0 else 0.0
     change = _output_change(basis, update, inside, norm)
-    reference = output_energy if output_energy else float(basis.values.sum())
+    reference = output_energy if output_energy else basis.energy
     return LayerCertificate(
         name=name,
         leak=leak,
@@ -97,7 +97,7 @@ def certify(
 def _output_change(basis: Basis, update: Tensor, inside: Tensor, norm: NormFunction) -> float:
     """Return a bound of tr(D C D^T): exact along stored directions, largest other energy times norm elsewhere."""
     if basis.subspace != "null":
-        return norm(update) ** 2 * float(basis.values[0])
+        return norm(update) ** 2 * basis.largest_energy
     k, stored = basis.protected, basis.vectors.shape[1]
     vectors = basis.vectors.to(torch.float64)
     values = basis.values.to(vectors.device)
@@ -107,7 +107,7 @@ def _output_change(basis: Basis, update: Tensor, inside: Tensor, norm: NormFunct
     rest = inside if basis.complement else update - inside
     largest = (float(others[0]) if others.numel() else 0.0) + basis.outside
     elsewhere = norm(rest) ** 2 * largest
-    if basis.outside == 0:  # eigenvectors: no energy is shared between the two parts
+    if basis.outside == 0 and not basis.oblique:  # eigenvectors: no energy is shared between the two parts
         return along + elsewhere
     along += norm(update @ vectors) ** 2 * basis.outside
     return (math.sqrt(along) + math.sqrt(elsewhere)) ** 2

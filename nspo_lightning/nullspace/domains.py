@@ -2,6 +2,10 @@
 
 Each domain d has a second moment C_d of its own. The default combination is the plain mean of the C_d, so that a
 domain with more text does not drown the others.
+
+Two domains are not text to protect. `TO_LEARN` holds the prompts that are trained on: the criterion ``contrast`` asks
+what they need. `STARTS` (and `STARTS_TO_LEARN`) hold once more the rows at the start of answers, where a policy decides
+whether to answer: one position in a hundred, so that the mean over positions hardly sees them.
 """
 
 from __future__ import annotations
@@ -14,26 +18,25 @@ from torch import Tensor
 
 from nspo_lightning.nullspace.criteria import energy_left
 
+TO_LEARN = "to learn"
+STARTS = "answer starts"
+STARTS_TO_LEARN = "answer starts, to learn"
+APART = frozenset({TO_LEARN, STARTS, STARTS_TO_LEARN})
+"""Domains that a user's weights do not name."""
 
-def combine(
-    moments: Mapping[str, Tensor],
-    weights: Mapping[str, float] | None = None,
-    *,
-    without: Sequence[str] = (),
-    in_place: bool = False,
-) -> Tensor:
+
+def combine(moments: Mapping[str, Tensor], shares: Mapping[str, float], *, in_place: bool = False) -> Tensor:
     """Return the weighted mean of the domains' second moments.
 
     Args:
         moments: Domain -> C_d, shape ``(width, width)``.
-        weights: Domain -> weight; None = equal.
-        without: Domains to leave out.
+        shares: Domain -> its share, see `domain_shares`; the others are left out.
         in_place: In the memory of the first of them; its own moment is lost.
 
     Returns:
         Shape ``(width, width)``.
     """
-    (first, share), *others = domain_shares(moments, weights, without=without).items()
+    (first, share), *others = shares.items()
     result = moments[first].mul_(share) if in_place else moments[first] * share
     for name, share in others:
         result.add_(moments[name], alpha=share)
@@ -41,14 +44,19 @@ def combine(
 
 
 def domain_shares(
-    domains: Iterable[str], weights: Mapping[str, float] | None = None, *, without: Sequence[str] = ()
+    domains: Iterable[str],
+    weights: Mapping[str, float] | None = None,
+    *,
+    without: Sequence[str] = (),
+    start_weight: float = 0.0,
 ) -> dict[str, float]:
-    """Return the share of each domain in the combined second moment; they sum up to 1.
+    """Return the share of each domain in the second moment that is protected; they sum up to 1.
 
     Args:
         domains: All that calibration saw.
         weights: Domain -> weight; None = equal.
         without: Domains to leave out.
+        start_weight: The share of `STARTS`, if there are any; the other domains have the rest.
 
     Raises:
         ValueError: If a name is unknown or nothing is left to combine.
@@ -57,7 +65,8 @@ def domain_shares(
         >>> domain_shares(["code", "facts", "maths"], {"code": 3.0, "facts": 1.0})
         {'code': 0.75, 'facts': 0.25}
     """
-    known = list(domains)
+    seen = list(domains)
+    known = [name for name in seen if name not in APART]
     unknown = (set(weights or {}) | set(without)) - set(known)
     if unknown:
         raise ValueError(f"Unknown domain(s) {sorted(unknown)}; calibration saw {sorted(known)}.")
@@ -65,7 +74,20 @@ def domain_shares(
     total = sum(asked.values())
     if total <= 0:
         raise ValueError(f"No domain is left to combine out of {sorted(known)}.")
-    return {name: weight / total for name, weight in asked.items() if weight > 0}
+    starts = start_weight if STARTS in seen else 0.0
+    shares = {name: (1 - starts) * weight / total for name, weight in asked.items() if weight > 0}
+    return {name: share for name, share in (*shares.items(), (STARTS, starts)) if share > 0}
+
+
+def shares_to_learn(domains: Iterable[str], *, start_weight: float = 0.0) -> dict[str, float]:
+    """Return the shares of `TO_LEARN` and its answers' starts in the second moment that is to be learnt from.
+
+    Empty where calibration saw no such text.
+    """
+    seen = set(domains)
+    starts = start_weight if STARTS_TO_LEARN in seen else 0.0
+    shares = {TO_LEARN: 1 - starts, STARTS_TO_LEARN: starts}
+    return {name: share for name, share in shares.items() if share > 0} if TO_LEARN in seen else {}
 
 
 def principal_cosines(first: Tensor, second: Tensor) -> Tensor:

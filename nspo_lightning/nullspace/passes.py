@@ -22,6 +22,7 @@ from nspo_lightning.nullspace.budget import (
 )
 from nspo_lightning.nullspace.collect import DEFAULT_DOMAIN, InputCollector, RepeatBatch
 from nspo_lightning.nullspace.covariance import SecondMoment
+from nspo_lightning.nullspace.domains import STARTS
 from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.shapes import input_width
 
@@ -40,6 +41,8 @@ class ForwardCall:
     """True (non-zero) = this row's inputs count."""
     domains: Sequence[str] | None = None
     """Domain of each sample."""
+    starts: Tensor | None = None
+    """True = this row's inputs stand at the start of an answer, shape as the mask; see `domains`. None = not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class CalibrationText:
             raise ValueError(_NO_BATCHES)
 
     def _forward(self, collector: InputCollector[Any], call: ForwardCall, counting: bool) -> None:
-        collector.begin(call.mask, call.domains, counting=counting)
+        collector.begin(call.mask, call.domains, starts=call.starts, counting=counting)
         self.forward(*call.args, **call.kwargs)
         collector.end()
 
@@ -113,7 +116,7 @@ class CalibrationText:
         first: ForwardCall | None = None
         for call in self.calls():
             first = first or call
-            domains |= set(call.domains or (DEFAULT_DOMAIN,))
+            domains |= set(call.domains or (DEFAULT_DOMAIN,)) | (set() if call.starts is None else {STARTS})
         if first is None:
             raise ValueError(_NO_BATCHES)
         collector: InputCollector[SecondMoment] = InputCollector(self.modules)

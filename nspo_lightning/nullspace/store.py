@@ -47,6 +47,8 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
             "tokens": basis.tokens,
             "subspace": basis.subspace,
             "outside": basis.outside,
+            "oblique": basis.oblique,
+            "trace": basis.trace,
         })
     header = {
         "version": FORMAT_VERSION,
@@ -164,6 +166,8 @@ def _rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibr
             tokens=entry["tokens"],
             subspace=entry["subspace"],
             outside=entry["outside"],
+            oblique=entry.get("oblique", False),  # earlier files have no such bases
+            trace=entry.get("trace"),
         )
         groups[first] = entry["layers"]
         prefix = f"{index}.moment."

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, GeneralDataModule, PromptSource
 from nspo_lightning.datamodules.sources.source import Sources
+from nspo_lightning.nullspace import BasisSettings
 
 
 @pytest.fixture
@@ -123,11 +124,15 @@ def test_any_module_that_answers_prompts_gives_the_model_answers(make, tokenizer
             return [f"I say {prompt}" for prompt in prompts]
 
     data = make(calibration_text="prompt_and_model_answer")
-    texts = [tokenizer.decode(ids) for batch in calibration_batches(data, Parrot()) for ids in batch["input_ids"]]
+    texts = [
+        tokenizer.decode(ids)
+        for batch in calibration_batches(data, Parrot(), BasisSettings())
+        for ids in batch["input_ids"]
+    ]
     assert len(texts) == len(data.general.calibration_rows(lambda prompts: [""] * len(prompts)))
     assert all("<|assistant|>I say " in text for text in texts)
     with pytest.raises(DataError, match="answer_fn"):
-        calibration_batches(data, pl.LightningModule())
+        calibration_batches(data, pl.LightningModule(), BasisSettings())
 
 
 def test_every_rank_is_given_all_calibration_text(make):
