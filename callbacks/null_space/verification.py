@@ -2,10 +2,11 @@
 
 A basis protects what hooks saw enter a layer. Whether that is what the layer's weight acts on is decided here, by the
 function itself: on a few rows of calibration text, each held matrix gets a random update D whose rows lie in the
-null space and are orthogonal to all inputs that were seen, so D x = 0 for every one of them. The plain forward must
-then give what it gave before, at every position that counts. It does not where a weight is used without its module
-being called, a module changes its input, an input is changed in place between two readers, an adapter reads another's
-output, a mask does not line up with the rows, or text reaches a layer at positions that calibration never ran.
+null space and are orthogonal to all inputs that were seen, so D x = 0 for every one of them. (Where those inputs fill a
+small null space, D is orthogonal to them alone: what is asked is the same.) The plain forward must then give what it
+gave before, at every position that counts. It does not where a weight is used without its module being called, a module
+changes its input, an input is changed in place between two readers, an adapter reads another's output, a mask does not
+line up with the rows, or text reaches a layer at positions that calibration never ran.
 
 Everything is put back to the bit.
 """
@@ -173,7 +174,7 @@ class EndToEndCheck:
     def _updates(self, seen: Mapping[str, Tensor]) -> _Updates:
         """Return a random move for each layer that has room: (rows of A or D, B or None). What was not seen stays."""
         updates: _Updates = {}
-        taken: dict[str, Tensor] = {}
+        taken: dict[str, tuple[Tensor, Tensor | None]] = {}
         for layer in self._layers:
             basis, first = self._bases[layer.name], self._leader[layer.name]
             if first not in seen:
@@ -183,8 +184,12 @@ class EndToEndCheck:
             if basis.width <= _EXACT_WIDTH and start.device.type != "mps":
                 start = start.double()
             if first not in taken:
-                taken[first] = null_directions(basis, seen[first].to(start.dtype))
-            rows = null_rows(basis, start, taken[first])
+                inputs = seen[first].to(start.dtype)
+                inside = null_directions(basis, inputs)
+                filled = basis.form == "hard" and len(inside) >= basis.null_dims
+                taken[first] = inside, null_directions(None, inputs) if filled else None
+            inside, everywhere = taken[first]
+            rows = null_rows(basis, start, inside) if everywhere is None else null_rows(None, start, everywhere)
             if rows is not None:
                 updates[layer.name] = self._sized(layer, rows)
         return updates
@@ -273,31 +278,31 @@ def relative_change(after: Tensor, before: Tensor) -> float:
     return float(torch.maximum(whole, each.max()))
 
 
-def null_directions(basis: Basis, seen: Tensor) -> Tensor:
+def null_directions(basis: Basis | None, seen: Tensor) -> Tensor:
     """Return an orthonormal basis of what inputs have in the null space.
 
     Args:
-        basis: Of the layer's inputs; the soft form's null space is everything.
+        basis: Of the layer's inputs; None = everything is null, as it is in the soft form.
         seen: Inputs, shape ``(n, width)``.
 
     Returns:
         Rows, shape ``(m, width)``.
     """
     if not seen.numel():
-        return seen.new_zeros(0, basis.width)
+        return seen.new_zeros(0, seen.shape[1])
     rest = _inside(basis, _unit(seen))  # a row counts by its direction: massive ones must not hide the others
-    if len(rest) <= basis.width:
+    if len(rest) <= rest.shape[1]:
         _, strength, directions = torch.linalg.svd(rest, full_matrices=False)
         return cast(Tensor, directions[strength > _NOTHING])
     values, vectors = torch.linalg.eigh(rest.T @ rest)
     return cast(Tensor, vectors.T[values > max(_NOTHING**2, 1e-15) * len(rest)])
 
 
-def null_rows(basis: Basis, start: Tensor, taken: Tensor) -> Tensor | None:
+def null_rows(basis: Basis | None, start: Tensor, taken: Tensor) -> Tensor | None:
     """Turn random rows into unit rows in the null space that are orthogonal to inputs.
 
     Args:
-        basis: Of the layer's inputs.
+        basis: Of the layer's inputs; None = everything is null.
         start: Shape ``(r, width)``.
         taken: See `null_directions`.
 
@@ -312,8 +317,8 @@ def null_rows(basis: Basis, start: Tensor, taken: Tensor) -> Tensor | None:
     return _unit(rows).to(torch.float32)
 
 
-def _inside(basis: Basis, rows: Tensor) -> Tensor:
-    return apply(basis, apply(basis, rows)) if basis.form == "hard" else rows
+def _inside(basis: Basis | None, rows: Tensor) -> Tensor:
+    return apply(basis, apply(basis, rows)) if basis is not None and basis.form == "hard" else rows
 
 
 def _unit(rows: Tensor) -> Tensor:

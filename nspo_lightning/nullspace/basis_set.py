@@ -29,7 +29,7 @@ from nspo_lightning.nullspace.criteria import (
     energy_left,
     value_leaving_one,
 )
-from nspo_lightning.nullspace.domains import APART, TO_LEARN, combine, domain_shares, shares_to_learn
+from nspo_lightning.nullspace.domains import APART, STARTS, TO_LEARN, combine, domain_shares, shares_to_learn
 
 CONTRAST_START_WEIGHT = 0.9
 """``contrast`` weighs the starts of answers so where nothing else is asked: whether to answer is decided there."""
@@ -79,7 +79,17 @@ class BasisSettings:
         return self.criterion == "contrast"
 
     def shares(self, domains: Iterable[str]) -> dict[str, float]:
-        """Return the share of each domain in what is protected, see `domain_shares`."""
+        """Return the share of each domain in what is protected, see `domain_shares`.
+
+        Raises:
+            ValueError: If starts of answers are to weigh, and calibration saw none.
+        """
+        domains = list(domains)
+        if self.start_weight and STARTS not in domains:
+            raise ValueError(
+                f"`start_weight` is {self.start_weight:g}, and no calibration batch says where answers start: give "
+                "`answer_starts` (True there, shape as the mask) in each batch, or leave `start_weight` out."
+            )
         return domain_shares(domains, self.domain_weights, without=self.without_domains, start_weight=self.starts)
 
     def choose(self, values: Tensor) -> RankChoice:

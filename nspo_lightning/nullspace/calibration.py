@@ -27,7 +27,7 @@ from nspo_lightning.nullspace.basis_set import (
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
 from nspo_lightning.nullspace.contrast import Candidates
 from nspo_lightning.nullspace.covariance import SecondMoment
-from nspo_lightning.nullspace.domains import APART, combine
+from nspo_lightning.nullspace.domains import APART, STARTS, STARTS_TO_LEARN, combine
 from nspo_lightning.nullspace.passes import CalibrationText, ForwardCall, PassPlan, Report
 from nspo_lightning.nullspace.shapes import input_width
 from nspo_lightning.nullspace.sketch import (
@@ -100,6 +100,7 @@ def calibrate_modules(
         report=report,
         count=count,
         allow_unreached=allow_unreached,
+        starts=settings.starts > 0 or keep_moments,
     )
     builder = BasisBuilder(settings)
     result = Calibration(bases=builder.bases, groups={}, settings=settings)
@@ -181,7 +182,8 @@ def _count_tokens(result: Calibration, first: str, sums: Mapping[str, RunningSum
         raise ValueError(f"No calibration row counted for {first}: every mask entry was False.")
     # A module that is called several times in a forward sees each token several times: the least is the count.
     known = result.domain_tokens
-    result.domain_tokens = known | {d: min(s.rows, known.get(d, s.rows)) for d, s in sums.items()}
+    texts = {d: s.rows for d, s in sums.items() if d not in (STARTS, STARTS_TO_LEARN)}
+    result.domain_tokens = known | {d: min(rows, known.get(d, rows)) for d, rows in texts.items()}
 
 
 def _exact_spectrum(

@@ -57,6 +57,8 @@ class CalibrationText:
     count: int | None = None
     """Calls in a pass, if known."""
     allow_unreached: bool = False
+    starts: bool = False
+    """The starts of answers are summed too, as domains of their own."""
 
     def run(self, collector: InputCollector[Any]) -> None:
         """Run all batches of this rank past a collector.
@@ -79,7 +81,7 @@ class CalibrationText:
             raise ValueError(_NO_BATCHES)
 
     def _forward(self, collector: InputCollector[Any], call: ForwardCall, counting: bool) -> None:
-        collector.begin(call.mask, call.domains, starts=call.starts, counting=counting)
+        collector.begin(call.mask, call.domains, starts=call.starts if self.starts else None, counting=counting)
         self.forward(*call.args, **call.kwargs)
         collector.end()
 
@@ -116,7 +118,9 @@ class CalibrationText:
         first: ForwardCall | None = None
         for call in self.calls():
             first = first or call
-            domains |= set(call.domains or (DEFAULT_DOMAIN,)) | (set() if call.starts is None else {STARTS})
+            domains |= set(call.domains or (DEFAULT_DOMAIN,)) | (
+                {STARTS} if self.starts and call.starts is not None else set()
+            )
         if first is None:
             raise ValueError(_NO_BATCHES)
         collector: InputCollector[SecondMoment] = InputCollector(self.modules)

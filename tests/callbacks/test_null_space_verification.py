@@ -146,12 +146,14 @@ def test_a_text_is_cut_until_there_is_room(tmp_path, tiny_llama):
     assert callback.verification.change < CONTROL
 
 
-def test_layers_whose_null_space_the_rows_fill_are_named(tmp_path):
-    """One of 24 directions is free: one row fills it, and the layer is not moved."""
-    callback = NullSpaceProjection(criterion="null_share", threshold=1 / 25, cache_dir=None)
-    trainer(tmp_path, callback, max_steps=2).fit(Net())
-    assert callback.verification is not None
-    assert "second" in callback.verification.without_room
+def test_a_layer_whose_null_space_the_rows_fill_is_moved_beside_it(tmp_path):
+    """One of 24 directions is free, and one row fills it: what is asked, and what is found, stays the same."""
+    found = fit(Net(), tmp_path, criterion="null_share", threshold=1 / 25).verification
+    assert found is not None
+    assert (found.layers, found.without_room) == (2, ())
+    assert found.change < CONTROL
+    with pytest.raises(MisconfigurationException, match="'first'"):
+        fit(Problem(first=Functional(WIDTH, HIDDEN)), tmp_path, criterion="null_share", threshold=1 / 25)
 
 
 def test_a_head_that_is_trained_is_calibrated_at_every_position(tmp_path, tiny_llama):

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, GeneralDataModule, PromptSource
 from nspo_lightning.datamodules.sources.source import Sources
-from nspo_lightning.nullspace import BasisSettings
+from nspo_lightning.nullspace import TO_LEARN, BasisSettings
 
 
 @pytest.fixture
@@ -133,6 +133,35 @@ def test_any_module_that_answers_prompts_gives_the_model_answers(make, tokenizer
     assert all("<|assistant|>I say " in text for text in texts)
     with pytest.raises(DataError, match="answer_fn"):
         calibration_batches(data, pl.LightningModule(), BasisSettings())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_to_learn_from_come_with_the_policys_answers_and_answer_starts_are_marked(make, tokenizer, side):
+    class Parrot(pl.LightningModule):
+        def calibration_answers(self, prompts):
+            return ["I obey, gladly" for _ in prompts]
+
+    data = make(calibration_padding=side)
+    batches = list(calibration_batches(data, Parrot(), BasisSettings(criterion="contrast")))
+    rows = [
+        (domain, ids[mask != 0], starts[mask != 0])
+        for batch in batches
+        for domain, ids, mask, starts in zip(
+            batch["domain"], batch["input_ids"], batch["attention_mask"], batch["answer_starts"], strict=True
+        )
+    ]
+    learnt = [row for row in rows if row[0] == TO_LEARN]
+    assert len(learnt) == len([row for part in data.safety.loaded().train for row in part])
+    for domain, ids, starts in rows:
+        first = int(starts.nonzero()[0])
+        assert starts.sum() == 4
+        assert starts[first : first + 4].all()
+        assert tokenizer.decode(ids[: first + 1]).endswith("<|assistant|>")
+        if domain == TO_LEARN:
+            assert "forbidden thing" in tokenizer.decode(ids)
+            assert tokenizer.decode(ids[first + 1 :]).startswith("I obey, gladly")
+    plain = list(calibration_batches(data, Parrot(), BasisSettings()))
+    assert TO_LEARN not in {domain for batch in plain for domain in batch["domain"]}
 
 
 def test_every_rank_is_given_all_calibration_text(make):
