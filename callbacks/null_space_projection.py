@@ -48,7 +48,7 @@ from nspo_lightning.callbacks.null_space.watch import (
     hold_statistics,
     running_statistics,
 )
-from nspo_lightning.compat.lightning import callbacks_of, logs_this_batch
+from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, logs_this_batch
 from nspo_lightning.compat.torch import RunningNorm
 from nspo_lightning.nullspace import (
     BasisSettings,
@@ -265,6 +265,7 @@ class NullSpaceProjection(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        forget_step_metrics(trainer, batch_idx, "nullspace/")
         for norm in self._still:  # whoever calls `train()` puts them back into train mode
             norm.eval()
         if self._normalised:  # some may have been put into train mode since

@@ -63,6 +63,25 @@ def logs_this_batch(trainer: pl.Trainer) -> bool:
     return bool(trainer.loggers) and every > 0 and (logging_step(trainer) + 1) % every == 0
 
 
+def forget_step_metrics(trainer: pl.Trainer, batch_idx: int, prefix: str = "") -> None:
+    """Leave what was logged at earlier updates out of this one's point, so that curves show what was measured alone.
+
+    Lightning writes the last value of a metric at every step again, whether or not it was logged at that step. To be
+    called as a batch starts; within an accumulation window what its earlier batches logged stays.
+
+    Args:
+        trainer: In training.
+        batch_idx: The batch's number in the epoch.
+        prefix: Which metrics, by how their names start.
+    """
+    if batch_idx % trainer.accumulate_grad_batches:
+        return
+    for metric in trainer.fit_loop.epoch_loop._results.values():
+        meta = metric.meta
+        if meta.on_step and not meta.on_epoch and meta.name.startswith(prefix):
+            metric.reset()
+
+
 def take_back_step_(fit_loop: dict[str, Any]) -> None:
     """Lower the count of batches that stepped by one in a checkpoint's ``loops.fit_loop``."""
     fit_loop["epoch_loop.state_dict"][_STEPPED] -= 1

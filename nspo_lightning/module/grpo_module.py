@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nspo_lightning import ranks
-from nspo_lightning.compat.lightning import trainer_of
+from nspo_lightning.compat.lightning import forget_step_metrics, trainer_of
 from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.rates import Answers, Rate, with_accuracy
 from nspo_lightning.evaluation.thoughts import is_unfinished
@@ -296,7 +296,6 @@ class GRPOModule(pl.LightningModule):
         with_signal = rows_with_signal(experience.advantages, mask, has_kl=config.beta > 0)
         if not ranks.any_rank(bool(with_signal.any())):
             self._log_step({"step_time": time.perf_counter() - start}, mean_over_ranks=True)
-            self._log_step({"updates_skipped": float(self.progress.updates_skipped)})
             return zero_loss(parameters)
         window.has_signal = True
         if not len(mask):  # another rank has something
@@ -371,6 +370,18 @@ class GRPOModule(pl.LightningModule):
         elif (after or 1.0) >= (before or 1.0):
             self.progress.nonfinite_in_a_row = 0
             self.progress.updates += 1
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        forget_step_metrics(self.trainer, batch_idx)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        counts = {
+            "updates_skipped": self.progress.updates_skipped,
+            "updates_nonfinite": self.progress.updates_nonfinite,
+        }
+        self._log_step({name: float(count) for name, count in counts.items()})
 
     def _skip_nonfinite(self, seen: str) -> None:
         self._log_step({"updates_nonfinite": float(self.progress.updates_nonfinite + 1)})

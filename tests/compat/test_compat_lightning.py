@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from nspo_lightning.compat import lightning as compat
@@ -109,3 +111,26 @@ def test_a_module_without_a_trainer_has_none(run):
     assert compat.trainer_of(BoringModel()) is None, f"{VERSION}: see `LightningModule.trainer`"
     trainer = run(steps=1)
     assert compat.trainer_of(trainer.lightning_module) is trainer
+
+
+def test_forgotten_metrics_are_not_written_again(tmp_path):
+    class Logs(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            compat.forget_step_metrics(trainer, batch_idx, "a")
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            names = ("a_once", "b_once", "always") if batch_idx == 1 else ("always",)
+            pl_module.log_dict(dict.fromkeys(names, float(batch_idx)))
+            pl_module.log("a_mean", float(batch_idx), on_step=True, on_epoch=True)
+
+    logger = CSVLogger(tmp_path, name="", version="")
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    trainer = pl.Trainer(limit_train_batches=4, max_epochs=1, logger=logger, callbacks=[Logs()], **options)
+    trainer.fit(BoringModel())
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = [row for row in rows if row["always"]]
+    hint = f"{VERSION}: see `_results` in training_epoch_loop.py"
+    assert [row["a_once"] for row in steps] == ["", "1.0", "", ""], hint
+    assert [row["b_once"] for row in steps] == ["", "1.0", "1.0", "1.0"], "not asked for"
+    assert [row["a_mean_epoch"] for row in rows if row["a_mean_epoch"]] == ["1.5"], "means over an epoch stay"

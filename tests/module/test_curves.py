@@ -1,0 +1,65 @@
+"""Curves in TensorBoard have a point where something was measured, and none where it was not."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_jobs
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nspo_lightning.callbacks import NullSpaceProjection
+
+SCORED = ("entropy", "loss", "clip_ratio/region_mean")
+STEPPED = ("nullspace/leak_max", "nullspace/grad_norm_after", "nullspace/kept_gradient_energy")
+ALWAYS = ("reward", "unsafe", "completions/mean_length", "step_time", "updates_skipped", "updates_nonfinite")
+
+
+def curves(folder) -> dict[str, dict[int, float]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+class SometimesTheSame:
+    """Tells completions apart at some rollouts alone."""
+
+    def __init__(self, told_apart) -> None:
+        self.told_apart, self.rollout = told_apart, -1
+
+    def __call__(self, prompts, completions, completion_ids, **_):
+        self.rollout += 1
+        if self.rollout in self.told_apart:
+            return tiny_jobs.even_tokens(prompts, completions, completion_ids)
+        return [1.0] * len(completions)
+
+
+def train(tiny_llama, folder, told_apart, steps, **options) -> dict[str, dict[int, float]]:
+    reward = SometimesTheSame(told_apart)
+
+    def score(prompts, completions, completion_ids, **columns):
+        return reward(prompts, completions, completion_ids)
+
+    policy = tiny_jobs.module(tiny_llama, reward=score)
+    logger = TensorBoardLogger(folder, name="", version="")
+    run = tiny_jobs.trainer(folder, steps=steps, logger=logger, callbacks=[NullSpaceProjection()], **options)
+    run.fit(policy, tiny_jobs.datamodule())
+    return curves(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_skipped_steps_have_no_point_of_what_they_did_not_measure(tiny_llama, tmp_path):
+    found = train(tiny_llama, tmp_path, {0, 3}, 5)
+    for name in (*SCORED, *STEPPED):
+        assert sorted(found[name]) == [0, 3], name
+    for name in ALWAYS:
+        assert sorted(found[name]) == [0, 1, 2, 3, 4], name
+    assert [found["updates_skipped"][step] for step in range(5)] == [0, 1, 2, 2, 3]
+    assert found["entropy"][0] != found["entropy"][3]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_window_has_the_points_of_any_of_its_batches(tiny_llama, tmp_path):
+    found = train(tiny_llama, tmp_path, {0, 5}, 3, accumulate_grad_batches=2)  # windows: 0 1, 2 3, 4 5
+    for name in (*SCORED, *STEPPED):
+        assert sorted(found[name]) == [0, 2], name
+    assert sorted(found["reward"]) == [0, 1, 2]
