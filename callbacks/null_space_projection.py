@@ -42,6 +42,7 @@ from nspo_lightning.callbacks.null_space.unprotected import (
     without_unreached,
 )
 from nspo_lightning.callbacks.null_space.verification import EndToEndCheck, Verification
+from nspo_lightning.callbacks.null_space.warm import check_same_null_space, warm_start_of
 from nspo_lightning.callbacks.null_space.watch import (
     Buffers,
     TrainedParameters,
@@ -63,6 +64,7 @@ from nspo_lightning.nullspace.basis import Form, Subspace
 from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.keeper import GradientEnergy
 from nspo_lightning.nullspace.store import check_fingerprint
+from nspo_lightning.policy.warm_start import WarmStart
 
 
 class NullSpaceProjection(Callback):
@@ -180,6 +182,7 @@ class NullSpaceProjection(Callback):
         self._energy: list[GradientEnergy] = []
         self._resumed: dict[str, Any] = {}
         self._start_late: Callable[[], None] | None = None
+        self._warm: WarmStart | None = None
         self._held: list[weakref.ref[nn.Parameter]] = []
 
     @property
@@ -212,8 +215,11 @@ class NullSpaceProjection(Callback):
             return
         ranks.reshard(pl_module)
         plan = self._plan(trainer, pl_module, resumed=True)
-        # A fit goes on from an earlier one if a checkpoint says so, or if these very matrices were held before.
+        # A fit goes on from an earlier one if a checkpoint says so, or if these very matrices were held before, or if
+        # it starts from an adapter that was trained in this very null space, which is checked below.
         goes_on = bool(self._resumed) or self._held_before(plan)
+        self._warm = None if goes_on else warm_start_of(pl_module)
+        goes_on = goes_on or self._warm is not None
         if not goes_on:
             plan = self._plan(trainer, pl_module)
         to_freeze = report_unprotected(plan, self.unprotected, self.target_modules)
@@ -363,6 +369,13 @@ class NullSpaceProjection(Callback):
         soft = self.settings.form == "soft"
         return {c.name: c.output_change if soft else c.leak for c in self.certificates()}
 
+    def held_in(self) -> tuple[dict[str, Any], float] | None:
+        """Return the fingerprint of the basis and the largest leak out of it; None if nothing is held."""
+        certificates = self.certificates()
+        if self.calibration is None or not certificates:
+            return None
+        return self.calibration.fingerprint, max(found.leak for found in certificates)
+
     def save(self, path: str | PathLike[str]) -> Path:
         """Return the path of a basis file written there, which `calibration` takes.
 
@@ -422,8 +435,12 @@ class NullSpaceProjection(Callback):
     def _obtain_bases(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: LayerPlan) -> Calibration:
         """Keep the bases of an earlier fit, load them, or make them now."""
         if self.calibration is not None and self.source.fits(self.calibration, trainer, pl_module, plan.layers):
+            if self._warm is not None:
+                check_same_null_space(self._warm, self.calibration.fingerprint)
             return self.calibration
         found = self.source.find(trainer, pl_module, plan.layers, self._resumed or None)
+        if self._warm is not None:
+            check_same_null_space(self._warm, found.fingerprint)
         if isinstance(found, Calibration):
             self.calibration = found
             return found

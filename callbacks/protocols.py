@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from nspo_lightning.evaluation.rates import Answers, Rate
 from nspo_lightning.policy.divergence import TextScores
+from nspo_lightning.policy.warm_start import WarmStart
 
 
 @runtime_checkable
@@ -153,6 +154,22 @@ class HasEvalRows(Protocol):
 
     def eval_rows(self, split: str) -> Sequence[Sequence[Any]]:
         """Return the rows of each evaluation loader."""
+
+
+@runtime_checkable
+class StartsWarm(Protocol):
+    """A module whose adapter was trained before this fit."""
+
+    warm_start: WarmStart | None
+    """What it says of itself; None = a fresh adapter, or a checkpoint's."""
+
+
+@runtime_checkable
+class HoldsInNullSpace(Protocol):
+    """A callback that keeps updates in a null space."""
+
+    def held_in(self) -> tuple[Mapping[str, Any], float] | None:
+        """Return the fingerprint of its basis and the largest leak out of it; None if it holds nothing."""
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nspo_lightning import ranks
 from nspo_lightning.nullspace import Basis, Calibration, LayerCertificate, ProtectedLayer
+from nspo_lightning.nullspace.diagnostics import certify
 from nspo_lightning.nullspace.keeper import (
     GradientEnergy,
     NullSpaceKeeper,
@@ -174,18 +175,19 @@ class Hold:
         return None if keeper is None else keeper.project_gradients_(measure=measure)
 
     def refuse_leaks(self) -> None:
-        """Refuse a checkpoint's adapter that does not lie in the null space.
+        """Refuse an adapter of a checkpoint or a warm start that does not lie in the null space: neither B A nor A may.
 
         Raises:
             MisconfigurationException: Naming the layer with the largest leak.
         """
-        leaking = [c for c in self.certificates() if c.leak > _RESUME_LEAK]
+        leaking = [c for c in (*self.certificates(), *self._without_output()) if c.leak > _RESUME_LEAK]
         if leaking:
-            worst = max(leaking, key=lambda c: c.leak)
+            worst, layers = max(leaking, key=lambda c: c.leak), len({c.name for c in leaking})
             raise MisconfigurationException(
-                f"What was trained before does not lie in the null space of this basis: {len(leaking)} layers leak, "
+                f"What was trained before does not lie in the null space of this basis: {layers} layers leak, "
                 f"{worst.name} by {worst.leak:.2g}. It was trained with other text, another basis or no projection. "
-                "Give `calibration` the basis file of that run, or merge the adapter and start a new one."
+                "Give `calibration` the basis file of that run, warm up again in this null space, or merge the adapter "
+                "and start a new one."
             )
 
     def certificates(self) -> list[LayerCertificate]:
@@ -193,6 +195,16 @@ class Hold:
         if not self._bases:
             return []
         return certify_layers(self._layers, self._bases, self._references, self._output_energy)
+
+    @torch.no_grad()
+    def _without_output(self) -> list[LayerCertificate]:
+        """Return certificates of each A alone, whatever B makes of it now."""
+        held = zip(self._layers, self._bases, self._references, strict=True)
+        return [
+            certify(layer.name, basis, layer.rows(ranks.whole(layer.matrix.detach())))
+            for layer, basis, reference in held
+            if reference is None
+        ]
 
     def whole_references(self) -> dict[str, Tensor]:
         """Return layer name -> its whole matrix at the start, where displacements are held; for checkpoints."""

@@ -33,6 +33,6 @@ def main(args: list[str] | None = None) -> None:
             import_module(COMMANDS[arguments[0]]).main(arguments[1:])
         elif args is None:
             sys.argv[1:] = arguments  # where LightningCLI looks, and warns if it is told something else
-            CLI(**cli_arguments())
+            CLI(**cli_arguments(arguments[0]))
         else:
-            CLI(**cli_arguments(), args=arguments)
+            CLI(**cli_arguments(arguments[0]), args=arguments)

@@ -15,6 +15,7 @@ HELP = ("-h", "--help")
 
 JOBS: dict[str, str] = {
     "fit": "train: calibrate the null space, then GRPO inside it; writes runs/NAME",
+    "warmup": "teach a policy that never refuses a few refusals in the null space; `fit` goes on from them",
     "validate": "measure safety and general ability on the validation split",
     "test": "measure on the held-out split",
     "predict": "write completions with rewards and outcomes to predictions.jsonl",
@@ -46,16 +47,29 @@ TRAINING: dict[str, str] = {
     "--model.sampling.max_new_tokens": "length limit of a completion",
     "--model.objective.beta": "weight of the KL term (0: none, and no reference pass)",
     "--data.batch_size": "prompts a step",
+    "--model.policy.adapter": "adapter to go on from: that of a `warmup` (runs/NAME-warmup/adapter)",
     "--nullspace.enabled": "false = plain GRPO",
     "--nullspace.criterion": "what decides how many directions are protected (auto)",
     "--nullspace.calibration": "basis file that `calibrate` wrote; none = calibrate at the start",
     "--trainer.max_epochs": "passes over the prompts",
     "--trainer.limit_train_batches": "stop an epoch after so many steps",
 }
+WARMUP: dict[str, str] = {
+    "--warmup.refusal_share": "share of answers to held-out harmful prompts that must refuse (0.2)",
+    "--warmup.max_updates": "updates after which it has failed (60)",
+    "--warmup.lr": "learning rate (5e-4)",
+    "--warmup.batch_size": "harmful prompts an update (16)",
+    "--warmup.check_every": "updates between checks (4)",
+    "--warmup.check_prompts": "held-out prompts of each kind answered at a check (32)",
+    "--warmup.max_general_refusals": "stop when so many more general prompts are refused (0.1)",
+    "--warmup.refusals": "what is taught: a .txt file of refusals, or rows of prompts with safe answers",
+    "--nullspace.calibration": "basis file that `calibrate` wrote; none = calibrate at the start",
+}
 CHECKPOINT: dict[str, str] = {"--ckpt_path": "checkpoint to start from; last = that of the run"}
 MEASURED: dict[str, str] = {"--ckpt_path": "what is measured: best, last, a checkpoint, or an adapter's folder"}
 OPTIONS: dict[str, dict[str, str]] = {
     "fit": {**COMMON, **TRAINING, **CHECKPOINT},
+    "warmup": {**COMMON, **WARMUP, **CHECKPOINT},
     "validate": {**COMMON, **MEASURED},
     "test": {**COMMON, **MEASURED},
     "predict": {**COMMON, **MEASURED},

@@ -28,11 +28,14 @@ from nspo_lightning.cli.parser import Parser
 from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS, check_run_name, own_folder
 from nspo_lightning.cli.standard_callbacks import with_standard_callbacks, without_extras
 from nspo_lightning.cli.trainer import Trainer
+from nspo_lightning.cli.warmup import WARMUP, run_name, warmup_callbacks, warmup_trainer
 from nspo_lightning.compat.lightning import is_fast_dev_run, model_checkpoints
 from nspo_lightning.compat.lightning_cli import CLIWithoutStoredSettings
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.datamodules.warmup import WarmupDataModule, WarmupSettings
 from nspo_lightning.keys import check_no_key
 from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.module.warmup import WarmupModule
 from nspo_lightning.toy.judge import TownJudge
 
 DESCRIPTION = """Safety GRPO in the null space of general ability.
@@ -90,7 +93,7 @@ class CLI(CLIWithoutStoredSettings):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        own = {name: {"model", "datamodule"} for name in ("calibrate", "data")}
+        own = {name: {"model", "datamodule"} for name in (WARMUP, "calibrate", "data")}
         return {**LightningCLI.subcommands(), **own}
 
     @property
@@ -104,6 +107,7 @@ class CLI(CLIWithoutStoredSettings):
             "--name", type=str, default=DEFAULT_NAME, help="Name of the run; it is kept in runs/<name>."
         )
         parser.add_lightning_class_args(NullSpaceProjection, "nullspace")
+        parser.add_class_arguments(WarmupSettings, "warmup")
         parser.link_arguments(
             ("model.num_iterations", "model.num_minibatches"),
             "data.repeat_batches",
@@ -131,8 +135,11 @@ class CLI(CLIWithoutStoredSettings):
             # What a file says of an ordinary run, Lightning refuses here.
             kwargs |= {**dict.fromkeys(_BAREBONES_OFF), "detect_anomaly": False}
         elif config.get("logger") in (None, True) and not config.get("fast_dev_run"):
-            kwargs["logger"] = TensorBoardLogger(RUNS, name=self.settings.name, version="")
+            kwargs["logger"] = TensorBoardLogger(RUNS, name=run_name(self.settings.name, self.subcommand), version="")
         callbacks = config.get("callbacks") or []
+        if self.subcommand == WARMUP:
+            kwargs |= warmup_trainer(self.settings.warmup)
+            callbacks = warmup_callbacks(callbacks, self.settings.warmup)
         kwargs["callbacks"] = with_standard_callbacks(
             without_extras(callbacks) if bare else callbacks,
             checkpoints=config.get("enable_checkpointing") is not False and not bare,
@@ -154,6 +161,19 @@ class CLI(CLIWithoutStoredSettings):
         folders += [Path(folder) / FOLDER] if folder else []
         if ckpt_path == LAST and not any(last_in(place) for place in folders):
             rank_zero_info("There is no checkpoint to go on from yet (`--ckpt_path last`): the run starts anew.")
+
+    def before_warmup(self) -> None:
+        """Prepare as for `fit`, with the settings that both sides of a warm start take."""
+        self.model.warmup = self.datamodule.warmup = self.settings.warmup
+        self.before_fit()
+
+    def after_warmup(self) -> None:
+        """Say what was reached; a warm start that is none is an error."""
+        if is_fast_dev_run(self.trainer):
+            return
+        said = self.model.conclusion()
+        folder = Path(self.trainer.log_dir or RUNS) / "adapter"
+        rank_zero_info(f"{said} GRPO goes on from it with the same configuration: --model.policy.adapter {folder}")
 
     def before_validate(self) -> None:
         """Find what `--ckpt_path` means: `best`, `last`, a checkpoint, or an adapter's folder."""
@@ -209,11 +229,12 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def cli_arguments() -> dict[str, Any]:
-    """Return the arguments of `CLI`, without `args`."""
+def cli_arguments(command: str = "fit") -> dict[str, Any]:
+    """Return the arguments of `CLI` for a subcommand, without `args`."""
+    warms_up = command == WARMUP
     return {
-        "model_class": GRPOModule,
-        "datamodule_class": AlignmentDataModule,
+        "model_class": WarmupModule if warms_up else GRPOModule,
+        "datamodule_class": WarmupDataModule if warms_up else AlignmentDataModule,
         "trainer_class": Trainer,
         "trainer_defaults": {"default_root_dir": RUNS},
         "save_config_callback": SaveConfig,
@@ -229,4 +250,4 @@ def run_job(arguments: list[str]) -> None:
     """Run a job as the command line does, in a worker process or from other Python code."""
     silence_noise()
     with exit_codes():
-        CLI(**cli_arguments(), args=arguments)
+        CLI(**cli_arguments(arguments[0]), args=arguments)

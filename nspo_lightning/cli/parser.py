@@ -56,8 +56,8 @@ class Parser(KeylessParser, LightningArgumentParser):
 
     @override
     def add_method_arguments(self, class_type: type, method_name: str, *args: Any, **kwargs: Any) -> list[str]:
-        # The arguments of the job `data` can't be a group of that name: it is the datamodule's.
-        if method_name == "data":
+        # The arguments of these jobs can't be groups of their names: those are the datamodule's and the settings'.
+        if method_name in {"data", "warmup"}:
             kwargs["as_group"] = False
         added: list[str] = super().add_method_arguments(class_type, method_name, *args, **kwargs)
         return added

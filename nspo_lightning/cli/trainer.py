@@ -7,11 +7,23 @@ import lightning.pytorch as pl
 from nspo_lightning.callbacks import EndTogether, NullSpaceProjection
 from nspo_lightning.compat.lightning import callbacks_of
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.datamodules.warmup import WarmupDataModule
 from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.module.warmup import WarmupModule
 
 
 class Trainer(pl.Trainer):
-    """Adds `calibrate` and `data` to Lightning's Trainer."""
+    """Adds `warmup`, `calibrate` and `data` to Lightning's Trainer."""
+
+    def warmup(self, model: WarmupModule, datamodule: WarmupDataModule, ckpt_path: str | None = None) -> None:
+        """Teach a few refusals inside the null space, for `fit` to go on from.
+
+        Args:
+            model: The module.
+            datamodule: What is taught, and what is looked at.
+            ckpt_path: Checkpoint of a warm start to go on with; last = that of the run.
+        """
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
     def calibrate(
         self,

@@ -134,8 +134,10 @@ def _base(source: ExportSource, merged: bool) -> str:
     settings = source.settings
     shown = "the policy embedded in nspo-lightning (`toy`)" if settings.path == TOY else f"`{settings.path}`"
     lines = [f"{shown}{f', revision {settings.revision}' if settings.revision else ''}."]
-    if settings.adapter is not None:
-        lines.append(f"The adapter `{settings.adapter}` was merged into it before this training.")
+    if settings.merged is not None:
+        lines.append(f"The adapter `{settings.merged}` was merged into it before this training.")
+    if settings.warm_start is not None:
+        lines.append(f"Training went on from the adapter `{settings.warm_start}`, which is part of this update.")
     if settings.chat_template is not None or settings.chat_template_kwargs:
         lines.append(
             "Prompts were rendered with the chat template of the tokenizer in this folder, not the base's own."

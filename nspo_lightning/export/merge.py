@@ -54,8 +54,8 @@ def unquantised_base(source: ExportSource) -> PreTrainedModel:
     settings = replace(source.settings, quantization="none", gradient_checkpointing=False)
     dtype = _stored_dtype(settings)
     base = load_base(replace(settings, dtype=dtype), torch.device("cpu"))
-    if settings.adapter is not None:
-        base = merge_adapter(base, settings.adapter)
+    if settings.merged is not None:
+        base = merge_adapter(base, settings.merged)
     same_arithmetic = source.settings.quantization == "none" and source.settings.dtype == dtype
     if same_arithmetic and policy_fingerprint(base) != source.state["policy"]:
         raise PolicyError(

@@ -26,9 +26,9 @@ def export_adapter(source: ExportSource, out: Path) -> list[str]:
     """Write the adapter in PEFT's format, and return what to tell the user."""
     if source.settings.lora is None:
         raise PolicyError("The run trained whole weights (`policy.lora: null`): there is no adapter. Add `--merge`.")
-    if source.settings.adapter is not None:
+    if source.settings.merged is not None:
         raise PolicyError(
-            f"The adapter belongs on '{source.settings.path}' with '{source.settings.adapter}' merged into it, and no "
+            f"The adapter belongs on '{source.settings.path}' with '{source.settings.merged}' merged into it, and no "
             "folder holds that base. Export the sum of all three with `--merge`."
         )
     found = certificates(source)

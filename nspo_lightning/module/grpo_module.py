@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nspo_lightning import ranks
-from nspo_lightning.compat.lightning import forget_step_metrics, trainer_of
+from nspo_lightning.callbacks.protocols import HoldsInNullSpace
+from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, trainer_of
 from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.rates import Answers, Rate, with_accuracy
 from nspo_lightning.evaluation.thoughts import is_unfinished
@@ -41,7 +42,12 @@ from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
 from nspo_lightning.module.judging import JudgedRollout
 from nspo_lightning.module.progress import Progress
-from nspo_lightning.module.resumed_settings import check_same_training, training_settings, warn_of_other_weights
+from nspo_lightning.module.resumed_settings import (
+    check_same_job,
+    check_same_training,
+    training_settings,
+    warn_of_other_weights,
+)
 from nspo_lightning.module.rollouts import StopOnException, make_rollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
 from nspo_lightning.module.scores import Scores
@@ -66,6 +72,7 @@ from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.scoring import positions
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import BaseStates, score_text
+from nspo_lightning.policy.warm_start import WarmStart
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
 from nspo_lightning.rewards.protocol import judge_in, prepare
 from nspo_lightning.rollout import SamplingConfig
@@ -123,6 +130,9 @@ class GRPOModule(pl.LightningModule):
         ValueError: If a number is out of its range.
     """
 
+    job = "fit"
+    """What trains it; a checkpoint of one is no place for the other to go on from."""
+
     def __init__(
         self,
         reward: RewardSet | Reward | Callable[..., Any],
@@ -175,6 +185,8 @@ class GRPOModule(pl.LightningModule):
 
         self.policy: nn.Module | None = None  # the model of `text_policy`, which makes its parameters this module's
         self.adapter_folder: Path | None = None  # a trained adapter to measure
+        self.warm_start: WarmStart | None = None  # what training goes on from
+        self._has_started = False
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
         self.base_states = BaseStates()
         rollouts = make_rollouts(self.text_policy, self.settings)
@@ -233,6 +245,13 @@ class GRPOModule(pl.LightningModule):
             self.policy = self.text_policy.load(device)
         if self.adapter_folder is not None:
             load_adapter_(self.policy, self.adapter_folder)
+            self._has_started = True
+
+    def start(self) -> None:
+        """Go on from the adapter that the settings name, unless a checkpoint or an adapter was loaded already."""
+        if not self._has_started:
+            self.warm_start = self.text_policy.start_warm()
+        self._has_started = True
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -244,6 +263,7 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        self.start()
         longest, policy = longest_prompt_tokens(self.trainer), self.text_policy
         policy.check_room(longest, max(self.settings.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens))
         policy.check_room(longest, self.general_sampling.max_new_tokens, "general_max_new_tokens")
@@ -399,6 +419,12 @@ class GRPOModule(pl.LightningModule):
     # ------------------------------------------------------------------ evaluation
 
     @override
+    def on_validation_start(self) -> None:
+        self.start()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.evaluator.count(batch, dataloader_idx, batch_idx)
 
@@ -434,14 +460,17 @@ class GRPOModule(pl.LightningModule):
         interrupted = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
         checkpoint[STATE_KEY] |= self.progress.state_dict(snapshot, wait=not interrupted)
         checkpoint[STATE_KEY]["settings"] = training_settings(self.settings, self.text_policy, self.trainer)
+        checkpoint[STATE_KEY]["job"] = self.job
         checkpoint[STATE_KEY]["sampling_weights"] = self.text_policy.sampling_mode
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         check_checkpoint(checkpoint, self.text_policy)
+        self._has_started, self.warm_start = True, None
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            check_same_job(checkpoint[STATE_KEY].get("job", "fit"), self.job)
             now = training_settings(self.settings, self.text_policy, trainer)
             check_same_training(checkpoint[STATE_KEY].get("settings", {}), now)
             warn_of_other_weights(checkpoint[STATE_KEY].get("sampling_weights"), self.text_policy)
@@ -518,8 +547,15 @@ class GRPOModule(pl.LightningModule):
         return self.text_policy.context_tokens
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write what was trained, as `from_pretrained` loads it, and the tokenizer."""
+        """Write what was trained, as `from_pretrained` loads it, the tokenizer, and what a later run asks of it."""
         self.text_policy.save(folder)
+        trainer = trainer_of(self)
+        if trainer is None or self.policy_settings.lora is None or self.policy_settings.merged is not None:
+            return
+        holding = (c.held_in() for c in callbacks_of(trainer) if isinstance(c, HoldsInNullSpace))
+        basis, leak = next((found for found in holding if found is not None), (None, None))
+        record = WarmStart(policy=self.fingerprint, policy_path=self.policy_settings.path, basis=basis, leak=leak)
+        record.write(Path(folder))
 
     def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
         """Continue rendered texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it."""

@@ -65,6 +65,15 @@ def differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
+def check_same_job(saved: str, now: str) -> None:
+    """Refuse to resume one job with another's checkpoint."""
+    if saved != now:
+        raise ResumeError(
+            f"The checkpoint was written by `{saved}`, and this is `{now}`, which can't resume it. To go on from what "
+            "it has trained, give the adapter of that run instead: `--model.policy.adapter runs/NAME/adapter`."
+        )
+
+
 def check_same_training(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings than a checkpoint was written with."""
     if changed := differing({**_BEFORE, **saved}, now):

@@ -107,6 +107,14 @@ class Scorer:
         value = accumulated_loss(self.policy.trainable_parameters(), micros, one, loss_scale=loss_scale)
         return PolicyLoss(value=value, log_probs=kept, means=_of_all_ranks(metrics).means())
 
+    def likelihood_loss(self, rollout: Rollout, tokens: float, loss_scale: float) -> Tensor:
+        """Return the negative log-likelihood of given answers, divided by a number of tokens; see `loss`."""
+
+        def one(micro: MicroBatch) -> Tensor:
+            return -self._score(micro, with_entropy=False).log_probs.sum() / tokens
+
+        return accumulated_loss(self.policy.trainable_parameters(), self._split(rollout), one, loss_scale=loss_scale)
+
     def _split(self, rollout: Rollout) -> list[MicroBatch]:
         shares = self.policy.share_prefix and can_share_prompts(policy_parts(self.policy.require()).model)
         return split_microbatches(rollout, self.settings.tokens_per_microbatch, share_prefix=shares)

@@ -20,6 +20,7 @@ from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.tokenizer import end_of_turn_id, load_tokenizer, stop_token_ids
 from nspo_lightning.policy.unpacked import hold_unpacked, is_held
 from nspo_lightning.policy.vocabulary import Vocabulary, check_vocabulary
+from nspo_lightning.policy.warm_start import WarmStart, load_warm_start_
 from nspo_lightning.rollout import SamplingConfig, sample
 from nspo_lightning.rollout.places import Places
 from nspo_lightning.rollout.stopping import stop_at
@@ -60,6 +61,19 @@ class TextPolicy:
         self.fingerprint = policy_fingerprint(self.model)
         self._trained = self._trainable_names()
         return self.model
+
+    def start_warm(self) -> WarmStart | None:
+        """Put the weights of `policy.adapter` in place, if the settings have one that is not merged.
+
+        Returns:
+            What its folder says of it; None without one.
+
+        Raises:
+            PolicyError: If it does not belong on this policy.
+        """
+        if self.settings.warm_start is None:
+            return None
+        return load_warm_start_(self.require(), self.settings, self.fingerprint)
 
     def require(self) -> Any:
         """Return the loaded model."""

@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 def add_adapter(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
     """Return the policy: the frozen base with a fresh float32 LoRA adapter, or all weights trainable if `lora` is null.
 
+    An earlier adapter is merged if the settings say so; else its weights are put in place when training starts, see
+    `warm_start`, since a run that is resumed has its own.
+
     Raises:
         PolicyError: If the adapter's settings don't fit the model, or `adapter` is given and can't be merged.
     """
     from peft import get_peft_model
 
-    if settings.adapter is not None:
+    if settings.merged is not None:
         _check_merge(settings)
-        base = merge_adapter(base, settings.adapter)
+        base = merge_adapter(base, settings.merged)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
@@ -68,14 +71,8 @@ def _left_out(base: PreTrainedModel) -> list[str]:
 
 
 def _check_merge(settings: PolicySettings) -> None:
-    if not Path(str(settings.adapter)).is_dir():
-        raise PolicyError(f"`policy.adapter`: expected a PEFT adapter's folder, found nothing at '{settings.adapter}'.")
-    if not settings.merge_adapter:
-        raise PolicyError(
-            f"`policy.adapter` '{settings.adapter}' has been trained: its B is not zero, so projecting its A would "
-            "change what it does, and no update of it could be kept in the null space. Set `policy.merge_adapter: "
-            "true` with `policy.quantization: none` to merge it into the base first; a new adapter goes on from it."
-        )
+    if not Path(str(settings.merged)).is_dir():
+        raise PolicyError(f"`policy.adapter`: expected a PEFT adapter's folder, found nothing at '{settings.merged}'.")
     if settings.quantization != "none":
         raise PolicyError(
             "`policy.merge_adapter` with a 4-bit base would round the adapter away. Merge into the full-precision "
@@ -114,29 +111,36 @@ def has_adapter(policy: nn.Module) -> bool:
     return bool(adapted_models(policy))
 
 
-def load_adapter_(policy: nn.Module, folder: Path) -> None:
-    """Put a saved adapter's weights on a policy with an adapter of the same form; PolicyError if they don't fit."""
+def load_adapter_(policy: nn.Module, folder: Path, *, named: str = "", cure: str = "") -> None:
+    """Put a saved adapter's weights on a policy with an adapter of the same form.
+
+    Args:
+        policy: The policy.
+        folder: The adapter's.
+        named: The setting that names it, for messages; default: `--ckpt_path`.
+        cure: What to do if its form is another; default: take the settings that it was trained with.
+
+    Raises:
+        PolicyError: If they don't fit.
+    """
     from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
+    named, cure = named or f"`--ckpt_path {folder}`", cure or "Use the settings that it was trained with."
     if not has_adapter(policy):
         raise PolicyError(
-            f"`--ckpt_path {folder}` is an adapter, and the policy has none (`policy.lora: null`). Use the config of "
-            "the run that trained it."
+            f"{named} is an adapter, and the policy has none (`policy.lora: null`). Use the config of the run that "
+            "trained it."
         )
     model: Any = policy
     saved = PeftConfig.from_pretrained(str(folder)).to_dict()
     mine = model.peft_config[model.active_adapter].to_dict()
     for key in ("r", "lora_alpha", "use_rslora"):
         if saved.get(key) != mine[key]:
-            raise PolicyError(
-                f"The adapter in {folder} has {key} {saved.get(key)}, and `policy.lora` makes {mine[key]}. "
-                "Use the `policy.lora` settings that it was trained with."
-            )
+            raise PolicyError(f"{named} has {key} {saved.get(key)}, and `policy.lora` makes {mine[key]}. {cure}")
     result: Any = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
     missing = [name for name in result.missing_keys if is_lora_parameter(name)]
     if missing or result.unexpected_keys:
         odd = (missing + list(result.unexpected_keys))[0]
         raise PolicyError(
-            f"The adapter in {folder} does not fit the policy: '{odd}' stands on one side only. Use the "
-            "`policy.lora.target_modules` that it was trained with."
+            f"{named} does not fit the policy: '{odd}' stands on one side only (`policy.lora.target_modules`). {cure}"
         )

@@ -19,6 +19,7 @@ from nspo_lightning.compat.bitsandbytes import hide_missing_kernel, keep_4bit_ex
 from nspo_lightning.compat.host import multiplies_fast
 from nspo_lightning.policy.adapter import add_adapter
 from nspo_lightning.policy.settings import TOY, PolicyError, PolicySettings
+from nspo_lightning.policy.warm_start import read_warm_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,11 +163,19 @@ def _with_attention(loader: Any, settings: PolicySettings, kwargs: dict[str, Any
 
 
 def load_policy(settings: PolicySettings, device: torch.device) -> nn.Module:
-    """Load base and adapter, ready to train; warn of a dtype that is slow on this CPU."""
+    """Return base and adapter, ready to train; warn of a dtype that is slow on this CPU.
+
+    A warm start's weights are put in place by `load_warm_start_`.
+
+    Raises:
+        PolicyError: If something can't be loaded, or the warm start is an adapter that can't go on as it is.
+    """
     if device.type == "cpu" and not multiplies_fast(TORCH_DTYPES[settings.dtype]):
         warnings.warn(
             f"`policy.dtype` is {settings.dtype}, and this CPU has no instructions for it: torch imitates them, ten "
             "times slower and more. `policy.dtype: float32` is fast here.",
             stacklevel=2,
         )
+    if settings.warm_start is not None and Path(settings.warm_start).expanduser().is_dir():  # else a resume may be fine
+        read_warm_start(Path(settings.warm_start).expanduser())
     return add_adapter(load_base(settings, device), settings).train()

@@ -55,8 +55,8 @@ class PolicySettings:
         double_quantization: Quantise the quantisation constants too.
         dtype: Dtype of the base (and of 4-bit computation).
         lora: The adapter; null trains all weights.
-        adapter: Folder of an adapter to go on from, trained on this base. Its B is not zero, so it is merged into
-            an unquantised base first (`merge_adapter`), else refused.
+        adapter: Folder of an adapter to go on from, trained on this base: one that `warmup` or `fit` wrote in the very
+            null space of this run goes on as it is; any other is merged into an unquantised base (`merge_adapter`).
         merge_adapter: Merge `adapter` into the base before a new adapter is added.
         tokenizer: Folder or hub id of the tokenizer, if not that of the policy.
         chat_template: Jinja template, or a file that holds one; the tokenizer's own if null. It serves all uses
@@ -92,6 +92,16 @@ class PolicySettings:
     training_weights: Literal["auto", "quantized", "dequantized"] = "auto"
     sampling_weights: Literal["auto", "quantized", "dequantized", "merged"] = "auto"
     trust_remote_code: bool = False
+
+    @property
+    def merged(self) -> str | None:
+        """Return the adapter that is merged into the base; None = the base as it is."""
+        return self.adapter if self.merge_adapter else None
+
+    @property
+    def warm_start(self) -> str | None:
+        """Return the adapter that training goes on from; None = a fresh one."""
+        return None if self.merge_adapter else self.adapter
 
     @property
     def model_path(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nspo_lightning.cli.app import main
 from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.policy.tokenizer import load_tokenizer
+from nspo_lightning.rewards import RulesJudge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -40,6 +42,13 @@ def no_reward(prompts, completions, **_):
 
 def raising_reward(prompts, completions, **_):
     raise RuntimeError("the judge is out")
+
+
+class Nay(RulesJudge):
+    """Whatever begins with an N refuses."""
+
+    def classify(self, prompts, completions, **columns):
+        return ["refusal" if text.startswith("N") else "safe" for text in completions]
 
 
 @pytest.fixture
@@ -310,12 +319,23 @@ def test_a_basis_and_a_checkpoint_of_another_model(run, tiny_qwen2, tmp_path):
     check((code, err), r"belongs to another model")
 
 
-def test_an_adapter_that_has_been_trained(run):
-    assert run("fit", "--trainer.limit_train_batches", 2)[0] == 0
-    check(
-        run("fit", "--model.policy.adapter", "runs/tiny/adapter", "--name", "next"),
-        r"its B is not zero.*merge_adapter",
-    )
+def test_a_warm_start_and_a_run_that_goes_on_from_it(run, tmp_path):
+    teach = ("--warmup.refusals", "[No.]", "--model.judge", "test_cli.Nay", "--warmup.check_prompts", 2)
+    code, err = run("warmup", *teach, "--warmup.max_updates", 1, "--warmup.check_every", 1, "--warmup.lr", 1e-6)
+    check((code, err), r"warm start is not done: after 1 updates.*max_updates")
+    enough = ("--warmup.max_updates", 2, "--warmup.refusal_share", 1e-9, "--warmup.check_every", 2)
+    assert run("warmup", *teach, *enough, "--ckpt_path", "last")[0] in (0, 1)
+    shutil.move("runs/tiny-warmup/adapter", "warm")
+    going_on = ("--model.policy.adapter", "warm", "--trainer.limit_train_batches")
+    assert run("fit", *going_on, 1)[0] == 0
+    assert json.loads(Path("runs/tiny/summary.json").read_text())["nullspace/leak_max"] <= 1e-6
+    check(run("fit", *going_on, 2, "--ckpt_path", "runs/tiny-warmup/checkpoints/last.ckpt"), r"written by `warmup`")
+    shutil.rmtree("warm")
+    assert run("fit", *going_on, 2, "--ckpt_path", "last")[0] == 0
+    check(run("fit", *going_on, 1, "--name", "next"), r"found nothing at 'warm'")
+    (Path("runs/tiny/adapter") / "null_space.json").unlink()
+    foreign = ("--model.policy.adapter", "runs/tiny/adapter", "--name", "next")
+    check(run("fit", *foreign), r"its B is not zero.*merge_adapter")
 
 
 def test_calibrate_writes_a_basis_that_fit_takes(run):
