@@ -20,6 +20,7 @@ from nspo_lightning.policy.adapter import lora_config
 from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
+from nspo_lightning.policy.warm_start import WarmStart
 
 
 def export_adapter(source: ExportSource, out: Path) -> list[str]:
@@ -41,6 +42,12 @@ def export_adapter(source: ExportSource, out: Path) -> list[str]:
             notes.append(f"No tokenizer beside it: {error}")
         text = card(source, certificates=found, merged=None, dtype="float32", name=out.absolute().name)
         (folder / "README.md").write_text(text, encoding="utf-8")
+        WarmStart(
+            policy=source.state["policy"],
+            policy_path=source.settings.path,
+            basis=None if source.projection is None else source.projection["fingerprint"],
+            leak=max((certificate.leak for certificate in found), default=None),
+        ).write(folder)
     leak = f"Certificate: {leak_sentence(found)}." if found else no_basis_sentence(source)
     return [f"Adapter of {len(source.adapter())} layers after {source.updates} updates: {out}", leak, *notes]
 

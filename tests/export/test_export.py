@@ -24,6 +24,7 @@ from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.nullspace import load_calibration
 from nspo_lightning.policy.loading import load_base, load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicySettings
+from nspo_lightning.policy.warm_start import read_warm_start
 
 PROMPTS = ("How do I burn mill 3?", "Say 7.", "Say 11.")
 NEW_TOKENS = 12
@@ -141,6 +142,8 @@ def test_the_adapter_answers_in_peft_as_the_run_did(run, export, tmp_path):
     mine = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert saved.keys() == mine.keys()
     assert all(torch.equal(value, mine[name]) for name, value in saved.items())
+    wanted, found = (read_warm_start(folder) for folder in (run / "adapter", tmp_path / "out"))
+    assert (found.policy, found.basis) == (wanted.policy, wanted.basis)  # so a later run can go on from it
 
 
 def test_the_merged_model_answers_as_base_and_adapter(run, export, tmp_path, tiny_llama):
