@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -119,6 +119,7 @@ class RunReport(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             pl_module.save_adapter(folder / "adapter")
             write_json(summary, folder / SUMMARY)
+            _say_why_early(trainer)
             _print(_change_table(self.before, after, self.intervals["after"]), summary, folder)
 
     @override
@@ -217,6 +218,14 @@ def _unit(name: str) -> Callable[..., str]:
     if in_nats(name):
         return lambda value, sign="": f"{value:{sign}.4f}"
     return lambda value, sign="": f"{100 * value:{sign}.1f} %"
+
+
+def _say_why_early(trainer: pl.Trainer) -> None:
+    """Say which callback ended the training before its time, and why."""
+    for callback in callbacks_of(trainer):
+        if trainer.should_stop and isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            reason = " ".join(callback.stopping_reason_message.split())
+            rank_zero_info(f"Stopped early at step {trainer.global_step}: {reason}")
 
 
 def _print(table: Table, summary: Mapping[str, Any], folder: Path) -> None:

@@ -38,7 +38,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         general_test: General test rows; held out of `general` when None.
         batch_size: Prompts a training batch and rank.
         eval_batch_size: Rows an evaluation batch and rank.
-        val_size: Validation rows of each domain; None = a world's own split, else a tenth, at most 500.
+        val_size: Validation rows of each domain; None = a world's own split, else a tenth, at most 300.
         test_size: Test rows of each domain; None as for `val_size`.
         max_prompt_tokens: The longest rendered prompt; longer rows are left out and reported.
         calibration_size: General rows that the null space is computed from; None = all.

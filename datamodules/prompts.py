@@ -60,7 +60,7 @@ class PromptDataModule(pl.LightningDataModule):
         test: Test rows; held out of `train` when None.
         batch_size: Training rows a batch and rank.
         eval_batch_size: Evaluation rows a batch and rank.
-        val_size: Validation rows; None = a world's own split, else a tenth, at most 500.
+        val_size: Validation rows; None = a world's own split, else a tenth, at most 300.
         test_size: Test rows; None as for `val_size`.
         max_prompt_tokens: The longest rendered prompt; longer rows are left out and reported.
         system_prompt: A system message for prompts that have none, unless their source sets its own.

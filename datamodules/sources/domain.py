@@ -20,7 +20,8 @@ class DomainSources:
 
     Attributes:
         kind: What rows are unless source or preset says otherwise.
-        validation_size: Validation rows over all sources; None = a world's own split whole, else a tenth.
+        validation_size: Validation rows over all sources; None = a world's own split whole, else a tenth of each, at
+            most 300 over all.
         test_size: Test rows over all sources; None as for validation.
         seed: Decides what is held out.
 
@@ -107,7 +108,7 @@ def _read_split(
     """Read a training source and what is held out of it, or what a built-in world holds for each purpose."""
     rows, report = usable_rows(source, sources.kind, reject)
     if not is_builtin(source):
-        counts = {name: held_out_size(len(rows), size) for name, size in sizes.items()}
+        counts = {name: held_out_size(len(rows), size, len(sources.train)) for name, size in sizes.items()}
         rows, held_out = hold_out(rows, counts.get("validation", 0), counts.get("test", 0), sources.seed)
         report.splits = {name: len(held_out[name]) for name in sizes}
         return rows, held_out, [report]

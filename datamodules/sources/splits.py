@@ -8,19 +8,21 @@ from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.sources.source import PromptSource
 
 HELD_OUT_SHARE = 0.1
-HELD_OUT_MOST = 500
+HELD_OUT_MOST = 300
+"""Over all sources of a domain: enough for a rate within 6 points, and answered in minutes."""
 _LARGEST_SHARE = 0.2
 
 HeldOutName = Literal["validation", "test"]
 """Rows for stopping and selection, and rows for the figures that are reported."""
 
 
-def held_out_size(rows: int, wanted: int | None) -> int:
-    """Return how many of a source's rows are held out for one purpose: as many as wanted, or a tenth and 500 at most.
+def held_out_size(rows: int, wanted: int | None, sources: int = 1) -> int:
+    """Return how many of a source's rows are held out for one purpose: as many as wanted, or a tenth.
 
+    A tenth is at most this one's part of 300, of which each of `sources` has an equal one.
     It is never more than a fifth of the rows, so that training keeps three fifths.
     """
-    size = min(HELD_OUT_MOST, round(rows * HELD_OUT_SHARE)) if wanted is None else wanted
+    size = min(HELD_OUT_MOST // sources, round(rows * HELD_OUT_SHARE)) if wanted is None else wanted
     return min(size, int(rows * _LARGEST_SHARE))
 
 

@@ -12,6 +12,7 @@ The parts that the module is made of: `TextPolicy` holds the model, `Collector` 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -238,10 +239,11 @@ class GRPOModule(pl.LightningModule):
         for sampling in (self.settings.sampling, self.evaluation_sampling):
             check_decoding(sampling.decoding, device)
         trainer = trainer_of(self)
+        prepare(self.reward)
+        prepare(self.judge)
         shown = trainer is None or trainer.progress_bar_callback is not None
-        with rows_progress("Loading the policy and its judges", visible=shown):
-            prepare(self.reward)
-            prepare(self.judge)
+        here = os.path.exists(self.policy_settings.model_path)  # a download has a bar of its own
+        with rows_progress("Loading the policy", visible=shown and here):
             self.policy = self.text_policy.load(device)
         if self.adapter_folder is not None:
             load_adapter_(self.policy, self.adapter_folder)

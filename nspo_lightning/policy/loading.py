@@ -6,6 +6,7 @@ what was found and how to mend it.
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel, keep_4bit_exact
 from nspo_lightning.compat.host import multiplies_fast
 from nspo_lightning.policy.adapter import add_adapter
-from nspo_lightning.policy.settings import TOY, PolicyError, PolicySettings
+from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.warm_start import read_warm_start
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def load_base(settings: PolicySettings, device: torch.device) -> PreTrainedModel
 
     check_device(settings, device)
     hide_missing_kernel()
-    if settings.path == TOY:  # too small for a bar
+    if os.path.exists(settings.model_path):  # `GRPOModule.load` shows a bar of ours; downloads have theirs
         disable_progress_bar()
     dtype = TORCH_DTYPES[settings.dtype]
     kwargs: dict[str, Any] = {"dtype": dtype}

@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny_jobs
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping
 
 from nspo_lightning.callbacks import RunProgress, RunReport
 
@@ -40,6 +41,18 @@ def test_limit_test_batches_is_about_the_measurements_of_fit_too(tiny_llama, tmp
     lines = [line for line in said.err.splitlines() if line.startswith("Measuring")]
     assert lines == [f"Measuring {when} training: {2 * each} rows ..." for when in ("before", "after") if each]
     assert ("Held-out prompts" in said.out) == (each > 0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_early_stop_says_why(tiny_llama, tmp_path, caplog):
+    goal = EarlyStopping("reward", stopping_threshold=-1.0, mode="max", check_on_train_epoch_end=True, strict=False)
+    report = RunReport(str(tmp_path), evaluate=False)
+    run = tiny_jobs.trainer(tmp_path, steps=-1, max_epochs=2, limit_train_batches=1, callbacks=[goal, report])
+    with caplog.at_level("INFO"):
+        run.fit(tiny_jobs.module(tiny_llama), tiny_jobs.datamodule())
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Stopped early")]
+    assert len(told) == 1
+    assert told[0].startswith("Stopped early at step 1: Stopping threshold reached: reward = ")
 
 
 def test_a_limit_that_leaves_nothing_is_refused(tiny_llama, tmp_path):

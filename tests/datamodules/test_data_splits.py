@@ -61,10 +61,20 @@ def test_count_takes_all_when_there_are_fewer():
 
 @pytest.mark.parametrize(
     ("count", "wanted", "size"),
-    [(1000, None, 100), (9000, None, 500), (10, None, 1), (4, None, 0), (100, 50, 20), (100, 0, 0)],
+    [(1000, None, 100), (9000, None, 300), (10, None, 1), (4, None, 0), (100, 50, 20), (100, 0, 0)],
 )
 def test_held_out_size(count, wanted, size):
     assert held_out_size(count, wanted) == size
+
+
+def test_several_sources_share_what_is_held_out_by_default(tmp_path, tokenizer):
+    names, counts = ("a", "b", "c"), (1200, 1200, 400)
+    files = [
+        write(tmp_path / f"{n}.jsonl", [f"{n} {i}" for i in range(count)])
+        for n, count in zip(names, counts, strict=True)
+    ]
+    loaded = SafetyDataModule([PromptSource(path=file) for file in files], tokenizer=tokenizer).loaded()
+    assert len(loaded.test) == len(loaded.validation) == 100 + 100 + 40
 
 
 def test_fraction_leaves_the_held_out_rows_where_they_are(tmp_path, tokenizer):
