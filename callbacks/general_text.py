@@ -28,7 +28,7 @@ class GeneralText(Callback):
         text_rows: Rows with a reference answer, spread over skills; 0 = none, None = all.
     """
 
-    def __init__(self, text_rows: int | None = 128) -> None:
+    def __init__(self, text_rows: int | None = 64) -> None:
         self.text_rows = text_rows
 
     @override

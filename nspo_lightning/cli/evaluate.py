@@ -18,6 +18,7 @@ from rich import get_console
 
 from nspo_lightning.atomic import set_aside_other, write_json
 from nspo_lightning.checkpoints import find_checkpoint, read_checkpoint
+from nspo_lightning.cli.harness_tasks import find_data, find_tasks, harness_tasks
 from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.parser import PlainParser
 from nspo_lightning.cli.run_config import policy_settings, read_config
@@ -44,11 +45,16 @@ def main(arguments: list[str]) -> None:
     out = check_output("--out", run / RESULT if options.out is None else options.out)
     task_manager = _task_manager()  # before anything long
     trained = None if options.ckpt_path is None else find_checkpoint(options.ckpt_path, run)
-    tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
-    manager = task_manager(include_path=options.include_path)
+    tasks, folders = find_tasks(options.tasks)
+    data = find_data(options.data, tasks)
+    if data and options.num_fewshot:
+        raise MisconfigurationException("`--num_fewshot`: a file of `--data` has no examples to spare. Leave it out.")
+    folders += [] if options.include_path is None else [options.include_path]
+    manager = _find_manager(task_manager, tasks, folders)
     _check_tasks(tasks, manager.all_tasks)
+    wanted = harness_tasks(tasks, data, manager)
     module = _load(policy_settings(config, source), trained)
-    found = run_harness(module, tasks, manager, options)
+    found = run_harness(module, wanted, manager, options)
     result = {
         "identity": {
             **policy_identity(module, None if trained is None else str(trained)),
@@ -71,7 +77,7 @@ def main(arguments: list[str]) -> None:
 
 
 def run_harness(
-    module: GRPOModule, tasks: Sequence[str], manager: Any, options: Namespace
+    module: GRPOModule, tasks: Sequence[Any], manager: Any, options: Namespace
 ) -> dict[str, dict[str, Any]]:
     """Run the harness on the `policy`, and on its `base` if there is an adapter to switch off; return its results."""
     from lm_eval import simple_evaluate
@@ -178,6 +184,15 @@ def _task_manager() -> Any:
     return TaskManager
 
 
+def _find_manager(task_manager: Any, tasks: Sequence[str], folders: Sequence[str]) -> Any:
+    """Make the harness's task manager; without its own tasks, which take many seconds to read, if none is wanted."""
+    if folders:
+        own = task_manager(include_path=list(folders), include_defaults=False)
+        if set(tasks) <= set(own.all_subtasks):
+            return own
+    return task_manager(include_path=list(folders) or None)
+
+
 def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
     unknown = [task for task in tasks if task not in known]
     if unknown or not tasks:
@@ -190,7 +205,9 @@ def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
 def _parse(arguments: list[str]) -> Namespace:
     parser = PlainParser(prog=f"{PROG} evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("-c", "--config", required=True, help="the training config; its `model.policy` is loaded")
-    parser.add_argument("--tasks", required=True, help="names of the harness's tasks, e.g. gsm8k,mmlu,ifeval")
+    parser.add_argument(
+        "--tasks", required=True, help="names of the harness's tasks (gsm8k,mmlu), or a task's YAML file"
+    )
     parser.add_argument(
         "--ckpt_path",
         help="`best` or `last` of the run, a checkpoint file, or an adapter's folder; without: the base alone",
@@ -200,6 +217,9 @@ def _parse(arguments: list[str]) -> Namespace:
     parser.add_argument("--num_fewshot", type=int, help="examples in the prompt; default: the task's own")
     parser.add_argument("--batch_size", type=int, default=8, help="rows at once (default: 8)")
     parser.add_argument("--include_path", help="folder with tasks of your own")
+    parser.add_argument(
+        "--data", metavar="TASK=FILE", action="append", default=[], help="rows of a task from a local file; may repeat"
+    )
     parser.add_argument("--out", help=f"result file (default: runs/NAME/{RESULT})")
     parser.add_argument("--seed", type=int, default=0, help="of the harness's own choices (default: 0)")
     parser.add_argument("--no_chat_template", action="store_true", help="give the tasks' text as it is")

@@ -279,7 +279,7 @@ def check_test(job: Job) -> dict[str, Any]:
             wanted[f"general/unscored/{name}"] = (len(rows) - len(comparable), len(rows))
         if any(row in cut for row in rows):
             wanted[f"general/truncated/{name}"] = (sum(row in cut for row in rows), len(rows))
-    found = {name: pair for name, pair in found.items() if "refusal_rate" not in name or name in wanted}
+    found = {name: pair for name, pair in found.items() if "refusal" not in name or name in wanted}
     assert found == wanted, f"{found} is not {wanted}"
     return result
 

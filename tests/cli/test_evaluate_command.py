@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tiny_policies import move_adapter_
 
 from nspo_lightning.checkpoints import CheckpointError
+from nspo_lightning.cli import evaluate
 from nspo_lightning.cli.evaluate import harness_scores, main
 from nspo_lightning.cli.run_config import ConfigError, policy_settings
 from nspo_lightning.policy.loading import load_policy
@@ -90,6 +91,19 @@ def test_base_and_policy_on_a_local_task(job, capsys):
     assert identity["tasks"]["colours"]["documents"] == 10
     assert {"torch", "lm-eval", "peft"} <= identity["versions"].keys()
     assert "colours" in capsys.readouterr().out
+
+    # The same task by its file, on other rows: the last four of the ten, of which the policy is right about two.
+    rows = [json.loads(line) for line in (folder / "colours.jsonl").read_text().splitlines()][-4:]
+    for row in rows[:2]:
+        row["label"] = (row["label"] + 1) % len(row["choices"])
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = ["--tasks", "tasks/colours.yaml", "--data", "colours=few.jsonl", "--out", "local.json"]
+    main(["-c", "config.yaml", "--ckpt_path", "adapter", *local])
+    result = json.loads((folder / "local.json").read_text())
+    assert result["results"]["policy"]["colours"]["acc"] == 0.5
+    assert result["identity"]["tasks"]["colours"]["documents"] == 4
+    assert result["identity"]["tasks"]["colours"]["dataset_kwargs"]["data_files"]["test"].endswith("few.jsonl")
+
     main([*arguments, "--limit", "3", "--seed", "1", "--name", "other"])
     limited = json.loads((folder / "runs/other/benchmarks.json").read_text())
     assert limited["identity"]["limit"] == 3
@@ -106,9 +120,22 @@ def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
         main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", "best"])
     with pytest.raises(CheckpointError, match="found nothing"):
         main(["-c", "config.yaml", "--tasks", "colours", "--ckpt_path", str(folder / "no.ckpt")])
-    pytest.importorskip("lm_eval")
     with pytest.raises(MisconfigurationException, match="knows no colors"):
-        main(["-c", "config.yaml", "--tasks", "colors"])
+        evaluate._check_tasks(["colors"], ["colours"])
+    monkeypatch.setattr(evaluate, "_load", None)
+    (folder / "other.jsonl").write_text('{"goal": "x"}\n')
+    (folder / "no.yaml").write_text("group: x\n")
+    for options, found in (
+        (["tasks/colors.yaml"], "colors.yaml is not there"),
+        (["no.yaml"], "no line `task: NAME`"),
+        (["tasks/colours.yaml", "--data", "colors=few.jsonl"], r"a task of `--tasks` \(colours\), got 'colors"),
+        (["tasks/colours.yaml", "--data", "colours=none.jsonl"], "there is no file none.jsonl"),
+        (["tasks/colours.yaml", "--data", "colours=config.yaml"], "ends in .jsonl"),
+        (["tasks/colours.yaml", "--data", "colours=other.jsonl"], "task colours cannot read its rows"),
+        (["tasks/colours.yaml", "--data", "colours=colours.jsonl", "--num_fewshot", "2"], "no examples to spare"),
+    ):
+        with pytest.raises(MisconfigurationException, match=found):
+            main(["-c", "config.yaml", "--tasks", *options])
 
 
 def test_without_the_harness_it_says_how_to_get_it(job, monkeypatch):
