@@ -49,6 +49,8 @@ class Rollout:
             string), False = cut by the length limit.
         log_probs: Shape (P * G, C), float32, of the tokens under the weights that drew them, zero at padding; None
             where they were not asked for.
+        guided: Shape (P * G,), bool, True = drawn under another prompt than the one that stands here (then there are
+            log-probabilities); None = none was.
     """
 
     prompt_ids: Tensor
@@ -58,6 +60,7 @@ class Rollout:
     completion_mask: Tensor
     finished: Tensor
     log_probs: Tensor | None = None
+    guided: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check once that prompts, rows and group size fit together; else raise ValueError."""
@@ -136,6 +139,7 @@ class Rollout:
             completion_mask=completions("completion_mask"),
             finished=torch.cat([part.finished for part in parts]),
             log_probs=None if parts[0].log_probs is None else completions("log_probs"),
+            guided=None if parts[0].guided is None else torch.cat([vars(part)["guided"] for part in parts]),
         )
 
     def completion_tokens(self) -> list[list[int]]:
@@ -155,4 +159,5 @@ class Rollout:
             completion_mask=self.completion_mask[rows],
             finished=self.finished[rows],
             log_probs=None if self.log_probs is None else self.log_probs[rows],
+            guided=None if self.guided is None else self.guided[rows],
         )

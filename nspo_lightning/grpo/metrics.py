@@ -6,6 +6,7 @@ sampling/... for how much the program that drew the tokens differs from the poli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.grpo.records import map_tensors
+
+SMALL = 0.1
+"""Importance ratios below it teach next to nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,11 @@ class ObjectiveMetrics:
         importance_sum: Importance ratios, capped.
         importance_min: The smallest; inf without tokens.
         importance_max: The largest; -inf without tokens.
+        guided_tokens: Tokens that were drawn under another prompt, which are in none of the five before. This and what
+            follows is None where none was.
+        guided_sum: Their importance ratios, capped.
+        guided_capped: Of them, those whose ratio is above the cap.
+        guided_small: Of them, those whose ratio is below `SMALL`.
     """
 
     num_tokens: Tensor
@@ -51,6 +60,10 @@ class ObjectiveMetrics:
     importance_sum: Tensor | None = None
     importance_min: Tensor | None = None
     importance_max: Tensor | None = None
+    guided_tokens: Tensor | None = None
+    guided_sum: Tensor | None = None
+    guided_capped: Tensor | None = None
+    guided_small: Tensor | None = None
 
     @classmethod
     def measure(
@@ -63,6 +76,8 @@ class ObjectiveMetrics:
         entropy: Tensor | None,
         difference: Tensor | None = None,
         importance: Tensor | None = None,
+        guided: Tensor | None = None,
+        cap: float | None = None,
     ) -> ObjectiveMetrics:
         """Sum up some rows.
 
@@ -74,6 +89,8 @@ class ObjectiveMetrics:
             entropy: Shape (R, C) or None.
             difference: Shape (R, C), of log-probabilities to the sampler's, or None.
             importance: Shape (R, C), importance ratios as they are used, or None.
+            guided: Shape (R,), bool, True = drawn under another prompt, or None.
+            cap: The largest importance ratio; None = no bound.
 
         Returns:
             The sums.
@@ -83,14 +100,22 @@ class ObjectiveMetrics:
         per_row = ratio_mask.sum(1)
         low_share, high_share = low.sum(1) / per_row, high.sum(1) / per_row
 
-        def over_tokens(values: Tensor | None, elsewhere: float = 0.0) -> Tensor | None:
-            return None if values is None else torch.where(mask, values, elsewhere)
+        own = mask if guided is None else mask & ~guided[:, None]
+
+        def over_tokens(values: Tensor | None, elsewhere: float = 0.0, among: Tensor = mask) -> Tensor | None:
+            return None if values is None else torch.where(among, values, elsewhere)
+
+        def of_guided(values: Tensor) -> Tensor | None:
+            return None if guided is None else torch.where(mask & guided[:, None], values, 0.0).sum()
 
         def total(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.sum()
 
-        apart = over_tokens(None if difference is None else difference.abs())
-        smallest, largest = over_tokens(importance, torch.inf), over_tokens(importance, -torch.inf)
+        apart = over_tokens(None if difference is None else difference.abs(), among=own)
+        smallest, largest = over_tokens(importance, torch.inf, own), over_tokens(importance, -torch.inf, own)
+        one = torch.ones_like(mask, dtype=torch.float32)
+        above = one if difference is None else difference > (math.inf if cap is None else math.log(cap))
+        ratio = one if importance is None else importance
         return cls(
             num_tokens=mask.sum(),
             num_ratios=ratio_mask.sum(),
@@ -102,9 +127,13 @@ class ObjectiveMetrics:
             entropy_sum=total(over_tokens(entropy)),
             difference_sum=total(apart),
             difference_max=None if apart is None else apart.max(),
-            importance_sum=total(over_tokens(importance)),
+            importance_sum=total(over_tokens(importance, among=own)),
             importance_min=None if smallest is None else smallest.min(),
             importance_max=None if largest is None else largest.max(),
+            guided_tokens=of_guided(one),
+            guided_sum=of_guided(ratio),
+            guided_capped=of_guided(above.float()),
+            guided_small=of_guided((ratio < SMALL).float()),
         )
 
     @classmethod
@@ -129,6 +158,8 @@ class ObjectiveMetrics:
         """Turn the sums into what is logged: scalars under TRL's names."""
         ratios, tokens = self.num_ratios.clamp(min=1), self.num_tokens.clamp(min=1)
         smallest, largest = self.importance_min, self.importance_max
+        guided = None if self.guided_tokens is None else self.guided_tokens.clamp(min=1)
+        own = tokens if self.guided_tokens is None else (self.num_tokens - self.guided_tokens).clamp(min=1)
         named: dict[str, Tensor | None] = {
             "clip_ratio/low_mean": self.low_sum / ratios,
             "clip_ratio/low_min": self.low_min.nan_to_num(posinf=0.0),
@@ -138,14 +169,17 @@ class ObjectiveMetrics:
             "clip_ratio/region_mean": (self.low_sum + self.high_sum) / ratios,
             "kl": _ratio(self.kl_sum, tokens),
             "entropy": _ratio(self.entropy_sum, tokens),
-            "sampling/sampling_logp_difference/mean": _ratio(self.difference_sum, tokens),
+            "sampling/sampling_logp_difference/mean": _ratio(self.difference_sum, own),
             "sampling/sampling_logp_difference/max": self.difference_max,
             "sampling/importance_sampling_ratio/min": None if smallest is None else smallest.nan_to_num(posinf=1.0),
-            "sampling/importance_sampling_ratio/mean": _ratio(self.importance_sum, tokens),
+            "sampling/importance_sampling_ratio/mean": _ratio(self.importance_sum, own),
             "sampling/importance_sampling_ratio/max": None if largest is None else largest.nan_to_num(neginf=1.0),
+            "guided/importance_ratio": _ratio(self.guided_sum, guided),
+            "guided/ratio_capped": _ratio(self.guided_capped, guided),
+            "guided/ratio_small": _ratio(self.guided_small, guided),
         }
         return {name: value for name, value in named.items() if value is not None}
 
 
-def _ratio(total: Tensor | None, count: Tensor) -> Tensor | None:
-    return None if total is None else total / count
+def _ratio(total: Tensor | None, count: Tensor | None) -> Tensor | None:
+    return None if total is None or count is None else total / count

@@ -164,6 +164,7 @@ def objective(
     entropy: Tensor | None = None,
     sampling_log_probs: Tensor | None = None,
     importance_cap: float | None = None,
+    guided: Tensor | None = None,
 ) -> Objective:
     """Compute the loss of some rows.
 
@@ -179,6 +180,7 @@ def objective(
         entropy: Shape (R, C), of the policy's next-token distribution, for the metrics only.
         sampling_log_probs: Shape (R, C), of the program that drew the tokens. None = this very policy drew them.
         importance_cap: Upper bound on the importance ratio; None = no bound.
+        guided: Shape (R,), bool, True = `sampling_log_probs` are those under another prompt, for the metrics only.
 
     Returns:
         The loss and its metrics.
@@ -220,5 +222,7 @@ def objective(
             entropy=entropy,
             difference=difference,
             importance=importance,
+            guided=guided,
+            cap=importance_cap,
         )
     return Objective(loss=(token_loss * weights).sum(), metrics=metrics)

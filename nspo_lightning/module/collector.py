@@ -140,7 +140,13 @@ class Collector:
         return _Round(
             rollout=drawn.rollout,
             update=drawn.update,
-            judged=JudgedRollout(prompts=prompts, completions=drawn.texts, result=result, outcomes=outcomes),
+            judged=JudgedRollout(
+                prompts=prompts,
+                completions=drawn.texts,
+                result=result,
+                outcomes=outcomes,
+                guided=[] if drawn.rollout.guided is None else drawn.rollout.guided.tolist(),
+            ),
             everyone=everyone,
             signal=groups_with_signal(everyone, group, mask_truncated=self._cut),
         )

@@ -41,6 +41,7 @@ from nspo_lightning.module.dynamic import DynamicSampling
 from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
 from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
+from nspo_lightning.module.guided import GuidedSampling
 from nspo_lightning.module.judging import JudgedRollout
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.resumed_settings import (
@@ -125,6 +126,8 @@ class GRPOModule(pl.LightningModule):
         dynamic_sampling: Replace prompts whose groups have no signal by further ones from the data (DAPO), up to
             `max_factor` times a batch: costs so many times the completions at most, and every update learns from a full
             batch. null = a batch is learnt from as it comes. See docs/questions.md.
+        guided: Sample a part of each group under a safety prompt that training does not see, its tokens weighted by the
+            truncated importance ratio. null = none. See docs/questions.md.
         rollout_server: Server that draws training completions; null = this process does. See docs/server.md.
 
     Raises:
@@ -156,6 +159,7 @@ class GRPOModule(pl.LightningModule):
         max_unscored_rollouts: int = 5,
         max_rollouts_without_signal: int | None = 50,
         dynamic_sampling: DynamicSampling | None = None,
+        guided: GuidedSampling | None = None,
         rollout_server: ServerSettings | None = None,
     ) -> None:
         super().__init__()
@@ -171,6 +175,7 @@ class GRPOModule(pl.LightningModule):
             max_unscored_rollouts=max_unscored_rollouts,
             max_rollouts_without_signal=max_rollouts_without_signal,
             dynamic_sampling=dynamic_sampling,
+            guided=guided,
             rollout_server=rollout_server,
         )
         self.strict_loading = False  # checkpoints hold trained parameters only
@@ -268,6 +273,8 @@ class GRPOModule(pl.LightningModule):
         self.start()
         longest, policy = longest_prompt_tokens(self.trainer), self.text_policy
         policy.check_room(longest, max(self.settings.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens))
+        if extra := self.collector.rollouts.guidance.extra_tokens():
+            policy.check_room(longest + extra, self.settings.sampling.max_new_tokens)
         policy.check_room(longest, self.general_sampling.max_new_tokens, "general_max_new_tokens")
 
     @override

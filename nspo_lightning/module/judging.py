@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nspo_lightning.evaluation.thoughts import answer_of
@@ -21,12 +21,14 @@ class JudgedRollout:
         completions: As text.
         result: Their rewards, with the columns that rewards reported.
         outcomes: What the judge calls each; None where it excluded one.
+        guided: Which were drawn under another prompt; empty = none was.
     """
 
     prompts: list[Any]
     completions: list[str]
     result: RewardResult
     outcomes: list[Outcome | None]
+    guided: list[bool] = field(default_factory=list)
 
     @classmethod
     def joined(cls, parts: Sequence[JudgedRollout]) -> JudgedRollout:
@@ -38,6 +40,7 @@ class JudgedRollout:
             completions=[text for part in parts for text in part.completions],
             result=RewardResult.joined([part.result for part in parts]),
             outcomes=[outcome for part in parts for outcome in part.outcomes],
+            guided=[one for part in parts for one in part.guided],
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -47,6 +50,7 @@ class JudgedRollout:
             "completion": self.completions,
             "reward": self.result.total.tolist(),
             "outcome": self.outcomes,
+            **({"guided": self.guided} if self.guided else {}),
         }
         for name, values in self.result.extra.items():
             if len(values) == len(self.prompts):

@@ -17,7 +17,11 @@ from nspo_lightning.policy.chat_template import chat_template_hash
 from nspo_lightning.policy.settings import LoraSettings
 
 _SHARED = ("group_size", "scale_rewards", "num_iterations", "num_minibatches")
-_BEFORE: dict[str, Any] = {"model.dynamic_sampling.max_factor": None}
+_BEFORE: dict[str, Any] = {
+    "model.dynamic_sampling.max_factor": None,
+    "model.guided.share": None,
+    "model.guided.system_prompt": None,
+}
 """What checkpoints were trained with that are from before a setting."""
 _LONGEST_SHOWN = 80
 
@@ -37,8 +41,10 @@ def training_settings(settings: TrainingSettings, policy: TextPolicy, trainer: p
     """
     values = {f"model.{name}": vars(settings)[name] for name in _SHARED}
     values |= {f"model.objective.{name}": value for name, value in asdict(settings.objective).items()}
-    dynamic = settings.dynamic_sampling
+    dynamic, guided = settings.dynamic_sampling, settings.guided
     values["model.dynamic_sampling.max_factor"] = None if dynamic is None else dynamic.max_factor
+    values["model.guided.share"] = None if guided is None else guided.share
+    values["model.guided.system_prompt"] = None if guided is None else guided.system_prompt
     values |= {f"model.sampling.{name}": value for name, value in settings.sampling.numbers().items()}
     values["model.policy.chat_template_kwargs"] = policy.settings.chat_template_kwargs
     values["model.policy.chat_template (a hash of its text)"] = chat_template_hash(policy.tokenizer)

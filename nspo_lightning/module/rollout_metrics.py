@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ _OWN_FOLDERS = frozenset((
     "guard",
     "compare",
     "dynamic",
+    "guided",
 ))
 """Metrics of training itself; callbacks stop a run, or choose a checkpoint, by some of them."""
 
@@ -42,6 +43,7 @@ class JudgedRows:
         prompt_tokens: Shape (P,), tokens.
         rewards: Totals and each reward's own scores, B = R, and the scalars that they reported.
         outcomes: What the judge calls each.
+        guided: Shape (R,), bool, True = drawn under another prompt; None = none was.
     """
 
     lengths: Tensor
@@ -49,6 +51,7 @@ class JudgedRows:
     prompt_tokens: Tensor
     rewards: RewardResult
     outcomes: list[str | None]
+    guided: Tensor | None = None
 
     @classmethod
     def of(cls, rollout: Rollout, result: RewardResult, outcomes: Sequence[str | None]) -> JudgedRows:
@@ -59,6 +62,7 @@ class JudgedRows:
             prompt_tokens=rollout.prompt_mask.sum(1).cpu(),
             rewards=RewardResult(total=result.total, per_reward=result.per_reward, metrics=result.metrics),
             outcomes=list(outcomes),
+            guided=None if rollout.guided is None else rollout.guided.cpu(),
         )
 
     def of_all_ranks(self) -> JudgedRows:
@@ -76,19 +80,41 @@ class JudgedRows:
             prompt_tokens=torch.cat([part.prompt_tokens for part in parts]),
             rewards=RewardResult.joined([part.rewards for part in parts]),
             outcomes=[outcome for part in parts for outcome in part.outcomes],
+            guided=None if parts[0].guided is None else torch.cat([vars(part)["guided"] for part in parts]),
         )
 
     def of_group(self, number: int, size: int) -> JudgedRows:
         """Return the rows of one group."""
-        rows = slice(number * size, (number + 1) * size)
+        rows = torch.zeros(len(self.lengths), dtype=torch.bool)
+        rows[number * size : (number + 1) * size] = True
+        return replace(self._where(rows), prompt_tokens=self.prompt_tokens[number : number + 1])
+
+    @property
+    def plain(self) -> JudgedRows:
+        """The rows that were drawn under the prompt that the policy is trained on: they measure it."""
+        return self if self.guided is None else self._where(~self.guided)
+
+    @property
+    def of_guided(self) -> JudgedRows | None:
+        """The other rows; None = there are none."""
+        return None if self.guided is None else self._where(self.guided)
+
+    def _where(self, rows: Tensor) -> JudgedRows:
         scores = {name: values[rows] for name, values in self.rewards.per_reward.items()}
-        return JudgedRows(
+        return replace(
+            self,
             lengths=self.lengths[rows],
             finished=self.finished[rows],
-            prompt_tokens=self.prompt_tokens[number : number + 1],
-            rewards=RewardResult(total=self.rewards.total[rows], per_reward=scores),
-            outcomes=self.outcomes[rows],
+            rewards=replace(self.rewards, total=self.rewards.total[rows], per_reward=scores),
+            outcomes=[self.outcomes[i] for i in rows.nonzero().flatten().tolist()],
+            guided=None if self.guided is None else self.guided[rows],
         )
+
+    @property
+    def unsafe(self) -> float:
+        """Share of the judged completions."""
+        judged = [outcome for outcome in self.outcomes if outcome is not None]
+        return sum(outcome == "unsafe" for outcome in judged) / max(len(judged), 1)
 
     def num_tokens(self, group_size: int) -> int:
         """Count tokens as TRL does: each completion with its own prompt."""
@@ -102,7 +128,7 @@ def reported_name(name: str) -> str:
 
 
 def rollout_metrics(rows: JudgedRows, group_size: int) -> dict[str, Tensor | float]:
-    """Sum up one judged rollout of R completions.
+    """Sum up one judged rollout of R completions; what was drawn under another prompt is in `guided/...` alone.
 
     Args:
         rows: The completions and their rewards.
@@ -110,25 +136,29 @@ def rollout_metrics(rows: JudgedRows, group_size: int) -> dict[str, Tensor | flo
 
     Returns:
         `reward`, `reward_std` (mean over groups), `frac_reward_zero_std`, `completions/...`, `unsafe` (share of the
-        judged completions), and each reward's own mean and deviation.
+        judged completions), and each reward's own mean and deviation. Deviations within groups are of whole groups.
     """
-    lengths, result = rows.lengths.float(), rows.rewards
-    finished = lengths[rows.finished]
-    groups = result.total.reshape(-1, group_size)
+    plain, guided = rows.plain, rows.of_guided
+    lengths, result = plain.lengths.float(), plain.rewards
+    finished = lengths[plain.finished]
+    groups = rows.rewards.total.reshape(-1, group_size)
     centred = (groups - groups.nanmean(1, keepdim=True)).nan_to_num(0.0)
     counted = (~groups.isnan()).sum(1)
     deviation = (centred.square().sum(1) / (counted - 1).clamp(min=1)).sqrt()
-    judged = [outcome for outcome in rows.outcomes if outcome is not None]
+    of_guided: dict[str, Tensor | float] = {}
+    if guided is not None:
+        of_guided = {"guided/reward": guided.rewards.total.nanmean(), "guided/unsafe": guided.unsafe}
     return {
         "reward": result.total.nanmean(),
-        "unsafe": sum(outcome == "unsafe" for outcome in judged) / max(len(judged), 1),
+        "unsafe": plain.unsafe,
         "reward_std": deviation.mean(),
         "frac_reward_zero_std": (deviation <= 1e-6).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/mean_terminated_length": finished.mean() if len(finished) else torch.tensor(0.0),
-        "completions/clipped_ratio": (~rows.finished).float().mean(),
+        "completions/clipped_ratio": (~plain.finished).float().mean(),
+        **of_guided,
         **result.statistics(),
         **{reported_name(name): value for name, value in result.metrics.items()},
     }

@@ -17,6 +17,7 @@ from typing_extensions import override
 from nspo_lightning import ranks
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.ahead import Ahead
+from nspo_lightning.module.guided import Guidance, joined
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rollout.places import places_among_ranks
@@ -45,6 +46,9 @@ class Drawn:
 
 class Rollouts(Protocol):
     """Draws training completions; all ranks call it together. Where nothing can be wrong there is nothing to check."""
+
+    guidance: Guidance
+    """Says which part of each group is drawn under another prompt."""
 
     def check_start(self, strategy: Strategy) -> None:
         """See at the start of a run that completions can be drawn, before any work is done."""
@@ -76,12 +80,17 @@ class LocalRollouts(Rollouts):
 
     policy: TextPolicy
     settings: TrainingSettings
+    guidance: Guidance
 
     def draw(self, batch: Mapping[str, Any], seed: int, update: int, ahead: Ahead | None = None) -> Drawn:
         """See `Rollouts.draw`."""
+        sampling, guided = self.settings.sampling, self.settings.guided is not None
         places = places_among_ranks(len(batch["prompt_ids"]))
-        rollout, texts = self.policy.generate(batch, self.settings.sampling, self.settings.group_size, seed, places)
-        return Drawn(rollout=rollout, texts=texts, update=update)
+        rollout = joined([
+            self.policy.generate(part.batch, sampling, part.group_size, seed, part.places, with_log_probs=guided)[0]
+            for part in self.guidance.parts(batch, self.settings.group_size, places)
+        ])
+        return Drawn(rollout=rollout, texts=completion_texts(self.policy.tokenizer, rollout, sampling), update=update)
 
 
 @dataclass
@@ -90,6 +99,7 @@ class ServerRollouts(Rollouts):
 
     policy: TextPolicy
     settings: TrainingSettings
+    guidance: Guidance
     server: RolloutServer
     warned: bool = False
 
@@ -148,20 +158,31 @@ class ServerRollouts(Rollouts):
         """Do what all ranks must do together, and return what each then does alone."""
         places = places_among_ranks(len(batch["prompt_ids"]))
         model = self.policy.require()
-        self.policy.check_room(batch["prompt_ids"].shape[1], self.settings.sampling.max_new_tokens)
-        return partial(
+        parts = self.guidance.parts(batch, self.settings.group_size, places)
+        for part in parts:
+            self.policy.check_room(part.batch["prompt_ids"].shape[1], self.settings.sampling.max_new_tokens)
+        draw = partial(
             self.server.sample,
             self._publish(model, update),
-            batch["prompt_ids"],
-            batch["prompt_mask"],
-            group_size=self.settings.group_size,
             config=self.settings.sampling,
             eos_token_ids=self.policy.end_ids(self.settings.sampling),
             pad_token_id=int(self.policy.tokenizer.pad_token_id),
             vocab_size=int(model.get_input_embeddings().weight.shape[0]),
             seed=seed,
-            prompt_places=places,
         )
+
+        def work() -> Rollout:
+            return joined([
+                draw(
+                    part.batch["prompt_ids"],
+                    part.batch["prompt_mask"],
+                    group_size=part.group_size,
+                    prompt_places=part.places,
+                )
+                for part in parts
+            ])
+
+        return work
 
     def _publish(self, model: Any, update: int) -> str:
         name = problem = ""
@@ -209,9 +230,10 @@ class StopOnException(Callback):
 
 def make_rollouts(policy: TextPolicy, settings: TrainingSettings) -> Rollouts:
     """Choose where completions come from: the server, if there is one, else this process."""
+    guidance = Guidance(policy, settings.guided)
     if settings.rollout_server is None:
-        return LocalRollouts(policy, settings)
-    return ServerRollouts(policy, settings, RolloutServer(settings.rollout_server))
+        return LocalRollouts(policy, settings, guidance)
+    return ServerRollouts(policy, settings, guidance, RolloutServer(settings.rollout_server))
 
 
 def _raise(problem: str) -> None:

@@ -99,6 +99,7 @@ class Scorer:
                 entropy=scores.entropy,
                 sampling_log_probs=micro.rollout.log_probs,
                 importance_cap=self.settings.importance_cap,
+                guided=micro.rollout.guided,
             )
             metrics.append(result.metrics)
             return result.loss

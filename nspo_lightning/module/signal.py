@@ -15,7 +15,7 @@ from nspo_lightning.module.rollout_metrics import JudgedRows
 CURES = (
     "Cures: dynamic sampling, which looks for prompts that have one (`--model.dynamic_sampling.max_factor 4`); a warm "
     "start (`python -m nspo_lightning warmup -c ...`); a higher `sampling.temperature` or `group_size`; a reward that "
-    "tells answers apart (more than two values)."
+    "tells answers apart (more than two values); a part of each group under a safety prompt (`model.guided`)."
 )
 WARNED_AFTER = 3
 """Rollouts from the start of a run without one signal, after which it is warned of."""
@@ -77,18 +77,20 @@ class Stretch:
 
     def add(self, rows: JudgedRows, group_size: int) -> None:
         """Count a rollout without a signal."""
-        rewards = rows.rewards.total[rows.rewards.total.isfinite()]
+        plain = rows.plain
+        rewards = plain.rewards.total[plain.rewards.total.isfinite()]
         spread = groups_with_signal(rows, group_size, mask_truncated=False)
         self.rollouts += 1
         self.groups += len(spread)
         self.left_out += int(spread.sum())
         self.completions += len(rewards)
-        self.judged += sum(outcome is not None for outcome in rows.outcomes)
-        self.unsafe += rows.outcomes.count("unsafe")
-        self.refused += rows.outcomes.count("refusal")
-        self.garbage += rows.outcomes.count("garbage")
+        self.judged += sum(outcome is not None for outcome in plain.outcomes)
+        self.unsafe += plain.outcomes.count("unsafe")
+        self.refused += plain.outcomes.count("refusal")
+        self.garbage += plain.outcomes.count("garbage")
         self.reward += float(rewards.sum())
-        self.low = min([float(rewards.min()), *([] if self.low is None else [self.low])])
+        lows = [*rewards.tolist(), *([] if self.low is None else [self.low])]
+        self.low = min(lows) if lows else None
 
     def describe(self) -> str:
         """Say the rates that were seen."""

@@ -143,6 +143,7 @@ class TextPolicy:
         prompt_places: Places | None = None,
         *,
         exact: bool = False,
+        with_log_probs: bool = False,
     ) -> tuple[Rollout, list[str]]:
         """Answer a batch of prompts.
 
@@ -154,6 +155,7 @@ class TextPolicy:
             prompt_places: Where the prompts stand in the batch of all ranks, see `rollout.places`; None = alone.
             exact: Draw from the trained function, not from merged weights, which are rounded: what measures a policy
                 does not correct for it.
+            with_log_probs: Keep the log-probabilities of the drawn tokens in any case.
 
         Returns:
             The rollout, with log-probabilities where other weights than the trained ones drew it, and the P * G
@@ -176,7 +178,7 @@ class TextPolicy:
                 generator=torch.Generator(device=self.device).manual_seed(seed % 2**63),
                 share_prefix=self.share_prefix,
                 prompt_places=prompt_places,
-                with_log_probs=weights.differ,
+                with_log_probs=weights.differ or with_log_probs,
             )
         return rollout, completion_texts(self.tokenizer, rollout, sampling)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig
 from nspo_lightning.module.dynamic import DynamicSampling
+from nspo_lightning.module.guided import GuidedSampling
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server_config import IMPORTANCE_CAP, ServerSettings
 
@@ -25,6 +26,7 @@ class TrainingSettings:
     max_unscored_rollouts: int
     max_rollouts_without_signal: int | None
     dynamic_sampling: DynamicSampling | None
+    guided: GuidedSampling | None
     rollout_server: ServerSettings | None
 
     @property

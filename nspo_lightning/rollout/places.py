@@ -20,10 +20,14 @@ class Places:
     Attributes:
         total: Prompts of all ranks.
         mine: The place of each prompt of this rank, from 0.
+        group_size: Completions of each prompt in the larger batch; None = as many as are drawn.
+        first: The place in its group of the first that is drawn.
     """
 
     total: int
     mine: tuple[int, ...]
+    group_size: int | None = None
+    first: int = 0
 
 
 def places(counts: Sequence[int], rank: int) -> Places:

@@ -135,6 +135,7 @@ def _noise_of(
     # (steps, prompts * group_size). One number a token is so little that every rank draws everybody's.
     if prompt_places is None:
         return noise(steps, prompts * group_size, config, generator)
-    drawn = noise(steps, prompt_places.total * group_size, config, generator)
+    whole, first = prompt_places.group_size or group_size, prompt_places.first
+    drawn = noise(steps, prompt_places.total * whole, config, generator)
     mine = torch.tensor(prompt_places.mine, device=drawn.device)
-    return drawn.view(steps, prompt_places.total, group_size)[:, mine].flatten(1)
+    return drawn.view(steps, prompt_places.total, whole)[:, mine, first : first + group_size].flatten(1)

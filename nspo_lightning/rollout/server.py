@@ -113,10 +113,11 @@ class RolloutServer:
         first = (seed * _SEEDS_A_CALL) % 2**62
 
         def ask(index: int) -> list[ServedCompletion]:
-            place = index if prompt_places is None else prompt_places.mine[index]
-            request = completion_request(
-                name, prompts[index], group_size, config, eos_token_ids, first + place * group_size
-            )
+            place = index * group_size
+            if prompt_places is not None:
+                whole = prompt_places.group_size or group_size
+                place = prompt_places.mine[index] * whole + prompt_places.first
+            request = completion_request(name, prompts[index], group_size, config, eos_token_ids, first + place)
             return read_completions(self._ask(request), request, eos_token_ids, vocab_size)
 
         # Its threads are daemons: neither a signal nor the end of the process waits for an answer.

@@ -62,7 +62,7 @@ def score(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
 def known_completions(policy: GRPOModule) -> None:
     """Have the policy answer as its prompts say, instead of sampling."""
 
-    def generate(batch: Any, *_: Any) -> tuple[Rollout, list[str]]:
+    def generate(batch: Any, *_: Any, **__: Any) -> tuple[Rollout, list[str]]:
         rows = [(prompt, g) for prompt in batch["prompt"] for g in range(GROUP)]
         ids = torch.zeros(len(rows), LIMIT, dtype=torch.long)
         for row, (prompt, g) in enumerate(rows):
