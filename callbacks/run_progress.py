@@ -42,7 +42,11 @@ class RunProgress(ProgressBar):
     # ------------------------------------------------------------------ training
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._trained is not None:  # it begins with the first batch: others still prepare as training starts
+            return
         steps, self._step = trainer.estimated_stepping_batches, trainer.global_step
         total = int(steps) if math.isfinite(steps) and steps > 0 else None
         self._trained = self._training.enter_context(

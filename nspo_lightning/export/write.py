@@ -21,6 +21,7 @@ from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 from nspo_lightning.policy.warm_start import WarmStart
+from nspo_lightning.terminal import rows_progress
 
 
 def export_adapter(source: ExportSource, out: Path) -> list[str]:
@@ -78,14 +79,19 @@ def _write_adapter(source: ExportSource, folder: Path) -> None:
 def export_merged(source: ExportSource, out: Path, dtype: Dtype) -> list[str]:
     """Write the unquantised base plus the update, rounded once to `dtype`; return what to tell the user."""
     tokenizer = load_tokenizer(source.settings)
-    base = unquantised_base(source)
-    wanted = OutputsBefore(base, source, tokenizer)
-    layers = merge_(base, source, dtype)
-    with replacing_folder(out) as folder:
+    with rows_progress("Merging", 5, unit="steps") as advance, replacing_folder(out) as folder:
+        base = unquantised_base(source)
+        advance(note="running base and adapter")
+        wanted = OutputsBefore(base, source, tokenizer)
+        advance(note="adding the update")
+        layers = merge_(base, source, dtype)
+        advance(note="writing")
         base.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         del base  # one model at a time
+        advance(note="reading it back and comparing")
         outputs = wanted.compare(merged_from(folder, source, dtype))
+        advance()
         said = [outputs.sentence(), *untied_sentences(layers)]
         said += rounding_sentences(layers, dtype, no_basis_sentence(source))
         text = card(source, certificates=certificates(source), merged=said, dtype=dtype, name=out.absolute().name)
