@@ -86,11 +86,14 @@ class LocalRollouts(Rollouts):
         """See `Rollouts.draw`."""
         sampling, guided = self.settings.sampling, self.settings.guided is not None
         places = places_among_ranks(len(batch["prompt_ids"]))
-        rollout = joined([
-            self.policy.generate(part.batch, sampling, part.group_size, seed, part.places, with_log_probs=guided)[0]
+        parts = [
+            self.policy.generate(part.batch, sampling, part.group_size, seed, part.places, with_log_probs=guided)
             for part in self.guidance.parts(batch, self.settings.group_size, places)
-        ])
-        return Drawn(rollout=rollout, texts=completion_texts(self.policy.tokenizer, rollout, sampling), update=update)
+        ]
+        rollout, texts = joined([part for part, _ in parts]), parts[0][1]
+        if len(parts) > 1:
+            texts = completion_texts(self.policy.tokenizer, rollout, sampling)
+        return Drawn(rollout=rollout, texts=texts, update=update)
 
 
 @dataclass
