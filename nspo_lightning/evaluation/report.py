@@ -43,7 +43,7 @@ _TEXT = {
     NLL: "NLL of whole answers",
     NLL_CHANGE: "NLL, change to the base",
 }
-_CATEGORIES = {"safety/unsafe_rate": "attack success by category", BY_CATEGORY: "refusal of harmless, by category"}
+_CATEGORIES = {"safety/unsafe_rate": "attack success by category", BY_CATEGORY: "refusals, harmless, by category"}
 
 
 class AnswerCounts:
