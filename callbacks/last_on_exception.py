@@ -15,11 +15,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from nspo_lightning import ranks
+from nspo_lightning.callbacks.end_together import SIGTERM_EXIT_CODE, set_exit_code_
 from nspo_lightning.callbacks.exact_resume import ExactResume
+from nspo_lightning.callbacks.protocols import FailsAgain
 from nspo_lightning.checkpoints import LAST_FILE
 from nspo_lightning.compat.lightning import callbacks_of, model_checkpoints
 
-SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BUSY = frozenset({"update", "batch_end", "validation_end", "epoch_end"})
 
@@ -117,8 +118,7 @@ class LastOnException(Callback):
 
     @staticmethod
     def _save(trainer: pl.Trainer, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException):
-            exception.code = exception.code or SIGTERM_EXIT_CODE  # Lightning's own has none: 0, as if all were done
+        set_exit_code_(exception)
         callbacks = [callback for callback in model_checkpoints(trainer) if callback.dirpath]
         alone = trainer.world_size == 1 or ranks.raised_on_all_ranks(exception)
         if trainer.state.fn != "fit" or not callbacks or trainer.global_step == 0 or not alone:
@@ -128,7 +128,7 @@ class LastOnException(Callback):
         resume = _resume(trainer)
         if not _is_settled(trainer, resume):
             if path.exists():
-                rank_zero_info(f"{name}: {path} is from before this update. Go on with `--ckpt_path last`.")
+                rank_zero_info(f"{name}: {path} is from before this update. {_how_to_go_on(exception)}")
             return
         for callback in callbacks:
             if callback.dirpath == callbacks[0].dirpath and callback.save_last:
@@ -140,10 +140,16 @@ class LastOnException(Callback):
         except OSError as error:  # what ended the run must not be hidden by it
             rank_zero_info(str(error))
         else:
-            rank_zero_info(f"{name}: state saved to {path}. Go on with `--ckpt_path last`.")
+            rank_zero_info(f"{name}: state saved to {path}. {_how_to_go_on(exception)}")
         finally:
             if resume is not None:
                 resume.saved_on_exception = False
+
+
+def _how_to_go_on(exception: BaseException) -> str:
+    if isinstance(exception, FailsAgain) and exception.fails_again:
+        return "With the same settings it would end so again: mend what the message names, then use `--ckpt_path last`."
+    return "Go on with `--ckpt_path last`."
 
 
 def _resume(trainer: pl.Trainer) -> ExactResume | None:

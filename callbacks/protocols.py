@@ -12,6 +12,13 @@ from nspo_lightning.policy.warm_start import WarmStart
 
 
 @runtime_checkable
+class FailsAgain(Protocol):
+    """An exception that a run which goes on with the same settings would meet again."""
+
+    fails_again: bool
+
+
+@runtime_checkable
 class Evaluable(Protocol):
     """A module that measures itself and saves what was trained."""
 

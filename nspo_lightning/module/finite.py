@@ -19,6 +19,7 @@ LARGEST_GRADIENT = 1e19
 class NonFiniteError(ValueError):
     """Too many updates in a row were skipped because something in them was not finite."""
 
+    fails_again = True
     raised_on_all_ranks = True
     """Ranks agree on each skipped update, so they also count alike."""
 

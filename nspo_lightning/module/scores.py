@@ -35,6 +35,7 @@ def _unscored_cure(completions: Sequence[str], number: int) -> str:
 class UnscoredError(RewardError):
     """Rewards gave None for every completion, and nothing was learnt."""
 
+    fails_again = True
     raised_on_all_ranks = True
     """All have seen the same rewards."""
 

@@ -27,6 +27,7 @@ _PREFIX = "_signal_"
 class NoSignalError(ValueError):
     """No group of many rollouts had a signal, and nothing could be learnt from them."""
 
+    fails_again = True
     raised_on_all_ranks = True
     """All have seen the same rewards."""
 
