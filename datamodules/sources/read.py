@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from nspo_lightning.datamodules.sources.cells import BadRow
+from nspo_lightning.datamodules.sources.cells import BadRow, is_missing
 from nspo_lightning.datamodules.sources.convert import convert
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.opening import is_builtin, open_source
@@ -105,7 +105,8 @@ def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -
     raw_rows, plan = open_source(source, default_kind, report.notes)
     for raw in raw_rows:
         report.read += 1
-        if isinstance(value := raw.data.get(plan.id_column or ""), (str, int, float)):
+        value = raw.data.get(plan.id_column or "")
+        if isinstance(value, (str, int, float)) and str(value).strip() and not is_missing(value):
             ids[value] += 1
         try:
             row = convert(plan, raw)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import get_console
 from rich.console import Console
@@ -23,6 +23,14 @@ from nspo_lightning.datamodules.text.render import ChatRenderer
 _EXAMPLE_CHARS = 1200
 
 
+class Rendered(NamedTuple):
+    """A row as it would be seen."""
+
+    text: str
+    domain: str
+    kind: str
+
+
 def data_report(datamodule: AlignmentDataModule, console: Console | None = None, examples: int = 3) -> dict[str, Any]:
     """Print counts, drops with their reasons, lengths and rendered examples.
 
@@ -33,7 +41,7 @@ def data_report(datamodule: AlignmentDataModule, console: Console | None = None,
 
     Returns:
         The same figures: `sources` (read, dropped, splits, notes) and, for each use, `rows`, `tokens` (min, median,
-        p95, max, total) and `domains`.
+        p95, max, total), `domains` and `kinds` (harmful, benign).
 
     Raises:
         DataError: If the data cannot be used.
@@ -45,44 +53,53 @@ def data_report(datamodule: AlignmentDataModule, console: Console | None = None,
     if datamodule.general.calibration_report is not None:
         reports.append(datamodule.general.calibration_report)
     tokens = {
-        use: length_summary([len(ids) for ids in renderer.encode([text for text, _ in texts])])
-        for use, texts in uses.items()
+        use: length_summary([len(ids) for ids in renderer.encode([row.text for row in rows])])
+        for use, rows in uses.items()
     }
-    domains = {use: Counter(domain for _, domain in texts) for use, texts in uses.items()}
+    domains = {use: Counter(row.domain for row in rows) for use, rows in uses.items()}
+    kinds = {use: Counter(row.kind for row in rows) for use, rows in uses.items()}
     console.print(_source_table(reports))
-    console.print(_use_table(tokens, domains))
-    for use, texts in uses.items():
-        for text, domain in _spread(texts, examples):
-            console.print(_example(use, domain, text))
+    console.print(_use_table(tokens, domains, kinds))
+    for use, rows in uses.items():
+        for row in _spread(rows, examples):
+            console.print(_example(use, row))
     return {
         "sources": [
             {"label": r.label, "read": r.read, "dropped": dict(r.dropped), "splits": r.splits, "notes": r.notes}
             for r in reports
         ],
         **{
-            use: {"rows": len(texts), "tokens": tokens[use], "domains": dict(domains[use])}
-            for use, texts in uses.items()
+            use: {
+                "rows": len(rows),
+                "tokens": tokens[use],
+                "domains": dict(domains[use]),
+                "kinds": dict(kinds[use]),
+            }
+            for use, rows in uses.items()
         },
     }
 
 
-def rendered_uses(datamodule: AlignmentDataModule, renderer: ChatRenderer) -> dict[str, list[tuple[str, str]]]:
-    """Render what training, calibration and evaluation would see: for each, the rows' texts and their domains."""
+def rendered_uses(datamodule: AlignmentDataModule, renderer: ChatRenderer) -> dict[str, list[Rendered]]:
+    """Render what training, calibration and evaluation would see, row by row."""
     general = datamodule.general
     by_model = general.calibration_text == "prompt_and_model_answer"
     # No policy is loaded for a report: its answers are left out, and the length limit looks at prompts.
     calibration = general.calibration_rows(lambda prompts: [""] * len(prompts))
     uses = {
         "training": [
-            (renderer.text(row.prompt), row.skill) for rows in datamodule.safety.loaded().train for row in rows
+            Rendered(renderer.text(row.prompt), row.skill, row.kind)
+            for rows in datamodule.safety.loaded().train
+            for row in rows
         ],
         "calibration" + (" (answers by the policy not shown)" if by_model else ""): [
-            (calibration_text(row, general.calibration_text, renderer), row.skill) for row in calibration
+            Rendered(calibration_text(row, general.calibration_text, renderer), row.skill, row.kind)
+            for row in calibration
         ],
     }
     for split in ("validation", "test"):
         for name, rows in zip(datamodule.eval_names, datamodule.eval_rows(split), strict=True):
-            uses[f"{split}: {name}"] = [(renderer.text(row.prompt), row.skill) for row in rows]
+            uses[f"{split}: {name}"] = [Rendered(renderer.text(row.prompt), row.skill, row.kind) for row in rows]
     return uses
 
 
@@ -105,16 +122,22 @@ def _source_table(reports: Sequence[SourceReport]) -> Table:
     return table
 
 
-def _use_table(tokens: dict[str, dict[str, int]], domains: dict[str, Counter[str]]) -> Table:
+def _use_table(
+    tokens: dict[str, dict[str, int]], domains: dict[str, Counter[str]], kinds: dict[str, Counter[str]]
+) -> Table:
     table = Table(title="What it is used for", title_justify="left", expand=True)
     table.add_column("use", overflow="fold")
     for column in ("rows", "tokens a text\nmin / median / 95 % / max", "tokens"):
         table.add_column(column, justify="right")
+    table.add_column("kinds")
     table.add_column("domains", overflow="fold", ratio=1)
     for use, counts in domains.items():
         *spread, total = (f"{value:,}" for value in tokens[use].values())
-        names = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(8))
-        _add_row(table, use, f"{counts.total():,}", " / ".join(spread), total, names)
+        named, names = (
+            mark.join(f"{name} {count:,}" for name, count in found.most_common(8))
+            for mark, found in (("\n", kinds[use]), (", ", counts))
+        )
+        _add_row(table, use, f"{counts.total():,}", " / ".join(spread), total, named, names)
     return table
 
 
@@ -122,15 +145,17 @@ def _add_row(table: Table, *cells: str) -> None:
     table.add_row(*(Text(cell) for cell in cells))  # `Text`: data is shown as it is, not read as markup
 
 
-def _spread(texts: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """Pick at most `count` examples of as many domains as possible, the first of each."""
-    first: dict[str, tuple[str, str]] = {}
-    for text in texts:
-        first.setdefault(text[1], text)
+def _spread(rows: Sequence[Rendered], count: int) -> list[Rendered]:
+    """Pick at most `count` examples of as many kinds and domains as possible, the first of each."""
+    first: dict[tuple[str, str], Rendered] = {}
+    for row in rows:
+        first.setdefault((row.kind, row.domain), row)
     chosen = list(first.values())[:count]
-    return chosen + [text for text in texts if text not in chosen][: count - len(chosen)]
+    return chosen + [row for row in rows if row not in chosen][: count - len(chosen)]
 
 
-def _example(use: str, domain: str, text: str) -> Panel:
-    shown = text if len(text) <= _EXAMPLE_CHARS else f"{text[:_EXAMPLE_CHARS]}… ({len(text):,} characters in all)"
-    return Panel(Text(shown), title=Text(f"{use} · {domain}"), title_align="left")
+def _example(use: str, row: Rendered) -> Panel:
+    shown, size = row.text, len(row.text)
+    if size > _EXAMPLE_CHARS:
+        shown = f"{shown[:_EXAMPLE_CHARS]}… ({size:,} characters in all)"
+    return Panel(Text(shown), title=Text(f"{use} · {row.domain} · {row.kind}"), title_align="left")

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from nspo_lightning.cli.data import data_report, length_summary
-from nspo_lightning.datamodules import AlignmentDataModule, DataError
+from nspo_lightning.datamodules import AlignmentDataModule, DataError, PromptSource
 
 
 @pytest.fixture
@@ -64,6 +64,17 @@ def test_counts_drops_lengths_and_three_examples_of_each(files):
         assert text.count(f"─ {use} · ") == 3
     assert "<user>Bad thing [bold]" in text, "template applied, markup shown as it is"
     assert "<assistant>answer " in text, "calibration text holds the reference answer"
+
+
+def test_rows_are_counted_by_kind_and_each_example_names_its_own(files):
+    safety, general = files
+    mixed = [PromptSource(path=safety, kind="harmful"), PromptSource(path=general, kind="benign")]
+    text, figures = report((mixed, general))
+    assert figures["training"]["kinds"] == {"harmful": 32, "benign": 32}
+    assert "harmful 32" in text
+    assert {"harmful", "benign"} == {
+        line.split("·")[2].split()[0] for line in text.splitlines() if line.startswith("╭─ training ·")
+    }
 
 
 def test_examples_come_from_different_domains(files):

@@ -208,6 +208,8 @@ def test_ids_that_repeat_or_are_missing_are_said_and_nothing_is_lost(tmp_path):
     assert "`id` names no row by itself (1 values repeat, 1 are missing)" in report.line()
     (tmp_path / "y.csv").write_text("id,prompt\n1,a\n2,b\n")
     assert "`id`" not in rows_of(tmp_path / "y.csv")[1].line()
+    (tmp_path / "blank.csv").write_text("id,prompt\n1,a\n,b\n ,c\n,d\n")
+    assert "`id` names no row by itself (0 values repeat, 3 are missing)" in rows_of(tmp_path / "blank.csv")[1].line()
     preset = [
         {"ID": "1", "Body": f"{i} cows.", "Question": "How many?", "Equation": "", "Answer": i, "Type": ""}
         for i in range(2)
