@@ -7,9 +7,10 @@ from importlib import import_module
 
 from nspo_lightning.cli.completion import print_completion
 from nspo_lightning.cli.errors import exit_codes
-from nspo_lightning.cli.help import help_text, overview
+from nspo_lightning.cli.help import help_text, overview, unknown_subcommand
 from nspo_lightning.cli.jobs import CLI, cli_arguments, silence_noise
 from nspo_lightning.cli.shipped import prepared
+from nspo_lightning.keys import mask_keys
 
 COMMANDS = {name: f"nspo_lightning.cli.{name}" for name in ("judge", "compare", "evaluate", "export")}
 """Subcommands beside LightningCLI's: their modules have a `main(arguments)` and are imported on use."""
@@ -24,6 +25,9 @@ def main(args: list[str] | None = None) -> None:
         return
     if not arguments:
         print(f"{overview()}\n\nerror: expected a subcommand, got none.", file=sys.stderr)
+        sys.exit(2)
+    if (told := unknown_subcommand(arguments)) is not None:
+        print(f"error: {mask_keys(told)}", file=sys.stderr)
         sys.exit(2)
     with exit_codes():
         arguments = prepared(arguments)

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     source = Path(options.config)
     config = read_config(source)
     name = config.get("name") if options.name is None else options.name
-    run = run_folder(None if name is None else str(name))
+    run = run_folder(None if name is None else str(name), (config.get("trainer") or {}).get("default_root_dir"))
     out = check_output("--out", run / RESULT if options.out is None else options.out)
     task_manager = _task_manager()  # before anything long
     trained = None if options.ckpt_path is None else find_checkpoint(options.ckpt_path, run)

@@ -7,6 +7,7 @@ a help appears at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from nspo_lightning.cli.shipped import shipped_configs
 
@@ -35,7 +36,7 @@ COMMON: dict[str, str] = {
     "--print_config": "print every setting with its value and stop",
     "--name": "name of the run; it is kept in runs/NAME",
     "--seed_everything": "seed of everything random",
-    "--model.policy.path": "folder or hub id of the model; toy = the embedded one",
+    "--model.policy.path": "folder, hub id or GGUF file of the model; toy = the embedded one",
     "--model.policy.quantization": "nf4, fp4 or none",
     "--data.safety": "prompts to train on: a file, a hub id, or {preset: ...}",
     "--data.general": "general text to protect: one source or a list",
@@ -113,6 +114,17 @@ def help_text(arguments: Sequence[str]) -> str | None:
     if arguments and arguments[0] in OPTIONS and any(argument in HELP for argument in arguments[1:]):
         return _screen(arguments[0])
     return None
+
+
+def unknown_subcommand(arguments: Sequence[str]) -> str | None:
+    """Return what to say of a subcommand that there is none of; None where there is one, or an option comes first."""
+    known = [*JOBS, *TOOLS]
+    if not arguments or arguments[0].startswith("-") or arguments[0] in known:
+        return None
+    near = get_close_matches(arguments[0], known, n=1)
+    meant = f" Did you mean `{near[0]}`?" if near else ""
+    listing = ", ".join(known)
+    return f"there is no subcommand '{arguments[0][:60]}'.{meant} There are: {listing}. `{PROG} --help` explains them."
 
 
 def overview() -> str:

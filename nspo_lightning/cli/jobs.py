@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.parser import Parser
 from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS, check_run_name, own_folder
 from nspo_lightning.cli.standard_callbacks import with_standard_callbacks, without_extras
+from nspo_lightning.cli.trained_parameters import TrainedParameters
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.cli.warmup import WARMUP, run_name, warmup_callbacks, warmup_trainer
 from nspo_lightning.compat.lightning import is_fast_dev_run, model_checkpoints
@@ -130,16 +132,21 @@ class CLI(CLIWithoutStoredSettings):
         silence_noise()  # libraries that were imported meanwhile brought filters of their own
         config = self.settings.trainer
         _check_trainer(config)
-        bare = bool(config.get("barebones"))
+        bare, runs = bool(config.get("barebones")), str(config.get("default_root_dir") or RUNS)
         if bare:
-            # What a file says of an ordinary run, Lightning refuses here.
+            # What a file says of an ordinary run, Lightning refuses here. Without a logger this is the run's folder.
             kwargs |= {**dict.fromkeys(_BAREBONES_OFF), "detect_anomaly": False}
+            kwargs["default_root_dir"] = str(Path(runs) / run_name(self.settings.name, self.subcommand))
         elif config.get("logger") in (None, True) and not config.get("fast_dev_run"):
-            kwargs["logger"] = TensorBoardLogger(RUNS, name=run_name(self.settings.name, self.subcommand), version="")
-        callbacks = config.get("callbacks") or []
+            name = run_name(self.settings.name, self.subcommand)
+            kwargs["logger"] = TensorBoardLogger(runs, name=name, version="")
+        callbacks = list(config.get("callbacks") or [])
         if self.subcommand == WARMUP:
             kwargs |= warmup_trainer(self.settings.warmup)
             callbacks = warmup_callbacks(callbacks, self.settings.warmup)
+        if not bare and config.get("enable_model_summary") is None:
+            kwargs["enable_model_summary"] = False  # half of what it says is of no use on a 4-bit base
+            callbacks.append(TrainedParameters())
         kwargs["callbacks"] = with_standard_callbacks(
             without_extras(callbacks) if bare else callbacks,
             checkpoints=config.get("enable_checkpointing") is not False and not bare,
@@ -201,6 +208,8 @@ def _check_whole(config: dict[str, Any]) -> None:
 def _own_folder(trainer: pl.Trainer) -> Path | None:
     """Return the run's folder; None if it is not the run's alone, as without a logger."""
     logger = trainer.logger
+    if logger is None and trainer.barebones:
+        return own_folder(trainer.default_root_dir, os.path.dirname(trainer.default_root_dir))
     if not isinstance(logger, (TensorBoardLogger, CSVLogger)):
         return None
     return own_folder(str(logger.log_dir), str(logger.save_dir))

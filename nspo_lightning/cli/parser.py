@@ -60,4 +60,6 @@ class Parser(KeylessParser, LightningArgumentParser):
         if method_name in {"data", "warmup"}:
             kwargs["as_group"] = False
         added: list[str] = super().add_method_arguments(class_type, method_name, *args, **kwargs)
+        if method_name == "test":
+            self.set_defaults(verbose=False)  # Lightning's table says again, in part, what `TestReport` shows
         return added

@@ -46,11 +46,11 @@ def check_run_name(name: str) -> None:
     )
 
 
-def run_folder(name: str | None) -> Path:
-    """Return where the run of a name is kept; ValueError if it is no name."""
+def run_folder(name: str | None, runs: str | None = None) -> Path:
+    """Return where the run of a name is kept, in the folder for all `runs`; ValueError if it is no name."""
     chosen = DEFAULT_NAME if name is None else name
     check_run_name(chosen)
-    return Path(RUNS) / chosen
+    return Path(runs or RUNS) / chosen
 
 
 def check_output(option: str, path: str | Path, inputs: Sequence[Path] = ()) -> Path:

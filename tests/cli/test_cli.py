@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def even_tokens(prompts, completions, completion_ids, **_):
     return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def terminated(prompts, completions, **_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return [0.0] * len(completions)
 
 
 def nan_reward(prompts, completions, **_):
@@ -52,7 +59,13 @@ class Nay(RulesJudge):
 
 
 @pytest.fixture
-def run(tiny_llama, tmp_path, monkeypatch, capsys):
+def printed():
+    """What each command of `run` wrote to standard output."""
+    return []
+
+
+@pytest.fixture
+def run(tiny_llama, tmp_path, monkeypatch, capsys, printed):
     """Run a subcommand on the tiny model with a few rows; returns (exit code, standard error)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -78,7 +91,9 @@ def run(tiny_llama, tmp_path, monkeypatch, capsys):
             main([subcommand, "-c", "config.yaml", *map(str, overrides)])
         except SystemExit as stop:
             code = stop.code
-        return code, capsys.readouterr().err
+        captured = capsys.readouterr()
+        printed.append(captured.out)
+        return code, captured.err
 
     return call
 
@@ -124,20 +139,41 @@ def test_the_callback_is_one_flag(run):
     assert json.loads(Path("runs/tiny/summary.json").read_text())["nullspace/leak_max"] is None
 
 
-def test_a_run_without_one_score_fails_and_writes_no_result(run):
+def test_a_run_without_one_score_fails_and_writes_no_result(run, caplog):
     code, said = run("fit", "--model.reward.init_args.path", "test_cli.no_reward")
     assert code == 1
     assert "not one completion of 3 rollouts was scored" in said
     assert "on_error: exclude" in said
+    assert "With the same settings it would end so again" in caplog.text
+    assert "Go on with" not in caplog.text
     assert not Path("runs/tiny/summary.json").exists()
 
 
 def test_a_barebones_trainer_trains(run):
     code, said = run("fit", "--trainer.barebones", "true", "--trainer.enable_progress_bar", "true")
     assert code == 0, said
-    summary = json.loads(Path("runs/summary.json").read_text())
+    summary = json.loads(Path("runs/tiny/summary.json").read_text())
     assert summary["updates"] > 0
-    assert not Path("runs/tiny").exists()
+    assert [path.name for path in Path("runs").iterdir() if not path.name.startswith(".")] == ["tiny"]
+
+
+def test_sigterm_ends_a_barebones_run_with_its_own_exit_code(run):
+    code, _ = run("fit", "--trainer.barebones", "true", "--model.reward.init_args.path", "test_cli.terminated")
+    assert code == 128 + signal.SIGTERM
+    assert not Path("runs/tiny/summary.json").exists()
+
+
+def test_runs_are_kept_where_default_root_dir_says(run, printed, caplog):
+    elsewhere = ("--trainer.default_root_dir", "elsewhere", "--nullspace.enabled", "false")
+    code, said = run("fit", *elsewhere, "--trainer.limit_train_batches", 1)
+    assert code == 0
+    assert re.search(r"Training [\d,]+ parameters in \d+ matrices", caplog.text)
+    assert "FLOPs" not in said + printed[-1]
+    assert Path("elsewhere/tiny/summary.json").is_file()
+    assert not Path("runs").exists()
+    assert run("test", *elsewhere, "--ckpt_path", "last")[0] == 0
+    assert Path("elsewhere/tiny/test.json").is_file()
+    assert "Test metric" not in printed[-1], "Lightning's table after ours"
 
 
 def test_printed_config_runs(run, capsys):

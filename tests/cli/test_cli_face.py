@@ -56,6 +56,15 @@ def test_help_says_what_can_be_measured(capsys, name):
     assert "best, last, a checkpoint, or an adapter's folder" in call(capsys, name, "--help")[1]
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("fti", "Did you mean `fit`?"), ("exprot", "`export`"), ("xyz", "")])
+def test_an_unknown_subcommand_lists_all_of_them(capsys, typed, meant):
+    code, _, err = call(capsys, typed, "-c", "quickstart")
+    assert code == 2
+    assert meant in err
+    assert ("Did you mean" in err) == bool(meant)
+    assert all(name in err for name in (*screens.JOBS, *screens.TOOLS))
+
+
 @pytest.mark.parametrize("argument", ["--help", "-h"])
 def test_the_overview_names_every_subcommand(capsys, argument):
     code, out, _ = call(capsys, argument)
