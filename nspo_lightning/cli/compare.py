@@ -17,7 +17,7 @@ from nspo_lightning.checkpoints import FOLDER, last_in
 from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.jobs import run_job
 from nspo_lightning.cli.parser import KeylessParser
-from nspo_lightning.cli.run_config import read_config
+from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.compare.methods import METHODS, as_dicts
 from nspo_lightning.compare.plan import RESULT, Budget, RunSpec, main_grid
 from nspo_lightning.compare.pool import Job, JobResult, run_all
@@ -28,6 +28,7 @@ from nspo_lightning.datamodules import PromptSource
 from nspo_lightning.datamodules.prompts import check_at_least_one
 from nspo_lightning.datamodules.sources.domain import DomainSources, load_domain
 from nspo_lightning.keys import check_no_key
+from nspo_lightning.policy.base_record import gguf_identity
 
 SweepName = Literal["calibration", "threshold", "data", "rank"]
 
@@ -156,9 +157,10 @@ def _default_jobs(config: Mapping[str, Any]) -> int:
 def _missing(plan: Sequence[RunSpec], runs: Mapping[str, list[str]], config: Path, folder: Path) -> list[Job]:
     """List what is not there yet; a run of the same name made with other settings is an error, never a result."""
     jobs: list[Job] = []
+    gguf = gguf_identity(policy_settings(read_config(config), config))
     for spec in plan:
         place, arguments = folder / "runs" / spec.name, runs[spec.name]
-        digest, stamp = spec.digest(arguments, config, folder), folder / "commands" / f"{spec.name}.json"
+        digest, stamp = spec.digest(arguments, config, folder, gguf), folder / "commands" / f"{spec.name}.json"
         if stamp.is_file() and json.loads(stamp.read_text())["digest"] != digest:
             raise ValueError(
                 f"{place} was made with other settings than this command's. Choose another `--out`, or remove it."

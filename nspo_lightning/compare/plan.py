@@ -94,9 +94,10 @@ class RunSpec:
             settings[LEARNING_RATE] = self.learning_rate
         return ["fit", "-c", str(config), *as_arguments(settings)]
 
-    def digest(self, arguments: Sequence[str], config: Path, out: Path) -> str:
-        """Hash what the run does: its arguments and the configuration's content, whatever place either has."""
+    def digest(self, arguments: Sequence[str], config: Path, out: Path, gguf: Mapping[str, str] | None = None) -> str:
+        """Hash what the run does: arguments, content of the configuration, identity of a GGUF; not where they are."""
         told = [a.replace(str(out), "OUT").replace(str(config), "CONFIG") for a in arguments]
+        told += sorted((gguf or {}).values())
         return hashlib.sha256(json.dumps([told, config.read_text()]).encode()).hexdigest()[:16]
 
 

@@ -39,3 +39,21 @@ def checkpoint_wrapped(model: nn.Module, wrap: Callable[[Callable[..., Any]], Ca
     finally:
         for module, original in originals:
             module._gradient_checkpointing_func = original
+
+
+def gguf_architectures() -> list[str]:
+    """Return the architectures that transformers reads from GGUF files, sorted."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    try:  # a second reader, since 5.2x
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:
+        GGUF_ARCHS = {}
+    return sorted({*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_ARCHS} - {"general", "tokenizer"})
+
+
+def without_gguf_(model: Any) -> None:
+    """Make a model that was loaded from a GGUF, its weights unpacked, a plain one that can be saved."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None

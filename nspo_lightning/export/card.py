@@ -14,7 +14,9 @@ from nspo_lightning.evaluation.tables import markdown_table
 from nspo_lightning.export.merge import MergedLayer
 from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.nullspace import LayerCertificate
+from nspo_lightning.policy.base_record import gguf_identity
 from nspo_lightning.policy.identity import PREFIX
+from nspo_lightning.policy.loading import loadable_folder
 from nspo_lightning.policy.settings import TOY
 
 DATA_FIELDS = ("safety", "general", "system_prompt", "calibration_size", "calibration_text", "mixture", "seed")
@@ -38,6 +40,8 @@ POLICY_FIELDS = (
     "chat_template_kwargs",
 )
 WORST = 5
+_BROKEN_LEAK = 0.01
+"""Share of an update's norm in the protected directions from which a merged model is warned of."""
 
 
 def leak_sentence(certificates: Sequence[LayerCertificate]) -> str:
@@ -48,12 +52,20 @@ def leak_sentence(certificates: Sequence[LayerCertificate]) -> str:
 
 def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str) -> list[str]:
     """Say, for the terminal and the card, what rounding the merged weights did; `no_basis` if no leak is known."""
-    lost = max(layers, key=lambda layer: layer.rounding)
-    mean = math.fsum(layer.rounding for layer in layers) / len(layers)
-    lines = [
-        f"Rounding W + D to {dtype} is {100 * mean:.2g} % of the update's norm on average, at most "
-        f"{100 * lost.rounding:.2g} % ({_short(lost.name)})."
-    ]
+    moved = [layer for layer in layers if math.isfinite(layer.rounding)]
+    lines = []
+    if moved:
+        lost = max(moved, key=lambda layer: layer.rounding)
+        mean = math.fsum(layer.rounding for layer in moved) / len(moved)
+        lines.append(
+            f"Rounding W + D to {dtype} is {100 * mean:.2g} % of the update's norm on average, at most "
+            f"{100 * lost.rounding:.2g} % ({_short(lost.name)})."
+        )
+    if still := len(layers) - len(moved):
+        lines.append(
+            f"The update of {still} of {len(layers)} matrices is zero: all that changes there is the base's own "
+            f"rounding to {dtype}."
+        )
     measured = [(layer.before, layer.after) for layer in layers if layer.before is not None and layer.after is not None]
     if not measured:
         return [*lines, no_basis]
@@ -67,6 +79,12 @@ def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str)
         "Bound on a layer's relative output change on general text, before rounding: "
         f"{max(c.output_change for c in before):.2g}; after: {max(c.output_change for c in after):.2g}."
     )
+    if max(c.leak for c in after) > max(_BROKEN_LEAK, 2 * max(c.leak for c in before)):
+        lines.append(
+            f"WARNING: rounded to {dtype}, this model does not keep the promise of the null space any more. Serve the "
+            "adapter beside the base instead (`export` without `--merge`)"
+            + ("." if dtype == "float32" else ", or merge with `--dtype float32`.")
+        )
     return lines
 
 
@@ -134,6 +152,10 @@ def _base(source: ExportSource, merged: bool) -> str:
     settings = source.settings
     shown = "the policy embedded in nspo-lightning (`toy`)" if settings.path == TOY else f"`{settings.path}`"
     lines = [f"{shown}{f', revision {settings.revision}' if settings.revision else ''}."]
+    if gguf := gguf_identity(settings):
+        lines.append(
+            f"That is the GGUF file `{gguf['gguf']}` (SHA-256 `{gguf['gguf_sha256']}`), unpacked into plain weights."
+        )
     if settings.merged is not None:
         lines.append(f"The adapter `{settings.merged}` was merged into it before this training.")
     if settings.warm_start is not None:
@@ -205,7 +227,8 @@ def _null_space(source: ExportSource, certificates: Sequence[LayerCertificate], 
 
 
 def _loading(source: ExportSource, merged: bool, dtype: str) -> str:
-    base = source.settings.path
+    gguf = gguf_identity(source.settings)
+    base = loadable_folder(source.settings) if gguf else source.settings.path
     where = "str(TOY_PATH)" if base == TOY else repr(base)
     toy = "from nspo_lightning.policy import TOY_PATH\n" if base == TOY else ""
     served = "$(python -c 'from nspo_lightning.policy import TOY_PATH; print(TOY_PATH)')" if base == TOY else base
@@ -224,6 +247,7 @@ def _loading(source: ExportSource, merged: bool, dtype: str) -> str:
         if source.settings.quantization != "none"
         else ""
     )
+    note += _from_gguf(gguf["gguf"], base) if gguf else ""
     return (
         f"{note}PEFT:\n\n```python\n{toy}from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({where})\n"
@@ -233,6 +257,19 @@ def _loading(source: ExportSource, merged: bool, dtype: str) -> str:
         'model.load_adapter("THIS_FOLDER")\n```\n\n'
         f"vLLM:\n\n```bash\nvllm serve {served} --enable-lora --max-lora-rank {ranks} \\\n"
         "  --lora-modules safe=THIS_FOLDER\n```"
+    )
+
+
+def _from_gguf(name: str, folder: str) -> str:
+    """Say how a user of a GGUF file gets at what the adapter goes on, and back to GGUF."""
+    making = f"from nspo_lightning.policy.gguf import model_folder; print(model_folder('{name}'))"
+    return (
+        f"PEFT, transformers and vLLM load a folder, not a GGUF file. `{name}` was unpacked into `{folder}`, which "
+        "adapter_config.json names too; elsewhere make it anew from the same file, and take the path that this "
+        f'prints:\n\n```bash\npython -c "{making}"\n```\n\n'
+        f"llama.cpp, Ollama, LM Studio: `convert_lora_to_gguf.py --base FOLDER THIS_FOLDER` of llama.cpp makes a GGUF "
+        f"adapter to load beside `{name}` (`--lora`); or make a whole model with `export --merge` and its "
+        "`convert_hf_to_gguf.py`.\n\n"
     )
 
 

@@ -7,6 +7,7 @@ beside a small update.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
@@ -40,7 +41,7 @@ class MergedLayer:
     after: LayerCertificate | None
     """Of the written weight minus the base's."""
     rounding: float
-    """||written - (W + D)||_F / ||D||_F; 0 for D = 0."""
+    """||written - (W + D)||_F / ||D||_F; infinite for D = 0 where anything was rounded."""
     untied: tuple[str, ...] = ()
     """Layers that had the same weight before."""
 
@@ -67,7 +68,8 @@ def unquantised_base(source: ExportSource) -> PreTrainedModel:
 
 def merged_from(folder: Path, source: ExportSource, dtype: Dtype) -> PreTrainedModel:
     """Return a merged model as it was written into a folder."""
-    settings = replace(source.settings, path=str(folder), revision=None, quantization="none", dtype=dtype)
+    plain = replace(source.settings, gguf_file=None, revision=None, quantization="none")
+    settings = replace(plain, path=str(folder), dtype=dtype)
     return load_base(settings, torch.device("cpu"))
 
 
@@ -156,8 +158,8 @@ def _certificate(calibration: Calibration | None, layer: str, update: LowRank | 
 
 
 def _relative(error: Tensor, update: Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(update.double()))
-    return float(torch.linalg.vector_norm(error.double())) / norm if norm > 0 else 0.0
+    norm, off = (float(torch.linalg.vector_norm(matrix.double())) for matrix in (update, error))
+    return off / norm if norm > 0 else math.inf if off > 0 else 0.0
 
 
 def certificates(source: ExportSource) -> list[LayerCertificate]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.compat.peft import DOWN, UP
 from nspo_lightning.nullspace import Calibration, load_calibration
+from nspo_lightning.policy.base_record import gguf_identity
 from nspo_lightning.policy.identity import STATE_KEY, updates_in
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
@@ -121,6 +122,12 @@ def export_source(
     # What was beside the run need not be beside us, or be the same.
     there: dict[str, Any] = {name: place for name, place in places.items() if os.path.exists(place)}
     settings = replace(settings, **there)
+    gguf = gguf_identity(settings)
+    if gguf.get("gguf_sha256") != state.get("base", gguf).get("gguf_sha256"):
+        raise PolicyError(
+            f"{checkpoint} was trained on the GGUF file '{state['base'].get('gguf')}' of another content than what is "
+            f"now at '{settings.path}'. Give that file back its place."
+        )
     _check_rank(content["state_dict"], settings, config_file)
     projection = next((s for s in content.get("callbacks", {}).values() if _is_projection(s)), None)
     path = basis or _basis_of(projection, config_file.parent)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nspo_lightning.atomic import replacing_folder
+from nspo_lightning.atomic import replacing_folder, write_json
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
 from nspo_lightning.compat.peft import DOWN, MODEL_PREFIX, UP, name_in_file
 from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences, untied_sentences
@@ -17,7 +17,9 @@ from nspo_lightning.export.merge import Dtype, certificates, merge_, merged_from
 from nspo_lightning.export.outputs import OutputsBefore
 from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.policy.adapter import lora_config
+from nspo_lightning.policy.base_record import RECORD, base_record
 from nspo_lightning.policy.identity import PREFIX
+from nspo_lightning.policy.loading import loadable_folder
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 from nspo_lightning.policy.warm_start import WarmStart
@@ -37,6 +39,7 @@ def export_adapter(source: ExportSource, out: Path) -> list[str]:
     notes: list[str] = []
     with replacing_folder(out) as folder:
         _write_adapter(source, folder)
+        write_json(base_record(source.settings, source.state["policy"]), folder / RECORD)
         try:
             load_tokenizer(source.settings).save_pretrained(str(folder))
         except PolicyError as error:
@@ -61,7 +64,7 @@ def _write_adapter(source: ExportSource, folder: Path) -> None:
     assert lora is not None
     layers = source.adapter()
     changes: dict[str, Any] = {
-        "base_model_name_or_path": source.settings.model_path,
+        "base_model_name_or_path": loadable_folder(source.settings),
         "revision": source.settings.revision,
         "inference_mode": True,
         # By whole names: parts that no text reaches may have layers of the same names.

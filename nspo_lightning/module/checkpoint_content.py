@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from nspo_lightning.checkpoints import ADAPTER_CONFIG
 from nspo_lightning.module.resumed_settings import adapter_settings, differing
 from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.policy.base_record import RECORD, base_difference
 from nspo_lightning.policy.identity import PREFIX, STATE_KEY
 from nspo_lightning.policy.settings import PolicyError
 
@@ -19,6 +25,7 @@ def keep_trained_(checkpoint: dict[str, Any], policy: TextPolicy) -> None:
         "policy": policy.fingerprint,
         "policy_path": policy.settings.path,
         "places": policy.settings.places(),  # a relative path means nothing elsewhere
+        "base": policy.base_record(),
         "adapter": adapter_settings(policy.settings.lora),
     }
 
@@ -28,11 +35,11 @@ def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
     state = checkpoint.get(STATE_KEY)
     if state is None:
         raise PolicyError("The checkpoint was not written by this project. Give one from a run's `checkpoints/`.")
-    if state["policy"] != policy.fingerprint:
+    earlier = {"fingerprint": state["policy"], "path": state["policy_path"]}
+    if difference := base_difference(state.get("base", earlier), policy.base_record()):
         raise PolicyError(
-            f"The checkpoint belongs to another model: it was trained on '{state['policy_path']}' (fingerprint "
-            f"{state['policy']}), and `policy.path` is '{policy.settings.path}' ({policy.fingerprint}). "
-            "Give the checkpoint's own base, with the same quantization and dtype."
+            f"The checkpoint belongs to another model than `policy.path` '{policy.settings.path}': {difference}. Give "
+            "the checkpoint's own base, with the same quantization and dtype."
         )
     names = policy.trained_names()
     mine = {PREFIX + name: tuple(p.shape) for name, p in policy.require().named_parameters() if name in names}
@@ -49,3 +56,20 @@ def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
             f"The checkpoint's adapter is scaled in another way than this one: {changed}. Its weights would mean "
             "another policy. Set what it was trained with (the first of each two)."
         )
+
+
+def check_adapter_base(folder: Path, policy: TextPolicy) -> None:
+    """Refuse an adapter that was trained on another base than this loaded policy's; warn of one that doesn't say."""
+    record, now = folder / RECORD, policy.base_record()
+    if record.is_file():
+        if difference := base_difference(json.loads(record.read_text(encoding="utf-8")), now):
+            raise PolicyError(
+                f"The adapter in {folder} was trained on another base than the configuration's: {difference}. Its "
+                "figures there would mean nothing: use the config.yaml of the run that trained it."
+            )
+        return
+    named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    rank_zero_warn(
+        f"The adapter in {folder} does not say in which precision its base was (no {RECORD}); it names '{named}'. It "
+        f"is used on '{now['path']}' with `policy.quantization: {now['quantization']}`."
+    )

@@ -35,7 +35,7 @@ from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.rates import Answers, Rate, with_accuracy
 from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
-from nspo_lightning.module.checkpoint_content import check_checkpoint, keep_trained_
+from nspo_lightning.module.checkpoint_content import check_adapter_base, check_checkpoint, keep_trained_
 from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.dynamic import DynamicSampling
 from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
@@ -251,6 +251,7 @@ class GRPOModule(pl.LightningModule):
         with rows_progress("Loading the policy", visible=shown and here):
             self.policy = self.text_policy.load(device)
         if self.adapter_folder is not None:
+            check_adapter_base(self.adapter_folder, self.text_policy)
             load_adapter_(self.policy, self.adapter_folder)
             self._has_started = True
 

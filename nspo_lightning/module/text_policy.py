@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from nspo_lightning.atomic import write_json
 from nspo_lightning.grpo import Rollout
+from nspo_lightning.policy.base_record import RECORD, base_record
 from nspo_lightning.policy.chat_template import set_chat_template_, with_chat_template
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import load_policy
@@ -133,6 +135,12 @@ class TextPolicy:
         # PEFT would write the frozen weight of an adapted head too.
         self.require().save_pretrained(str(folder), **({} if plain else {"save_embedding_layers": False}))
         self.tokenizer.save_pretrained(str(folder))
+        if not plain:
+            write_json(self.base_record(), Path(folder) / RECORD)
+
+    def base_record(self) -> dict[str, Any]:
+        """Return which base this is, as noted in checkpoints and beside adapters."""
+        return base_record(self.settings, self.fingerprint)
 
     def generate(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nspo_lightning.compat.peft import is_lora_parameter, name_in_base
 from nspo_lightning.keys import looks_secret, mask_keys
+from nspo_lightning.policy.base_record import gguf_identity
 from nspo_lightning.policy.chat_template import chat_template_hash
 from nspo_lightning.policy.settings import PolicySettings
 
@@ -97,6 +98,7 @@ def policy_identity(module: _HasPolicy, checkpoint: str | None) -> dict[str, Any
             "dtype": settings.dtype,
             "chat_template": chat_template_hash(module.tokenizer),
             "chat_template_kwargs": settings.chat_template_kwargs,
+            **gguf_identity(settings),
         },
         "adapter": {
             "checkpoint": checkpoint,

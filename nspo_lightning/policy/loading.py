@@ -19,6 +19,7 @@ from torch import nn
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel, keep_4bit_exact
 from nspo_lightning.compat.host import multiplies_fast
 from nspo_lightning.policy.adapter import add_adapter
+from nspo_lightning.policy.gguf import model_folder
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.warm_start import read_warm_start
 
@@ -34,6 +35,8 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 def from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str, **kwargs: Any) -> Any:
     """Call a transformers class's `from_pretrained`; `what` it loads is said in the `PolicyError` if it can't."""
+    # A GGUF file is loaded as the folder that it is converted into.
+    path = model_folder(path, settings.gguf_file if path == settings.model_path else None, settings.revision)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().is_dir():
         raise PolicyError(f"`policy.path`: expected a folder with a {what}, found nothing at '{path}'. Mend the path.")
@@ -61,6 +64,11 @@ def from_pretrained(loader: Any, what: str, settings: PolicySettings, path: str,
             f"`policy.path`: the weights of the {what} in '{path}' can't be read: {found}. Fetch them again, as "
             "safetensors."
         ) from error
+
+
+def loadable_folder(settings: PolicySettings) -> str:
+    """Return what transformers and PEFT load the base from: its folder or hub id, of a GGUF the converted folder."""
+    return model_folder(settings.model_path, settings.gguf_file, settings.revision)
 
 
 def check_device(settings: PolicySettings, device: torch.device) -> None:

@@ -49,7 +49,10 @@ class PolicySettings:
     """The policy and how it is loaded.
 
     Attributes:
-        path: Folder or hub id of a causal language model; "toy" is the embedded one.
+        path: Folder or hub id of a causal language model, or a GGUF file, which is unpacked once into a cache
+            (docs/recipes.md); "toy" is the embedded one.
+        gguf_file: Name of a GGUF file in that folder or hub repository. Not needed where it holds one and no other
+            weights.
         revision: Revision on the hub.
         quantization: "nf4" or "fp4" (bitsandbytes, 4-bit base), or "none".
         double_quantization: Quantise the quantisation constants too.
@@ -77,6 +80,7 @@ class PolicySettings:
     """
 
     path: str = TOY
+    gguf_file: str | None = None
     revision: str | None = None
     quantization: Literal["none", "nf4", "fp4"] = "nf4"
     double_quantization: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_policies import tiny_base
 
-from nspo_lightning.compat.transformers import attention_named, checkpoint_wrapped
+from nspo_lightning.compat.transformers import attention_named, checkpoint_wrapped, gguf_architectures, without_gguf_
 
 
 def test_the_attention_name_is_what_layers_ask_for_at_each_call():
@@ -48,3 +48,21 @@ def test_checkpointed_layers_run_through_the_wrapped_function():
     model(input_ids=torch.tensor([[5, 6]]))
     assert len(runs) == model.config.num_hidden_layers
     assert [vars(module).get("_gradient_checkpointing_func") for module in model.modules()] == kept
+
+
+def test_the_architectures_of_gguf_files_are_listed():
+    """If this fails: which table does `load_gguf_checkpoint` look an architecture up in?"""
+    known = gguf_architectures()
+    assert {"llama", "qwen2", "qwen3", "gemma3", "phi3"} <= set(known)
+    assert not {"general", "tokenizer"} & set(known)
+
+
+def test_a_model_marked_as_gguf_can_be_saved_again(tmp_path):
+    """If this fails: what makes `save_pretrained` and `from_pretrained` take a model for a quantised one?"""
+    from transformers import AutoConfig, GgufConfig
+
+    model = tiny_base("llama")
+    model.config.quantization_config, model.is_quantized = GgufConfig(), True
+    without_gguf_(model)
+    model.save_pretrained(tmp_path)
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path), "quantization_config")

@@ -126,6 +126,9 @@ DATA = {
 }
 MODEL = {
     "model not there": fit("--model.policy.path=/nowhere", says="found nothing at '/nowhere'"),
+    "GGUF not there": fit("--model.policy.path=models/m.Q4_K_M.gguf", says="expected a GGUF file, found nothing there"),
+    "file that is no GGUF": fit("--model.policy.path=broken/notes.txt", says="notes.txt.*no GGUF one"),
+    "GGUF not in the folder": fit("--model.policy.path=broken", "--model.policy.gguf_file=m.gguf", says="no GGUF file"),
     "folder without a model": fit("--model.policy.path=broken/folder", says="broken/folder"),
     "unknown quantization": fit("--model.policy.quantization=int3", says="quantization", code=2),
     "unknown dtype": fit("--model.policy.dtype=float7", says="dtype", code=2),

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from nspo_lightning.evaluation.thoughts import is_unfinished
+from nspo_lightning.policy.gguf import find_gguf
 from nspo_lightning.rewards.judges.local_model import (
     DType,
     context_limit,
+    load_judge_config,
     load_judge_model,
     load_judge_tokenizer,
     padded,
@@ -97,10 +99,15 @@ class ClassifierReward(Reward):
         """Load the model now, so that a wrong path ends a run before it starts."""
         if self._model is not None:
             return
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
+        if find_gguf(self.model_id) is not None:
+            raise ValueError(
+                f"'{self.model_id}' is a GGUF file: it holds a language model without a classifier's head, so its "
+                "scores would be noise. Give the classifier's original folder or hub id as `model`."
+            )
         tokenizer = load_judge_tokenizer(self.model_id)
-        config = AutoConfig.from_pretrained(self.model_id)
+        config = load_judge_config(self.model_id)
         device = resolve_device(self.device)
         if is_score_checkpoint(config):
             self.template = self.template or (None if tokenizer.chat_template else _BEAVER)

@@ -23,6 +23,7 @@ from nspo_lightning.rewards.judges.guard_prompt import fork, missing, read_templ
 from nspo_lightning.rewards.judges.local_model import (
     DType,
     context_limit,
+    load_judge_config,
     load_judge_model,
     load_judge_tokenizer,
     padded_batches,
@@ -110,7 +111,7 @@ class GuardJudge(Judge, Reward):
                 f"the guard's published accuracy does not hold. Give its model card's prompt as `template`.",
                 stacklevel=2,
             )
-        config = transformers.AutoConfig.from_pretrained(self.model_id)
+        config = load_judge_config(self.model_id)
         named = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
         self._model = load_judge_model(self.model_id, named, resolve_device(self.device), self.dtype, self.load_in_4bit)
 

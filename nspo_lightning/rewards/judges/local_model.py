@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nspo_lightning.policy.gguf import model_folder
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Side = Literal["left", "right"]
 
@@ -21,16 +23,24 @@ def resolve_device(device: str | None) -> torch.device:
 
 
 def load_judge_tokenizer(model: str) -> Any:
-    """Load a judge's tokenizer from the hub or a folder, and give it a padding token if it has none."""
+    """Load a judge's tokenizer from the hub, a folder or a GGUF file, and give it a padding token if it has none."""
     from transformers import AutoTokenizer
 
+    folder = model_folder(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(_not_loaded("tokenizer", model, error)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def load_judge_config(model: str) -> Any:
+    """Load the configuration of a judge's model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_folder(model))
 
 
 def load_judge_model(model: str, auto_class: Any, device: torch.device, dtype: DType, load_in_4bit: bool) -> Any:
@@ -47,8 +57,9 @@ def load_judge_model(model: str, auto_class: Any, device: torch.device, dtype: D
             llm_int8_skip_modules=["lm_head", "score", "classifier", "score_head"],
         )
         options["device_map"] = {"": device}
+    folder = model_folder(model)
     try:
-        loaded = auto_class.from_pretrained(model, dtype=dtype, **options)
+        loaded = auto_class.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_not_loaded("model", model, error)) from error
     if not load_in_4bit:
