@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from nspo_lightning.atomic import replacing_folder
 from nspo_lightning.policy.gguf.convert import RECORD, convert
-from nspo_lightning.policy.gguf.file import content_hash, find_gguf, read_header
+from nspo_lightning.policy.gguf.file import Header, content_hash, find_gguf, read_header
 
 VARIABLE = "NSPO_LIGHTNING_CACHE"
 """Environment variable with the folder of what this package keeps between runs."""
@@ -50,10 +50,11 @@ def model_folder(path: str, gguf_file: str | None = None, revision: str | None =
         return path
     folder = cache_folder() / f"{content_hash(file)[:32]}-v{_FORMAT}"
     if not (folder / RECORD).is_file():
+        header = read_header(file)  # what can't be a policy leaves nothing, not even a lock
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / RECORD).is_file():
-                _fill(file, folder)
+                _fill(file, header, folder)
     if folder not in _told:
         _told.add(folder)
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -64,10 +65,9 @@ def model_folder(path: str, gguf_file: str | None = None, revision: str | None =
     return str(folder)
 
 
-def _fill(file: Path, folder: Path) -> None:
+def _fill(file: Path, header: Header, folder: Path) -> None:
     for left in folder.parent.glob(f".{folder.name}.*"):  # of killed processes: whoever is alive holds the lock
         shutil.rmtree(left, ignore_errors=True)
-    header = read_header(file)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").info(  # whichever rank it is
         f"Converting {file} ({header.architecture}, {header.elements:,} weights) once; this takes a while ..."
     )
