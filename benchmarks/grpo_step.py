@@ -49,6 +49,7 @@ class Case:
     memory: float | None = None  # at most this share of TRL's peak
     prompts: int = 4
     group: int = 8
+    protected: float = 0.5  # share of the directions
     training_weights: str = "auto"
     alone: bool = False  # without TRL
 
@@ -66,7 +67,14 @@ CASES = {
     "d": Case(title="as a, NF4 base", prompt_tokens=256, quantization="nf4", faster=3),
     "e": Case(title="as a, num_iterations 2", prompt_tokens=256, num_iterations=2, faster=3),
 }
-_REAL: dict[str, Any] = {"prompt_tokens": 64, "min_new_tokens": 24, "max_new_tokens": 24, "prompts": 2, "faster": 1}
+_REAL: dict[str, Any] = {
+    "prompt_tokens": 64,
+    "min_new_tokens": 24,
+    "max_new_tokens": 24,
+    "prompts": 2,
+    "faster": 1,
+    "protected": 0.1,
+}
 REAL_CASES = {
     "real": Case(title="a real model, float32", **_REAL),
     "real-nf4": Case(title="a real model, NF4", quantization="nf4", **_REAL),

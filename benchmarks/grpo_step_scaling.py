@@ -6,9 +6,12 @@ Times are CPU seconds of one thread, which another process on the machine hardly
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from grpo_step_workers import make_policy
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from nspo_lightning.grpo import (
@@ -28,6 +32,7 @@ from nspo_lightning.grpo import (
     split_microbatches,
     token_weights,
 )
+from nspo_lightning.policy.sampling_weights import SamplingWeights
 from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.rollout import SamplingConfig, sample
 
@@ -38,15 +43,15 @@ DEFAULT = {"group": 8, "prompt": 256, "completion": 32}
 class Step:
     """A policy and the two halves of a GRPO step on one prompt."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, thin: bool = False) -> None:
         torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_pretrained(make_policy(folder, 1), dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(make_policy(folder, 1, thin=thin), dtype=torch.float32)
         self.policy: nn.Module = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
 
-    def sample(self, group: int, prompt: int, completion: int, share: bool = True) -> Rollout:
-        """Draw a group with forced length."""
-        ids = torch.randint(3, 8000, (1, prompt), generator=torch.Generator().manual_seed(0))
+    def sample(self, group: int, prompt: int, completion: int, share: bool = True, prompts: int = 1) -> Rollout:
+        """Draw groups with forced length."""
+        ids = torch.randint(3, 60, (prompts, prompt), generator=torch.Generator().manual_seed(0))
         config = SamplingConfig(max_new_tokens=completion, min_new_tokens=completion)
         return sample(
             self.policy,
@@ -113,27 +118,125 @@ def scaling(step: Step) -> dict[str, Any]:
     return curves
 
 
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts matrix products by shape, and their floating-point operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: Counter[tuple[str, tuple[int, ...], tuple[int, ...], bool]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at one operation."""
+        name = func.overloadpacket.__name__
+        if name in {"mm", "bmm", "addmm"}:
+            a, b = args[1:3] if name == "addmm" else args[:2]
+            self.shapes["bmm" if name == "bmm" else "mm", tuple(a.shape), tuple(b.shape), b.is_contiguous()] += 1
+        return func(*args, **(kwargs or {}))
+
+    def flops(self) -> dict[str, float]:
+        """Sum operations by kind of product."""
+        return self._sums(lambda a, b: 2.0 * math.prod(a) * b[-1])
+
+    def best_seconds(self, known: dict[Any, float]) -> dict[str, float]:
+        """Sum what each product takes when nothing else runs: the best of several, one by one."""
+        kinds = dict.fromkeys(KINDS, 0.0)
+        for (name, a, b, contiguous), count in self.shapes.items():
+            shape = (name, a, b, contiguous)
+            if shape not in known:
+                x, y = torch.randn(a), torch.randn(b) if contiguous else torch.randn(*b[:-2], b[-1], b[-2]).mT
+                # Attention has other shapes at each token: one look at each of them is enough.
+                known[shape] = best(lambda x=x, y=y: x @ y, repeats=2 if name == "bmm" else 5)  # type: ignore[misc]
+            kinds[kind_of(a, b)] += count * known[shape]
+        return kinds
+
+    def _sums(self, cost: Callable[[tuple[int, ...], tuple[int, ...]], float]) -> dict[str, float]:
+        kinds = dict.fromkeys(KINDS, 0.0)
+        for (_, a, b, _), count in self.shapes.items():
+            kinds[kind_of(a, b)] += count * cost(a, b)
+        return kinds
+
+
+KINDS = ("base", "adapter", "attention")
+RANK = 16
+
+
+def kind_of(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    """Name a product by its shapes: an adapter's has its rank in it."""
+    return "attention" if len(a) == 3 else "adapter" if RANK in {a[0], a[1], b[1]} else "base"
+
+
+def best(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Return the fewest CPU seconds of a call, after one to warm up; short ones are called several times over."""
+    start = time.process_time()
+    run()
+    calls = max(1, int(0.001 * repeats / max(time.process_time() - start, 1e-6)))
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        for _ in range(calls):
+            run()
+        seconds.append((time.process_time() - start) / calls)
+    return min(seconds)
+
+
+def halves(step: Step, shape: dict[str, int]) -> dict[str, Callable[[], Any]]:
+    """Return the four parts of a step, each to be run alone."""
+    rollout = step.sample(**shape)
+    (micro,) = split_microbatches(rollout, 2**20, share_prefix=True)
+
+    def score() -> torch.Tensor:
+        return score_completions(step.policy, micro.rollout, with_entropy=True).log_probs.sum()
+
+    losses: list[torch.Tensor] = []
+
+    def backward() -> None:
+        torch.autograd.grad(losses[0], step.parameters, retain_graph=True)
+
+    losses.append(score())
+    return {
+        "prefill": lambda: step.sample(**{**shape, "completion": 1}),
+        "decode": lambda: step.sample(**shape),  # the prefill is subtracted
+        "score": score,
+        "backward": backward,
+    }
+
+
 def profile(step: Step) -> dict[str, Any]:
-    """Split a step of case a's shape (one of its four prompts) by kind of operation."""
-    shape = {"group": 8, "prompt": 256, "completion": 64}
-    measure(step, **shape)
-    totals: dict[str, Any] = {}
-    rollout: Rollout | None = None
-    for half in ("sample", "train"):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-            if rollout is None:
-                rollout = step.sample(**shape)
-            else:
-                step.train(rollout)
-        kinds = dict.fromkeys(["base and adapter matmuls", "attention", "everything else"], 0.0)
-        for event in recorded.key_averages():
-            name = event.key
-            matmul = name in {"aten::mm", "aten::addmm"}
-            attention = "scaled_dot_product" in name or name in {"aten::bmm", "aten::_softmax"}
-            kind = "base and adapter matmuls" if matmul else "attention" if attention else "everything else"
-            kinds[kind] += event.self_cpu_time_total / 1e6
-        totals[half] = kinds
-    return totals
+    """Say for each part of a step what it computes, what it takes, and what its products alone would take.
+
+    The shape is that of case a. `dispatch` is the time of the same calls on a policy of the same layers and hardly any
+    width: Python and the operations' own overhead.
+    """
+    shape = {"group": 8, "prompt": 256, "completion": 64, "prompts": 4}
+    thin = Step(Path(tempfile.mkdtemp()), thin=True)
+    parts, thin_parts = halves(step, shape), halves(thin, shape)
+    known: dict[Any, float] = {}
+    table: dict[str, Any] = {}
+    for name, run in parts.items():
+        with Products() as products:
+            run()
+        table[name] = {
+            "flops": products.flops(),
+            "products": products.best_seconds(known),
+            "seconds": best(run, 2),
+            "dispatch": best(thin_parts[name], 2),
+        }
+        print(name, table[name], flush=True)
+    for key in ("seconds", "dispatch"):
+        table["decode"][key] -= table["prefill"][key]
+    for key in ("flops", "products"):
+        table["decode"][key] = {kind: table["decode"][key][kind] - table["prefill"][key][kind] for kind in KINDS}
+    wide = torch.randn(1024, 1024), torch.randn(1024, 1024)
+
+    def merged() -> None:
+        with SamplingWeights(step.policy, "merged").in_place():
+            step.sample(**shape)
+
+    return {
+        "parts": table,
+        "best_flops_per_second": 2 * 1024**3 / best(lambda: wide[0] @ wide[1]),
+        "sampling_seconds": {"quantized": best(parts["decode"], 1), "merged": best(merged, 1)},
+    }
 
 
 def main() -> None:

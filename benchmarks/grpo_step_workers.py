@@ -28,8 +28,8 @@ def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
     return [sum(n % 2 == 0 for n in row) / max(len(row), 1) for row in numbers]
 
 
-def make_policy(folder: Path, stop_tokens: int) -> Path:
-    """Save a random policy and its tokenizer once, so that both sides load the same files."""
+def make_policy(folder: Path, stop_tokens: int, thin: bool = False) -> Path:
+    """Save a random policy and its tokenizer once, for both sides to load the same files; `thin` = hardly any width."""
     path = folder / "policy"
     if path.exists():
         return path
@@ -38,9 +38,9 @@ def make_policy(folder: Path, stop_tokens: int) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1408,
+        vocab_size=64 if thin else VOCABULARY,
+        hidden_size=16 if thin else 512,
+        intermediate_size=16 if thin else 1408,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=2,
@@ -56,6 +56,8 @@ def make_policy(folder: Path, stop_tokens: int) -> Path:
     model.generation_config.eos_token_id = stop if stop_tokens > 1 else 2
     model.save_pretrained(path)
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    if thin:
+        return path
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
@@ -281,7 +283,10 @@ def run_ours(job: dict[str, Any], path: Path) -> tuple[list[float], float]:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=job["folder"],
-        callbacks=[NullSpaceProjection(calibration, criterion="rank", threshold=0.5, cache_dir=None), Timer()],
+        callbacks=[
+            NullSpaceProjection(calibration, criterion="rank", threshold=job["protected"], cache_dir=None),
+            Timer(),
+        ],
     )
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     return Timer.seconds, sum(lengths) * job["num_iterations"] / steps
