@@ -195,8 +195,10 @@ class BasisSource:
             wanted["data"] = _text_fingerprint(calls)
         return not ranks.any_rank(bool(differences(calibration.fingerprint, wanted)))
 
-    def batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
-        """Return the calibration batches.
+    def batches(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, protected_alone: bool = False
+    ) -> Iterable[Any]:
+        """Return the calibration batches, or only those whose outputs must stay (no prompt is answered for the others).
 
         Raises:
             MisconfigurationException: If nobody provides any.
@@ -207,7 +209,8 @@ class BasisSource:
             return self.source
         for owner in (datamodule_of(trainer), pl_module):
             if isinstance(owner, HasCalibrationText):
-                return calibration_batches(owner, pl_module, self.settings)
+                settings = BasisSettings() if protected_alone else self.settings
+                return calibration_batches(owner, pl_module, settings)
         raise MisconfigurationException(
             "NullSpaceProjection has nothing to calibrate on: `calibration` is None and neither the datamodule nor the "
             "module has a `calibration_dataloader()`. Pass an iterable of batches, a basis file, or add that method."
@@ -246,7 +249,7 @@ class BasisSource:
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TextSample:
         """Return a little text where the bases come from a file, nothing where nobody provides any."""
         try:
-            batches = self.batches(trainer, pl_module)
+            batches = self.batches(trainer, pl_module, protected_alone=True)
         except MisconfigurationException:
             return TextSample()
         return TextSample.of(self.calls(itertools.islice(iter(batches), _SAMPLED)))
