@@ -1,8 +1,8 @@
-# `make demo` and `make test` do all the set-up on a fresh machine (Python 3.10 or newer, nothing else).
+# `make demo`, `make test` and `make real` do all the set-up on a fresh machine (Python 3.10 or newer, nothing else).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types test-slow docs install-matrix clean
+.PHONY: demo test real lint types test-slow docs install-matrix clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
@@ -19,6 +19,13 @@ test: .venv/.installed  ## lint, types and the suite
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+.venv/.real: .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'
+	touch $@
+
+real: .venv/.real  ## a real model, from a download to an exported adapter; REAL_DATA=FOLDER, see examples/real_model.py
+	$(BIN)/python examples/real_model.py
 
 lint: .venv/.installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

@@ -3,8 +3,8 @@
     REAL_DATA=/path/to/data python examples/real_model.py
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), taken out of a package on PyPI; the recipe is
-`configs/smollm2-135m.yaml`. Each phase is a command of `nspo_lightning`, shown before it runs, to be repeated by hand or
-changed. A phase that is done is not run again, and an interrupted one goes on where it was: run it twice if need be.
+`configs/smollm2-135m.yaml`. Each phase is a command of `nspo_lightning`, shown before it runs, to be repeated by hand
+or changed. A phase that is done is not run again, and an interrupted one goes on where it was: run it twice if need be.
 `REAL_DATA` is a folder with the public files named in `FILES`; without it the presets of the recipe are read from the
 hub.
 """
