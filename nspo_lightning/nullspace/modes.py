@@ -47,7 +47,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     No parameter changes, nor what requires a gradient.
     """
-    with ExitStack() as stack:
-        for adapted in adapted_models(model):
-            stack.enter_context(adapted.disable_adapter())
-        yield
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        with ExitStack() as stack:
+            for adapted in adapted_models(model):
+                stack.enter_context(adapted.disable_adapter())
+            yield
+    finally:
+        for parameter in frozen:  # PEFT sets all of an adapter to train when it is switched on again
+            parameter.requires_grad_(False)

@@ -99,7 +99,7 @@ def gradients_of(policy, folder, batch_size, accumulate):
     """Gradients of the first update over the same four prompts, whose completions depend on the prompt alone."""
     original = policy.text_policy.generate
 
-    def generate(batch, sampling, group_size, seed, prompt_places):
+    def generate(batch, sampling, group_size, seed, prompt_places, **options):
         from nspo_lightning.grpo import Rollout
 
         rollout, _ = original(batch, sampling, group_size, 0)
