@@ -197,7 +197,8 @@ def _change_table(
         old, new, unit = before.get(name), after[name], _unit(name)
         ends = [unit(end).removesuffix(" %") for end in intervals.get(name, [])]
         change = "" if old is None else unit(new - old, "+").removesuffix(" %")
-        rows.append((name, "" if old is None else unit(old), unit(new), " to ".join(ends), change))
+        shown = name if name in HEADLINES or in_nats(name) else name.removeprefix("general/")  # 80 columns hold it
+        rows.append((shown, "" if old is None else unit(old), unit(new), " to ".join(ends), change))
     columns = ["metric", "before", "after", "95 %", "change"]
     table = rich_table("Held-out prompts, before and after", columns, rows, align="lrrrr")
     table.caption_justify = "left"
