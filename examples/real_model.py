@@ -121,6 +121,7 @@ def plan(local: Path, folder: Path, more: list[str]) -> list[Phase]:
             title="Warm start: a few refusals to learn from",
             arguments=["warmup", *config, *held],
             done=warm / "summary.json",
+            resumes=warm / "checkpoints" / "last.ckpt",
         ),
         Phase(
             title="Safety GRPO in the null space",
@@ -213,11 +214,11 @@ ROWS = {
 def report(folder: Path, seconds: dict[str, float]) -> None:
     """Reload the adapter with PEFT alone, print what changed, and draw the run."""
     run = Path("runs") / CONFIG
-    before = json.loads((run / "summary.json").read_text())
+    warm = json.loads((run.parent / f"{CONFIG}-warmup" / "summary.json").read_text())
     found = json.loads((run / "test.json").read_text())
     columns = {
         "base": measured(found, "base"),
-        "warm start": {name.removeprefix("before/"): value for name, value in before.items()},
+        "warm start": {name.removeprefix("after/"): value for name, value in warm.items()},
         "NSPO": measured(found, "policy"),
     }
     reloaded = reload(folder / "adapter", run / found["completions"])
