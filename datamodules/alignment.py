@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from nspo_lightning.datamodules.general import GeneralDataModule
 from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.datamodules.prompts import check_at_least_one
 from nspo_lightning.datamodules.safety import SafetyDataModule
 from nspo_lightning.datamodules.sources.order import Stop
 from nspo_lightning.datamodules.sources.read import SourceReport
@@ -46,6 +47,8 @@ class AlignmentDataModule(pl.LightningDataModule):
         calibration_batch_size: Rows a calibration batch and rank.
         calibration_max_tokens: The longest calibration text; longer rows are left out and reported.
         calibration_padding: Where short calibration rows are padded.
+        text_max_tokens: Held-out general text is cut there where it is scored (KL and NLL); None = at the model's own
+            limit. A row whose prompt alone is longer is not scored.
         system_prompt: A system message for prompts that have none, unless their source sets its own.
         chat_template: Another name of `policy.chat_template`, for datamodules that are used without a policy.
         mixture: When an epoch of several safety sources ends: before the first repeats a row (`shortest`), or when
@@ -75,6 +78,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         calibration_batch_size: int = 16,
         calibration_max_tokens: int | None = None,
         calibration_padding: Side = "right",
+        text_max_tokens: int | None = 1024,
         system_prompt: str | None = None,
         chat_template: str | None = None,
         mixture: Stop = "shortest",
@@ -83,6 +87,8 @@ class AlignmentDataModule(pl.LightningDataModule):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
+        check_at_least_one(text_max_tokens=text_max_tokens)
+        self.text_max_tokens = text_max_tokens
         self.safety = SafetyDataModule(
             safety,
             val=safety_val,
@@ -186,11 +192,12 @@ class AlignmentDataModule(pl.LightningDataModule):
         Args:
             split: Which rows.
             rows: How many, spread over skills; None = all.
-            max_tokens: Where longer texts are cut.
+            max_tokens: Where longer texts are cut, if that is before `text_max_tokens`.
             limit_batches: At most so many batches a rank (an int) or such a share of them (a float), as in Lightning's
                 Trainer: fewer rows, spread over skills likewise.
         """
         everything, renderer = self.eval_rows(split)[1], self.general.renderer
+        cut = min((limit for limit in (max_tokens, self.text_max_tokens) if limit is not None), default=None)
         chosen = choose_text_rows(everything, rows)
         size = min(self.general.eval_batch_size, TEXT_BATCH_SIZE)
         at_once = size * self.general.shard()[1]
@@ -200,7 +207,7 @@ class AlignmentDataModule(pl.LightningDataModule):
             chosen = choose_text_rows(everything, most * at_once)
         return PromptLoader(
             [chosen],
-            lambda batch: collate_text(batch, renderer, max_tokens),
+            lambda batch: collate_text(batch, renderer, cut),
             batch_size=size,
             shard=self.general.shard,
         )
