@@ -135,6 +135,16 @@ def test_any_module_that_answers_prompts_gives_the_model_answers(make, tokenizer
         calibration_batches(data, pl.LightningModule(), BasisSettings())
 
 
+def test_text_is_cut_where_it_is_scored(make):
+    whole = next(iter(make(text_max_tokens=None).text_dataloader("test")))["input_ids"]
+    length = whole.shape[1]
+    assert next(iter(make(text_max_tokens=length - 2).text_dataloader("test")))["input_ids"].shape[1] == length - 2
+    batch = next(iter(make(text_max_tokens=length - 2).text_dataloader("test", max_tokens=length - 3)))
+    assert batch["input_ids"].shape[1] == length - 3
+    with pytest.raises(ValueError, match="text_max_tokens"):
+        make(text_max_tokens=0)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_to_learn_from_come_with_the_policys_answers_and_answer_starts_are_marked(make, tokenizer, side):
     class Parrot(pl.LightningModule):
