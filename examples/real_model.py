@@ -240,8 +240,8 @@ def report(folder: Path, seconds: dict[str, float]) -> None:
 
 def measured(found: dict[str, Any], who: str) -> dict[str, float]:
     """Return what `test` found of the base or the policy, by metric."""
-    rates = {name: rate["value"] for name, rate in found["rates"][who].items()}
-    text = {name: mean["value"] for name, mean in found["text_means"].items()}
+    rates = {name: rate["rate"] for name, rate in found["rates"][who].items()}
+    text = {name: mean["nats"] for name, mean in found["text_means"].items()}
     return rates | (text if who == "policy" else dict.fromkeys(text, 0.0))
 
 

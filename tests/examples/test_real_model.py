@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from examples import real_model
+from nspo_lightning.evaluation.rates import Rate
+from nspo_lightning.evaluation.report import rates_summary
+from nspo_lightning.evaluation.text_means import TextMean
 
 
 @pytest.fixture
@@ -84,8 +87,8 @@ def test_a_phase_that_is_done_is_not_run_again_and_one_that_was_cut_off_goes_on(
 
 def test_the_figures_are_those_of_the_runs_own_files():
     found = {
-        "rates": {"base": {"safety/unsafe_rate": {"value": 0.9}}, "policy": {"safety/unsafe_rate": {"value": 0.1}}},
-        "text_means": {"general/kl": {"value": 0.02}},
+        **rates_summary({who: {"safety/unsafe_rate": Rate(successes=n, total=10)} for who, n in (("base", 9), ("policy", 1))}),
+        "text_means": {"general/kl": TextMean(value=0.02, error=0.005, rows=4).as_dict()},
     }
     assert real_model.measured(found, "base") == {"safety/unsafe_rate": 0.9, "general/kl": 0.0}
     assert real_model.measured(found, "policy") == {"safety/unsafe_rate": 0.1, "general/kl": 0.02}
