@@ -86,8 +86,9 @@ def test_a_phase_that_is_done_is_not_run_again_and_one_that_was_cut_off_goes_on(
 
 
 def test_the_figures_are_those_of_the_runs_own_files():
+    counts = {"base": 9, "policy": 1}
     found = {
-        **rates_summary({who: {"safety/unsafe_rate": Rate(successes=n, total=10)} for who, n in (("base", 9), ("policy", 1))}),
+        **rates_summary({who: {"safety/unsafe_rate": Rate(successes=n, total=10)} for who, n in counts.items()}),
         "text_means": {"general/kl": TextMean(value=0.02, error=0.005, rows=4).as_dict()},
     }
     assert real_model.measured(found, "base") == {"safety/unsafe_rate": 0.9, "general/kl": 0.0}
