@@ -108,12 +108,13 @@ def calibrate_modules(
     plan = PassPlan(text, budget)
     if plan.budget is not None and say is not None:
         say(f"Null space: {plan.describe()}.")
-    if settings.needs_text_to_learn and plan.too_wide:
-        raise ValueError(
-            f"criterion={settings.criterion!r} needs whole second moments, and those of {len(plan.too_wide)} inputs "
-            f"(the first: {plan.too_wide[0]}) do not fit into `memory_budget_gb`. Raise it, or choose criterion='auto'."
-        )
     while plan.passes or plan.too_wide:  # both grow by layers that turn out to read something of their own
+        if settings.needs_text_to_learn and plan.too_wide:
+            raise ValueError(
+                f"criterion={settings.criterion!r} needs whole second moments, and those of {len(plan.too_wide)} "
+                f"inputs (the first: {plan.too_wide[0]}) do not fit into `memory_budget_gb`. Raise it, or choose "
+                "criterion='auto'."
+            )
         if not plan.passes:
             for first, spectrum in _sketched_spectra(text, plan, result):
                 builder.add(first, spectrum)

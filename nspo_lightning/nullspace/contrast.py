@@ -123,7 +123,8 @@ def choose_free(
         n, free = len(of.values), int(counts[name][best])
         least, most = bounds[name]
         held = ", held by min_null_share" if free == least > 1 else ""
-        held = ", held by max_output_change" if max_output_change is not None and free == most else held
+        if free == most:
+            held = ", the most that was looked at" if max_output_change is None else ", held by max_output_change"
         choices[name] = RankChoice(
             protected=n - free,
             energy_left=float(of.cost[free - 1]),

@@ -110,8 +110,10 @@ def choose_rank(
         The choice; ``protected == n`` means that no null direction is left, which the caller must refuse.
 
     Raises:
-        ValueError: For an unknown criterion or a threshold out of range.
+        ValueError: For an unknown criterion, a threshold out of range, and ``contrast``, which no spectrum decides.
     """
+    if criterion == "contrast":
+        raise ValueError("criterion='contrast' needs the inputs' second moments, not their spectra: see `contrast`.")
     threshold = check_threshold(criterion, threshold)
     values = eigenvalues.to(torch.float64).clamp_min(0)
     n, left = values.numel(), energy_left(values)

@@ -15,6 +15,7 @@ from nspo_lightning.nullspace import (
     NoNullDirections,
     calibrate_modules,
     certify,
+    choose_rank,
     load_calibration,
     save_calibration,
 )
@@ -210,6 +211,17 @@ def _without_learning(batches):
         if rows and len(rows) < len(call.domains):
             kwargs = {name: value[rows] for name, value in call.kwargs.items()}
             yield ForwardCall(kwargs=kwargs, mask=call.mask[rows], domains=[call.domains[i] for i in rows])
+
+
+def test_neither_a_spectrum_nor_a_sketch_is_taken_for_it():
+    with pytest.raises(ValueError, match="second moments, not their spectra"):
+        choose_rank(torch.ones(4), "contrast")
+    wide = nn.Linear(512, 4)
+    batches = [ForwardCall(args=(torch.randn(8, 512),), domains=[domain] * 8) for domain in ("general", TO_LEARN)]
+    with pytest.raises(ValueError, match="do not fit into `memory_budget_gb`"):
+        calibrate_modules(
+            {"w": wide}, wide, lambda: batches, BasisSettings(criterion="contrast"), memory_budget_gb=1e-3
+        )
 
 
 def test_without_prompts_to_learn_from_it_says_what_to_give():

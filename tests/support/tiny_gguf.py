@@ -6,7 +6,7 @@ import json
 
 import gguf
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_policies import small_llama
 
 from nspo_lightning.policy.gguf.english import PAGE
 from nspo_lightning.toy.train_tokenizer import train_tokenizer
@@ -30,21 +30,8 @@ def learnt_page(steps=60):
     """Return (model, tokenizer)."""
     tokenizer = train_tokenizer([PAGE], 320)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"intermediate_size": 128, "max_position_embeddings": 512, "initializer_range": 0.02}
+    model = small_llama(tokenizer, head_dim=32, tie_word_embeddings=True, **sizes)
     ids = tokenizer(PAGE, return_tensors="pt")["input_ids"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):

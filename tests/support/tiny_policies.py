@@ -59,8 +59,8 @@ CONFIGS = {
 SHARING = [name for name in CONFIGS if name != "falcon"]
 
 
-def save_llama(folder, tokenizer, **sizes):
-    """Write a random Llama of width 64 with its tokenizer; `sizes` are settings of its configuration that differ."""
+def small_llama(tokenizer, **sizes):
+    """Return a random Llama of width 64; `sizes` are settings of its configuration that differ."""
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -74,7 +74,12 @@ def save_llama(folder, tokenizer, **sizes):
         "bos_token_id": None,
         "initializer_range": 0.15,  # at the default, logits of a random model hardly differ and nothing can be learnt
     }
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | sizes)).save_pretrained(folder)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | sizes))
+
+
+def save_llama(folder, tokenizer, **sizes):
+    """Write a `small_llama` with its tokenizer."""
+    small_llama(tokenizer, **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
