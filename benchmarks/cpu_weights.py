@@ -3,8 +3,8 @@
     python benchmarks/cpu_weights.py --model PATH [--tokens 32,256,1568] [--bfloat16]
 
 CPU seconds of one thread, the least of three, which other processes change least. 32 tokens are a decoding step of 32
-completions. Results in benchmarks/results/cpu_weights.json. `--bfloat16` adds that dtype, at the fewest tokens alone:
-a CPU without instructions for it takes minutes for more.
+completions. Results in benchmarks/results/cpu_weights.json, in the place of those of the same kind and length.
+`--bfloat16` adds that dtype, at the fewest tokens alone: a CPU without instructions for it takes minutes for more.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    lengths, rows = sorted(map(int, args.tokens.split(","))), []
+    lengths = sorted(map(int, args.tokens.split(",")))
+    rows = {tuple(row[:4]): row for row in json.loads(args.out.read_text())["rows"]} if args.out.exists() else {}
     for quantization, dtype, weights in KINDS + (BFLOAT16 if args.bfloat16 else []):
         settings = PolicySettings(
             path=args.model,
@@ -57,10 +58,12 @@ def main() -> None:
         for tokens in lengths if dtype == "float32" else lengths[:1]:
             one_pass(policy, tokens)
             forward, backward = map(min, zip(*(one_pass(policy, tokens) for _ in range(3)), strict=True))
-            rows.append([quantization, dtype, weights, tokens, round(forward, 3), round(backward, 3)])
-            print("{:5} {:9} {:12} {:5} tokens: forward {:6.2f} s, backward {:6.2f} s".format(*rows[-1]), flush=True)
-    columns = ["quantization", "dtype", "training_weights", "tokens", "forward_s", "backward_s"]
-    args.out.write_text(json.dumps({"columns": columns, "rows": rows, "torch": torch.__version__}, indent=1) + "\n")
+            row = [quantization, dtype, weights, tokens, round(forward, 2), round(backward, 2), torch.__version__]
+            rows[quantization, dtype, weights, tokens] = row
+            print("{:5} {:9} {:12} {:5} tokens: forward {:6.2f} s, backward {:6.2f} s".format(*row), flush=True)
+    columns = ["quantization", "dtype", "training_weights", "tokens", "forward_s", "backward_s", "torch"]
+    listed = ",\n  ".join(json.dumps(row) for row in rows.values())
+    args.out.write_text(f'{{\n "columns": {json.dumps(columns)},\n "rows": [\n  {listed}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

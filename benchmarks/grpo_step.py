@@ -98,6 +98,15 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
 
 
+def conditions(threads: int) -> dict[str, Any]:
+    """Describe under what all that follows is measured."""
+    load = os.getloadavg()[0]
+    if load > 1:
+        print(f"Warning: the load average is {load:.1f} before anything has started: times will be too long.")
+    versions = {package: version(package) for package in PACKAGES}
+    return {"machine": machine(), "threads": threads, "versions": versions, "load_before": load}
+
+
 def run_worker(kind: str, name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one side of one case in a fresh process."""
     case = {**CASES, **REAL_CASES}[name]
@@ -186,15 +195,7 @@ def main() -> None:
     names = args.cases.split(",") if args.cases else ([] if only else list(REAL_CASES if args.model else CASES))
     if args.model is None and (real := sorted(set(names) & set(REAL_CASES))):
         parser.error(f"case {real[0]} needs --model PATH, the folder of a causal language model")
-    load = os.getloadavg()[0]
-    if load > 1:
-        print(f"Warning: the load average is {load:.1f} before anything has started: times will be too long.")
-    meta = {
-        "machine": machine(),
-        "threads": args.threads,
-        "versions": {p: version(p) for p in PACKAGES},
-        "load_before": load,
-    }
+    meta = conditions(args.threads) if names or args.scaling or args.profile else {}
     for name in names:
         results["cases"][name] = {**compare(name, args), **meta}
         save(results, args.out)

@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+REAL = "real"
+"""Names of the cases of a model that was given begin so."""
+
 
 def work(case: dict[str, Any]) -> dict[str, float] | None:
     """Count the floating-point operations of a step by formula, for both sides; None where lengths are random.
@@ -42,6 +45,8 @@ def cases_table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, case in sorted(results["cases"].items()):
+        if name.startswith(REAL):
+            continue
         trl, ours = case["trl"], case["ours"]
         goal = "-" if case["memory"] is None else case["memory"]
         flops = work(case)
@@ -51,6 +56,29 @@ def cases_table(results: dict[str, Any]) -> str:
             f"| {ours['seconds_per_step']:.1f} ({ours['cpu_seconds_per_step']:.1f}) "
             f"| **{case['times_faster']:.2f}** ({case['faster']}) | {fewer} | {trl['peak_gb']:.2f} "
             f"| {ours['peak_gb']:.2f} | {case['memory_share']:.2f} ({goal}) | {case['load_before']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def real_table(results: dict[str, Any]) -> str:
+    """Compare the two sides on a real model, with the seconds of our step by phase; one case has no peer."""
+    lines = [
+        "| | TRL s/step | ours s/step | sample, score, backward, projection | times faster | TRL peak GB | ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, case in sorted(results["cases"].items()):
+        if not name.startswith(REAL):
+            continue
+        ours, trl = case["ours"], case.get("trl")
+        phases = ours["runs"][0]["phases"]
+        spent = ", ".join(f"{phases[phase]:.2f}" for phase in ("sample", "score", "backward", "projection"))
+        faster, theirs, peak = ("", "", "")
+        if trl is not None:
+            faster, theirs = f"**{case['times_faster']:.2f}**", f"{trl['seconds_per_step']:.1f}"
+            peak = f"{trl['peak_gb']:.2f}"
+        lines.append(
+            f"| {case['title']} | {theirs} | {ours['seconds_per_step']:.1f} | {spent} | {faster} | {peak} "
+            f"| {ours['peak_gb']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -126,7 +154,7 @@ def write_docs(results: dict[str, Any], folder: Path) -> None:
     """Put the tables between their markers."""
     page = folder / "performance.md"
     text = page.read_text()
-    parts = {"cases": cases_table(results)} if results.get("cases") else {}
+    parts = {"cases": cases_table(results), "real": real_table(results)} if results.get("cases") else {}
     if "scaling" in results:
         parts["scaling"] = scaling_table(results["scaling"])
         plot(results["scaling"], folder / "performance_scaling.svg")
