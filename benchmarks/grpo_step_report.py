@@ -109,13 +109,14 @@ def profile_table(profile: dict[str, Any]) -> str:
         "and dispatch | GFLOP/s | of the best matmul |",
         "|---|---|---|---|---|---|---|",
     ]
-    parts = dict(profile["parts"])
+    kinds = ("base", "adapter", "attention")
+    parts = {name: profile["parts"][name] for name in ("prefill", "decode", "score", "backward")}
     parts["whole step"] = {
-        key: {kind: sum(p[key][kind] for p in profile["parts"].values()) for kind in ("base", "adapter", "attention")}
+        key: {kind: sum(p[key][kind] for p in profile["parts"].values()) for kind in kinds}
         for key in ("flops", "products")
     } | {key: sum(p[key] for p in profile["parts"].values()) for key in ("seconds", "dispatch")}
     for name, part in parts.items():
-        flops, alone = part["flops"].values(), part["products"].values()
+        flops, alone = ([part[key][kind] for kind in kinds] for key in ("flops", "products"))
         rate = sum(flops) / part["seconds"]
         lines.append(
             f"| {name} | {sum(flops) / 1e9:.0f}: {', '.join(f'{x / 1e9:.1f}' for x in flops)} | {part['seconds']:.2f} "
