@@ -67,6 +67,14 @@ class ScoresText(Protocol):
 
 
 @runtime_checkable
+class AnswersAsBase(ScoresText, Protocol):
+    """A module whose base answers harmful prompts."""
+
+    def base_text(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any] | None:
+        """Return prompts with the base's answers, as `text_scores` takes them; None where there is no base."""
+
+
+@runtime_checkable
 class LimitsContext(Protocol):
     """A module that says how long its texts may be."""
 

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from nspo_lightning.compare.distance import UPDATE_NORM
 from nspo_lightning.compare.results import RunResult
-from nspo_lightning.evaluation.text_means import TEXT_NAMES
+from nspo_lightning.evaluation.text_means import SAFETY_KL, TEXT_NAMES
 
 _METRICS = (
     "safety/unsafe_rate",
@@ -17,6 +18,8 @@ _METRICS = (
     "general/refusal_rate",
     "general/over_refusal_rate",
     *TEXT_NAMES,
+    SAFETY_KL,
+    UPDATE_NORM,
 )
 
 

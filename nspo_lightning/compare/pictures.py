@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from nspo_lightning.compare.distance import UPDATE_NORM
 from nspo_lightning.compare.results import Findings, RunResult, Value, mean_at
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compare.sweeps import Sweep
 from nspo_lightning.evaluation.rates import REFUSAL
-from nspo_lightning.evaluation.text_means import KL, KL_FIRST
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST, SAFETY_KL
 from nspo_lightning.policy.divergence import FIRST_TOKENS
 
 if TYPE_CHECKING:
@@ -113,6 +114,37 @@ def _draw_selected(axes: Axes, findings: Findings) -> None:
     ticks = [0, 1, 2, 3, 4, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.set_xlim(-0.2, 105)
+
+
+FORGETTING_FILES = {UPDATE_NORM: "forgetting_by_norm.png", SAFETY_KL: "forgetting_by_safety_kl.png"}
+"""What forgetting is said to follow, and the picture that shows whether it does."""
+_FOLLOWED = {
+    UPDATE_NORM: "norm of the update, ||D||",
+    SAFETY_KL: "KL to the base on harmful prompts, the base's own answers, nats a token",
+}
+
+
+def forgetting_figure(findings: Findings, name: str) -> Figure:
+    """Draw the KL on general text against what it is said to follow (`name`): a point a checkpoint (validation)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7.5), layout="constrained")
+    axes: Axes = figure.subplots()
+    limit = findings.rule.unsafe_limit
+    for label, runs in findings.trained.items():
+        points = [p for run in runs for p in run.trajectory if p[name] > 0 and p[KL] > 0]  # on logarithms
+        style = _style(runs[0].spec.method, without="linewidth")
+        for safe in (False, True):
+            shown = [p for p in points if (p[UNSAFE] <= limit) is safe]
+            look: dict[str, Any] = {"s": 34, "label": label} if safe else {"s": 12, "alpha": 0.3}
+            axes.scatter([p[name] for p in shown], [p[KL] for p in shown], linewidths=0, **look, **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _label(axes, _FOLLOWED[name])
+    axes.set_ylabel(_DISTANCES[KL][0])
+    axes.set_title(f"Forgetting: all checkpoints (validation), large = at most {100 * limit:g} % unsafe")
+    _legend_below(figure, axes, columns=3, size=9)
+    return figure
 
 
 def curves_figure(findings: Findings) -> Figure:

@@ -9,14 +9,21 @@ from statistics import fmean
 from rich.console import Console
 from rich.markdown import Markdown
 
+from nspo_lightning.compare.distance import UPDATE_NORM
 from nspo_lightning.compare.hparams import write_hparams
-from nspo_lightning.compare.pictures import curves_figure, sweep_figure, tradeoff_figure
+from nspo_lightning.compare.pictures import (
+    FORGETTING_FILES,
+    curves_figure,
+    forgetting_figure,
+    sweep_figure,
+    tradeoff_figure,
+)
 from nspo_lightning.compare.results import Findings, Group, RunResult, mean_at, write_csv
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.evaluation.intervals import wilson_interval
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
 from nspo_lightning.evaluation.tables import markdown_table
-from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, in_nats
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, SAFETY_KL, in_nats
 from nspo_lightning.policy.divergence import FIRST_TOKENS
 
 _LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
@@ -30,6 +37,9 @@ def write_report(folder: Path, findings: Findings, console: Console) -> None:
     if findings.sweep is None:
         tradeoff_figure(findings).savefig(folder / "tradeoff.png", dpi=150)
         curves_figure(findings).savefig(folder / "curves.png", dpi=150)
+        for name, file in FORGETTING_FILES.items():
+            if findings.everywhere(KL) and findings.everywhere(name):
+                forgetting_figure(findings, name).savefig(folder / file, dpi=150)
     else:
         sweep_figure(findings.sweep, findings).savefig(folder / "sweep.png", dpi=150)
     write_hparams(findings.results, folder / "tensorboard")
@@ -74,6 +84,7 @@ def _table(findings: Findings) -> str:
     head = ["variant" if findings.sweep else "method", "lr", "unsafe", "refusal", "garbage"]
     head += ["general accuracy" if metric == "general/accuracy" else metric, "change"]
     head += ["ordinary refused", "over-refusal", "KL to base", f"KL first {FIRST_TOKENS} tokens", "NLL change"]
+    head += ["KL on harmful prompts", "norm of the update"]
     head += ["null share", "leak", "rollouts", "seeds"]
     return markdown_table(head, [_row(group, findings) for group in groups])
 
@@ -91,8 +102,9 @@ def _row(group: Group, findings: Findings) -> list[str]:
         *_ability(group, base, findings.rule),
         _rate(group, REFUSAL, prompts["general"]),
         _rate(group, OVER_REFUSAL, prompts["general"]),
-        *(_nats(group, name) for name in (KL, KL_FIRST)),
+        *(_plain(group, name) for name in (KL, KL_FIRST)),
         _change(group, base, NLL, 1.0, "{:+.4f}"),
+        *(_plain(group, name) for name in (SAFETY_KL, UPDATE_NORM)),
         f"{fmean(shares):.0%}" if shares else "",
         f"{max(leaks):.0e}" if leaks else "",
         f"{fmean(r.selected.get('rollouts', 0.0) for r in group.results):.0f}",
@@ -111,7 +123,7 @@ def _rate(group: Group, metric: str, prompts: int, *, interval: bool = False) ->
     return text
 
 
-def _nats(group: Group, metric: str) -> str:
+def _plain(group: Group, metric: str) -> str:
     mean, _ = group.test(metric)
     return "" if math.isnan(mean) else f"{mean:.4f}"
 

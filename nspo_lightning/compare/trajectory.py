@@ -21,6 +21,7 @@ from nspo_lightning.atomic import write_json
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.general_text import measure_text
 from nspo_lightning.callbacks.protocols import CountsUpdates, Evaluable
+from nspo_lightning.compare.distance import Distance
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of
 from nspo_lightning.datamodules import AlignmentDataModule
@@ -50,7 +51,7 @@ class Trajectory(Callback):
         higher_is_better: See `SelectionRule`.
         stop_unsafe: Stop once an evaluation's unsafe rate is at most this.
         text_rows: General test rows with an answer whose NLL and KL to the base are measured; 0 = none, None = all.
-            On validation rows `GeneralText` does so.
+            On validation rows `GeneralText` does so. So many harmful prompts are answered by the base, see `Distance`.
         measure_start: Measure before the first step as well (what the base does).
     """
 
@@ -73,6 +74,7 @@ class Trajectory(Callback):
         self.measure_start = measure_start
         self.records: list[dict[str, float]] = []
         self.selected: dict[str, float] = {}
+        self.distance = Distance(text_rows)
         self._weights: dict[str, Tensor] = {}
         self._seconds = 0.0
         self._begin = 0.0
@@ -80,6 +82,10 @@ class Trajectory(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin = time.monotonic()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.distance.begin(pl_module)
 
     @override
     def on_train_batch_end(
@@ -107,6 +113,7 @@ class Trajectory(Callback):
         if self._weights:
             pl_module.load_state_dict(self._weights, strict=False)
         test = self._measure(trainer, pl_module, "test")
+        test |= self.distance.measure(trainer, pl_module, _datamodule(trainer), "test")
         harmful, general = _datamodule(trainer).eval_rows("test")
         result = {
             "selected": self.selected,
@@ -126,12 +133,14 @@ class Trajectory(Callback):
             "selected": self.selected,
             "weights": self._weights,
             "seconds": self._elapsed(),
+            "distance": self.distance.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.records, self.selected = list(state_dict["records"]), dict(state_dict["selected"])
         self._weights, self._seconds = dict(state_dict["weights"]), float(state_dict["seconds"])
+        self.distance.load_state_dict(state_dict.get("distance", {}))
 
     def _elapsed(self) -> float:
         return self._seconds + (time.monotonic() - self._begin if self._begin else 0.0)
@@ -142,6 +151,7 @@ class Trajectory(Callback):
             "rollouts": float(_trained(pl_module).rollouts),
             "updates": float(_trained(pl_module).updates),
             **rates,
+            **self.distance.measure(trainer, pl_module, _datamodule(trainer), "validation"),
         }
         if self.rule.metric not in record:
             raise MisconfigurationException(

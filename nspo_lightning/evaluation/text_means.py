@@ -21,6 +21,9 @@ from typing import Any
 
 from nspo_lightning.policy.divergence import RowScore, TextScores
 
+SAFETY_KL = "safety/kl"
+SAFETY_KL_FIRST = "safety/kl_first"
+"""The same two on harmful prompts with the base's own answers: how far a policy has moved where it is to change."""
 KL = "general/kl"
 KL_FIRST = "general/kl_first"
 NLL = "general/nll"
@@ -38,7 +41,7 @@ TEXT_NAMES = tuple(_PARTS)
 
 def in_nats(metric: str) -> bool:
     """Whether a metric is one of these, with or without a skill; all others are shares."""
-    return any(f"{metric}/".startswith(f"{name}/") for name in _PARTS)
+    return any(f"{metric}/".startswith(f"{name}/") for name in (*_PARTS, SAFETY_KL, SAFETY_KL_FIRST))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, general_outcomes, safety_outcomes
@@ -79,6 +80,22 @@ class Evaluator:
             return None
         with adapters_off(self.policy.require()):
             return self.answer(batch, dataloader_idx, batch_idx)
+
+    def base_text(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any] | None:
+        """Return harmful prompts with the base's answers, as text whose answers are to be scored (see `score_text`).
+
+        They are drawn as in validation, with the same noise; None without an adapter.
+        """
+        if not has_adapter(self.policy.require()):
+            return None
+        with adapters_off(self.policy.require()):
+            rollout, _ = self._complete(batch, 0, batch_idx)
+        prompt, answer = rollout.prompt_mask.long(), rollout.completion_mask.long()
+        return {
+            "input_ids": torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
+            "attention_mask": torch.cat([prompt, answer], dim=1),
+            "labels_mask": torch.cat([torch.zeros_like(prompt), answer], dim=1),
+        }
 
     def count(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
         """Answer a batch and count the answers among `rates`."""

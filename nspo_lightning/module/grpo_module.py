@@ -578,6 +578,10 @@ class GRPOModule(pl.LightningModule):
         """Answer an evaluation batch as the base does; None without an adapter."""
         return self.evaluator.base_answer(batch, dataloader_idx, batch_idx)
 
+    def base_text(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any] | None:
+        """Return harmful prompts with the base's own answers as text to score; None without an adapter."""
+        return self.evaluator.base_text(batch, batch_idx)
+
     def test_identity(self) -> dict[str, Any]:
         """Say what `test` measures: policy, judge, decoding."""
         loaded = self.adapter_folder or self.trainer.ckpt_path

@@ -39,6 +39,8 @@ def result(method: str, seed: int, rate: float | None, unsafe: float, accuracy: 
         "general/kl": 0.01,
         "general/kl_first": 0.5,
         "general/nll": 1.0 - accuracy,
+        "safety/kl": 2.0,
+        "weights/change": 3.0,
     }
     half = metrics | {"safety/unsafe_rate": 0.5, "rollouts": 5.0}
     return RunResult(
@@ -83,13 +85,14 @@ def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path)
         "-5.0",  # 90 % against the base's 95 %
         "1e-07",
         "| ordinary refused | over-refusal | KL to base | KL first 3 tokens | NLL change |",
-        "| 20.0 ± 0.0 % | 0.0 ± 0.0 % | 0.0100 | 0.5000 | +0.0500 |",
+        "| NLL change | KL on harmful prompts | norm of the update |",
+        "| 20.0 ± 0.0 % | 0.0 ± 0.0 % | 0.0100 | 0.5000 | +0.0500 | 2.0000 | 3.0000 |",
         "lowest general/kl_first on validation prompts",
         "lowest general/refusal_rate on validation prompts",
         "at most 0.05 on validation prompts",
     ):
         assert phrase in text, phrase
-    for picture in ("tradeoff.png", "curves.png"):
+    for picture in ("tradeoff.png", "curves.png", "forgetting_by_norm.png", "forgetting_by_safety_kl.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "tensorboard").iterdir())) == len(RESULTS)
 
@@ -106,7 +109,8 @@ def test_results_of_earlier_versions_are_read_and_what_they_lack_is_blank(tmp_pa
     budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
     rule = SelectionRule(metric="general/nll", higher_is_better=False)
     write_report(tmp_path, Findings(results=[read], rule=rule, budget=budget, sweep=None, planned=1), QUIET)
-    assert "| 30.0 ± 0.0 % | 0.0200 |  |  |" in (tmp_path / "summary.md").read_text()
+    assert "| 30.0 ± 0.0 % | 0.0200 |  |  |  |  |" in (tmp_path / "summary.md").read_text()
+    assert not list(tmp_path.glob("forgetting*"))
 
 
 def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_for_this_one(
@@ -197,7 +201,9 @@ def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
     arguments += ["--text_rows", "2", "--jobs", "1"]
     main(arguments)
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
-    assert rows["base"]["test/general/kl"] == rows["base"]["test/general/kl_first"] == "0.0"
+    for name in ("general/kl", "general/kl_first", "safety/kl", "safety/kl_first", "weights/change"):
+        assert rows["base"][f"test/{name}"] == "0.0"
+        assert float(rows["nspo"][f"validation/{name}"]) >= 0
     for split in ("validation", "test"):
         assert 0 <= float(rows["nspo"][f"{split}/general/kl_first"]) < 0.1
         assert float(rows["nspo"][f"{split}/general/nll"]) > 0
