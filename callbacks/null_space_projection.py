@@ -82,7 +82,9 @@ class NullSpaceProjection(Callback):
         limit_batches: Use at most this many calibration batches (of each process, where a sampler deals them out).
         form: ``hard`` cuts directions off, ``soft`` damps them (no cut).
         softness: Of the soft form, in units of the mean eigenvalue; larger is freer.
-        subspace: ``null``; for comparisons ``random`` (as many random directions) or ``protected`` (the opposite).
+        subspace: ``null``; for comparisons ``random`` (as many random directions), ``weights`` (out of the weights' own
+            leading directions instead of the text's), ``protected`` (the opposite) or ``to_learn`` (inside the leading
+            directions of the prompts that are trained on).
         project_initialization: Step 1, A <- A P before training.
         project_gradients: Step 2, before each optimizer step.
         project_displacement: Step 3, after each optimizer step.
@@ -368,6 +370,11 @@ class NullSpaceProjection(Callback):
         """Return layer name -> leak ||D U_k|| / ||D||; in the soft form -> bound on the relative output change."""
         soft = self.settings.form == "soft"
         return {c.name: c.output_change if soft else c.leak for c in self.certificates()}
+
+    def held_bytes(self) -> int:
+        """Return the bytes of the bases; on a GPU they are held there once more."""
+        bases = () if self.calibration is None else self.calibration.bases.values()
+        return sum(basis.vectors.nbytes for basis in bases)
 
     def held_in(self) -> tuple[dict[str, Any], float] | None:
         """Return the fingerprint of the basis and the largest leak out of it; None if nothing is held."""

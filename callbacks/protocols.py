@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from nspo_lightning.evaluation.rates import Answers, Rate
-from nspo_lightning.policy.divergence import TextScores
+from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.warm_start import WarmStart
 
 
@@ -64,6 +66,30 @@ class ScoresText(Protocol):
 
     def text_scores(self, batch: Mapping[str, Any]) -> TextScores:
         """Score the rows of one batch of this rank's text."""
+
+
+@runtime_checkable
+class LearnsFromText(Protocol):
+    """A module that can be held to given text by a gradient."""
+
+    def text_loss(self, batch: Mapping[str, Any], kind: TextLoss) -> tuple[Tensor, int]:
+        """Return the sum over a batch's tokens, with a gradient, of the KL to the base or of -log q; and how many."""
+
+
+@runtime_checkable
+class HasTextToLearnFrom(Protocol):
+    """A datamodule with general text that may be trained on."""
+
+    def reference_dataloader(self, rows: int, answer_fn: Any = None) -> Iterable[Any]:
+        """Return batches of general training rows, whose answers are to be scored; `answer_fn` as in calibration."""
+
+
+@runtime_checkable
+class HoldsMemory(Protocol):
+    """A callback that keeps something as large as weights."""
+
+    def held_bytes(self) -> int:
+        """Return how much, on this rank, now."""
 
 
 @runtime_checkable

@@ -212,6 +212,13 @@ class AlignmentDataModule(pl.LightningDataModule):
             shard=self.general.shard,
         )
 
+    def reference_dataloader(self, rows: int, answer_fn: AnswerFn | None = None) -> PromptLoader:
+        """Return batches of the first calibration rows, laid out as in `text_dataloader`: each skill has its share."""
+        chosen, renderer = self.general.calibration_rows(answer_fn)[:rows], self.general.renderer
+        size = min(self.general.calibration_batch_size, TEXT_BATCH_SIZE)
+        cut = self.text_max_tokens
+        return PromptLoader([chosen], lambda batch: collate_text(batch, renderer, cut), batch_size=size)
+
     def calibration_dataloader(self, answer_fn: AnswerFn | None = None, to_learn: bool = False) -> PromptLoader:
         """Return batches of general text for the null space; see `GeneralDataModule.calibration_dataloader`.
 

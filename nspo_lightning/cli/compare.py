@@ -18,7 +18,7 @@ from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.jobs import run_job
 from nspo_lightning.cli.parser import KeylessParser
 from nspo_lightning.cli.run_config import policy_settings, read_config
-from nspo_lightning.compare.methods import METHODS, as_dicts
+from nspo_lightning.compare.methods import LEARNING_RATES, METHODS, as_dicts
 from nspo_lightning.compare.plan import RESULT, Budget, RunSpec, main_grid
 from nspo_lightning.compare.pool import Job, JobResult, run_all
 from nspo_lightning.compare.results import Findings, RunResult, current_name
@@ -71,8 +71,8 @@ def compare(
         out: Folder of the results.
         methods: Names of methods; all by default.
         seeds: Seeds, at least 3 for a claim.
-        learning_rates: The grid, the same for every method; by default the configuration's and twice that (a sweep:
-            the configuration's alone).
+        learning_rates: The grid, the same for every method; by default half, one, two and four times the
+            configuration's (a sweep: the configuration's alone).
         sweep: Instead of methods, vary one setting: what K is computed from, the threshold, the share of the safety
             prompts, or the adapter's rank and place.
         quick: One seed, the larger learning rate, fewer steps: minutes instead of an hour.
@@ -115,7 +115,9 @@ def compare(
     else:
         reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
         check_no_key(str(mixed_reward), reward)
-        plan = main_grid(settings, methods or list(METHODS), seeds, learning_rates or [own, 2 * own], reward)
+        plan = main_grid(
+            settings, methods or list(METHODS), seeds, learning_rates or [r * own for r in LEARNING_RATES], reward
+        )
     failed: list[JobResult] = []
     if not only_report:
         runs = {s.name: s.arguments(source, folder, budget, {**asdict(rule), "text_rows": text_rows}) for s in plan}
@@ -129,7 +131,11 @@ def compare(
     if not results and not failed:
         raise ValueError(f"No run is complete in {folder}: nothing to report. Leave `--only_report` out.")
     if results:
-        findings = Findings(results=results, rule=rule, budget=budget, sweep=asked, planned=len(plan))
+        there = {result.spec.name for result in results}
+        missing_names = [spec.name for spec in plan if spec.name not in there]
+        findings = Findings(
+            results=results, rule=rule, budget=budget, sweep=asked, planned=len(plan), missing=missing_names
+        )
         write_report(folder, findings, console)
     if failed:  # a variant that can't be trained is an answer too: the others are reported first
         listing = "\n".join(f"  {o.name}: {o.error}" for o in failed)

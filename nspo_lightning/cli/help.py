@@ -97,7 +97,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--out": "folder of the results; the same command again goes on where it was interrupted",
         "--methods": "names of methods, e.g. '[nspo, grpo]'; all by default",
         "--seeds": "at least 3 for a claim ([0, 1, 2])",
-        "--learning_rates": "the grid, the same for every method",
+        "--learning_rates": "the grid, the same for every method (half, one, two and four times the configuration's)",
         "--sweep": "instead of methods: calibration, threshold, data or rank",
         "--quick": "one seed, fewer steps: minutes instead of an hour",
         "--steps": "training steps a run at most (100)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,16 @@ from nspo_lightning.datamodules.sources.opening import is_builtin
 
 KL_COEF = 0.04
 """beta of the methods with a KL penalty: DeepSeekMath's (arXiv 2402.03300, section 4.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """What a run of a method changes."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Option of `fit` to value."""
+    callbacks: Sequence[Mapping[str, Any]] = ()
+    """Callbacks beside those of every run, as in a configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +36,36 @@ class Method:
     """False: the policy is only measured."""
     mixes_general: bool = False
     """True: general prompts are half of each batch, rewarded for their answers."""
+    variants: Mapping[str, Extra] = field(default_factory=dict)
+    """What tables call it -> what else is changed, for a method with a coefficient: each is compared on its own."""
+    extra: Extra = field(default_factory=lambda: Extra())
+    """What else every run of it has."""
+
+    def runs(self) -> list[tuple[str, Extra]]:
+        """List (variant's label, all that is changed); the label is empty where there are no variants."""
+        return [
+            (label, Extra(settings={**self.settings, **more.settings}, callbacks=more.callbacks))
+            for label, more in (self.variants or {"": self.extra}).items()
+        ]
+
+
+KL_COEFFICIENTS = (0.1, 1.0, 10.0)
+"""Of the penalty on general text."""
+DECAYS = (0.1, 0.3, 1.0)
+"""AdamW's, on A and B."""
+LEARN_DIRECTIONS = 16
+"""Leading eigenvectors of safety's inputs that A is started in."""
+LEARNING_RATES = (0.5, 1.0, 2.0, 4.0)
+"""The grid of every method, in units of the configuration's rate: what wins at one rate may win by its size alone."""
+
+
+def _callback(name: str, **init_args: Any) -> dict[str, Any]:
+    return {"class_path": f"nspo_lightning.callbacks.{name}", "init_args": init_args}
 
 
 _SPLITS = {"val": "validation", "test": "test"}
 _OFF = {"nullspace.enabled": False}
+_FREE = {"nullspace.project_gradients": False, "nullspace.project_displacement": False}
 
 METHODS: dict[str, Method] = {
     "base": Method(label="base", settings=_OFF, trains=False),
@@ -39,6 +75,9 @@ METHODS: dict[str, Method] = {
     "nspo": Method(label="NSPO"),
     "nspo_kl": Method(label="NSPO + KL", settings={"model.objective.beta": KL_COEF}),
     "random": Method(label="random subspace", settings={"nullspace.subspace": "random"}),
+    "weights": Method(
+        label="subspace of the weights", settings={"nullspace.subspace": "weights", "nullspace.criterion": "auto"}
+    ),
     "protected": Method(label="protected subspace", settings={"nullspace.subspace": "protected"}),
     "gradient": Method(
         label="gradient projection alone",
@@ -50,6 +89,34 @@ METHODS: dict[str, Method] = {
     ),
     "b_only": Method(label="B only", settings={"nullspace.freeze_down": True}),
     "soft": Method(label="soft", settings={"nullspace.form": "soft"}),
+    "contrast": Method(label="NSPO, contrast", settings={"nullspace.criterion": "contrast"}),
+    "general_kl": Method(
+        label="GRPO + KL on general text",
+        settings=_OFF,
+        variants={
+            f"GRPO + {c:g} KL on general text": Extra(callbacks=[_callback("GeneralKL", coefficient=c)])
+            for c in KL_COEFFICIENTS
+        },
+    ),
+    "decay": Method(
+        label="GRPO, weight decay",
+        settings=_OFF,
+        variants={
+            f"GRPO, weight decay {decay:g}": Extra(settings={"model.optimizer.init_args.weight_decay": decay})
+            for decay in DECAYS
+        },
+    ),
+    "init_only": Method(label="start in the null space, then free", settings=_FREE),
+    "init_contrast": Method(
+        label="start where safety's inputs are, then free",
+        settings={
+            "nullspace.subspace": "to_learn",
+            "nullspace.criterion": "rank",
+            "nullspace.threshold": LEARN_DIRECTIONS,
+            **_FREE,
+        },
+    ),
+    "ogpsa": Method(label="OGPSA", settings=_OFF, extra=Extra(callbacks=[_callback("OGPSA")])),
 }
 """Method by name, in the order of tables. What is not changed is the configuration's own."""
 

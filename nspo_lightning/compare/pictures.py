@@ -9,6 +9,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nspo_lightning.compare.distance import UPDATE_NORM
+from nspo_lightning.compare.methods import METHODS
+from nspo_lightning.compare.plan import RunSpec
 from nspo_lightning.compare.results import Findings, RunResult, Value, mean_at
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compare.sweeps import Sweep
@@ -33,7 +35,16 @@ _METHOD_STYLES = {
     "protected": ("#999999", "P"),
     "gradient": ("#AA4499", "h"),
     "displacement": ("#999933", "d"),
+    "contrast": ("#332288", "o"),
+    "weights": ("#661100", "<"),
+    "general_kl": ("#009E73", "p"),
+    "decay": ("#CC6677", "H"),
+    "init_only": ("#6699CC", "d"),
+    "init_contrast": ("#AA4466", "8"),
+    "ogpsa": ("#E69F00", "s"),
 }
+_VARIANT_LINES = ("-", "--", ":", "-.")
+_VARIANT_SHADES = (1.0, 0.65, 0.4, 0.25)
 _FRONT_RATES = [x / 8 for x in range(81)]
 """Unsafe rates in % at which fronts are drawn."""
 
@@ -90,7 +101,7 @@ def _draw_fronts(axes: Axes, findings: Findings, value: Value, title: str, sign:
     shown: list[float] = []
     for label, runs in findings.trained.items():
         front = [sign * y for y in mean_front(runs, value)]
-        axes.plot(_FRONT_RATES, front, label=label, **_style(runs[0].spec.method, without="marker"))
+        axes.plot(_FRONT_RATES, front, label=label, **_style(runs[0].spec, without="marker"))
         shown += front
     axes.set_xlim(-0.2, _FRONT_RATES[-1])
     axes.set_title(title)
@@ -103,11 +114,10 @@ def _draw_selected(axes: Axes, findings: Findings) -> None:
             [100 * r.test[UNSAFE] for r in group.results],
             [findings.gain(r.test, test=True) for r in group.results],
             s=90 if group.method == "nspo" else 50,
-            alpha=0.85,
             label=group.label,
             edgecolors="white",
             linewidths=0.6,
-            **_style(group.method, without="linewidth"),
+            **_style(group.results[0].spec, without="linewidth", line=False),
         )
     axes.set_title("Selected checkpoint of each run (test)")
     axes.set_xscale("symlog", linthresh=5)
@@ -133,10 +143,10 @@ def forgetting_figure(findings: Findings, name: str) -> Figure:
     limit = findings.rule.unsafe_limit
     for label, runs in findings.trained.items():
         points = [p for run in runs for p in run.trajectory if p[name] > 0 and p[KL] > 0]  # on logarithms
-        style = _style(runs[0].spec.method, without="linewidth")
+        style = _style(runs[0].spec, without="linewidth", line=False)
         for safe in (False, True):
             shown = [p for p in points if (p[UNSAFE] <= limit) is safe]
-            look: dict[str, Any] = {"s": 34, "label": label} if safe else {"s": 12, "alpha": 0.3}
+            look: dict[str, Any] = {"s": 40, "label": label} if safe else {"s": 8}
             axes.scatter([p[name] for p in shown], [p[KL] for p in shown], linewidths=0, **look, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -165,7 +175,7 @@ def curves_figure(findings: Findings) -> Figure:
             xs, ys = _mean_curve([r.trajectory for r in group.results], value)
             if findings.base is not None:
                 xs, ys = [0.0, *xs], [value(findings.base.selected), *ys]
-            axes.plot(xs, ys, label=label, markevery=2, **_style(group.method) | {"markersize": 4})
+            axes.plot(xs, ys, label=label, markevery=2, **_style(group.results[0].spec) | {"markersize": 4})
         _label(axes, "rollouts")
         axes.set_ylabel(name)
         axes.set_title(f"{title} over training, validation prompts")
@@ -203,12 +213,18 @@ def sweep_figure(sweep: Sweep, findings: Findings) -> Figure:
     return figure
 
 
-def _style(method: str, without: str = "") -> dict[str, Any]:
-    """Return colour, marker and line style of a method, the same in every picture."""
-    colour, marker = _METHOD_STYLES.get(method, ("#999999", "o"))
-    ours = method == "nspo"
-    style = {"color": colour, "marker": marker, "linewidth": 2.6 if ours else 1.4, "zorder": 5 if ours else 3}
-    return {key: value for key, value in style.items() if key != without}
+def _style(spec: RunSpec, without: str = "", *, line: bool = True) -> dict[str, Any]:
+    """Return colour, marker and line style of a run's method, the same in every picture; its variants in shades."""
+    colour, marker = _METHOD_STYLES.get(spec.method, ("#999999", "o"))
+    ours = spec.method == "nspo"
+    style: dict[str, Any] = {"color": colour, "marker": marker, "linewidth": 2.6 if ours else 1.4}
+    variants = list(METHODS[spec.method].variants)
+    place = variants.index(spec.variant) % len(_VARIANT_LINES) if spec.variant in variants else 0
+    if line:
+        style["linestyle"] = _VARIANT_LINES[place]
+    else:
+        style["color"] = (colour, _VARIANT_SHADES[place])
+    return {key: value for key, value in (style | {"zorder": 5 if ours else 3}).items() if key != without}
 
 
 def _label(axes: Axes, text: str) -> None:

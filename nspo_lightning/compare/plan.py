@@ -48,6 +48,8 @@ class RunSpec:
     """Which line of a sweep's picture the variant belongs to."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Option of `fit` to value: the method's and the sweep's."""
+    callbacks: Sequence[Mapping[str, Any]] = ()
+    """The method's own, as in a configuration."""
 
     @property
     def name(self) -> str:
@@ -86,6 +88,7 @@ class RunSpec:
                 _named("nspo_lightning.compare.trajectory.Trajectory", **own, **trajectory),
                 _named("nspo_lightning.callbacks.GeneralText", text_rows=trajectory.get("text_rows", 0)),
                 _named("nspo_lightning.callbacks.RunReport", evaluate=False),
+                *self.callbacks,
             ],
             **({} if trains else {"trainer.max_steps": 0}),
             **self.settings,
@@ -118,19 +121,25 @@ def main_grid(
     for name in methods:
         if name not in METHODS:
             raise ValueError(f"`methods` must be among {', '.join(METHODS)}, got {name!r}.")
-    settings = {
-        name: {
-            **METHODS[name].settings,
-            **(mixing_settings(config, mixed_reward) if METHODS[name].mixes_general else {}),
-        }
-        for name in methods
-    }
-    base = [(seeds[0], None, name) for name in methods if not METHODS[name].trains]
+    mixed = mixing_settings(config, mixed_reward) if any(METHODS[name].mixes_general for name in methods) else {}
+
+    def specs(name: str, seed: int, rate: float | None) -> list[RunSpec]:
+        more = mixed if METHODS[name].mixes_general else {}
+        return [
+            RunSpec(
+                method=name,
+                seed=seed,
+                learning_rate=rate,
+                variant=label,
+                settings={**extra.settings, **more},
+                callbacks=extra.callbacks,
+            )
+            for label, extra in METHODS[name].runs()
+        ]
+
+    base = [spec for name in methods if not METHODS[name].trains for spec in specs(name, seeds[0], None)]
     trained = [name for name in methods if METHODS[name].trains]
-    return [
-        RunSpec(method=name, seed=seed, learning_rate=rate, settings=settings[name])
-        for seed, rate, name in [*base, *((seed, rate, name) for rate in rates for seed in seeds for name in trained)]
-    ]
+    return base + [spec for rate in rates for seed in seeds for name in trained for spec in specs(name, seed, rate)]
 
 
 def _named(class_path: str, **init_args: Any) -> dict[str, Any]:

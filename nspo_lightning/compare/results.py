@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -51,6 +51,8 @@ class RunResult:
     leak: float | None
     null_share: float | None
     energy_left: float | None
+    cost: dict[str, float] = field(default_factory=dict)
+    """See `Cost.found`; empty in results of earlier versions."""
 
     @classmethod
     def read(cls, spec: RunSpec, path: Path) -> RunResult:
@@ -78,6 +80,7 @@ class RunResult:
             "energy_left": self.energy_left,
             "rollouts": self.trajectory[-1].get("rollouts") if self.trajectory else None,
             "seconds": self.seconds,
+            **{f"cost/{name}": value for name, value in self.cost.items()},
         }
 
 
@@ -114,6 +117,8 @@ class Findings:
     """None for a comparison of methods."""
     planned: int
     """Runs that were asked for."""
+    missing: Sequence[str] = ()
+    """Names of those that are not there."""
 
     @cached_property
     def base(self) -> RunResult | None:

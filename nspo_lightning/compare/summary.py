@@ -19,6 +19,7 @@ from nspo_lightning.compare.pictures import (
     tradeoff_figure,
 )
 from nspo_lightning.compare.results import Findings, Group, RunResult, mean_at, write_csv
+from nspo_lightning.compare.sections import cost, equal_safety, not_run
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.evaluation.intervals import wilson_interval
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
@@ -70,12 +71,16 @@ def summary(findings: Findings) -> str:
         "",
     ]
     if sweep is None:
+        lines += equal_safety(findings)
         lines += _fronts(findings, rule)
         for metric in (KL, KL_FIRST, REFUSAL, OVER_REFUSAL):
             if findings.everywhere(metric):
                 lines += _fronts(findings, SelectionRule(metric=metric, higher_is_better=False))
     elif any(key.startswith("general/accuracy/") for key in results[0].test):
         lines += _by_domain(findings)
+    lines += cost(findings)
+    if sweep is None:
+        lines += not_run(findings)
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from nspo_lightning.atomic import write_json
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.general_text import measure_text
 from nspo_lightning.callbacks.protocols import CountsUpdates, Evaluable
+from nspo_lightning.compare.cost import Cost
 from nspo_lightning.compare.distance import Distance
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of
@@ -75,6 +76,7 @@ class Trajectory(Callback):
         self.records: list[dict[str, float]] = []
         self.selected: dict[str, float] = {}
         self.distance = Distance(text_rows)
+        self.cost = Cost()
         self._weights: dict[str, Tensor] = {}
         self._seconds = 0.0
         self._begin = 0.0
@@ -82,15 +84,23 @@ class Trajectory(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin = time.monotonic()
+        self.cost.begin(pl_module.device)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.distance.begin(pl_module)
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.cost.step_begins()
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.cost.step_ends()
         if trainer.fit_loop.total_batch_idx + 1 >= self.steps:
             trainer.should_stop = True  # Lightning validates once more on the way out
 
@@ -121,6 +131,7 @@ class Trajectory(Callback):
             "test_prompts": {"harmful": len(harmful), "general": len(general)},
             "trajectory": self.records,
             "seconds": round(self._elapsed(), 1),
+            "cost": self.cost.found(callbacks_of(trainer), pl_module.device),
             **_null_space(trainer),
         }
         if trainer.is_global_zero:
@@ -134,6 +145,7 @@ class Trajectory(Callback):
             "weights": self._weights,
             "seconds": self._elapsed(),
             "distance": self.distance.state_dict(),
+            "cost": self.cost.state_dict(),
         }
 
     @override
@@ -141,6 +153,7 @@ class Trajectory(Callback):
         self.records, self.selected = list(state_dict["records"]), dict(state_dict["selected"])
         self._weights, self._seconds = dict(state_dict["weights"]), float(state_dict["seconds"])
         self.distance.load_state_dict(state_dict.get("distance", {}))
+        self.cost.load_state_dict(state_dict.get("cost", {}))
 
     def _elapsed(self) -> float:
         return self._seconds + (time.monotonic() - self._begin if self._begin else 0.0)

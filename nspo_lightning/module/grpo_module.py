@@ -68,12 +68,12 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.policy.adapter import load_adapter_
-from nspo_lightning.policy.divergence import TextScores
+from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
 from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.scoring import positions
 from nspo_lightning.policy.settings import PolicySettings
-from nspo_lightning.policy.text_scores import BaseStates, score_text
+from nspo_lightning.policy.text_scores import BaseStates, score_text, text_loss
 from nspo_lightning.policy.warm_start import WarmStart
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
 from nspo_lightning.rewards.protocol import judge_in, prepare
@@ -598,3 +598,7 @@ class GRPOModule(pl.LightningModule):
     def text_scores(self, batch: Mapping[str, Any]) -> TextScores:
         """Score a batch of given text, and how far the policy is from the base on it; see `score_text`."""
         return score_text(self.require_policy(), batch, self.base_states)
+
+    def text_loss(self, batch: Mapping[str, Any], kind: TextLoss) -> tuple[Tensor, int]:
+        """Sum what `text_scores` measures over a batch, with a gradient, and count its tokens; see `text_loss`."""
+        return text_loss(self.require_policy(), batch, kind, self.base_states)

@@ -17,7 +17,7 @@ from nspo_lightning.nullspace.criteria import RankChoice
 from nspo_lightning.nullspace.partial import LEAST_WIDTH, MOST_WIDTH, FindCut, leading_eigenpairs
 
 Form = Literal["hard", "soft"]
-Subspace = Literal["null", "random", "protected"]
+Subspace = Literal["null", "random", "protected", "weights", "to_learn"]
 
 _FLOAT64_WIDTH = 4096
 SOFT_TRUNCATION = 0.1
@@ -171,18 +171,31 @@ def decompose(
     return Spectrum(values=values, vectors=vectors.flip(1), tokens=tokens)
 
 
-def build_basis(spectrum: Spectrum, choice: RankChoice, *, subspace: Subspace = "null", seed: int = 0) -> Basis:
+def build_basis(
+    spectrum: Spectrum,
+    choice: RankChoice,
+    *,
+    subspace: Subspace = "null",
+    seed: int = 0,
+    directions: Tensor | None = None,
+) -> Basis:
     """Keep the thinner of the protected and the null directions.
 
     Args:
         spectrum: Eigenpairs, leading first.
         choice: How many directions are protected.
         subspace: ``null`` updates avoid the leading directions; ``random`` as many random ones; ``protected`` they
-            are confined to the leading ones (a control, the opposite of the method).
+            are confined to the leading ones (a control, the opposite of the method), and with ``to_learn`` too, the
+            eigenpairs then being those of what is to be learnt; ``weights`` they avoid as many of the weights' own
+            leading directions.
         seed: Of the random subspace.
+        directions: Those, all of them, for ``weights``; see `weight_directions`.
 
     Returns:
         The basis, in float32 (float32 rounding of orthonormal vectors leaks about 1e-7, bfloat16 2e-3).
+
+    Raises:
+        ValueError: If ``weights`` is asked for and there are no directions of them.
     """
     width, k = spectrum.values.numel(), choice.protected
     vectors = spectrum.vectors
@@ -190,8 +203,12 @@ def build_basis(spectrum: Spectrum, choice: RankChoice, *, subspace: Subspace = 
         generator = torch.Generator().manual_seed(seed)
         vectors = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
         vectors = vectors.to(spectrum.vectors.device)
+    if subspace == "weights":
+        if directions is None:
+            raise ValueError("subspace='weights' needs the weights: it can only be had where a model is calibrated.")
+        vectors = directions.to(spectrum.vectors.device)
     leading, trailing = vectors[:, :k], vectors[:, k:]
-    if subspace == "protected":
+    if subspace in ("protected", "to_learn"):
         # Updates stay inside the leading directions: what they avoid is the rest.
         leading, trailing = trailing, leading
         choice = replace(choice, protected=width - k, null_share=k / width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -65,18 +65,33 @@ class BasisSettings:
             raise ValueError(f"`start_weight` must be a share in [0, 1], got {self.start_weight}. 0.9 is a good start.")
         if self.criterion == "contrast" and self.form == "soft":
             raise ValueError("criterion='contrast' chooses what is cut; form='soft' has no cut. Choose one of them.")
+        if self.subspace == "to_learn" and (self.criterion == "contrast" or self.form == "soft"):
+            raise ValueError(
+                "subspace='to_learn' starts in as many leading directions of the prompts that are trained on as a "
+                "spectrum says: choose criterion='rank' (or another one that looks at eigenvalues) and form='hard'."
+            )
+        if self.subspace == "weights" and (self.criterion == "contrast" or self.form == "soft"):
+            raise ValueError(
+                "subspace='weights' takes the weights' directions, as many as a spectrum says: choose criterion='auto' "
+                "(or another one that looks at eigenvalues) and form='hard'."
+            )
 
     @property
     def starts(self) -> float:
         """The weight of answers' starts, see `domains`."""
         if self.start_weight is not None:
             return self.start_weight
-        return CONTRAST_START_WEIGHT if self.criterion == "contrast" else 0.0
+        return CONTRAST_START_WEIGHT if self.needs_text_to_learn else 0.0
 
     @property
     def needs_text_to_learn(self) -> bool:
         """Whether the prompts that are trained on are calibrated on too."""
-        return self.criterion == "contrast"
+        return self.criterion == "contrast" or self.subspace == "to_learn"
+
+    @property
+    def asker(self) -> str:
+        """What it is that needs it, for messages."""
+        return "subspace='to_learn'" if self.subspace == "to_learn" else f"criterion={self.criterion!r}"
 
     def shares(self, domains: Iterable[str]) -> dict[str, float]:
         """Return the share of each domain in what is protected, see `domain_shares`.
@@ -201,7 +216,7 @@ def moment_to_learn(moments: Mapping[str, Tensor], settings: BasisSettings) -> T
     shares = shares_to_learn(moments, start_weight=settings.starts)
     if not shares:
         raise ValueError(
-            f"criterion={settings.criterion!r} asks what the prompts that are trained on need, and calibration saw "
+            f"{settings.asker} asks what the prompts that are trained on need, and calibration saw "
             f"none: give batches whose `domain` is {TO_LEARN!r}, a `calibration_dataloader(to_learn=...)`, or choose "
             "criterion='auto'."
         )
@@ -218,6 +233,8 @@ def directions_for(
     rounded_energy: float = math.inf,
 ) -> Spectrum | Candidates:
     """Return what a basis is made of: eigenpairs, or with ``to_learn`` (see `moment_to_learn`) the candidates."""
+    if to_learn is not None and settings.subspace == "to_learn":
+        return decompose(to_learn, tokens=tokens, resolution=resolution)
     if to_learn is not None:
         return candidates(moment, to_learn, tokens=tokens, most_free=max(MOST_FREE, settings.min_null_share))
     return decompose_for(settings, moment, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy)
@@ -249,10 +266,16 @@ def decompose_for(
 
 
 class BasisBuilder:
-    """Makes the basis of one input after another, and refuses together those that keep no null direction."""
+    """Makes the basis of one input after another, and refuses together those that keep no null direction.
 
-    def __init__(self, settings: BasisSettings) -> None:
+    Args:
+        settings: What decides the bases.
+        weights_of: Returns the directions of the weights that read an input, for `subspace: weights`.
+    """
+
+    def __init__(self, settings: BasisSettings, weights_of: Callable[[str], Tensor] | None = None) -> None:
         self.settings = settings
+        self.weights_of = weights_of
         self.bases: dict[str, Basis] = {}
         self.count = 0
         """Inputs so far."""
@@ -278,7 +301,8 @@ class BasisBuilder:
         else:
             held = _held_by_sketch(spectrum, choice)
             seed = settings.seed + self.count - 1
-            self.bases[name] = build_basis(spectrum, held, subspace=settings.subspace, seed=seed)
+            own = self.weights_of(name) if settings.subspace == "weights" and self.weights_of is not None else None
+            self.bases[name] = build_basis(spectrum, held, subspace=settings.subspace, seed=seed, directions=own)
 
     def finish(self) -> dict[str, Basis]:
         """Return input -> basis.

@@ -39,6 +39,7 @@ from nspo_lightning.nullspace.sketch import (
     settled,
     sketch_spectrum,
 )
+from nspo_lightning.nullspace.weight_directions import weight_directions
 
 
 class UnheldLayersError(ValueError):
@@ -102,8 +103,13 @@ def calibrate_modules(
         allow_unreached=allow_unreached,
         starts=settings.starts > 0 or keep_moments,
     )
-    builder = BasisBuilder(settings)
-    result = Calibration(bases=builder.bases, groups={}, settings=settings)
+    result = Calibration(bases={}, groups={}, settings=settings)
+
+    def weights_of(first: str) -> Tensor:  # of one rank, so that all hold the same vectors
+        return ranks.broadcast_tensor(weight_directions([modules[name] for name in result.groups[first]]), 0)
+
+    builder = BasisBuilder(settings, weights_of)
+    result.bases = builder.bases
     budget = None if memory_budget_gb is None else memory_budget_gb * 1e9
     plan = PassPlan(text, budget)
     if plan.budget is not None and say is not None:
@@ -111,7 +117,7 @@ def calibrate_modules(
     while plan.passes or plan.too_wide:  # both grow by layers that turn out to read something of their own
         if settings.needs_text_to_learn and plan.too_wide:
             raise ValueError(
-                f"criterion={settings.criterion!r} needs whole second moments, and those of {len(plan.too_wide)} "
+                f"{settings.asker} needs whole second moments, and those of {len(plan.too_wide)} "
                 f"inputs (the first: {plan.too_wide[0]}) do not fit into `memory_budget_gb`. Raise it, or choose "
                 "criterion='auto'."
             )

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nspo_lightning import ranks
 
@@ -173,10 +174,68 @@ def token_scores(
         if base_states is not None:
             log_p = (base_head or policy_head)(base_states[part]).float().log_softmax(-1)
             found[1, part] = -log_p.gather(-1, targets[part, None])[:, 0].cpu().double()
-            # A token that the base gives no probability adds nothing, whatever the policy says of it: not 0 * inf.
-            log_ratio = log_p.sub(log_q).masked_fill_(log_p.isneginf(), 0.0)
-            found[2, part] = log_p.exp_().mul_(log_ratio).sum(-1).cpu().double()
+            found[2, part] = divergence(log_p, log_q).cpu().double()
     return TokenScores(nll=found[0], base_nll=found[1], kl=found[2])
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) over the last dimension; differentiable in both.
+
+    A token that p gives no probability adds nothing, whatever q says of it: not 0 * inf.
+    """
+    log_ratio = log_p.sub(log_q).masked_fill(log_p.isneginf(), 0.0)
+    return (log_p.exp() * log_ratio).sum(-1)
+
+
+TextLoss = Literal["kl", "nll"]
+
+
+def token_loss(
+    kind: TextLoss,
+    policy_states: Tensor,
+    targets: Tensor,
+    policy_head: Head,
+    base_states: Tensor | None = None,
+    base_head: Head | None = None,
+    *,
+    vocab_size: int,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Return the sum over positions that `token_scores` measures, with a gradient, in float32.
+
+    Logits exist for one chunk of positions at a time here too: the backward pass computes them again.
+
+    Args:
+        kind: ``kl``: of KL(p || q), nats; ``nll``: of -log q(token).
+        policy_states: See `token_scores`, as for the rest.
+        targets: See there.
+        policy_head: See there.
+        base_states: See there; needed for ``kl``.
+        base_head: See there.
+        vocab_size: See there.
+        chunk_tokens: See there.
+
+    Returns:
+        A scalar.
+    """
+
+    def of(states: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
+        log_q = policy_head(states).float().log_softmax(-1)
+        if reference is None:
+            return -log_q.gather(-1, tokens[:, None]).sum()
+        with torch.no_grad():
+            log_p = (base_head or policy_head)(reference).float().log_softmax(-1)
+        return divergence(log_p, log_q).sum()
+
+    chunk = max(16, _CHUNK_ELEMENTS // max(vocab_size, 1)) if chunk_tokens is None else chunk_tokens
+    total = policy_states.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        reference = base_states[part] if kind == "kl" and base_states is not None else None
+        total = total + checkpoint(
+            of, policy_states[part], targets[part], reference, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
 
 
 def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = None) -> Tensor:

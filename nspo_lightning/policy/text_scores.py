@@ -17,14 +17,17 @@ from nspo_lightning.nullspace.modes import adapters_off, evaluation_mode
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.divergence import (
     RowScore,
+    TextLoss,
     TextScores,
     TokenScores,
     first_positions,
     predicted_positions,
+    token_loss,
     token_scores,
 )
 from nspo_lightning.policy.parts import policy_parts
 from nspo_lightning.policy.scoring import positions
+from nspo_lightning.policy.settings import PolicyError
 
 
 class BaseStates:
@@ -66,44 +69,100 @@ def score_text(policy: nn.Module, batch: Mapping[str, Any], base: BaseStates | N
     Returns:
         The scores of the rows that have a scored token, in their order.
     """
-    device = next(policy.parameters()).device
-    ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    labels = batch.get("labels_mask")
-    labels = None if labels is None else labels.to(device)
-    scored = predicted_positions(mask, labels)
-    parts = policy_parts(policy)
+    text = _Text(policy, batch)
+    with evaluation_mode(policy):
+        policy_states = text.states()
+        found = token_scores(
+            policy_states,
+            text.targets,
+            text.parts.head,
+            text.base_states(base) if has_adapter(policy) else None,
+            text.base_head,
+            vocab_size=text.parts.vocab_size,
+        )
+    first = first_positions(text.scored, text.mask, text.labels)
+    return TextScores(_by_row(found, text.scored.cpu(), first.cpu(), batch.get("domain")))
 
-    def states() -> Tensor:
-        hidden, _ = parts.decode(ids, attention_mask=mask, position_ids=positions(mask.bool()), use_cache=False)
-        return hidden[:, :-1][scored]
 
-    def states_of_base() -> Tensor:
+def text_loss(
+    policy: nn.Module, batch: Mapping[str, Any], kind: TextLoss, base: BaseStates | None = None
+) -> tuple[Tensor, int]:
+    """Return the sum over the tokens of a batch that `score_text` measures, with a gradient, and how many tokens.
+
+    Args:
+        policy: A PEFT model; run without dropout, and left in the mode it was in.
+        batch: See `score_text`.
+        kind: ``kl``: of KL(base || policy); ``nll``: of -log q(token).
+        base: See `score_text`.
+
+    Raises:
+        PolicyError: If a KL is asked for and there is no adapter to switch off.
+    """
+    if kind == "kl" and not has_adapter(policy):
+        raise PolicyError(
+            "The KL to the base is to the policy with its adapter off, and there is no adapter (`policy.lora: null`). "
+            "Train an adapter, or leave that term out."
+        )
+    text = _Text(policy, batch)
+    with evaluation_mode(policy):
+        with torch.no_grad():
+            reference = text.base_states(base) if kind == "kl" else None
+        states = text.states()
+
+    def head(hidden: Tensor) -> Tensor:
+        with evaluation_mode(policy):  # the backward pass runs it again
+            return text.parts.head(hidden)
+
+    size = text.parts.vocab_size
+    loss = token_loss(kind, states, text.targets, head, reference, text.base_head, vocab_size=size)
+    return loss, int(text.scored.sum())
+
+
+class _Text:
+    """A batch of text on its way through a policy and its base.
+
+    Attributes:
+        mask: Shape (B, T), 1 = real token.
+        labels: Shape (B, T), 1 = score this token; None = every real token but the first.
+        scored: Shape (B, T - 1), see `predicted_positions`; N of them are true.
+        targets: Shape (N,), the tokens there.
+        parts: Of the policy.
+    """
+
+    def __init__(self, policy: nn.Module, batch: Mapping[str, Any]) -> None:
+        device = next(policy.parameters()).device
+        self.policy, self.parts = policy, policy_parts(policy)
+        self.ids, self.mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        labels = batch.get("labels_mask")
+        self.labels = None if labels is None else labels.to(device)
+        self.scored = predicted_positions(self.mask, self.labels)
+        self.targets = self.ids[:, 1:][self.scored]
+
+    def states(self) -> Tensor:
+        """Return the hidden states, shape (N, H), of the policy as it is now."""
+        places = positions(self.mask.bool())
+        hidden, _ = self.parts.decode(self.ids, attention_mask=self.mask, position_ids=places, use_cache=False)
+        return hidden[:, :-1][self.scored]
+
+    def base_states(self, base: BaseStates | None) -> Tensor:
+        """Return those of the base, which need no second pass where they are known."""
         # Sharded weights are gathered by all ranks together, and what one of them keeps another may have to compute.
-        keeps = base if base is not None and not _is_sharded(policy) else BaseStates(0)
-        key = _text_key(ids, mask, scored)
+        keeps = base if base is not None and not _is_sharded(self.policy) else BaseStates(0)
+        key = _text_key(self.ids, self.mask, self.scored)
         if (kept := keeps.get(key)) is not None:
-            return kept.to(device)
-        with adapters_off(policy):
-            found = states()
+            return kept.to(self.ids.device)
+        with adapters_off(self.policy):
+            found = self.states()
         keeps.put(key, found)
         return found
 
-    def base_head(hidden: Tensor) -> Tensor:
-        with adapters_off(policy):  # an adapter on the output head is the exception, and must be off as well
-            return parts.head(hidden)
-
-    with evaluation_mode(policy):
-        policy_states = states()
-        found = token_scores(
-            policy_states,
-            ids[:, 1:][scored],
-            parts.head,
-            states_of_base() if has_adapter(policy) else None,
-            parts.head if parts.head_is_frozen else base_head,
-            vocab_size=parts.vocab_size,
-        )
-    first = first_positions(scored, mask, labels)
-    return TextScores(_by_row(found, scored.cpu(), first.cpu(), batch.get("domain")))
+    def base_head(self, hidden: Tensor) -> Tensor:
+        """Map the base's hidden states to its logits."""
+        if self.parts.head_is_frozen:
+            return self.parts.head(hidden)
+        # An adapter on the output head is the exception, and must be off as well.
+        with evaluation_mode(self.policy), adapters_off(self.policy):
+            return self.parts.head(hidden)
 
 
 def score_texts(policy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> TextScores:

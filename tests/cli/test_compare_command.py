@@ -42,17 +42,19 @@ def result(method: str, seed: int, rate: float | None, unsafe: float, accuracy: 
         "safety/kl": 2.0,
         "weights/change": 3.0,
     }
-    half = metrics | {"safety/unsafe_rate": 0.5, "rollouts": 5.0}
+    half = metrics | {"safety/unsafe_rate": 0.5, "rollouts": 5.0, "steps": 5.0}
     return RunResult(
         spec=RunSpec(method=method, seed=seed, learning_rate=rate),
         selected=metrics | {"rollouts": 10.0},
         test=metrics,
         prompts={"harmful": 40, "general": 50},
-        trajectory=[half, metrics | {"rollouts": 10.0}],
+        trajectory=[half, metrics | {"rollouts": 10.0, "steps": 10.0}],
         seconds=1.0,
         leak=1e-7 if method == "nspo" else None,
         null_share=0.3 if method == "nspo" else None,
         energy_left=0.1 if method == "nspo" else None,
+        cost={"step_seconds": 2.0, "step_cpu_seconds": 1.5 if method == "nspo" else 1.0, "setup_seconds": 7.0}
+        | {"held_bytes": 3.0 * 2**20},
     )
 
 
@@ -72,7 +74,9 @@ def test_the_learning_rate_is_selected_by_the_same_rule_as_checkpoints() -> None
 def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path) -> None:
     budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
     write_report(
-        tmp_path, Findings(results=RESULTS, rule=SelectionRule(), budget=budget, sweep=None, planned=20), QUIET
+        tmp_path,
+        Findings(results=RESULTS, rule=SelectionRule(), budget=budget, sweep=None, planned=20, missing=["soft-seed2"]),
+        QUIET,
     )
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == len(RESULTS)
@@ -90,6 +94,13 @@ def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path)
         "lowest general/kl_first on validation prompts",
         "lowest general/refusal_rate on validation prompts",
         "at most 0.05 on validation prompts",
+        "| NSPO | 0.1 | 0.0100 | +0.0000 ± 0.0000 | +0.0000 ± 0.0000 | 1.00 | 0.5000 | 20.0 % |",
+        "| NSPO | 2.00 | 1.50 | +50 % | 7 | 3.0 |",
+        "Runs of this plan that are not done, or failed: soft-seed2.",
+        "Other learning rates than 0.05, 0.1: four are the default.",
+        "Other seeds than 0, 1: three",
+        "Methods: b_only,",
+        "where the edge of it was chosen: GRPO, NSPO.",
     ):
         assert phrase in text, phrase
     for picture in ("tradeoff.png", "curves.png", "forgetting_by_norm.png", "forgetting_by_safety_kl.png"):
@@ -101,6 +112,7 @@ def test_results_of_earlier_versions_are_read_and_what_they_lack_is_blank(tmp_pa
     older = {"safety/unsafe_rate": 0.1, "general/accuracy": 0.9, "text/kl": 0.02, "text/nll": 1.5, "text/nll/say": 1.5}
     older |= {"general/over_refusal_rate": 0.3, "general/refusal_rate": 0.3}  # which had look-alikes among them
     content: dict[str, Any] = {"selected": older, "test": older, "trajectory": [older | {"rollouts": 5.0}]}
+    content["trajectory"][0]["steps"] = 5.0
     content |= {"test_prompts": {"harmful": 9, "general": 9}, "seconds": 1.0}
     (tmp_path / "result.json").write_text(json.dumps(content | dict.fromkeys(("leak", "null_share", "energy_left"))))
     read = RunResult.read(RunSpec(method="grpo", seed=2, learning_rate=0.1), tmp_path / "result.json")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from nspo_lightning.cli.jobs import CLI, cli_arguments
@@ -28,22 +29,44 @@ def projection(cli: CLI) -> Any:
     return next(c for c in cli.trainer.callbacks if type(c).__name__ == "NullSpaceProjection")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("spec", main_grid(CONFIG, list(METHODS), [0], [1e-3]), ids=lambda s: s.method)
+@pytest.mark.parametrize("spec", main_grid(CONFIG, list(METHODS), [0], [1e-3]), ids=lambda s: s.variant or s.method)
 def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> None:
     cli = instantiated(spec, tmp_path)
-    callback, method = projection(cli), METHODS[spec.method]
-    assert callback.enabled is (method.settings.get("nullspace.enabled") is not False)
-    assert cli.model.settings.objective.beta == method.settings.get("model.objective.beta", 0.0)
+    callback = projection(cli)
+    assert callback.enabled is (spec.settings.get("nullspace.enabled") is not False)
+    assert cli.model.settings.objective.beta == spec.settings.get("model.objective.beta", 0.0)
     steps = (callback.project_initialization, callback.project_gradients, callback.project_displacement)
-    expected = {"gradient": (False, True, False), "displacement": (False, False, True)}
+    expected = {
+        "gradient": (False, True, False),
+        "displacement": (False, False, True),
+        "init_only": (True, False, False),
+        "init_contrast": (True, False, False),
+    }
     assert steps == expected.get(spec.method, (True, True, True))
     assert callback.freeze_down is (spec.method == "b_only")
     assert callback.settings.form == ("soft" if spec.method == "soft" else "hard")
-    subspace = spec.method if spec.method in {"random", "protected"} else "null"
+    subspace = spec.method if spec.method in {"random", "protected", "weights"} else "null"
+    subspace = "to_learn" if spec.method == "init_contrast" else subspace
     assert callback.settings.subspace == subspace
-    trajectory = next(c for c in cli.trainer.callbacks if type(c).__name__ == "Trajectory")  # type: ignore[attr-defined]
-    assert trajectory.steps == 20
+    (optimizer,) = [cli.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))])]
+    decay = float(spec.variant.rpartition(" ")[2]) if spec.method == "decay" else 0.0
+    assert optimizer.defaults["weight_decay"] == decay
+    callbacks = {type(c).__name__: c for c in cli.trainer.callbacks}  # type: ignore[attr-defined]
+    assert callbacks["Trajectory"].steps == 20
     assert cli.trainer.val_check_interval == 5
+    assert ("OGPSA" in callbacks) is (spec.method == "ogpsa")
+    assert ("GeneralKL" in callbacks) is (spec.method == "general_kl")
+    if spec.method == "general_kl":
+        assert spec.label == f"GRPO + {callbacks['GeneralKL'].coefficient:g} KL on general text"
+
+
+def test_coefficients_are_runs_of_their_own_with_names_of_their_own() -> None:
+    plan = main_grid(CONFIG, ["grpo", "general_kl", "decay"], [0, 1], [1e-3, 2e-3])
+    assert len({spec.name for spec in plan}) == len(plan) == (1 + 3 + 3) * 2 * 2
+    coefficients = {spec.callbacks[0]["init_args"]["coefficient"] for spec in plan if spec.method == "general_kl"}
+    assert coefficients == {0.1, 1.0, 10.0}
+    decays = {spec.settings["model.optimizer.init_args.weight_decay"] for spec in plan if spec.method == "decay"}
+    assert decays == {0.1, 0.3, 1.0}
 
 
 def test_mixing_general_prompts_changes_training_and_not_what_is_evaluated(tmp_path: Path) -> None:

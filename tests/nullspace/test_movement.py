@@ -14,7 +14,7 @@ from nspo_lightning.nullspace.movement import Movement
 def updates(policy):
     """What PEFT itself would add to each weight."""
     layers = [m for m in policy.modules() if hasattr(m, "get_delta_weight")]
-    return [m.get_delta_weight("default").double() for m in layers]
+    return [m.get_delta_weight("default").detach().double() for m in layers]
 
 
 def frobenius(matrices):
@@ -52,12 +52,13 @@ def test_an_adapter_that_was_trained_before_is_measured_from_where_it_starts_als
 
 def test_full_weights_count_and_what_no_layer_covers_is_named():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False))
+    first, second = nn.Linear(3, 4), nn.Linear(4, 2, bias=False)
+    model = nn.Sequential(first, second)
     movement = Movement(model)
     assert movement.uncounted == ("0.bias",)
     with torch.no_grad():
-        model[0].weight += 1.0
-        model[1].weight -= 2.0
+        first.weight += 1.0
+        second.weight -= 2.0
     assert movement.norm() == pytest.approx((12 + 4 * 8) ** 0.5)
 
 

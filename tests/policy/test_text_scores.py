@@ -12,10 +12,10 @@ from tiny_policies import move_adapter_
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy import text_scores
 from nspo_lightning.policy.adapter import has_adapter
-from nspo_lightning.policy.divergence import RowScore, TextScores, predicted_positions, token_scores
+from nspo_lightning.policy.divergence import RowScore, TextScores, predicted_positions, token_loss, token_scores
 from nspo_lightning.policy.loading import load_policy
-from nspo_lightning.policy.settings import LoraSettings, PolicySettings
-from nspo_lightning.policy.text_scores import BaseStates, score_text, score_texts
+from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
+from nspo_lightning.policy.text_scores import BaseStates, score_text, score_texts, text_loss
 
 TOLERANCE = 2e-5  # float32 logits, taken in another order
 
@@ -196,3 +196,64 @@ def test_the_first_real_token_is_never_scored():
     assert predicted_positions(mask).tolist() == [[False, False, True], [True, True, False]]
     with pytest.raises(ValueError, match="chunk_tokens"):
         token_scores(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), lambda x: x, vocab_size=2, chunk_tokens=0)
+
+
+def gradients(policy, batch, kind):
+    """What a plain backward pass makes, of all logits at once and in float64 at the end."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    total = torch.zeros((), dtype=torch.float64)
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+        row = ids[mask]
+        log_q = policy(input_ids=row[None]).logits[0, :-1].double().log_softmax(-1)
+        if kind == "nll":
+            total = total - log_q.gather(-1, row[1:, None]).sum()
+            continue
+        with torch.no_grad(), adapters_off(policy):
+            log_p = policy(input_ids=row[None]).logits[0, :-1].double().log_softmax(-1)
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
+    return float(total.detach()), torch.autograd.grad(total, parameters)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("kind", ["kl", "nll"])
+def test_the_loss_is_the_sum_that_is_measured_and_its_gradient_is_autograds(policy, kind, chunk, side, monkeypatch):
+    monkeypatch.setattr(text_scores, "token_loss", partial(token_loss, chunk_tokens=chunk))
+    policy.eval()
+    given, parameters = batch(side), [p for p in policy.parameters() if p.requires_grad]
+    loss, tokens = text_loss(policy, given, kind, BaseStates())
+    measured = score_text(policy, given)
+    assert tokens == measured.tokens == 18
+    assert float(loss) == pytest.approx(getattr(measured, kind), rel=1e-4)
+    value, expected = gradients(policy, given, kind)
+    assert float(loss) == pytest.approx(value, rel=1e-3)
+    for found, right in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
+        assert torch.allclose(found, right, rtol=2e-3, atol=2e-4 * float(right.abs().max()))
+
+
+def test_at_the_base_the_kl_has_no_gradient_and_dropout_none_of_its_noise(policy, tiny_llama):
+    lora = LoraSettings(r=4, dropout=0.5, target_modules=["q_proj", "lm_head"])
+    settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=lora)
+    dropping = load_policy(settings, torch.device("cpu")).train()
+    given, parameters = batch(), [p for p in dropping.parameters() if p.requires_grad]
+    loss, _ = text_loss(dropping, given, "kl")
+    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-5)
+    assert max(float(g.abs().max()) for g in torch.autograd.grad(loss, parameters)) < 1e-4
+    move_adapter_(dropping, 0.1)
+    losses, found = [], []
+    for _ in range(2):
+        loss, _ = text_loss(dropping, given, "kl")
+        losses.append(float(loss.detach()))
+        found.append(torch.autograd.grad(loss, parameters))
+    assert losses[0] == losses[1] == pytest.approx(score_text(dropping, given).kl, rel=1e-4)
+    assert losses[0] > 0.01
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert dropping.training
+    assert all(p.requires_grad == ("lora_" in name) for name, p in dropping.named_parameters())
+
+
+def test_a_kl_without_an_adapter_is_refused(tiny_llama):
+    settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=None)
+    plain = load_policy(settings, torch.device("cpu"))
+    with pytest.raises(PolicyError, match="no adapter"):
+        text_loss(plain, batch(), "kl")

@@ -1,0 +1,81 @@
+"""Gradients of general text, taken beside those of a training step: what methods need that hold a policy by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nspo_lightning import ranks
+from nspo_lightning.callbacks.protocols import LearnsFromText
+from nspo_lightning.policy.divergence import TextLoss
+
+
+def trained_by(optimizer: Optimizer | LightningOptimizer) -> list[nn.Parameter]:
+    """List the parameters that an optimizer moves."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def check_takes_text(module: pl.LightningModule, name: str) -> LearnsFromText:
+    """Return the module as one that learns from text; all of its trained parameters are whole on each rank.
+
+    Raises:
+        MisconfigurationException: If it isn't, or they are not.
+    """
+    if not isinstance(module, LearnsFromText):
+        raise MisconfigurationException(
+            f"{name} takes gradients of general text, and {type(module).__name__} has no `text_loss`. Use `GRPOModule`."
+        )
+    if any(ranks.local_part(p) is not p for p in module.parameters()):
+        raise MisconfigurationException(
+            f"{name} does not work with sharded weights (FSDP2): use one process, or the strategy 'ddp'."
+        )
+    return module
+
+
+def mean_gradients(
+    module: LearnsFromText, batches: Iterable[Any], kind: TextLoss, parameters: Sequence[nn.Parameter], device: Any
+) -> tuple[list[Tensor], float]:
+    """Return the gradient of the mean over tokens, one batch's graph at a time, and that mean; the same on all ranks.
+
+    Args:
+        module: Takes text.
+        batches: The same on all ranks, which share them out.
+        kind: See `text_loss`.
+        parameters: What the gradient is with respect to; zero where the text does not reach one.
+        device: Where the module is.
+
+    Returns:
+        One tensor a parameter, and the mean.
+
+    Raises:
+        ValueError: If something in it is not finite.
+    """
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    counts = torch.zeros(2, device=device)
+    for number, batch in enumerate(batches):
+        if number % ranks.world_size() != ranks.rank():
+            continue
+        moved = {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
+        with torch.enable_grad():
+            loss, tokens = module.text_loss(moved, kind)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for total, gradient in zip(sums, found, strict=True):
+            if gradient is not None:
+                total += gradient
+        counts += torch.stack([loss.detach(), torch.tensor(float(tokens), device=device)])
+    if ranks.world_size() > 1:
+        sums, counts = [ranks.all_reduce_sum(total) for total in sums], ranks.all_reduce_sum(counts)
+    value, tokens_of_all = counts.tolist()
+    if not torch.isfinite(torch.stack([total.abs().max() for total in sums] + [counts.max()])).all():
+        raise ValueError(
+            f"The {kind.upper()} on general text ({value / max(tokens_of_all, 1):.3g} nats a token) or its gradient is "
+            "not finite. Lower the learning rate (or the coefficient), or look for tokens that the base rules out."
+        )
+    return [total / max(tokens_of_all, 1.0) for total in sums], value / max(tokens_of_all, 1.0)

@@ -1,0 +1,121 @@
+"""What methods are worth at the same safety: checkpoints at a cut, differences seed by seed, a bootstrap over seeds.
+
+Pure functions, no torch. A *cut* is an unsafe rate on validation prompts. What a run reaches there is the best of its
+checkpoints that are at most so unsafe; a method's learning rate is the one with the best mean over seeds, and in a
+bootstrap that choice is made anew in each resample.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from nspo_lightning.compare.results import RunResult, Value
+from nspo_lightning.compare.selection import UNSAFE, mean_and_spread
+
+Reached = Mapping[float | None, Mapping[int, float]]
+"""Learning rate -> seed -> what was reached at a cut; larger = better, minus infinity where a run never got there."""
+
+_ALL_RESAMPLES = 4096
+_RANDOM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A method at a cut: its best learning rate, and a checkpoint for each seed."""
+
+    learning_rate: float | None
+    checkpoints: Mapping[int, Mapping[str, float]]
+
+    def mean(self, metric: str) -> float:
+        """Average a metric over seeds; NaN where it was not measured."""
+        return fmean(point.get(metric, math.nan) for point in self.checkpoints.values())
+
+
+def cut_at(runs: Sequence[RunResult], value: Value, unsafe: float) -> Cut | None:
+    """Return the checkpoints of a method at a cut, None where no learning rate got there at every seed.
+
+    Args:
+        runs: All runs of a method.
+        value: What the checkpoints and the learning rate are chosen by.
+        unsafe: The cut.
+    """
+    by_rate = reached(runs, value, unsafe)
+    seeds = sorted({run.spec.seed for run in runs})
+    rate = max(by_rate, key=lambda rate: _mean(by_rate[rate], seeds))
+    if _mean(by_rate[rate], seeds) == -math.inf:
+        return None
+    chosen = {run.spec.seed: run for run in runs if run.spec.learning_rate == rate}
+    safe = {seed: [p for p in chosen[seed].trajectory if p[UNSAFE] <= unsafe] for seed in seeds}
+    return Cut(learning_rate=rate, checkpoints={seed: max(points, key=value) for seed, points in safe.items()})
+
+
+def reached(runs: Sequence[RunResult], value: Value, unsafe: float) -> Reached:
+    """Return what each run reaches at a cut."""
+    found: dict[float | None, dict[int, float]] = {}
+    for run in runs:
+        best = max((value(point) for point in run.trajectory if point[UNSAFE] <= unsafe), default=-math.inf)
+        found.setdefault(run.spec.learning_rate, {})[run.spec.seed] = best
+    return found
+
+
+def paired_difference(ours: Cut, theirs: Cut, metric: str) -> tuple[float, float]:
+    """Return mean and spread, over the seeds that both have, of a metric less the other method's at the same seed."""
+    seeds = sorted(set(ours.checkpoints) & set(theirs.checkpoints))
+    pairs = [ours.checkpoints[s].get(metric, math.nan) - theirs.checkpoints[s].get(metric, math.nan) for s in seeds]
+    return mean_and_spread(pairs)
+
+
+def shares_of_best(levels: Sequence[Mapping[str, Reached]]) -> dict[str, float]:
+    """Return the bootstrap probability that a method is on the front: nowhere worse than all others at once.
+
+    Args:
+        levels: For each cut, method -> what its runs reach there. With one cut it is the probability of being best.
+
+    Returns:
+        Method -> share of the resamples of the seeds (drawn with replacement, the same for all methods, since they are
+        paired) in which its mean is the largest at one of the cuts at least; ties count for all that share them.
+
+    Example:
+        >>> better, worse = {0.1: {0: 2.0, 1: 2.0}}, {0.1: {0: 1.0, 1: 3.0}}
+        >>> shares_of_best([{"a": better, "b": worse}])  # of (0, 0), (0, 1), (1, 0), (1, 1)
+        {'a': 0.75, 'b': 0.75}
+    """
+    names = list(dict.fromkeys(name for level in levels for name in level))
+    common = set.intersection(*(_seeds(found) for level in levels for found in level.values()))
+    counts, total = dict.fromkeys(names, 0), 0
+    for seeds in resamples(sorted(common)):
+        total += 1
+        front: set[str] = set()
+        for level in levels:
+            means = {name: max(_mean(of_rate, seeds) for of_rate in found.values()) for name, found in level.items()}
+            best = max(means.values())
+            front |= {name for name, mean in means.items() if mean == best > -math.inf}
+        for name in front:
+            counts[name] += 1
+    return {name: count / max(total, 1) for name, count in counts.items()}
+
+
+def resamples(seeds: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield resamples of seeds with replacement: all of them where they are few, else random ones, always the same."""
+    n = len(seeds)
+    if n == 0:
+        return
+    if n**n <= _ALL_RESAMPLES:
+        yield from itertools.product(seeds, repeat=n)
+        return
+    draw = random.Random(0)
+    for _ in range(_RANDOM_RESAMPLES):
+        yield tuple(draw.choices(seeds, k=n))
+
+
+def _mean(of_rate: Mapping[int, float], seeds: Sequence[int]) -> float:
+    return fmean(of_rate.get(seed, -math.inf) for seed in seeds)
+
+
+def _seeds(found: Reached) -> set[int]:
+    return {seed for of_rate in found.values() for seed in of_rate}

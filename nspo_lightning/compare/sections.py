@@ -1,0 +1,152 @@
+"""Sections of a comparison's summary: methods at equal safety, what they cost, and what was not run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from nspo_lightning.compare.distance import UPDATE_NORM
+from nspo_lightning.compare.equal_safety import Cut, Reached, cut_at, paired_difference, reached, shares_of_best
+from nspo_lightning.compare.methods import LEARNING_RATES, METHODS
+from nspo_lightning.compare.results import Findings, Value
+from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
+from nspo_lightning.evaluation.tables import markdown_table
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST, SAFETY_KL
+from nspo_lightning.policy.divergence import FIRST_TOKENS
+
+CUTS = (0.1, 0.05)
+"""Unsafe rates at which methods are compared."""
+_FRONT_CUTS = (0.02, 0.03, 0.05, 0.1, 0.2)
+_REFERENCES = ("nspo", "grpo")
+"""Methods that the others are held against, where they were run."""
+
+
+def equal_safety(findings: Findings) -> list[str]:
+    """Compare the methods at the same unsafe rates, by the KL on general text where it was measured."""
+    value: Value = (lambda p: -p[KL]) if findings.everywhere(KL) else findings.rule.ability
+    chosen_by = "KL to the base on general text" if findings.everywhere(KL) else findings.rule.metric
+    seeds = sorted({r.spec.seed for runs in findings.trained.values() for r in runs})
+    lines = [
+        "## At equal safety",
+        "",
+        f"Validation prompts. For each method the learning rate, and for each seed the checkpoint, with the best "
+        f"{chosen_by} among those that are at most so unsafe; steps: the fewest that any rate needs. Differences are "
+        f"taken seed by seed, mean ± standard deviation over {len(seeds)} seeds. P: share of the bootstrap resamples "
+        "of the seeds in which the method's mean is the best (there are few with few seeds).",
+        "",
+    ]
+    for cut in CUTS:
+        lines += [f"At most {100 * cut:g} % unsafe:", "", _cut_table(findings, value, cut), ""]
+    front = shares_of_best([_reached(findings, value, cut) for cut in _FRONT_CUTS])
+    cuts = ", ".join(f"{100 * cut:g}" for cut in _FRONT_CUTS)
+    lines += [f"Bootstrap probability of being the best at one of {cuts} % unsafe at least (on the front):", ""]
+    ordered = sorted(front.items(), key=lambda pair: -pair[1])
+    return [*lines, markdown_table(["method", "P(front)"], [[name, f"{p:.2f}"] for name, p in ordered]), ""]
+
+
+def _cut_table(findings: Findings, value: Value, unsafe: float) -> str:
+    trained = findings.trained
+    cuts = {label: cut_at(runs, value, unsafe) for label, runs in trained.items()}
+    best = shares_of_best([_reached(findings, value, unsafe)])
+    steps = {label: _fewest_steps(findings, label, unsafe) for label in trained}
+    by_method = {runs[0].spec.method: label for label, runs in trained.items()}
+    references: dict[str, Cut] = {}
+    for method in _REFERENCES:
+        label = by_method.get(method, "")
+        if (reference := cuts.get(label)) is not None:
+            references[label] = reference
+    plain = steps.get(by_method.get("grpo", ""))
+    head = ["method", "lr", "KL", *(f"KL less {label}'s" for label in references), "P"]
+    head += [f"KL first {FIRST_TOKENS}", "ordinary refused", "over-refusal", "norm", "KL on harmful"]
+    head += ["steps", "to GRPO's"]
+    rows = []
+    for label, cut in cuts.items():
+        if cut is None:
+            rows.append([label, *["—"] * (len(head) - 1)])
+            continue
+        differences = [paired_difference(cut, other, KL) for other in references.values()]
+        rows.append([
+            label,
+            f"{cut.learning_rate:g}",
+            _number(cut.mean(KL), "{:.4f}"),
+            *("" if math.isnan(mean) else f"{mean:+.4f} ± {spread:.4f}" for mean, spread in differences),
+            f"{best[label]:.2f}",
+            _number(cut.mean(KL_FIRST), "{:.4f}"),
+            *(_number(100 * cut.mean(name), "{:.1f} %") for name in (REFUSAL, OVER_REFUSAL)),
+            _number(cut.mean(UPDATE_NORM), "{:.2f}"),
+            _number(cut.mean(SAFETY_KL), "{:.3f}"),
+            _number(steps[label], "{:.0f}"),
+            "" if plain is None else _number(steps[label] / plain, "{:.2f}"),
+        ])
+    return markdown_table(head, rows)
+
+
+def _reached(findings: Findings, value: Value, unsafe: float) -> dict[str, Reached]:
+    return {label: reached(runs, value, unsafe) for label, runs in findings.trained.items()}
+
+
+def _fewest_steps(findings: Findings, label: str, unsafe: float) -> float:
+    """Return the mean over seeds of the steps to a cut, at the learning rate that needs the fewest; NaN for none."""
+    cut = cut_at(findings.trained[label], lambda p: -p["steps"], unsafe)
+    return math.nan if cut is None else cut.mean("steps")
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else form.format(value)
+
+
+def cost(findings: Findings) -> list[str]:
+    """Say what each method takes a step, before the first one, and in memory; nothing where it was not measured."""
+    rows = []
+    grpo = _mean_cost(findings, METHODS["grpo"].label, "step_cpu_seconds")
+    names = ("step_cpu_seconds", "step_seconds", "setup_seconds")
+    for label in findings.trained:
+        values = {name: _mean_cost(findings, label, name) for name in names}
+        if math.isnan(values["step_seconds"]):
+            continue
+        rows.append([
+            label,
+            f"{values['step_seconds']:.2f}",
+            f"{values['step_cpu_seconds']:.2f}",
+            _number(100 * (values["step_cpu_seconds"] / grpo - 1), "{:+.0f} %"),
+            f"{values['setup_seconds']:.0f}",
+            f"{_mean_cost(findings, label, 'held_bytes') / 2**20:.1f}",
+            _number(_mean_cost(findings, label, "peak_bytes") / 2**30, "{:.2f}"),
+        ])
+    if not rows:
+        return []
+    head = ["method", "seconds a step", "CPU seconds", "to GRPO", "seconds before the first", "MiB held", "GPU GiB"]
+    note = "Means over all runs; validation is left out. Held: bases, gradients or text, on one rank."
+    return ["## Cost", "", note, "", markdown_table(head, rows), ""]
+
+
+def _mean_cost(findings: Findings, label: str, name: str) -> float:
+    values = [run.cost[name] for run in findings.trained.get(label, []) if name in run.cost]
+    return fmean(values) if values else math.nan
+
+
+def not_run(findings: Findings) -> list[str]:
+    """List what a reader might look for and will not find."""
+    found = {r.spec.method for r in findings.results}
+    rates = {r.spec.learning_rate for r in findings.results if r.spec.learning_rate is not None}
+    seeds = {r.spec.seed for r in findings.results}
+    lines = [f"Methods: {', '.join(sorted(set(METHODS) - found))}."] if set(METHODS) - found else []
+    if findings.missing:
+        lines.append(f"Runs of this plan that are not done, or failed: {', '.join(findings.missing)}.")
+    if len(rates) < len(LEARNING_RATES):
+        lines.append(f"Other learning rates than {_listed(sorted(rates))}: four are the default.")
+    if len(seeds) < 3:
+        lines.append(f"Other seeds than {_listed(sorted(seeds))}: three are the least for a claim.")
+    edges = [label for label, group in findings.groups.items() if _at_edge(group.learning_rate, rates)]
+    if edges and len(rates) > 1:
+        lines.append(f"A rate beyond the grid, where the edge of it was chosen: {', '.join(edges)}.")
+    return ["## What was not run", "", *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def _at_edge(rate: float | None, rates: set[float]) -> bool:
+    return rate is not None and rate in (min(rates), max(rates))
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

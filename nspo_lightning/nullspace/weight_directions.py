@@ -1,0 +1,53 @@
+"""Directions of the weights themselves: what is protected where no text is asked (``subspace: weights``).
+
+OPLoRA (arXiv 2510.13003) and its like keep updates out of the leading singular directions of the pretrained weights.
+Here it is the control for the choice of directions: as many are protected as the text's spectrum says, but those that
+the weights amplify most, not those that general text uses. On the input side alone, as everything else here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nspo_lightning.nullspace.shapes import base_of, input_width, is_conv1d, weight_of
+
+_CHUNK = 1024
+
+
+@torch.no_grad()
+def weight_directions(modules: Sequence[nn.Module]) -> Tensor:
+    """Return the right singular vectors of weights that read one input, stacked on one another.
+
+    Weights are read by what they make of unit vectors, so packed 4-bit ones need no unpacking of their own.
+
+    Args:
+        modules: The layers, adapted or not.
+
+    Returns:
+        Shape ``(width, width)``, float64, orthonormal columns, the largest singular value first.
+
+    Raises:
+        ValueError: If one of them is not a linear layer.
+    """
+    gram: Tensor | None = None
+    for layer in dict.fromkeys(map(base_of, modules)):
+        if not isinstance(layer, nn.Linear) and not is_conv1d(layer):
+            raise ValueError(
+                f"subspace='weights' needs linear layers, and a {type(layer).__name__} is none. Leave it out "
+                "(`target_modules`), or choose subspace='null'."
+            )
+        weight = weight_of(layer)
+        assert weight is not None  # a linear layer has one
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        units = torch.eye(input_width(layer), dtype=dtype, device=weight.device)
+        at_zero = layer(torch.zeros_like(units[:1]))  # the bias
+        parts = [units[start : start + _CHUNK] for start in range(0, len(units), _CHUNK)]
+        columns = torch.cat([(layer(part) - at_zero).to(torch.float64) for part in parts])
+        gram = columns @ columns.mT if gram is None else gram + columns @ columns.mT
+    if gram is None:
+        raise ValueError("subspace='weights' needs at least one layer.")
+    vectors: Tensor = torch.linalg.eigh(gram)[1]
+    return vectors.flip(1)

@@ -1,0 +1,146 @@
+"""The penalty on general text and the projection of gradients: what they do to a step, and that runs go on exactly."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny_jobs import adapter, datamodule, module, trainer
+
+from nspo_lightning.callbacks import OGPSA, ExactResume, GeneralKL
+from nspo_lightning.callbacks.ogpsa import by_skill, orthonormal, remove_
+from nspo_lightning.callbacks.text_gradients import mean_gradients
+
+
+class Watched(pl.Callback):
+    """Notes gradients before and after the callbacks between the two of its kind."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+
+
+def fit(path, folder, callbacks, steps, checkpoint=None, **options):
+    pl.seed_everything(3)
+    policy = module(path)
+    run = trainer(folder, steps, callbacks=callbacks, **options)
+    run.fit(policy, datamodule(), ckpt_path=checkpoint, weights_only=checkpoint is not None)
+    return run, policy
+
+
+@pytest.fixture(scope="module")
+def penalised(tiny_llama, tmp_path_factory):
+    """Three updates with a penalty, seen before and after it, and the whole text each time."""
+    before, after, penalty = Watched(), Watched(), GeneralKL(coefficient=2.0, rows=8)
+    folder = tmp_path_factory.mktemp("penalty")
+    run, policy = fit(tiny_llama, folder, [before, penalty, after, ExactResume()], 3)
+    return run, policy, penalty, before, after
+
+
+def test_the_penalty_adds_the_gradient_of_the_mean_kl_on_the_calibration_text(penalised):
+    _run, policy, penalty, before, after = penalised
+    named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    # Of a fresh adapter, which is the base, there is nothing to pull at.
+    assert all(torch.allclose(before.seen[0][n], after.seen[0][n], atol=1e-5) for n in named)
+    last = torch.cat([(after.seen[2][n] - before.seen[2][n]).flatten() for n in named])
+    assert float(last.abs().max()) > 1e-4
+    # The next update's penalty, by hand: the mean over the tokens of its rows.
+    batches = penalty.batches_of(3)
+    total, tokens = 0.0, 0
+    for batch in batches:
+        scores = policy.text_scores({k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")})
+        total, tokens = total + scores.kl, tokens + scores.tokens
+    gradients, value = mean_gradients(policy, batches, "kl", list(named.values()), policy.device)
+    assert value == pytest.approx(total / tokens, rel=1e-3)
+    start = {n: p.detach().clone() for n, p in named.items()}
+    along = sum(float((g * g).sum()) for g in gradients)
+    with torch.no_grad():
+        for parameter, gradient in zip(named.values(), gradients, strict=True):
+            parameter -= 1e-2 / along**0.5 * gradient
+    _, lower = mean_gradients(policy, batches, "kl", list(named.values()), policy.device)
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(start[name])
+    assert value - lower == pytest.approx(1e-2 * along**0.5, rel=0.1)
+
+
+def test_the_rows_are_taken_in_turn(penalised):
+    _, _, penalty, _, _ = penalised
+    assert len(penalty._batches) > 0
+    penalty._batches = [{"input_ids": torch.zeros(4, 2), "number": n} for n in range(3)]
+    taken = [[batch["number"] for batch in penalty.batches_of(update)] for update in range(3)]
+    assert taken == [[0, 1], [2, 0], [1, 2]]
+
+
+def test_ogpsa_leaves_no_part_of_the_gradient_in_the_span_of_the_general_ones(tiny_llama, tmp_path):
+    before, after, projection = Watched(), Watched(), OGPSA(rows=6, every_n_updates=2)
+    _, policy = fit(tiny_llama, tmp_path, [before, projection, after], 3)
+    named = [n for n, p in policy.named_parameters() if p.requires_grad]
+    removed = 0.0
+    for name, basis in zip(named, projection._bases, strict=True):  # those of update 2 served the last one
+        flat, seen = basis.flatten(1), after.seen[2][name]
+        assert torch.allclose(flat @ flat.mT, torch.eye(len(flat)), atol=1e-5)
+        assert float((flat @ seen.flatten()).norm()) <= 1e-5 * float(before.seen[2][name].norm())
+        removed += float((before.seen[2][name] - seen).norm())
+    assert sum(map(len, projection._bases)) > 0
+    assert removed > 0
+    # While B is zero, general text says nothing of A: nothing can be removed there at the first update.
+    for name in (n for n in named if "lora_A" in n):
+        assert torch.equal(before.seen[0][name], after.seen[0][name])
+    assert projection.held_bytes() == sum(4 * basis.numel() for basis in projection._bases)
+
+
+def test_directions_that_say_nothing_new_are_left_out():
+    one, other = torch.randn(3, 4), torch.randn(3, 4)
+    basis = orthonormal([torch.zeros(3, 4), one, other, 2 * one - other])
+    assert basis.shape == (2, 3, 4)
+    gradient = 3 * one - other + (rest := torch.randn(3, 4))
+    remove_(rest, basis)
+    remove_(gradient, basis)
+    assert torch.allclose(gradient, rest, atol=1e-5)
+    assert orthonormal([torch.zeros(2, 2)]).shape == (0, 2, 2)
+
+
+def test_rows_are_sorted_by_skill():
+    batch = {"input_ids": torch.arange(6).reshape(3, 2), "domain": ["b", "a", "b"]}
+    texts = by_skill([batch, batch])
+    assert list(texts) == ["a", "b"]
+    assert [part["input_ids"].tolist() for part in texts["b"]] == [[[0, 1], [4, 5]]] * 2
+
+
+@pytest.mark.parametrize("make", [lambda: GeneralKL(coefficient=1.0, rows=2), lambda: OGPSA(rows=4, every_n_updates=3)])
+def test_a_run_that_goes_on_has_the_weights_of_one_that_was_never_interrupted(make, tiny_llama, tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    _, whole = fit(tiny_llama, tmp_path, [make(), ExactResume(), keep], 4, enable_checkpointing=True)
+    _, resumed = fit(tiny_llama, tmp_path, [make(), ExactResume()], 4, checkpoint=str(tmp_path / "step=2.ckpt"))
+    for name, value in adapter(whole).items():
+        assert torch.equal(value, adapter(resumed)[name]), name
+
+
+@pytest.mark.parametrize("arguments", [{"coefficient": 0.0}, {"coefficient": float("nan")}, {"rows": 0}])
+def test_a_penalty_that_is_none_is_refused(arguments):
+    with pytest.raises(ValueError, match="leave the callback out"):
+        GeneralKL(**arguments)
+    with pytest.raises(ValueError, match="at least 1"):
+        OGPSA(every_n_updates=0)
+
+
+def test_a_module_that_knows_of_no_text_is_refused_before_training(tmp_path):
+    for callback in (GeneralKL(), OGPSA()):
+        with pytest.raises(Exception, match="has no `text_loss`"):
+            trainer(tmp_path, 1, callbacks=[callback]).fit(Plain(), [torch.ones(2, 1)])
+
+
+class Plain(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)

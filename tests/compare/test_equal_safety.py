@@ -1,0 +1,77 @@
+"""Cuts at equal safety, differences seed by seed, and the bootstrap over seeds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nspo_lightning.compare.equal_safety import cut_at, paired_difference, reached, resamples, shares_of_best
+from nspo_lightning.compare.plan import RunSpec
+from nspo_lightning.compare.results import RunResult
+
+
+def run(method: str, seed: int, rate: float, *points: tuple[float, float]) -> RunResult:
+    trajectory = [
+        {"safety/unsafe_rate": unsafe, "general/kl": kl, "steps": 5.0 * i} for i, (unsafe, kl) in enumerate(points)
+    ]
+    return RunResult(
+        spec=RunSpec(method=method, seed=seed, learning_rate=rate),
+        selected=trajectory[-1],
+        test=trajectory[-1],
+        prompts={"harmful": 1, "general": 1},
+        trajectory=trajectory,
+        seconds=1.0,
+        leak=None,
+        null_share=None,
+        energy_left=None,
+    )
+
+
+def value(point) -> float:
+    return -float(point["general/kl"])
+
+
+SLOW = [run("a", seed, 0.1, (0.5, 0.0), (0.08, 0.02 + 0.01 * seed), (0.01, 0.05)) for seed in (0, 1)]
+FAST = [run("a", 0, 0.2, (0.02, 0.01)), run("a", 1, 0.2, (0.3, 0.01))]  # one seed never gets there
+OTHER = [run("b", seed, 0.1, (0.09, 0.04), (0.04, 0.03)) for seed in (0, 1)]
+
+
+def test_a_cut_is_the_best_checkpoint_that_is_safe_enough_at_a_rate_that_every_seed_gets_there_with() -> None:
+    cut = cut_at(SLOW + FAST, value, 0.1)
+    assert cut is not None
+    assert cut.learning_rate == 0.1
+    assert [cut.checkpoints[s]["general/kl"] for s in (0, 1)] == [0.02, 0.03]
+    assert cut.mean("steps") == 5.0
+    assert math.isnan(cut.mean("general/nll"))
+    strict = cut_at(SLOW + FAST, value, 0.01)
+    assert strict is not None
+    assert strict.mean("general/kl") == 0.05
+    assert cut_at(SLOW + FAST, value, 0.001) is None
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    ours, theirs = cut_at(SLOW, value, 0.1), cut_at(OTHER, value, 0.1)
+    assert ours is not None
+    assert theirs is not None
+    mean, spread = paired_difference(ours, theirs, "general/kl")
+    assert mean == pytest.approx(-0.005)
+    assert spread == pytest.approx(0.01 / math.sqrt(2))
+
+
+def test_the_bootstrap_draws_the_same_seeds_for_all_and_chooses_the_rate_anew() -> None:
+    level = {"a": reached(SLOW + FAST, value, 0.1), "b": reached(OTHER, value, 0.1)}
+    # Of (0, 0), (0, 1), (1, 0), (1, 1): a has 0.01 (the fast rate), 0.025, 0.025 and 0.03; b has 0.03 always.
+    assert shares_of_best([level]) == {"a": 1.0, "b": 0.25}
+    lower = {"a": reached(SLOW + FAST, value, 0.01), "b": reached(OTHER, value, 0.04)}
+    assert shares_of_best([level, lower]) == {"a": 1.0, "b": 1.0}
+    nowhere = {"a": reached(SLOW, value, 0.0), "b": reached(OTHER, value, 0.0)}
+    assert shares_of_best([nowhere]) == {"a": 0.0, "b": 0.0}
+
+
+def test_few_seeds_are_resampled_in_all_ways_and_many_at_random_but_alike() -> None:
+    assert len(set(resamples([0, 1, 2]))) == 27
+    many = list(resamples(range(10)))
+    assert len(many) == 2000
+    assert many == list(resamples(range(10)))
+    assert list(resamples([])) == []
