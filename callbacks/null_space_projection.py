@@ -25,6 +25,7 @@ from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.basis_source import BasisSource, CalibrationJob
 from nspo_lightning.callbacks.null_space.batches import BatchToInputs
 from nspo_lightning.callbacks.null_space.calibration_progress import calibration_progress
+from nspo_lightning.callbacks.null_space.grown import Fitted
 from nspo_lightning.callbacks.null_space.hold import Hold, at_start
 from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference, ready
 from nspo_lightning.callbacks.null_space.logs import (
@@ -186,6 +187,7 @@ class NullSpaceProjection(Callback):
         self._start_late: Callable[[], None] | None = None
         self._warm: WarmStart | None = None
         self._held: list[weakref.ref[nn.Parameter]] = []
+        self._fitted: Fitted | None = None
 
     @property
     def state_key(self) -> str:
@@ -211,6 +213,7 @@ class NullSpaceProjection(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note_growth()
         self._release()
         self._start_late = None
         if not self.enabled:
@@ -251,6 +254,7 @@ class NullSpaceProjection(Callback):
             show_verification(self.verification)
         self._hold.hook(lambda optimizer: trained.check(optimizer, pl_module, self.unprotected))
         self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
+        self._fitted = Fitted(module=weakref.ref(pl_module), precision=str(trainer.precision), hold=self._hold)
         log_start(trainer, calibration)
 
     def _new_hold(self, plan: LayerPlan) -> Hold:
@@ -328,6 +332,10 @@ class NullSpaceProjection(Callback):
         self._hold, self._check, self._buffers, self._still, self._normalised = Hold(), None, None, [], False
         self.verification = self.output_change = None
 
+    def _note_growth(self) -> None:
+        if self._fitted is not None and self.calibration is not None:
+            self.calibration = self._fitted.grown(self.calibration)
+
     def _held_before(self, plan: LayerPlan) -> bool:
         before = {id(matrix) for reference in self._held if (matrix := reference()) is not None}
         return bool(before) and before == {id(layer.matrix) for layer in plan.layers}
@@ -386,11 +394,14 @@ class NullSpaceProjection(Callback):
     def save(self, path: str | PathLike[str]) -> Path:
         """Return the path of a basis file written there, which `calibration` takes.
 
+        It belongs to the model as it was when the bases were made, and to what it has become in training since.
+
         Raises:
             RuntimeError: Before fit has calibrated.
         """
         if self.calibration is None:
             raise RuntimeError("There is no basis to save yet: it is made at the start of fit.")
+        self._note_growth()
         return save_calibration(self.calibration, Path(path))
 
     def calibrate(

@@ -31,7 +31,13 @@ from nspo_lightning.nullspace import (
     save_calibration,
 )
 from nspo_lightning.nullspace.fingerprint import combined, data_fingerprint, differences, model_fingerprint
-from nspo_lightning.nullspace.store import BrokenBasisError, check_fingerprint
+from nspo_lightning.nullspace.store import (
+    BrokenBasisError,
+    check_belongs,
+    check_fingerprint,
+    model_differences,
+    refuse,
+)
 
 Source = str | PathLike[str] | Iterable[Any] | None
 _SAMPLED = 4  # batches that are read where text is only looked at
@@ -119,7 +125,8 @@ class BasisSource:
         job = self.job(pl_module, layers, batches, sharded=is_sharded(batches), precision=str(trainer.precision))
         self.text = TextSample.of(job.calls)
         if earlier is not None:  # training began with other bases, which are gone: only the same text makes them again
-            check_fingerprint(_data(earlier["fingerprint"]), _data(job.fingerprint), "the checkpoint")
+            now = _unmoved(job.fingerprint, pl_module, layers, earlier)
+            check_fingerprint(earlier["fingerprint"], now, "the checkpoint")
         cached = self._cache_path(trainer, job)
         if cached is None:
             return job
@@ -150,22 +157,22 @@ class BasisSource:
     ) -> Calibration:
         """Return the calibration in a basis file, if it was made for this model and these settings; see `find`."""
         calibration = load_calibration(path)
-        modules = {layer.name: layer.module for layer in layers}
-        known = calibration.layer_names().union(calibration.unreached)
-        missing = set(modules) - known
+        held, known = {layer.name: layer for layer in layers}, calibration.layer_names().union(calibration.unreached)
+        missing = set(held) - known
         if missing:
             raise MisconfigurationException(
                 f"The basis file {path} has no basis for {len(missing)} trained layers: {sorted(missing)[:5]}. "
                 "Calibrate with the same `target_modules`.",
             )
-        model = model_fingerprint(pl_module, modules, str(trainer.precision))
-        changed = {"trained", "buffers"} if earlier is not None else set()  # weights have been trained since
-        if set(modules) != known:  # of a part of the layers it was made for
-            changed |= {"structure", "weights", "trained"}
-        wanted = {"model": {key: value for key, value in model.items() if key not in changed}}
-        check_fingerprint(calibration.fingerprint, {"settings": self.settings.as_dict(), **wanted}, str(path))
         if earlier is not None:
-            check_fingerprint(_data(calibration.fingerprint), _data(earlier["fingerprint"]), str(path))
+            check_fingerprint(calibration.fingerprint, earlier["fingerprint"], str(path))
+        model = model_fingerprint(pl_module, known, str(trainer.precision))
+        if earlier is not None:  # training has moved them since
+            model = _unmoved({"model": model}, pl_module, layers, earlier)["model"]
+        check_belongs(calibration, self.settings.as_dict(), model, path)
+        for name in calibration.layer_names() & set(held):
+            if (width := calibration.basis_of(name).values.numel()) != held[name].width:
+                refuse([f"layer {name}: the file has width {width}, this run wants {held[name].width}"], str(path))
         self.path = str(path)
         return calibration
 
@@ -185,15 +192,16 @@ class BasisSource:
         layers: Sequence[ProtectedLayer],
     ) -> bool:
         """Return whether bases at hand are those of this model, this text (where there is any) and these settings."""
-        modules = {layer.name: layer.module for layer in layers}
-        if calibration.layer_names().union(calibration.unreached) != set(modules):
+        known = calibration.layer_names().union(calibration.unreached)
+        if known != {layer.name for layer in layers}:
             return False
-        model = model_fingerprint(pl_module, modules, str(trainer.precision))
-        wanted: dict[str, Any] = {"settings": self.settings.as_dict(), "model": model}
+        model = model_fingerprint(pl_module, known, str(trainer.precision))
+        wanted: dict[str, Any] = {"settings": self.settings.as_dict()}
         if not isinstance(self.source, (str, PathLike)) and (calls := self._calls(trainer, pl_module)):
             self.text = TextSample.of(calls)
             wanted["data"] = _text_fingerprint(calls)
-        return not ranks.any_rank(bool(differences(calibration.fingerprint, wanted)))
+        found = differences(calibration.fingerprint, wanted) + model_differences(calibration, model)
+        return not ranks.any_rank(bool(found))
 
     def batches(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, protected_alone: bool = False
@@ -231,9 +239,8 @@ class BasisSource:
     ) -> CalibrationJob:
         """Return what is to be done, with the text read."""
         calls = self.calls(batches)
-        modules = {layer.name: layer.module for layer in layers}
         fingerprint = {
-            "model": model_fingerprint(pl_module, modules, precision),
+            "model": model_fingerprint(pl_module, [layer.name for layer in layers], precision),
             "data": _text_fingerprint(calls),
             "settings": self.settings.as_dict(),
         }
@@ -283,8 +290,22 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def _data(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    return {"data": fingerprint.get("data")}
+def _unmoved(
+    fingerprint: Mapping[str, Any],
+    pl_module: pl.LightningModule,
+    layers: Sequence[ProtectedLayer],
+    earlier: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return a resumed run's fingerprint without what training may have moved since its start.
+
+    Held layers are at their start: B is zero there, or the checkpoint says where the matrix was.
+    """
+    known = earlier.get("references", {})
+    at_start = [la for la in layers if la.name in known or (la.output is not None and la.output.requires_grad)]
+    held = {id(p) for layer in at_start for p in (layer.matrix, layer.output) if p is not None}
+    free = any(p.requires_grad and id(p) not in held for p in pl_module.parameters())
+    moved = {"buffers", "weights"} if free else {"buffers"}
+    return {**fingerprint, "model": {key: v for key, v in fingerprint["model"].items() if key not in moved}}
 
 
 def _text_fingerprint(calls: Sequence[ForwardCall]) -> str:

@@ -28,7 +28,8 @@ from nspo_lightning.nullspace.keeper import (
     whole_reference,
 )
 
-_RESUME_LEAK = 1e-4  # a resumed adapter sits at about 1e-7; anything above this was trained without this basis
+LEAK_OF_THE_HELD = 1e-4
+"""What was held sits at about 1e-7; anything above this was trained without this basis."""
 
 
 @runtime_checkable
@@ -180,7 +181,7 @@ class Hold:
         Raises:
             MisconfigurationException: Naming the layer with the largest leak.
         """
-        leaking = [c for c in (*self.certificates(), *self._without_output()) if c.leak > _RESUME_LEAK]
+        leaking = [c for c in (*self.certificates(), *self._without_output()) if c.leak > LEAK_OF_THE_HELD]
         if leaking:
             worst, layers = max(leaking, key=lambda c: c.leak), len({c.name for c in leaking})
             raise MisconfigurationException(
@@ -189,6 +190,11 @@ class Hold:
                 "Give `calibration` the basis file of that run, warm up again in this null space, or merge the adapter "
                 "and start a new one."
             )
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether the displacement of whole matrices is held, and not adapters alone."""
+        return any(reference is not None for reference in self._references)
 
     def certificates(self) -> list[LayerCertificate]:
         """Return each layer's certificate."""

@@ -18,7 +18,6 @@ _HASHES = {
     "model.buffers": "the base's buffers",
     "model.configuration": "the base's configuration",
     "model.structure": "which layers are held (`policy.lora.target_modules`, `nullspace.target_modules`)",
-    "model.trained": "weights that train beside the adapter",
 }
 """What can only be told by a hash, in words."""
 

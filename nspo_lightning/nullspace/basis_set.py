@@ -146,6 +146,9 @@ class Calibration:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
     """Layers that were asked for and saw no input: they have no basis."""
+    grown: tuple[dict[str, str], ...] = ()
+    """Fingerprints (``weights``, ``buffers``) of what the model became in training that these bases held: its outputs
+    on the calibration text are the same, so the bases are its own too."""
 
     def basis_of(self, layer: str) -> Basis:
         """Return the basis of a layer by its name.

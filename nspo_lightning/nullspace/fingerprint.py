@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from nspo_lightning import ranks
 from nspo_lightning.nullspace.shapes import base_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _ADAPTER = re.compile(r"(^|\.)lora_[A-Za-z_]+\.")
+_PAIR = re.compile(r"((?:^|\.)lora(?:_embedding)?)_[AB]\.")
+_AROUND = re.compile(r"(^|\.)base_layer\.")
 
 
 @runtime_checkable
@@ -26,34 +29,66 @@ class PlainConfig(Protocol):
         """Return plain values."""
 
 
-def model_fingerprint(model: nn.Module, modules: Mapping[str, nn.Module], precision: str = "") -> dict[str, str]:
+def model_fingerprint(model: nn.Module, layers: Iterable[str], precision: str = "") -> dict[str, str]:
     """Return digests of all that decides what enters the layers: weights, buffers, configuration, precision.
+
+    They are those of the function that the model is, whatever of it trains: the same model has the same ones with
+    fewer layers held, and with an adapter that has no effect yet.
 
     Args:
         model: The whole model; a layer's inputs depend on all that stands before it, trained or not.
-        modules: Layer name -> module, of the layers that are held.
+        layers: Names of the layers that a basis is of, see `plan_layers`.
         precision: The Trainer's, "" = not known.
 
     Returns:
-        Hexadecimal digests. ``structure``: names, widths and kinds of the layers; ``weights``: parameters that do not
-        train; ``trained``: those that do, but for adapters, which begin without effect; ``buffers``; ``configuration``;
-        and ``precision`` as it is.
+        Hexadecimal digests. ``structure``: names, widths and kinds of the layers; ``weights``: all parameters, but for
+        adapters without effect; ``buffers``; ``configuration``; and ``precision`` as it is.
     """
     structure = hashlib.sha256()
-    for name, module in modules.items():
-        structure.update(f"{name}|{vars(module).get('in_features')}|{type(base_of(module)).__name__}\n".encode())
-    parameters = dict(model.named_parameters())
-    trained = {n: p for n, p in parameters.items() if p.requires_grad and not _ADAPTER.search(n)}
-    frozen = {n: p for n, p in parameters.items() if not p.requires_grad}
-    configurations = {name: _configuration(module) for name, module in model.named_modules()}
+    for name in sorted(layers):
+        structure.update(f"{name}|{_kind(model, name)}\n".encode())
+    configurations = {_plain_name(name): _configuration(module) for name, module in model.named_modules()}
     found = {
         "structure": structure.hexdigest()[:32],
-        "weights": _digest(frozen),
-        "trained": _digest(trained),
-        "buffers": _digest(dict(model.named_buffers())),
+        "weights": _digest(_in_effect(dict(model.named_parameters()))),
+        "buffers": _digest({_plain_name(name): buffer for name, buffer in model.named_buffers()}),
         "configuration": combined({name: value for name, value in configurations.items() if value}),
     }
     return found | ({"precision": precision} if precision else {})
+
+
+def _kind(model: nn.Module, layer: str) -> str:
+    """Say what a layer is, by the name that `plan_layers` gave it: of a module, or of a parameter of one."""
+    name = layer.partition("[")[0]
+    for place in (name, name.rpartition(".")[0]):
+        with contextlib.suppress(AttributeError):
+            base = base_of(model.get_submodule(place))
+            return f"{vars(base).get('in_features')}|{type(base).__name__}"
+    return "not there"
+
+
+def _in_effect(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return parameters by their name without adapters around them; adapters whose A or B is zero are left out."""
+    return {_plain_name(name): value for name, value in parameters.items() if _has_effect(name, parameters)}
+
+
+def _has_effect(name: str, parameters: Mapping[str, Tensor]) -> bool:
+    if not _ADAPTER.search(name):
+        return True
+    pair = [parameters.get(_PAIR.sub(rf"\1_{side}.", name)) for side in "AB"]
+    return all(parameter is None or _nonzero(parameter) for parameter in pair)
+
+
+def _nonzero(parameter: Tensor) -> bool:
+    plain = parameter.detach()
+    if plain.device.type == "meta":
+        return False
+    local = ranks.local_part(plain)
+    return bool(local.any()) if local is plain else ranks.any_rank(bool(local.any()))
+
+
+def _plain_name(name: str) -> str:
+    return _AROUND.sub(r"\1", name)
 
 
 def _configuration(module: nn.Module) -> dict[str, Any]:

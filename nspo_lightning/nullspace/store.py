@@ -8,7 +8,7 @@ tensor. Nothing in the file is executed on load.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
         "domain_tokens": calibration.domain_tokens,
         "fingerprint": calibration.fingerprint,
         "unreached": calibration.unreached,
+        "grown": calibration.grown,
     }
     path, text = Path(path), json.dumps(header)
     with replacing(path) as partial:
@@ -142,7 +143,47 @@ def check_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any], sour
     Raises:
         ValueError: Saying what differs.
     """
-    found = differences(stored, wanted)
+    refuse(differences(stored, wanted), source)
+
+
+def check_belongs(calibration: Calibration, settings: Mapping[str, Any], model: Mapping[str, str], path: Path) -> None:
+    """Refuse a basis file that was made with other settings, or for another model than one of those that it is for.
+
+    Args:
+        calibration: The file's content.
+        settings: This run's.
+        model: This run's model, as `model_fingerprint` gives it for the file's layers. All of it is compared; only a
+            precision that one side does not know is not.
+        path: The file.
+
+    Raises:
+        ValueError: Saying what differs.
+    """
+    stored = calibration.fingerprint
+    found = differences({"settings": stored.get("settings")}, {"settings": settings})
+    refuse(found + model_differences(calibration, model), str(path))
+
+
+def model_differences(calibration: Calibration, model: Mapping[str, str]) -> list[str]:
+    """Return how a model differs from the one that bases were made for; [] also for what grew out of it in them."""
+    made_for: dict[str, Any] = {"precision": model.get("precision"), **calibration.fingerprint.get("model", {})}
+    unsaid = dict.fromkeys(model)
+    for grown in calibration.grown:
+        if not differences({**unsaid, **made_for, **grown}, model):
+            return []
+    return differences({"model": {**unsaid, **made_for}}, {"model": model})
+
+
+def refuse(found: Sequence[str], source: str) -> None:
+    """Refuse a basis that differs from what a run wants.
+
+    Args:
+        found: What differs, in words.
+        source: Where the basis is.
+
+    Raises:
+        ValueError: If anything does.
+    """
     if found:
         raise ValueError(
             f"The basis in {source} does not belong to this run:\n  "
@@ -183,5 +224,6 @@ def _rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibr
         domain_tokens=header["domain_tokens"],
         moments=moments,
         fingerprint=header["fingerprint"],
-        unreached=tuple(header.get("unreached", ())),  # files of earlier versions have no such layers
+        unreached=tuple(header["unreached"]),
+        grown=tuple(header["grown"]),
     )

@@ -1,0 +1,43 @@
+"""What a model became in a fit that held it: the bases of that fit are its own still, and a file of them says so."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+
+import lightning.pytorch as pl
+
+from nspo_lightning.callbacks.null_space.hold import LEAK_OF_THE_HELD, Hold
+from nspo_lightning.nullspace import Calibration
+from nspo_lightning.nullspace.fingerprint import model_fingerprint
+from nspo_lightning.nullspace.store import model_differences
+
+_BECAME = ("weights", "buffers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A fit that was begun."""
+
+    module: weakref.ref[pl.LightningModule]
+    precision: str
+    hold: Hold
+
+    def grown(self, calibration: Calibration) -> Calibration:
+        """Return the bases as those of the model as it is now too, if it is what they were made for and a held update.
+
+        Adapters change no weight that a fingerprint holds, so there is nothing to add for them.
+        """
+        module = self.module()
+        if module is None or not self.hold.holds_weights:
+            return calibration
+        names = calibration.layer_names().union(calibration.unreached)
+        with self.hold.at_start():
+            began = model_fingerprint(module, names, self.precision)
+        del began["buffers"]  # what training changed of them has no effect, or it was refused
+        if model_differences(calibration, began) or any(c.leak > LEAK_OF_THE_HELD for c in self.hold.certificates()):
+            return calibration
+        now = model_fingerprint(module, names, self.precision)
+        if not model_differences(calibration, now):
+            return calibration
+        return replace(calibration, grown=(*calibration.grown, {key: now[key] for key in _BECAME}))
