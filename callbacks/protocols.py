@@ -122,8 +122,11 @@ class AnswersTests(ScoresText, Protocol):
 class AnswersPrompts(Protocol):
     """A module that answers prompts for calibration."""
 
-    def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
-        """Return one answer a prompt: what is written behind the rendered prompt, thoughts too."""
+    def calibration_answers(self, prompts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
+        """Return one answer a prompt: what is written behind the rendered prompt, thoughts too.
+
+        Of at most ``max_new_tokens``; None = as many as the module gives a general answer.
+        """
 
 
 class HasRows(Protocol):

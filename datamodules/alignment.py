@@ -47,6 +47,8 @@ class AlignmentDataModule(pl.LightningDataModule):
         calibration_batch_size: Rows a calibration batch and rank.
         calibration_max_tokens: The longest calibration text; longer rows are left out and reported.
         calibration_padding: Where short calibration rows are padded.
+        calibration_starts: Further rows of which the criterion `contrast` sees the start of the policy's own answer:
+            whether to answer is decided there, and few rows overstate which directions general text leaves unused.
         text_max_tokens: Held-out general text is cut there where it is scored (KL and NLL); None = at the model's own
             limit. A row whose prompt alone is longer is not scored.
         system_prompt: A system message for prompts that have none, unless their source sets its own.
@@ -78,6 +80,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         calibration_batch_size: int = 16,
         calibration_max_tokens: int | None = None,
         calibration_padding: Side = "right",
+        calibration_starts: int = 512,
         text_max_tokens: int | None = 1024,
         system_prompt: str | None = None,
         chat_template: str | None = None,
@@ -117,6 +120,7 @@ class AlignmentDataModule(pl.LightningDataModule):
             calibration_batch_size=calibration_batch_size,
             calibration_max_tokens=calibration_max_tokens,
             calibration_padding=calibration_padding,
+            calibration_starts=calibration_starts,
             max_prompt_tokens=max_prompt_tokens,
             system_prompt=system_prompt,
             chat_template=chat_template,

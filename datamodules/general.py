@@ -12,6 +12,7 @@ from nspo_lightning.datamodules.sources.read import SourceReport, announce
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Sources
 from nspo_lightning.datamodules.text.collate import (
+    START_TOKENS,
     CalibrationText,
     Side,
     calibration_text,
@@ -25,7 +26,7 @@ from nspo_lightning.datamodules.text.text_rows import (
     mix_batches,
     with_model_answers,
 )
-from nspo_lightning.nullspace.domains import TO_LEARN
+from nspo_lightning.nullspace.domains import STARTS, TO_LEARN
 
 
 class GeneralDataModule(PromptDataModule):
@@ -41,6 +42,7 @@ class GeneralDataModule(PromptDataModule):
         calibration_batch_size: Rows a calibration batch and rank.
         calibration_max_tokens: The longest calibration text; longer rows are left out and reported.
         calibration_padding: Where short calibration rows are padded.
+        calibration_starts: Further rows of which the criterion `contrast` sees the start of the policy's own answer.
         seed: Decides order, held-out and calibration rows.
 
     Raises:
@@ -65,6 +67,7 @@ class GeneralDataModule(PromptDataModule):
         calibration_batch_size: int = 16,
         calibration_max_tokens: int | None = None,
         calibration_padding: Side = "right",
+        calibration_starts: int = 512,
         max_prompt_tokens: int | None = None,
         system_prompt: str | None = None,
         chat_template: str | None = None,
@@ -95,6 +98,7 @@ class GeneralDataModule(PromptDataModule):
         self.calibration_batch_size = calibration_batch_size
         self.calibration_max_tokens = calibration_max_tokens
         self.calibration_padding = calibration_padding
+        self.calibration_starts = calibration_starts
         self.calibration_report: SourceReport | None = None
 
     def calibration_rows(self, answer_fn: AnswerFn | None = None) -> list[PromptRow]:
@@ -137,18 +141,35 @@ class GeneralDataModule(PromptDataModule):
         text = calibration_text(row, self.calibration_text, self.renderer)
         return len(self.renderer.encode([text])[0]) <= self.calibration_max_tokens
 
+    def _start_rows(self, others: Sequence[PromptRow]) -> list[PromptRow]:
+        """Return `calibration_starts` training rows that are not among others, if there are as many."""
+        taken, limit = {row.key for row in others}, self.calibration_max_tokens
+        loaded = self.loaded()
+        left = [[row for row in rows if row.key not in taken] for rows in loaded.train]
+        chosen, _ = choose_calibration_rows(
+            left,
+            loaded.weights,
+            self.calibration_starts,
+            self.seed,
+            fits=lambda row: limit is None or len(self.renderer.encode_prompts([row])[0]) <= limit,
+        )
+        return chosen
+
     def calibration_dataloader(
         self, answer_fn: AnswerFn | None = None, to_learn: Sequence[PromptRow] = ()
     ) -> PromptLoader:
         """Return batches of general text for the null space, see `collate_calibration`.
 
         `answer_fn` answers prompts, for `prompt_and_model_answer`; `NullSpaceProjection` passes the module's.
-        `to_learn` are prompts that are trained on; they come last, with the policy's own answers.
+        `to_learn` are prompts that are trained on; they come last, with the start of the policy's own answers, and so
+        do `calibration_starts` further general rows.
         """
         rows, renderer = self.calibration_rows(answer_fn), self.renderer
         if to_learn:
-            answered = with_model_answers(to_learn, answer_fn, self.eval_batch_size)
-            rows = rows + [replace(row, skill=TO_LEARN) for row in answered]
+            further = [replace(row, skill=STARTS) for row in self._start_rows(rows)]
+            asked = [*further, *(replace(row, skill=TO_LEARN) for row in to_learn)]
+            asked.sort(key=lambda row: len(row.key))  # of like length, for less padding
+            rows = rows + with_model_answers(asked, answer_fn, self.eval_batch_size, START_TOKENS + 1)
         if self.calibration_report is not None:
             announce([self.calibration_report])
         return PromptLoader(

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.order import shares
-from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, hash_rank, rank_all, take_ranked
+from nspo_lightning.datamodules.sources.rows import PromptRow, hash_rank, rank_all, take_ranked
 from nspo_lightning.terminal import rows_progress
 
-AnswerFn = Callable[[list[Prompt]], list[str]]
-"""Answers prompts with the policy, for `prompt_and_model_answer`."""
+AnswerFn = Callable[..., list[str]]
+"""Answers a list of prompts with the policy. It may be asked with a second argument, the most tokens of an answer, as
+`GRPOModule.calibration_answers` can."""
 
 
 def choose_calibration_rows(
@@ -72,8 +73,10 @@ def mix_batches(rows: Sequence[PromptRow], batch_size: int, seed: int) -> list[P
     return [row for batch in ranked for row in batch] + last
 
 
-def with_model_answers(rows: Sequence[PromptRow], answer_fn: AnswerFn | None, batch_size: int) -> list[PromptRow]:
-    """Return the rows with the policy's own answers in the place of the reference answers.
+def with_model_answers(
+    rows: Sequence[PromptRow], answer_fn: AnswerFn | None, batch_size: int, max_new_tokens: int | None = None
+) -> list[PromptRow]:
+    """Return the rows with the policy's own answers, of so many tokens, in the place of the reference answers.
 
     Raises:
         DataError: If there is no `answer_fn`, or it gives another number of answers.
@@ -88,7 +91,8 @@ def with_model_answers(rows: Sequence[PromptRow], answer_fn: AnswerFn | None, ba
     with rows_progress("Answering calibration prompts", len(rows)) as advance:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            answers = answer_fn([row.prompt for row in part])
+            prompts = [row.prompt for row in part]
+            answers = answer_fn(prompts) if max_new_tokens is None else answer_fn(prompts, max_new_tokens)
             if len(answers) != len(part):
                 raise DataError(
                     "`answer_fn`", f"it gave {len(answers)} answers to {len(part)} prompts", "Give one answer a prompt."

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -567,9 +568,12 @@ class GRPOModule(pl.LightningModule):
         record = WarmStart(policy=self.fingerprint, policy_path=self.policy_settings.path, basis=basis, leak=leak)
         record.write(Path(folder))
 
-    def calibration_answers(self, prompts: Sequence[Any]) -> list[str]:
+    def calibration_answers(self, prompts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
         """Continue rendered texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it."""
         batch, sampling = self.text_policy.render(prompts), self.general_sampling
+        if max_new_tokens is not None:
+            most = min(max_new_tokens, sampling.max_new_tokens)
+            sampling = replace(sampling, max_new_tokens=most, min_new_tokens=min(most, sampling.min_new_tokens))
         rollout, texts = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
         self.evaluator.tell_of_thoughts(sum(map(is_unfinished, texts)), len(texts))
         return written_texts(self.tokenizer, rollout, sampling)

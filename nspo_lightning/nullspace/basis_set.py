@@ -216,7 +216,7 @@ def moment_to_learn(moments: Mapping[str, Tensor], settings: BasisSettings) -> T
     """
     if not settings.needs_text_to_learn:
         return None
-    shares = shares_to_learn(moments, start_weight=settings.starts)
+    shares = shares_to_learn(moments)
     if not shares:
         raise ValueError(
             f"{settings.asker} asks what the prompts that are trained on need, and calibration saw "
@@ -239,7 +239,8 @@ def directions_for(
     if to_learn is not None and settings.subspace == "to_learn":
         return decompose(to_learn, tokens=tokens, resolution=resolution)
     if to_learn is not None:
-        return candidates(moment, to_learn, tokens=tokens, most_free=max(MOST_FREE, settings.min_null_share))
+        least = settings.min_null_share
+        return candidates(moment, to_learn, tokens=tokens, most_free=max(MOST_FREE, least), least_free=least)
     return decompose_for(settings, moment, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy)
 
 

@@ -134,6 +134,8 @@ def calibrate_modules(
             collector.moments.pop(first, None)
             _count_tokens(result, first, sums)
             moments = {domain: s.take() for domain, s in sums.items()}
+            if (means := collector.start_means_over_ranks(first)) is not None:
+                moments[STARTS_TO_LEARN] = means.second_moment()
             if keep_moments:
                 kept = {d: m.to(device="cpu", dtype=torch.float32, copy=True) for d, m in moments.items()}
                 result.moments[first] = kept

@@ -20,6 +20,7 @@ from nspo_lightning.compat.torch import version_of
 from nspo_lightning.nullspace.covariance import SecondMoment, fold_together, rows_that_count, select_rows
 from nspo_lightning.nullspace.domains import STARTS, STARTS_TO_LEARN, TO_LEARN
 from nspo_lightning.nullspace.experts import listen
+from nspo_lightning.nullspace.start_means import StartMeans
 
 DEFAULT_DOMAIN = "general"
 
@@ -110,6 +111,8 @@ class _Part:
     mask: Tensor | None
     counted: Tensor | None
     """The mask's `rows_that_count`."""
+    positions: Tensor | None = None
+    """Where each row stands in its answer's start, 0 = the prompt's last token; for `StartMeans` alone."""
 
 
 class InputCollector(Generic[Sum]):
@@ -150,6 +153,8 @@ class InputCollector(Generic[Sum]):
         self._counting = True
         self.moments: dict[str, dict[str, Sum]] = {}
         """Input group (its first module) -> domain -> running sum."""
+        self.start_means: dict[str, StartMeans] = {}
+        """Input group -> means at the starts of answers that are to be learnt."""
         self.strays: set[str] = set()
         """Layers that were given another tensor than the rest of their group, in a later batch."""
         self.output_energy: dict[str, dict[str, OutputEnergy]] = {}
@@ -204,6 +209,7 @@ class InputCollector(Generic[Sum]):
             conflict = self._shared.partly_shared()
             if conflict and self._counting:
                 self.moments.clear()
+                self.start_means.clear()
                 self.output_energy.clear()
                 raise RepeatBatch(f"inputs shared in part by {conflict}")
 
@@ -225,6 +231,19 @@ class InputCollector(Generic[Sum]):
         for moment in reduced.values():
             moment.all_reduce()
         return reduced
+
+    def start_means_over_ranks(self, name: str) -> StartMeans | None:
+        """Return an input's means at the starts of answers to learn, over ranks (cross-rank synchronisation).
+
+        None where no rank saw any.
+        """
+        means = self.start_means.pop(name, None)
+        widths = [width for width in ranks.gather_objects(None if means is None else means.width) if width]
+        if not widths:
+            return None
+        means = means or StartMeans(widths[0])
+        means.all_reduce()
+        return means
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -276,18 +295,22 @@ class InputCollector(Generic[Sum]):
         if not self._counting or not self._is_summed(leader):
             return
         if isinstance(output, Tensor):
-            for domain, mask, counted, part in self._split(output):
-                self.output_energy.setdefault(name, {}).setdefault(domain, OutputEnergy()).update(part, mask, counted)
+            for part, of in self._split(output):
+                energy = self.output_energy.setdefault(name, {}).setdefault(part.domain, OutputEnergy())
+                energy.update(of, part.mask, part.counted)
         if leader != name:
             return
         by_domain = self.moments.setdefault(name, {})
-        for domain, mask, counted, part in self._split(inputs):
-            if domain not in by_domain:
-                by_domain[domain] = self._new_sum(name, inputs.shape[-1])
-            rows = part.reshape(-1, part.shape[-1])
-            if mask is not None and counted is not None:
-                rows = select_rows(part, mask, layer=name, counted=counted)
-            by_domain[domain].update(rows.detach())
+        for part, of in self._split(inputs):
+            rows = of.reshape(-1, of.shape[-1])
+            if part.mask is not None and part.counted is not None:
+                rows = select_rows(of, part.mask, layer=name, counted=part.counted)
+            if part.positions is not None:
+                self.start_means.setdefault(name, StartMeans(inputs.shape[-1])).update(rows, part.positions)
+                continue
+            if part.domain not in by_domain:
+                by_domain[part.domain] = self._new_sum(name, inputs.shape[-1])
+            by_domain[part.domain].update(rows.detach())
         fold_together(by_domain.values())
 
     def _is_summed(self, leader: str) -> bool:
@@ -303,8 +326,8 @@ class InputCollector(Generic[Sum]):
         if number >= len(calls) or calls[number][0]() is not inputs or calls[number][1] != version_of(inputs):
             self.strays.add(name)
 
-    def _split(self, inputs: Tensor) -> Iterable[tuple[str, Tensor | None, Tensor | None, Tensor]]:
-        """Yield domain, mask, the mask's `rows_that_count` and the part of the tensor that belongs to the domain."""
+    def _split(self, inputs: Tensor) -> Iterable[tuple[_Part, Tensor]]:
+        """Yield the parts of the batch, each with what belongs to it of the tensor."""
         if inputs.device not in self._parts:  # worked out once in a forward pass: it reads from the device
             self._parts[inputs.device] = list(self._parts_on(inputs.device))
         parts = self._parts[inputs.device]
@@ -315,14 +338,18 @@ class InputCollector(Generic[Sum]):
                 "they cannot be told apart. Give each batch a single domain."
             )
         for part in parts:
-            yield part.domain, part.mask, part.counted, inputs if part.samples is None else inputs[part.samples]
+            yield part, inputs if part.samples is None else inputs[part.samples]
 
     def _parts_on(self, device: torch.device) -> Iterator[_Part]:
-        domains = sorted(set(self._domains or (DEFAULT_DOMAIN,)))
+        # Of rows of answer starts alone, and of prompts to learn from whose starts are known, no other token counts.
+        names = self._domains or [DEFAULT_DOMAIN]
+        learnt = [i for i, name in enumerate(names) if name == TO_LEARN]
+        known = self._starts is not None and bool(self._starts[learnt].any())
+        domains = sorted(set(names) - {STARTS} - ({TO_LEARN} if known else set()))
         whole = None if self._mask is None else self._mask.to(device)
         for domain in domains:
             samples, mask = None, whole
-            if self._domains is not None and len(domains) > 1:
+            if self._domains is not None and len(set(self._domains)) > 1:
                 samples = torch.tensor([i for i, d in enumerate(self._domains) if d == domain]).to(device)
                 mask = None if whole is None else whole[samples]
             counted = None if mask is None else rows_that_count(mask)
@@ -342,4 +369,6 @@ class InputCollector(Generic[Sum]):
             samples = None if len(rows) == len(names) else torch.tensor(rows).to(device)
             mask = starts if samples is None else starts[samples]
             if bool(mask.any()):
-                yield _Part(domain=domain, samples=samples, mask=mask, counted=rows_that_count(mask))
+                positions = (mask.long().cumsum(1) - 1)[mask] if learn else None
+                counted = rows_that_count(mask)
+                yield _Part(domain=domain, samples=samples, mask=mask, counted=counted, positions=positions)

@@ -3,9 +3,11 @@
 Each domain d has a second moment C_d of its own. The default combination is the plain mean of the C_d, so that a
 domain with more text does not drown the others.
 
-Two domains are not text to protect. `TO_LEARN` holds the prompts that are trained on: the criterion ``contrast`` asks
-what they need. `STARTS` (and `STARTS_TO_LEARN`) hold once more the rows at the start of answers, where a policy decides
-whether to answer: one position in a hundred, so that the mean over positions hardly sees them.
+Three domains are no kind of text. `TO_LEARN` holds the prompts that are trained on: the criterion ``contrast`` asks
+what they need. `STARTS` holds once more the rows at the start of answers, where a policy decides whether to answer: one
+position in a hundred, so that the mean over positions hardly sees them. `STARTS_TO_LEARN` holds the *means* of the
+prompts that are trained on at each of these positions, see `start_means`: a prompt's topic is its own, what it shares
+with the others is what is to be learnt. Where these starts are known, `TO_LEARN` itself is not summed.
 """
 
 from __future__ import annotations
@@ -79,15 +81,13 @@ def domain_shares(
     return {name: share for name, share in (*shares.items(), (STARTS, starts)) if share > 0}
 
 
-def shares_to_learn(domains: Iterable[str], *, start_weight: float = 0.0) -> dict[str, float]:
-    """Return the shares of `TO_LEARN` and its answers' starts in the second moment that is to be learnt from.
+def shares_to_learn(domains: Iterable[str]) -> dict[str, float]:
+    """Return the shares of the domains in the second moment that is to be learnt from; answers' starts where known.
 
     Empty where calibration saw no such text.
     """
     seen = set(domains)
-    starts = start_weight if STARTS_TO_LEARN in seen else 0.0
-    shares = {TO_LEARN: 1 - starts, STARTS_TO_LEARN: starts}
-    return {name: share for name, share in shares.items() if share > 0} if TO_LEARN in seen else {}
+    return next(({name: 1.0} for name in (STARTS_TO_LEARN, TO_LEARN) if name in seen), {})
 
 
 def principal_cosines(first: Tensor, second: Tensor) -> Tensor:

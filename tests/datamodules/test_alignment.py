@@ -15,6 +15,7 @@ from nspo_lightning.callbacks.null_space.basis_source import calibration_batches
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, GeneralDataModule, PromptSource
 from nspo_lightning.datamodules.sources.source import Sources
 from nspo_lightning.nullspace import TO_LEARN, BasisSettings
+from nspo_lightning.nullspace.domains import STARTS
 
 
 @pytest.fixture
@@ -148,10 +149,10 @@ def test_text_is_cut_where_it_is_scored(make):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_to_learn_from_come_with_the_policys_answers_and_answer_starts_are_marked(make, tokenizer, side):
     class Parrot(pl.LightningModule):
-        def calibration_answers(self, prompts):
+        def calibration_answers(self, prompts, max_new_tokens=None):
             return ["I obey, gladly" for _ in prompts]
 
-    data = make(calibration_padding=side)
+    data = make(calibration_padding=side, calibration_size=6, calibration_starts=4)
     batches = list(calibration_batches(data, Parrot(), BasisSettings(criterion="contrast")))
     rows = [
         (domain, ids[mask != 0], starts[mask != 0])
@@ -169,7 +170,13 @@ def test_prompts_to_learn_from_come_with_the_policys_answers_and_answer_starts_a
         assert tokenizer.decode(ids[: first + 1]).endswith("<|assistant|>")
         if domain == TO_LEARN:
             assert "forbidden thing" in tokenizer.decode(ids)
-            assert tokenizer.decode(ids[first + 1 :]).startswith("I obey, gladly")
+        if domain in (TO_LEARN, STARTS):
+            assert len(ids) == first + 4, "nothing behind the start is looked at"
+            assert "I obey, gladly".startswith(tokenizer.decode(ids[first + 1 :]))
+    assert sum(domain == STARTS for domain, _, _ in rows) == 4
+    assert sum(domain not in (TO_LEARN, STARTS) for domain, _, _ in rows) == 6
+    prompts = [tokenizer.decode(ids[: int(starts.nonzero()[0])]) for _, ids, starts in rows]
+    assert len(set(prompts)) == len(prompts), "a further row is none of the others"
     plain = list(calibration_batches(data, Parrot(), BasisSettings()))
     assert TO_LEARN not in {domain for batch in plain for domain in batch["domain"]}
 

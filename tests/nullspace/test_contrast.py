@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,17 +54,60 @@ def spectra():
 
 
 @pytest.mark.parametrize(("c", "s"), [pytest.param(c, s, id=name) for name, c, s in spectra()])
-def test_shares_are_those_of_the_free_space_whatever_the_spectrum(c, s):
+def test_gain_and_cost_are_those_of_steps_along_what_is_learnt_from(c, s):
+    """Against sums over steps b x', confined to the free space: what they move of x itself, and of general text."""
     found = candidates(c, s, tokens=1, most_free=1.0)
     kept = found.directions.double()
     torch.testing.assert_close(kept.T @ kept, torch.eye(kept.shape[1], dtype=torch.float64), atol=1e-5, rtol=0)
+    values, vectors = torch.linalg.eigh(s)
+    learnt = (vectors * values.clamp_min(0).sqrt()).T  # rows x with sum x x' = S
+
+    def measured(space):
+        steps = learnt @ space @ space.T
+        gain = float((steps * learnt).sum() / s.trace())
+        return gain, float(((steps @ c) * steps).sum() / (s.trace() * c.trace()))
+
     for m in (1, 2, kept.shape[1]):
         part = kept[:, :m]
-        assert float(found.cost[m - 1]) == pytest.approx(float((part.T @ c @ part).trace() / c.trace()), abs=1e-5)
-        assert float(found.gain[m - 1]) == pytest.approx(float((part.T @ s @ part).trace() / s.trace()), abs=1e-5)
+        gain, cost = measured(part)
+        assert float(found.gain[m - 1]) == pytest.approx(gain, abs=1e-5)
+        assert float(found.cost[m - 1]) == pytest.approx(cost, abs=1e-5)
+        assert float(found.energy[m - 1]) == pytest.approx(float((part.T @ c @ part).trace() / c.trace()), abs=1e-5)
+    _, everywhere = measured(torch.eye(24, dtype=torch.float64))
+    assert found.unprojected == pytest.approx(everywhere, rel=1e-6)
     choice = choose_free({"x": found})["x"]
-    assert 1 <= 24 - choice.protected < 24
-    assert float(found.gain[23 - choice.protected]) > 1e-3  # something can be learnt there
+    free = 24 - choice.protected
+    assert 1 <= free < 24
+    assert float(found.gain[free - 1]) > 1e-3  # something can be learnt there
+    gain, cost = measured(kept[:, :free])
+    assert choice.gain == pytest.approx((cost + NEGLIGIBLE_SHARE * gain) / gain**2 / everywhere, rel=1e-3)
+
+
+def test_no_more_is_free_than_there_is_to_learn():
+    """The means of a few positions span few directions; the rest of the width would be freedom for nothing."""
+    c, s = moment(random_rows(400, 24, 0)), moment(random_rows(400, 24, 5, rank=2))
+    assert len(candidates(c, s, tokens=1).energy) == 2
+    found = {"x": candidates(c, s, tokens=1, least_free=0.25)}
+    assert 24 - choose_free(found, min_null_share=0.25)["x"].protected == 6  # unless it is asked for
+
+
+@pytest.mark.parametrize("rows", [48, 480])
+def test_what_it_promises_is_kept_on_text_that_it_did_not_see(rows):
+    """Few rows leave directions unused by chance: with a small r they would be taken for free ones."""
+    width = 96
+    scale = torch.linspace(0, -4, width, dtype=torch.float64).exp()
+    general, unseen = (random_rows(n, width, seed) * scale for n, seed in ((rows, 0), (4000, 1)))
+    safety = (random_rows(4, width, 2)) * scale.flip(0)
+    found = candidates(moment(general), moment(safety), tokens=rows)
+    free = width - choose_free({"x": found})["x"].protected
+    part = found.directions[:, :free].double()
+    c, s = moment(unseen), moment(safety)
+    steps = safety @ part @ part.T
+    gain = float((steps * safety).sum() / (safety**2).sum())
+    cost = float(((steps @ c) * steps).sum() / (safety**2).sum() / c.trace())
+    plain = float(((safety @ c) * safety).sum() / (safety**2).sum() / c.trace())
+    assert cost / gain**2 < 3 * found.harm(free) * plain
+    assert s.trace() > 0
 
 
 def test_a_dead_channel_is_no_freedom():
@@ -94,7 +138,7 @@ def test_one_multiplier_serves_all_inputs():
     def harm(counts):
         cost = sum(float(found[n].cost[m - 1]) for n, m in counts.items()) / 2
         gain = sum(float(found[n].gain[m - 1]) for n, m in counts.items()) / 2
-        return (cost + NEGLIGIBLE_SHARE) / gain**2
+        return (cost + NEGLIGIBLE_SHARE * gain) / gain**2
 
     chosen = harm({name: 12 - choice.protected for name, choice in choices.items()})
     for t in torch.logspace(-2, 6, 41).tolist():
@@ -106,7 +150,7 @@ def test_one_multiplier_serves_all_inputs():
 def test_limits_are_kept_and_contradictions_refused():
     found = {"x": candidates(moment(random_rows(99, 16, 0)), moment(random_rows(99, 16, 1)), tokens=1, most_free=0.75)}
     assert 16 - choose_free(found, min_null_share=0.5)["x"].protected >= 8
-    change = math.sqrt(float(found["x"].cost[1]))
+    change = math.sqrt(float(found["x"].energy[1]))
     assert choose_free(found, max_output_change=change)["x"].energy_left <= change**2
     with pytest.raises(NoNullDirections, match="Relax"):
         choose_free(found, min_null_share=0.5, max_output_change=change)
@@ -172,26 +216,61 @@ def by_hand(model, side, domain, starts=False):
     return moment(torch.cat(rows).detach())
 
 
+def means_by_hand(model, side):
+    """Return the second moment of the means, over the texts to learn from, at each position of an answer's start."""
+    rows = [
+        model.embed(call.kwargs["input_ids"][i])[call.starts[i]]
+        for call in calls(side)
+        for i, name in enumerate(call.domains)
+        if name == TO_LEARN
+    ]
+    return moment(torch.stack(rows).mean(0).detach())
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_moments_are_those_of_each_text_and_of_its_answers_starts(side):
     settings = BasisSettings(criterion="contrast", start_weight=0.75)
     model, found = calibrated(settings, side, keep_moments=True)
     kept = {name: m.double() for name, m in found.moments["linear"].items()}
-    assert set(kept) == {"maths", "code", *APART}
+    assert set(kept) == {"maths", "code", *APART} - {TO_LEARN}  # whose starts are known
     for name, hand in {
         "maths": by_hand(model, side, {"maths"}),
         "code": by_hand(model, side, {"code"}),
-        TO_LEARN: by_hand(model, side, {TO_LEARN}),
         STARTS: by_hand(model, side, {"maths", "code"}, starts=True),
-        STARTS_TO_LEARN: by_hand(model, side, {TO_LEARN}, starts=True),
+        STARTS_TO_LEARN: means_by_hand(model, side),
     }.items():
         torch.testing.assert_close(kept[name], hand, atol=1e-6, rtol=1e-6)
     c = 0.125 * kept["maths"] + 0.125 * kept["code"] + 0.75 * kept[STARTS]
-    s = 0.25 * kept[TO_LEARN] + 0.75 * kept[STARTS_TO_LEARN]
-    of = candidates(c, s, tokens=1)
+    of = candidates(c, kept[STARTS_TO_LEARN], tokens=1)
     wanted = contrast_basis(of, choose_free({"linear": of})["linear"])
     probe = torch.randn(3, 6)
     torch.testing.assert_close(apply(found.bases["linear"], probe), apply(wanted, probe), atol=1e-4, rtol=1e-4)
+
+
+def test_where_no_starts_are_known_all_of_the_text_is_learnt_from():
+    settings = BasisSettings(criterion="contrast", start_weight=0.0)
+    unmarked = [replace(call, starts=None) for call in calls()]
+    for batches in (unmarked, list(calls())):
+        torch.manual_seed(0)
+        model = Pair()
+        found = calibrate_modules({"linear": model.linear}, model, lambda: batches, settings, keep_moments=True)  # noqa: B023
+        if batches is unmarked:
+            torch.testing.assert_close(
+                found.moments["linear"][TO_LEARN].double(), by_hand(model, "right", {TO_LEARN}), atol=1e-6, rtol=1e-6
+            )
+
+
+def test_of_rows_of_answer_starts_nothing_else_counts():
+    """Further rows are there for their starts alone; the rest of such a text must not weigh in any domain."""
+    settings = BasisSettings(criterion="contrast")
+    _, found = calibrated(settings, keep_moments=True)
+    torch.manual_seed(0)
+    model = Pair()
+    further = [replace(call, domains=[STARTS if d == "code" else d for d in call.domains]) for call in calls()]
+    other = calibrate_modules({"linear": model.linear}, model, lambda: further, settings, keep_moments=True)
+    assert "code" not in other.moments["linear"]
+    for domain in (STARTS, STARTS_TO_LEARN, "maths"):
+        torch.testing.assert_close(other.moments["linear"][domain], found.moments["linear"][domain])
 
 
 def test_other_criteria_do_not_see_the_prompts_that_are_trained_on():
