@@ -4,10 +4,10 @@
 
 What stands behind `--` goes to `compare`. Writes splits of the public files, makes the warm start (`warmup`, then
 `export --merge`: one base for all methods), writes the configuration and runs `compare`. What is there is kept: the
-same command again goes on. Harmful prompts: AdvBench for training and validation, and in the test with SimpleSafetyTests
-and XSTest's unsafe half. Look-alikes: five of XSTest's ten safe types are general text that may be protected (and
-answered, by the method that mixes general prompts in); the other five types are in the test alone. General: Alpaca,
-GSM8K, Dolly, MBPP.
+same command again goes on. Harmful prompts: AdvBench for training and validation, and in the test with
+SimpleSafetyTests and XSTest's unsafe half. Look-alikes: five of XSTest's ten safe types are general text that may be
+protected (and answered, by the method that mixes general prompts in); the other five types are in the test alone.
+General: Alpaca, GSM8K, Dolly, MBPP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from real_model import CONFIG, FILES, fetch_model, local_settings
 
-TEST_ROWS = 64  # of each harmful set, and of each general one
+TEST_ROWS = 48  # of each harmful set, and of each general one
+LOOK_ALIKES = 15  # of each of the five types in the test
 VALIDATION_ROWS = 48
 JUDGE = {"class_path": "nspo_lightning.rewards.RulesJudge"}
 MIXED_REWARD = {  # free text can't be compared: a general prompt's answer only must not refuse
@@ -82,7 +83,11 @@ def split_data(data: Path, folder: Path) -> dict[str, Any]:
     random.Random(0).shuffle(seen)
     found["general"].append(source(folder, "look_alikes", "xstest", seen[25:]))
     found["general_val"].append(source(folder, "look_alikes_val", "xstest", seen[:25]))
-    unseen = [row for row in xstest if row["label"] == "safe" and row["type"] in types[1::2]]
+    unseen = [
+        row
+        for of in types[1::2]
+        for row in [r for r in xstest if r["label"] == "safe" and r["type"] == of][:LOOK_ALIKES]
+    ]
     found["general_test"].append(source(folder, "look_alikes_test", "xstest", unseen))
     found["safety_test"].append(source(folder, "simple_test", "simple_safety_tests", simple[:TEST_ROWS]))
     found["safety_test"].append(source(folder, "xstest_unsafe_test", "xstest", unsafe[:TEST_ROWS]))
@@ -118,7 +123,7 @@ def write_config(work: Path, model: Path, sources: dict[str, Any]) -> Path:
     config["model"]["policy"]["path"] = str(model)
     config["model"]["judge"] = JUDGE
     config["data"] = {name: value for name, value in config["data"].items() if not name.endswith("_size")} | sources
-    config["data"] |= {"batch_size": 6, "eval_batch_size": 32, "calibration_size": 128}
+    config["data"] |= {"batch_size": 6, "eval_batch_size": 48, "calibration_size": 128}
     for name in ("name", "seed_everything", "warmup"):
         config.pop(name)
     config["trainer"] = {"accelerator": "cpu", "log_every_n_steps": 1}
