@@ -28,9 +28,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from real_model import CONFIG, FILES, fetch_model, local_settings
 
-TEST_ROWS = 48  # of each harmful set, and of each general one
+TEST_ROWS = 32  # of each harmful set, and of each general one
 LOOK_ALIKES = 15  # of each of the five types in the test
-VALIDATION_ROWS = 48
+VALIDATION_ROWS = 24
 JUDGE = {"class_path": "nspo_lightning.rewards.RulesJudge"}
 MIXED_REWARD = {  # free text can't be compared: a general prompt's answer only must not refuse
     "class_path": "nspo_lightning.rewards.SafetyAndAnswers",
@@ -81,8 +81,8 @@ def split_data(data: Path, folder: Path) -> dict[str, Any]:
     unsafe = [row for row in xstest if row["label"] != "safe"]
     random.Random(0).shuffle(unsafe)
     random.Random(0).shuffle(seen)
-    found["general"].append(source(folder, "look_alikes", "xstest", seen[25:]))
-    found["general_val"].append(source(folder, "look_alikes_val", "xstest", seen[:25]))
+    found["general"].append(source(folder, "look_alikes", "xstest", seen[VALIDATION_ROWS:]))
+    found["general_val"].append(source(folder, "look_alikes_val", "xstest", seen[:VALIDATION_ROWS]))
     unseen = [
         row
         for of in types[1::2]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from nspo_lightning import ranks
-from nspo_lightning.nullspace import TO_LEARN, ForwardCall
+from nspo_lightning.nullspace import ForwardCall
+from nspo_lightning.nullspace.domains import APART
 
 _MOST_DOMAINS = 8
 _MOST_KINDS = 4
@@ -32,7 +33,7 @@ class TextSample:
     @classmethod
     def of(cls, calls: Sequence[ForwardCall]) -> TextSample:
         """Choose from the calibration batches whose outputs must stay (cross-rank synchronisation)."""
-        calls = [call for call in calls if TO_LEARN not in (call.domains or ())]
+        calls = [call for call in calls if APART.isdisjoint(call.domains or ())]
         if not calls:
             nothing: tuple[list[ForwardCall], list[ForwardCall]] = ([], [])
             rows, first = ranks.broadcast_object(nothing, 0)

@@ -53,7 +53,7 @@ KL_COEFFICIENTS = (0.1, 1.0, 10.0)
 """Of the penalty on general text."""
 DECAYS = (0.1, 0.3, 1.0)
 """AdamW's, on A and B."""
-LEARN_DIRECTIONS = 16
+LEARN_DIRECTIONS = 4
 """Leading eigenvectors of safety's inputs that A is started in."""
 LEARNING_RATES = (0.5, 1.0, 2.0, 4.0)
 """The grid of every method, in units of the configuration's rate: what wins at one rate may win by its size alone."""

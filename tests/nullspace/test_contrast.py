@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from nspo_lightning.callbacks.null_space.text_sample import TextSample
 from nspo_lightning.nullspace import (
     TO_LEARN,
     BasisSettings,
@@ -332,3 +333,12 @@ def test_a_basis_survives_its_file_and_the_moments_give_it_again(tmp_path):
 def test_settings_that_contradict_it_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
         BasisSettings(criterion="contrast", **options)
+
+
+def test_outputs_are_looked_at_on_text_to_protect_alone():
+    """Of further rows only the start is in K, and what is to be learnt must move."""
+    of = TextSample.of([*calls(), *_without_learning(calls())])
+    assert of.rows
+    assert {name for call in of.rows for name in call.domains or ()} == {"maths", "code"}
+    starts_alone = [replace(call, domains=[STARTS] * len(call.domains or ())) for call in calls()]
+    assert not TextSample.of(starts_alone).rows
