@@ -8,6 +8,7 @@ from statistics import fmean
 
 from nspo_lightning.compare.distance import UPDATE_NORM
 from nspo_lightning.compare.equal_safety import Cut, Reached, cut_at, paired_difference, reached, shares_of_best
+from nspo_lightning.compare.law import fit_law, points
 from nspo_lightning.compare.methods import LEARNING_RATES, METHODS
 from nspo_lightning.compare.results import Findings, Value
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
@@ -18,6 +19,7 @@ from nspo_lightning.policy.divergence import FIRST_TOKENS
 CUTS = (0.1, 0.05)
 """Unsafe rates at which methods are compared."""
 _FRONT_CUTS = (0.02, 0.03, 0.05, 0.1, 0.2)
+_ENABLED = "nullspace.enabled"
 _REFERENCES = ("nspo", "grpo")
 """Methods that the others are held against, where they were run."""
 
@@ -96,6 +98,40 @@ def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else form.format(value)
 
 
+def forgetting(findings: Findings) -> list[str]:
+    """Say whether forgetting follows the norm of the update, or the KL on harmful prompts, and who breaks the rule."""
+    if not findings.everywhere(KL):
+        return []
+    laws = {}
+    for name, title in ((UPDATE_NORM, "norm of the update"), (SAFETY_KL, "KL on harmful prompts")):
+        if findings.everywhere(name):
+            by_label = {label: points(runs, name, KL) for label, runs in findings.trained.items()}
+            common = {x for x, runs in findings.trained.items() if runs[0].spec.settings.get(_ENABLED) is False}
+            law = fit_law(
+                {label: found for label, found in by_label.items() if label in common},
+                {label: found for label, found in by_label.items() if label not in common},
+            )
+            if law is not None:
+                laws[title] = law
+    if not laws:
+        return []
+    lines = [
+        "## Forgetting against distance",
+        "",
+        "A line through log KL on general text of all checkpoints of the methods without a projection; for each method "
+        "the geometric mean of its checkpoints' KL over the line's at the same distance (1 = on the common curve, 0.1: "
+        "ten times less forgotten). "
+        + "; ".join(f"{title}: slope {law.slope:.2f}, R² {law.explained:.2f}" for title, law in laws.items())
+        + ".",
+        "",
+    ]
+    rows = [
+        [label, *(_number(law.factors.get(label, math.nan), "{:.2f}") for law in laws.values())]
+        for label in findings.trained
+    ]
+    return [*lines, markdown_table(["method", *(f"at the same {title}" for title in laws)], rows), ""]
+
+
 def cost(findings: Findings) -> list[str]:
     """Say what each method takes a step, before the first one, and in memory; nothing where it was not measured."""
     rows = []
@@ -139,7 +175,7 @@ def not_run(findings: Findings) -> list[str]:
     if len(seeds) < 3:
         lines.append(f"Other seeds than {_listed(sorted(seeds))}: three are the least for a claim.")
     edges = [label for label, group in findings.groups.items() if _at_edge(group.learning_rate, rates)]
-    if edges and len(rates) > 1:
+    if edges and len(rates) > 2:
         lines.append(f"A rate beyond the grid, where the edge of it was chosen: {', '.join(edges)}.")
     return ["## What was not run", "", *(f"- {line}" for line in lines), ""] if lines else []
 

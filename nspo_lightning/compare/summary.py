@@ -19,7 +19,7 @@ from nspo_lightning.compare.pictures import (
     tradeoff_figure,
 )
 from nspo_lightning.compare.results import Findings, Group, RunResult, mean_at, write_csv
-from nspo_lightning.compare.sections import cost, equal_safety, not_run
+from nspo_lightning.compare.sections import cost, equal_safety, forgetting, not_run
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.evaluation.intervals import wilson_interval
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
@@ -71,7 +71,7 @@ def summary(findings: Findings) -> str:
         "",
     ]
     if sweep is None:
-        lines += equal_safety(findings)
+        lines += equal_safety(findings) + forgetting(findings)
         lines += _fronts(findings, rule)
         for metric in (KL, KL_FIRST, REFUSAL, OVER_REFUSAL):
             if findings.everywhere(metric):

@@ -27,6 +27,9 @@ QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 QUIET = Console(quiet=True)
 
 
+OFF = {"nullspace.enabled": False}
+
+
 def result(method: str, seed: int, rate: float | None, unsafe: float, accuracy: float) -> RunResult:
     metrics = {
         "safety/unsafe_rate": unsafe,
@@ -42,9 +45,10 @@ def result(method: str, seed: int, rate: float | None, unsafe: float, accuracy: 
         "safety/kl": 2.0,
         "weights/change": 3.0,
     }
-    half = metrics | {"safety/unsafe_rate": 0.5, "rollouts": 5.0, "steps": 5.0}
+    half = metrics | {"safety/unsafe_rate": 0.5, "rollouts": 5.0, "steps": 5.0, "general/kl": 0.005}
+    half |= {"safety/kl": 1.0, "weights/change": 2.0}
     return RunResult(
-        spec=RunSpec(method=method, seed=seed, learning_rate=rate),
+        spec=RunSpec(method=method, seed=seed, learning_rate=rate, settings={} if method == "nspo" else OFF),
         selected=metrics | {"rollouts": 10.0},
         test=metrics,
         prompts={"harmful": 40, "general": 50},
@@ -95,12 +99,13 @@ def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path)
         "lowest general/refusal_rate on validation prompts",
         "at most 0.05 on validation prompts",
         "| NSPO | 0.1 | 0.0100 | +0.0000 ± 0.0000 | +0.0000 ± 0.0000 | 1.00 | 0.5000 | 20.0 % |",
+        "norm of the update: slope 1.71, R² 1.00; KL on harmful prompts: slope 1.00, R² 1.00.",
+        "| NSPO | 1.00 | 1.00 |",
         "| NSPO | 2.00 | 1.50 | +50 % | 7 | 3.0 |",
         "Runs of this plan that are not done, or failed: soft-seed2.",
         "Other learning rates than 0.05, 0.1: four are the default.",
         "Other seeds than 0, 1: three",
         "Methods: b_only,",
-        "where the edge of it was chosen: GRPO, NSPO.",
     ):
         assert phrase in text, phrase
     for picture in ("tradeoff.png", "curves.png", "forgetting_by_norm.png", "forgetting_by_safety_kl.png"):

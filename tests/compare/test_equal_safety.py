@@ -7,6 +7,7 @@ import math
 import pytest
 
 from nspo_lightning.compare.equal_safety import cut_at, paired_difference, reached, resamples, shares_of_best
+from nspo_lightning.compare.law import fit_law, points
 from nspo_lightning.compare.plan import RunSpec
 from nspo_lightning.compare.results import RunResult
 
@@ -75,3 +76,18 @@ def test_few_seeds_are_resampled_in_all_ways_and_many_at_random_but_alike() -> N
     assert len(many) == 2000
     assert many == list(resamples(range(10)))
     assert list(resamples([])) == []
+
+
+def test_a_method_below_the_common_curve_is_said_to_be_and_by_how_much() -> None:
+    common = {"a": [(x, 3 * x**1.5) for x in (0.5, 1.0, 4.0)], "b": [(2.0, 3 * 2**1.5)]}
+    law = fit_law(common, {"ours": [(x, 0.3 * x**1.5) for x in (1.0, 9.0)], "unmoved": []})
+    assert law is not None
+    assert law.slope == pytest.approx(1.5)
+    assert law.explained == pytest.approx(1.0)
+    assert law.factors == pytest.approx({"a": 1.0, "b": 1.0, "ours": 0.1})
+    assert fit_law({"a": [(1.0, 2.0)]}, {}) is None
+
+
+def test_checkpoints_that_have_not_moved_are_on_no_line() -> None:
+    runs = [run("a", 0, 0.1, (0.5, 0.0), (0.1, 0.02))]
+    assert points(runs, "safety/unsafe_rate", "general/kl") == [(0.1, 0.02)]
