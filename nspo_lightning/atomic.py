@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,9 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _ordinary_mode(partial)
         yield partial
+        partial.chmod(mode)  # libraries make some private (safetensors does)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -51,6 +54,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        give_ordinary_permissions(partial)
         if path.exists():
             path.rename(old)
         partial.rename(path)
@@ -60,6 +64,23 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def give_ordinary_permissions(folder: Path, files: str = "**/*") -> None:
+    """Let those read a folder's files (a glob) who may read any new file there: libraries make some private."""
+    probe = partial_of(folder / "mode")
+    mode = _ordinary_mode(probe)
+    probe.unlink()
+    for path in folder.glob(files):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | mode)
+
+
+def _ordinary_mode(new: Path) -> int:
+    """Return the permissions that this process gives a new file, by making it."""
+    new.unlink(missing_ok=True)
+    new.touch()
+    return stat.S_IMODE(new.stat().st_mode)
 
 
 def write_json(content: Any, path: Path) -> None:

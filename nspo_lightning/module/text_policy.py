@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from nspo_lightning.atomic import write_json
+from nspo_lightning.atomic import give_ordinary_permissions, write_json
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.policy.base_record import RECORD, base_record
 from nspo_lightning.policy.chat_template import set_chat_template_, with_chat_template
@@ -136,7 +136,9 @@ class TextPolicy:
         self.require().save_pretrained(str(folder), **({} if plain else {"save_embedding_layers": False}))
         self.tokenizer.save_pretrained(str(folder))
         if not plain:
+            (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's template, with nothing filled in
             write_json(self.base_record(), Path(folder) / RECORD)
+        give_ordinary_permissions(Path(folder), "*.safetensors")
 
     def base_record(self) -> dict[str, Any]:
         """Return which base this is, as noted in checkpoints and beside adapters."""
