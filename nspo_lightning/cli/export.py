@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from nspo_lightning.checkpoints import ADAPTER_CONFIG
@@ -11,7 +12,7 @@ from nspo_lightning.cli.parser import PlainParser
 from nspo_lightning.cli.run_config import config_of_run, policy_settings, read_config
 from nspo_lightning.export.merge import DTYPES
 from nspo_lightning.export.trained import export_source, read_trained
-from nspo_lightning.export.write import export_adapter, export_merged
+from nspo_lightning.export.write import WARNING, export_adapter, export_merged
 
 DESCRIPTION = """Write what a run has trained as a folder that PEFT, transformers and vLLM load.
 
@@ -34,7 +35,10 @@ def main(arguments: list[str]) -> None:
     settings = policy_settings(config, config_file)
     source = export_source(checkpoint, content, config_file, config, settings, parsed.basis)
     lines = export_merged(source, out, parsed.dtype or "bfloat16") if parsed.merge else export_adapter(source, out)
-    print("\n".join(lines))
+    print("\n".join(line for line in lines if not line.startswith(WARNING)), flush=True)
+    for line in lines:
+        if line.startswith(WARNING):
+            print(f"\n{line}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

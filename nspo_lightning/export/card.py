@@ -79,13 +79,20 @@ def rounding_sentences(layers: Sequence[MergedLayer], dtype: str, no_basis: str)
         "Bound on a layer's relative output change on general text, before rounding: "
         f"{max(c.output_change for c in before):.2g}; after: {max(c.output_change for c in after):.2g}."
     )
-    if max(c.leak for c in after) > max(_BROKEN_LEAK, 2 * max(c.leak for c in before)):
-        lines.append(
-            f"WARNING: rounded to {dtype}, this model does not keep the promise of the null space any more. Serve the "
-            "adapter beside the base instead (`export` without `--merge`)"
-            + ("." if dtype == "float32" else ", or merge with `--dtype float32`.")
-        )
     return lines
+
+
+def broken_promise(layers: Sequence[MergedLayer], dtype: str) -> str | None:
+    """Say that rounding took the promise of the null space from merged weights, and the way out; None if it is kept."""
+    before = max((layer.before.leak for layer in layers if layer.before is not None), default=0.0)
+    after = max((layer.after.leak for layer in layers if layer.after is not None), default=0.0)
+    if after <= max(_BROKEN_LEAK, 2 * before):
+        return None
+    return (
+        f"Rounded to {dtype}, this model does NOT keep the promise of the null space any more: the leak into the "
+        f"protected space is {after:.2g}, that of the adapter {before:.2g}. Serve the adapter beside the base instead "
+        "(`export` without `--merge`)" + ("." if dtype == "float32" else ", or merge with `--dtype float32`.")
+    )
 
 
 def untied_sentences(layers: Sequence[MergedLayer]) -> list[str]:
@@ -114,6 +121,7 @@ def card(
     merged: Sequence[str] | None,
     dtype: str,
     name: str,
+    warning: str | None = None,
 ) -> str:
     """Return a folder's card: Markdown with the hub's header.
 
@@ -123,6 +131,7 @@ def card(
         merged: What is to be said of a merged model, None for an adapter.
         dtype: Of the written weights.
         name: Name of the folder.
+        warning: What a reader must know before all else.
     """
     what = "A full model" if merged is not None else "A LoRA adapter (PEFT)"
     in_null_space = " with updates kept in the null space of general text"
@@ -136,6 +145,8 @@ def card(
         "How to load it": _loading(source, merged is not None, dtype),
     }
     parts = [_header(source, merged is not None), f"# {name}", f"{what} trained with nspo-lightning: safety GRPO{how}."]
+    if warning is not None:
+        parts.append(f"> **Warning.** {warning}")
     return "\n\n".join([*parts, *(f"## {title}\n\n{body}" for title, body in sections.items())]) + "\n"
 
 

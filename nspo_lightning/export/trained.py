@@ -134,7 +134,6 @@ def export_source(
     calibration = load_calibration(path) if path is not None and (basis is not None or path.is_file()) else None
     if calibration is not None and projection is not None and calibration.fingerprint != projection["fingerprint"]:
         raise ValueError(f"The basis in {path} is not the one that {checkpoint} was trained with. Give that one.")
-    summary = config_file.parent / "summary.json"
     return ExportSource(
         checkpoint=checkpoint,
         config=config,
@@ -143,10 +142,17 @@ def export_source(
         updates=updates_in(content),
         state=state,
         projection=projection,
-        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        summary=read_summary(config_file.parent),
         basis=calibration,
         basis_path=path,
     )
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """Return the figures that a run wrote, {} without any."""
+    file = run / "summary.json"
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content
 
 
 def _check_rank(weights: Mapping[str, Tensor], settings: PolicySettings, config: Path) -> None:

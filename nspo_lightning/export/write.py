@@ -12,7 +12,14 @@ from typing import Any
 from nspo_lightning.atomic import replacing_folder, write_json
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
 from nspo_lightning.compat.peft import DOWN, MODEL_PREFIX, UP, name_in_file
-from nspo_lightning.export.card import card, leak_sentence, no_basis_sentence, rounding_sentences, untied_sentences
+from nspo_lightning.export.card import (
+    broken_promise,
+    card,
+    leak_sentence,
+    no_basis_sentence,
+    rounding_sentences,
+    untied_sentences,
+)
 from nspo_lightning.export.merge import Dtype, certificates, merge_, merged_from, unquantised_base
 from nspo_lightning.export.outputs import OutputsBefore
 from nspo_lightning.export.trained import ExportSource
@@ -24,6 +31,8 @@ from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 from nspo_lightning.policy.warm_start import WarmStart
 from nspo_lightning.terminal import rows_progress
+
+WARNING = "WARNING:"
 
 
 def export_adapter(source: ExportSource, out: Path) -> list[str]:
@@ -80,7 +89,11 @@ def _write_adapter(source: ExportSource, folder: Path) -> None:
 
 
 def export_merged(source: ExportSource, out: Path, dtype: Dtype) -> list[str]:
-    """Write the unquantised base plus the update, rounded once to `dtype`; return what to tell the user."""
+    """Write the unquantised base plus the update, rounded once to `dtype`.
+
+    Returns:
+        What to tell the user; what is to be warned of comes last and begins with `WARNING`.
+    """
     tokenizer = load_tokenizer(source.settings)
     with rows_progress("Merging", 5, unit="steps") as advance, replacing_folder(out) as folder:
         base = unquantised_base(source)
@@ -97,6 +110,8 @@ def export_merged(source: ExportSource, out: Path, dtype: Dtype) -> list[str]:
         advance()
         said = [outputs.sentence(), *untied_sentences(layers)]
         said += rounding_sentences(layers, dtype, no_basis_sentence(source))
-        text = card(source, certificates=certificates(source), merged=said, dtype=dtype, name=out.absolute().name)
+        warning, name = broken_promise(layers, dtype), out.absolute().name
+        text = card(source, certificates=certificates(source), merged=said, dtype=dtype, name=name, warning=warning)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    return [f"Model with {len(layers)} merged matrices in {dtype} after {source.updates} updates: {out}", *said]
+    told = [f"Model with {len(layers)} merged matrices in {dtype} after {source.updates} updates: {out}", *said]
+    return told if warning is None else [*told, f"{WARNING} {warning}"]

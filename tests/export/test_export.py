@@ -183,6 +183,10 @@ def test_the_leak_that_rounding_adds_is_measured_and_said(run, export, tmp_path,
     assert before < 1e-5 < 1e-3 < after
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"after: largest leak {numbers[2]}" in card
+    if after > 0.01:
+        assert err.strip().splitlines()[-1].startswith("WARNING: Rounded to bfloat16, this model does NOT keep")
+        assert "WARNING" not in said
+        assert "> **Warning.** Rounded to bfloat16" in card.split("##")[0]
 
 
 def test_the_card_tells_what_a_reader_needs(run, export, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nspo_lightning.export.card import rounding_sentences
+from nspo_lightning.export.card import broken_promise, rounding_sentences
 from nspo_lightning.export.merge import MergedLayer, _merge_low_rank_
 from nspo_lightning.export.trained import LowRank
 from nspo_lightning.nullspace import LayerCertificate
@@ -48,8 +48,10 @@ def test_a_zero_update_is_said_and_no_percentage_of_it():
 
 
 def test_a_promise_that_is_rounded_away_is_a_warning_with_the_way_out():
-    said = rounding_sentences([layer(0.8, 0.63)], "bfloat16", "")[-1]
-    assert said.startswith("WARNING: rounded to bfloat16")
+    said = broken_promise([layer(0.8, 0.63)], "bfloat16") or ""
+    assert "does NOT keep the promise" in said
+    assert "0.63" in said
     assert "without `--merge`" in said
     assert "--dtype float32" in said
-    assert "WARNING" not in " ".join(rounding_sentences([layer(1e-4, 1e-4)], "float32", ""))
+    assert broken_promise([layer(1e-4, 1e-4)], "float32") is None
+    assert broken_promise([MergedLayer(name="q_proj", before=None, after=None, rounding=0.8)], "bfloat16") is None
