@@ -44,6 +44,7 @@ from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
 from nspo_lightning.module.guided import GuidedSampling
 from nspo_lightning.module.judging import JudgedRollout
+from nspo_lightning.module.optimizer_settings import optimizer_settings
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.resumed_settings import (
     check_same_job,
@@ -194,6 +195,7 @@ class GRPOModule(pl.LightningModule):
         self.adapter_folder: Path | None = None  # a trained adapter to measure
         self.warm_start: WarmStart | None = None  # what training goes on from
         self._has_started = False
+        self._asked: dict[str, Any] | None = None  # of the optimizer
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
         self.base_states = BaseStates()
         rollouts = make_rollouts(self.text_policy, self.settings)
@@ -470,9 +472,15 @@ class GRPOModule(pl.LightningModule):
         trainer = trainer_of(self)
         interrupted = trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
         checkpoint[STATE_KEY] |= self.progress.state_dict(snapshot, wait=not interrupted)
-        checkpoint[STATE_KEY]["settings"] = training_settings(self.settings, self.text_policy, self.trainer)
+        checkpoint[STATE_KEY]["settings"] = self._settings(self.trainer)
         checkpoint[STATE_KEY]["job"] = self.job
         checkpoint[STATE_KEY]["sampling_weights"] = self.text_policy.sampling_mode
+
+    def _settings(self, trainer: pl.Trainer) -> dict[str, Any]:
+        if self._asked is None:
+            parameters = self.text_policy.trainable_parameters()
+            self._asked = optimizer_settings(self.make_optimizer, self.make_scheduler, parameters)
+        return training_settings(self.settings, self.text_policy, trainer) | self._asked
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -482,8 +490,7 @@ class GRPOModule(pl.LightningModule):
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             check_same_job(checkpoint[STATE_KEY].get("job", "fit"), self.job)
-            now = training_settings(self.settings, self.text_policy, trainer)
-            check_same_training(checkpoint[STATE_KEY].get("settings", {}), now)
+            check_same_training(checkpoint[STATE_KEY].get("settings", {}), self._settings(trainer))
             warn_of_other_weights(checkpoint[STATE_KEY].get("sampling_weights"), self.text_policy)
         self.progress.load_state_dict(checkpoint[STATE_KEY])
         self.progress.updates = updates_in(checkpoint)

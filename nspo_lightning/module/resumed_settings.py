@@ -36,8 +36,8 @@ class ResumeError(ValueError):
 def training_settings(settings: TrainingSettings, policy: TextPolicy, trainer: pl.Trainer) -> dict[str, Any]:
     """Return what decides what is learnt from the same prompts, by the names that users know, as plain values.
 
-    Not among them: what changes no number (micro-batches, shared prompts), what only measures, and what Lightning
-    restores or takes from the new Trainer (optimizer, schedule, clipping, precision).
+    Not among them: what changes no number (micro-batches, shared prompts), what only measures, and what Lightning takes
+    from the new Trainer (clipping, precision). Optimizer and schedule are `optimizer_settings`.
     """
     values = {f"model.{name}": vars(settings)[name] for name in _SHARED}
     values |= {f"model.objective.{name}": value for name, value in asdict(settings.objective).items()}
@@ -85,9 +85,10 @@ def check_same_training(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Non
     if changed := differing({**_BEFORE, **saved}, now):
         raise ResumeError(
             f"The checkpoint belongs to a run with other settings: {changed}. A resumed run goes on as if it had never "
-            "stopped, with the optimizer's state and the rollouts that were begun, and these settings would change "
-            "what it learns on the way. Resume with the checkpoint's own (the first of each two), or begin a new run "
-            "from the trained adapter (`export` writes it; `policy.adapter`, docs/questions.md)."
+            "stopped, with the optimizer's state and the rollouts that were begun: these settings would change what it "
+            "learns on the way, or (the optimizer's and its schedule's) be overruled by that state in silence. Resume "
+            "with the checkpoint's own (the first of each two), or begin a new run from the trained adapter (`export` "
+            "writes it; `policy.adapter`, docs/questions.md)."
         )
 
 

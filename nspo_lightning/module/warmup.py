@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -176,6 +177,10 @@ class WarmupModule(GRPOModule):
     def measure(self, dataloaders: Sequence[Any]) -> dict[str, Rate]:
         """Return the rates of the last check; nothing is measured anew."""
         return dict(self.latest)
+
+    @override
+    def _settings(self, trainer: pl.Trainer) -> dict[str, Any]:
+        return super()._settings(trainer) | {"warmup.lr": self.warmup.lr}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

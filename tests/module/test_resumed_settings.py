@@ -32,6 +32,14 @@ def objective(**values: Any) -> dict[str, Any]:
     return {"objective": ObjectiveConfig(**values)}
 
 
+def adamw(kind: Any = torch.optim.AdamW, **values: Any) -> dict[str, Any]:
+    return {"optimizer": lambda parameters: kind(parameters, **{"lr": 1e-2, **values})}
+
+
+def cosine(t_max: int) -> Any:
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, t_max)
+
+
 DIFFERING: list[tuple[dict[str, Any], int, str]] = [
     ({"group_size": 8}, 1, "`model.group_size` 4 -> 8"),
     ({"scale_rewards": "none"}, 1, "`model.scale_rewards` group -> none"),
@@ -47,6 +55,10 @@ DIFFERING: list[tuple[dict[str, Any], int, str]] = [
     (objective(delta=2.0), 1, "`model.objective.delta` null -> 2.0"),
     (objective(mask_truncated=True), 1, "`model.objective.mask_truncated` False -> True"),
     ({}, 2, "`trainer.accumulate_grad_batches` 1 -> 2"),
+    ({"lr": 2e-2}, 1, "`model.optimizer.lr` 0.01 -> 0.02"),
+    (adamw(weight_decay=0.1), 1, "`model.optimizer.weight_decay` 0.01 -> 0.1"),
+    (adamw(betas=(0.8, 0.9)), 1, "`model.optimizer.betas` (0.9, 0.999) -> (0.8, 0.9)"),
+    ({"scheduler": cosine(40)}, 1, "`model.scheduler` null -> torch.optim.lr_scheduler.CosineAnnealingLR"),
 ]
 
 
@@ -58,6 +70,29 @@ def test_settings_that_differ_are_named_old_and_new(tiny_llama: Path, tmp_path: 
             run.fit(other, datamodule(), ckpt_path=path)
         assert message in str(error.value)
         assert str(error.value).count("->") == 1
+
+
+def test_a_schedule_goes_on_as_it_was_asked_or_says_what_differs(tiny_llama: Path, tmp_path: Path) -> None:
+    """Lightning restores its state, so another one would change nothing, in silence."""
+
+    def chained(milestone: int, t_max: int) -> Any:
+        def make(optimizer: Any) -> Any:
+            warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=milestone)
+            return torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine(t_max)(optimizer)], [milestone])
+
+        return make
+
+    path = saved(tiny_llama, tmp_path, scheduler=chained(3, 40))
+    other = module(tiny_llama, scheduler=chained(3, 40))
+    trainer(tmp_path, steps=2).fit(other, datamodule(), ckpt_path=path)
+    assert other.trainer.global_step == 2
+    with pytest.raises(ValueError, match=r"`model.scheduler._schedulers\[1\].T_max` 40 -> 50\. "):
+        trainer(tmp_path, steps=2).fit(module(tiny_llama, scheduler=chained(3, 50)), datamodule(), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"`model.optimizer` torch.optim.adamw.AdamW -> torch.optim.sgd.SGD, "):
+        trainer(tmp_path, steps=2).fit(module(tiny_llama, **adamw(kind=torch.optim.SGD)), datamodule(), ckpt_path=path)
+    fused = module(tiny_llama, scheduler=chained(3, 40), **adamw(foreach=True))
+    trainer(tmp_path, steps=2).fit(fused, datamodule(), ckpt_path=path)
+    assert fused.trainer.global_step == 2, "how it is computed may differ"
 
 
 def test_all_that_differ_are_named(tiny_llama: Path, tmp_path: Path) -> None:
