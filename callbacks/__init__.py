@@ -9,6 +9,7 @@ from nspo_lightning.callbacks.end_together import EndTogether
 from nspo_lightning.callbacks.exact_resume import ExactResume
 from nspo_lightning.callbacks.general_kl import GeneralKL
 from nspo_lightning.callbacks.general_text import GeneralText
+from nspo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from nspo_lightning.callbacks.last_on_exception import LastOnException
 from nspo_lightning.callbacks.null_space_projection import NullSpaceProjection
 from nspo_lightning.callbacks.ogpsa import OGPSA
@@ -25,6 +26,7 @@ __all__ = [
     "ExactResume",
     "GeneralKL",
     "GeneralText",
+    "LastCheckpoint",
     "LastOnException",
     "NullSpaceProjection",
     "PredictionWriter",

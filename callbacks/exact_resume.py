@@ -8,6 +8,8 @@ the data are in there anyway.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class ExactResume(Callback):
     Attributes:
         moment: Where the run is. Checkpoints that are written at ``update``, while weights change, resume as
             Lightning's do; at all other moments they resume exactly.
-        saved_on_exception: Set while a checkpoint is written that no `ModelCheckpoint` asked for.
+        saved_on_exception: Set while a checkpoint is written that no `ModelCheckpoint` asked for, see `beside_others`.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,15 @@ class ExactResume(Callback):
         self._random: dict[str, Any] | None = None
         self._gradients: dict[str, Tensor] = {}
         self._before: tuple[dict[str, Any], dict[str, Any] | None] | None = None
+
+    @contextmanager
+    def beside_others(self) -> Iterator[None]:
+        """Write a checkpoint that no `ModelCheckpoint` asked for: none of them will take it for its own."""
+        self.saved_on_exception = True
+        try:
+            yield
+        finally:
+            self.saved_on_exception = False
 
     # ------------------------------------------------------------------ resuming
 

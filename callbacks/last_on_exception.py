@@ -1,9 +1,10 @@
-"""Leave a checkpoint that resumes, whatever ends a run: Ctrl-C, SIGTERM (a scheduler's preemption), an exception."""
+"""Leave a checkpoint that resumes, whatever ends a run: Ctrl-C, SIGTERM (preemption), SIGHUP, an exception."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,20 +16,24 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from nspo_lightning import ranks
-from nspo_lightning.callbacks.end_together import SIGTERM_EXIT_CODE, set_exit_code_
+from nspo_lightning.callbacks.end_together import set_exit_code_
 from nspo_lightning.callbacks.exact_resume import ExactResume
+from nspo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from nspo_lightning.callbacks.protocols import FailsAgain
 from nspo_lightning.checkpoints import LAST_FILE
 from nspo_lightning.compat.lightning import callbacks_of, model_checkpoints
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)  # a terminal that is closed; not there on Windows
+_SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number is not None)
 _BUSY = frozenset({"update", "batch_end", "validation_end", "epoch_end"})
 
 
 class LastOnException(Callback):
-    """On Ctrl-C, SIGTERM or an exception in training, save ``last.ckpt`` where `ModelCheckpoint` keeps its files.
+    """On Ctrl-C, SIGTERM, SIGHUP or an exception in training, save ``last.ckpt``, where `LastCheckpoint` writes it.
 
-    ``--ckpt_path last`` finds it. Both signals end a run at once while it samples, judges, measures or computes a loss
+    Without that callback it is written where the first `ModelCheckpoint` keeps its files.
+
+    ``--ckpt_path last`` finds it. The signals end a run at once while it samples, judges, measures or computes a loss
     (nothing is lost but that step); while weights change or a file is written they wait until that is done. A second
     Ctrl-C does not wait. With several processes none may leave alone: a signal to any of them is noted, and all stop
     together before the next batch or validation; one that comes when training is over changes nothing any more.
@@ -51,6 +56,8 @@ class LastOnException(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
+            if number == _HANGUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup
             self._handlers[number] = signal.getsignal(number)
             signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
 
@@ -66,8 +73,8 @@ class LastOnException(Callback):
 
     def _raise(self, *, together: bool = False) -> None:
         number, self._waiting = self._waiting, None
-        stop: Any = SIGTERMException(SIGTERM_EXIT_CODE) if number == signal.SIGTERM else KeyboardInterrupt()
         if number is not None:
+            stop: Any = KeyboardInterrupt() if number == signal.SIGINT else SIGTERMException(128 + number)
             stop.raised_on_all_ranks = together
             raise stop
 
@@ -76,7 +83,8 @@ class LastOnException(Callback):
         if self._shared:
             if not ranks.any_rank(self._waiting is not None):
                 return
-            self._waiting = signal.SIGTERM if ranks.any_rank(self._waiting == signal.SIGTERM) else signal.SIGINT
+            ended = self._waiting is not None and self._waiting != signal.SIGINT
+            self._waiting = signal.SIGTERM if ranks.any_rank(ended) else signal.SIGINT
         self._raise(together=self._shared)
 
     @override
@@ -119,31 +127,40 @@ class LastOnException(Callback):
     @staticmethod
     def _save(trainer: pl.Trainer, exception: BaseException) -> None:
         set_exit_code_(exception)
-        callbacks = [callback for callback in model_checkpoints(trainer) if callback.dirpath]
+        path = _path(trainer)
         alone = trainer.world_size == 1 or ranks.raised_on_all_ranks(exception)
-        if trainer.state.fn != "fit" or not callbacks or trainer.global_step == 0 or not alone:
+        if trainer.state.fn != "fit" or path is None or trainer.global_step == 0 or not alone:
             return  # nothing was learnt yet, or other ranks may never come to the collective save
-        path = Path(str(callbacks[0].dirpath)) / LAST_FILE
         name = type(exception).__name__
         resume = _resume(trainer)
         if not _is_settled(trainer, resume):
             if path.exists():
-                rank_zero_info(f"{name}: {path} is from before this update. {_how_to_go_on(exception)}")
+                over = resume is not None and resume.moment == "elsewhere"
+                when = "has the end of the training" if over else "is from before this update"
+                rank_zero_info(f"{name}: {path} {when}. {_how_to_go_on(exception)}")
             return
-        for callback in callbacks:
-            if callback.dirpath == callbacks[0].dirpath and callback.save_last:
-                callback.last_model_path = str(path)  # so that it writes there again after the resume
-        if resume is not None:
-            resume.saved_on_exception = True
         try:
-            trainer.save_checkpoint(path)
+            with nullcontext() if resume is None else resume.beside_others():
+                trainer.save_checkpoint(path, weights_only=False)
         except OSError as error:  # what ended the run must not be hidden by it
             rank_zero_info(str(error))
         else:
             rank_zero_info(f"{name}: state saved to {path}. {_how_to_go_on(exception)}")
-        finally:
-            if resume is not None:
-                resume.saved_on_exception = False
+
+
+def _path(trainer: pl.Trainer) -> Path | None:
+    """Return where to write; None without callbacks that write checkpoints."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, LastCheckpoint):
+            return callback.path
+    places = [callback for callback in model_checkpoints(trainer) if callback.dirpath]
+    if not places:
+        return None
+    path = Path(str(places[0].dirpath)) / LAST_FILE
+    for callback in places:
+        if callback.dirpath == places[0].dirpath and callback.save_last:
+            callback.last_model_path = str(path)  # so that it writes there again after the resume
+    return path
 
 
 def _how_to_go_on(exception: BaseException) -> str:

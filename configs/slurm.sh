@@ -3,7 +3,7 @@
 #   sbatch configs/slurm.sh configs/qwen2.5-7b-pku-saferlhf.yaml [--section.setting VALUE ...]
 #
 # UNTESTED under SLURM: none was at hand. Tested are its parts, with processes started by hand: SIGTERM to all of them
-# leaves a checkpoint and exit code 143, and `--ckpt_path last` goes on to the same end (tests/distributed).
+# leaves a checkpoint and exit code 143, and `--ckpt_path last-if-any` goes on to the same end (tests/distributed).
 #
 # Needed: a folder that all machines see (run it from there), and one task for each GPU.
 #SBATCH --job-name=nspo
@@ -23,11 +23,11 @@ set -u
 config=${1:?usage: sbatch configs/slurm.sh CONFIG [options]}
 shift
 
-# Any task that fails ends the others. `last` starts anew where there is no checkpoint yet.
+# Any task that fails ends the others. `last-if-any` begins where there is no checkpoint yet.
 srun --kill-on-bad-exit=1 python -m nspo_lightning fit \
   -c "$config" -c strategies/ddp -c strategies/slurm \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
-  --ckpt_path last "$@"
+  --ckpt_path last-if-any "$@"
 code=$?
 
 if [ "$code" -eq 143 ]; then   # 128 + SIGTERM: stopped with a checkpoint, not done

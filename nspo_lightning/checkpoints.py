@@ -24,15 +24,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import remove_leftovers, replacing
+from nspo_lightning.compat.lightning import CHECKPOINTS
 
-FOLDER = "checkpoints"
+FOLDER = CHECKPOINTS
 """Folder of a run's checkpoints."""
 LAST_FILE = "last.ckpt"
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder a PEFT adapter."""
-BEST, LAST = "best", "last"
-"""What `--ckpt_path` says for a checkpoint of the run of that name."""
-_WORDS = (BEST, LAST, "hpc", "registry")  # the latter two are Lightning's
+BEST, LAST, LAST_IF_ANY = "best", "last", "last-if-any"
+"""What `--ckpt_path` says for a checkpoint of the run of that name; the third, of `fit`: the last one, or a new run."""
+_WORDS = (BEST, LAST, LAST_IF_ANY, "hpc", "registry")  # the latter two are Lightning's
+_BEST_CALLBACK = """  trainer:
+    callbacks:
+      - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+        init_args: {monitor: safety/unsafe_rate, mode: min}"""
 
 
 class CheckpointError(OSError):
@@ -70,13 +75,13 @@ def find_checkpoint(name: str, run: Path) -> Path:
     if last is None or not last.is_file():
         raise CheckpointError(
             f"`--ckpt_path {name}`: expected the run's {run / FOLDER / LAST_FILE}, and it is not there. Give the name "
-            "of a run that was trained (`--name`), or a checkpoint file."
+            "of a run that was trained (`--name`), or a checkpoint file; leave it out to begin anew."
         )
     found = last if name == LAST else best_of(read_checkpoint(last).get("callbacks", {}).values(), last.parent)
     if found is None:
         raise CheckpointError(
             f"`--ckpt_path best`: no `ModelCheckpoint` of {run} monitored a metric and kept a file, so none is the "
-            "best. Use `last`, or train with `monitor`."
+            f"best. Use `last`, or train with a callback that keeps the best:\n{_BEST_CALLBACK}"
         )
     return found
 

@@ -39,14 +39,17 @@ def exit_codes() -> Iterator[None]:
         print(f"\nerror: {mask_keys(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
+        RUN_FOLDER.withdraw()  # also after a bug: the earlier run gets its place back
         if os.environ.get(TRACEBACK_VARIABLE) or not is_users_mistake(error):
             raise
-        RUN_FOLDER.withdraw()
         rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
         if not (rank and ranks.raised_on_all_ranks(error)):  # what all say is said once
             where, hint = f" on rank {rank}" if rank else "", f"(set {TRACEBACK_VARIABLE}=1 for the traceback)"
             print(f"\nerror{where}: {message_for(error)}\n{hint}", file=sys.stderr)
         sys.exit(1)
+    except BaseException:  # Ctrl-C, SIGTERM
+        RUN_FOLDER.withdraw()
+        raise
     finally:
         RUN_FOLDER.end()
 

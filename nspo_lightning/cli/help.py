@@ -66,7 +66,7 @@ WARMUP: dict[str, str] = {
     "--warmup.refusals": "what is taught: a .txt file of refusals, or rows of prompts with safe answers",
     "--nullspace.calibration": "basis file that `calibrate` wrote; none = calibrate at the start",
 }
-CHECKPOINT: dict[str, str] = {"--ckpt_path": "checkpoint to start from; last = that of the run"}
+CHECKPOINT: dict[str, str] = {"--ckpt_path": "checkpoint to go on from: last, last-if-any (or begin), best, or a file"}
 MEASURED: dict[str, str] = {"--ckpt_path": "what is measured: best, last, a checkpoint, or an adapter's folder"}
 OPTIONS: dict[str, dict[str, str]] = {
     "fit": {**COMMON, **TRAINING, **CHECKPOINT},

@@ -13,25 +13,35 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import remove_leftovers, whole
 from nspo_lightning.callbacks import NullSpaceProjection
-from nspo_lightning.checkpoints import FOLDER, LAST, AtomicCheckpointIO, check_readable, find_checkpoint, last_in
+from nspo_lightning.checkpoints import (
+    BEST,
+    FOLDER,
+    LAST,
+    LAST_IF_ANY,
+    AtomicCheckpointIO,
+    check_readable,
+    find_checkpoint,
+    last_in,
+)
 from nspo_lightning.cli.errors import exit_codes
 from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.parser import Parser
-from nspo_lightning.cli.run_folder import DEFAULT_NAME, RUN_FOLDER, RUNS, check_run_name, own_folder
+from nspo_lightning.cli.run_card import write_card
+from nspo_lightning.cli.run_folder import CACHE, DEFAULT_NAME, RUN_FOLDER, RUNS, check_run_name, own_folder
+from nspo_lightning.cli.run_record import SaveConfig
 from nspo_lightning.cli.standard_callbacks import with_standard_callbacks, without_extras
 from nspo_lightning.cli.trained_parameters import TrainedParameters
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.cli.warmup import WARMUP, run_name, warmup_callbacks, warmup_trainer
-from nspo_lightning.compat.lightning import is_fast_dev_run, model_checkpoints
+from nspo_lightning.compat.lightning import checkpoint_folder, is_fast_dev_run
 from nspo_lightning.compat.lightning_cli import CLIWithoutStoredSettings
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.warmup import WarmupDataModule, WarmupSettings
@@ -59,34 +69,6 @@ _BAREBONES_OFF = (
     *("num_sanity_val_steps", "profiler"),
 )
 SHORT_NAMES = (TownJudge, NullSpaceProjection)  # imported, so a config may name them without their module
-
-
-class SaveConfig(SaveConfigCallback):
-    """Save the resolved configuration beside the run and show it in TensorBoard.
-
-    `config.yaml` is what the run was trained with: other commands write theirs beside it, and a run that goes on keeps
-    its file until it trains, so neither a refusal nor a run that was over changes it.
-    """
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            self.config_filename = f"config.{TrainerFn(stage).value}.yaml"
-        if stage != "fit" or not self.config.get("ckpt_path"):
-            super().setup(trainer, pl_module, stage)
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().setup(trainer, pl_module, "fit")  # once: what was saved is not saved again
-
-    @override
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                text = self.parser.dump(self.config, skip_none=False)
-                logger.experiment.add_text("config", f"```yaml\n{text}\n```")
 
 
 class CLI(CLIWithoutStoredSettings):
@@ -133,10 +115,12 @@ class CLI(CLIWithoutStoredSettings):
         config = self.settings.trainer
         _check_trainer(config)
         bare, runs = bool(config.get("barebones")), str(config.get("default_root_dir") or RUNS)
-        if bare:
-            # What a file says of an ordinary run, Lightning refuses here. Without a logger this is the run's folder.
+        if bare:  # what a file says of an ordinary run, Lightning refuses here
             kwargs |= {**dict.fromkeys(_BAREBONES_OFF), "detect_anomaly": False}
+        if bare or config.get("logger") is False:  # without a logger this is the run's folder
             kwargs["default_root_dir"] = str(Path(runs) / run_name(self.settings.name, self.subcommand))
+            if not bare and self.settings.nullspace.source.cache_dir == "auto":  # that of all runs
+                self.settings.nullspace.source.cache_dir = Path(runs) / CACHE
         elif config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             name = run_name(self.settings.name, self.subcommand)
             kwargs["logger"] = TensorBoardLogger(runs, name=name, version="")
@@ -159,15 +143,31 @@ class CLI(CLIWithoutStoredSettings):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Lock the run's folder and move an earlier run of its name out of the way (`runs/name` is the latest)."""
-        folder, ckpt_path = self.trainer.log_dir, self.settings.get("ckpt_path")
-        remove_leftovers(Path(self.trainer.default_root_dir) / "nullspace", shared=True)
-        if folder and not is_fast_dev_run(self.trainer):
-            RUN_FOLDER.begin(Path(folder), set_aside=not ckpt_path, shared=_own_folder(self.trainer) is None)
-        folders = [Path(c.dirpath) for c in model_checkpoints(self.trainer) if c.dirpath]
-        folders += [Path(folder) / FOLDER] if folder else []
-        if ckpt_path == LAST and not any(last_in(place) for place in folders):
-            rank_zero_info("There is no checkpoint to go on from yet (`--ckpt_path last`): the run starts anew.")
+        """Find what `--ckpt_path` means, lock the run's folder and move an earlier run of its name out of the way."""
+        folder, found = Path(self.trainer.log_dir or RUNS), self._checkpoint_to_resume()
+        remove_leftovers(Path(self.settings.trainer.get("default_root_dir") or RUNS) / CACHE, shared=True)
+        if not is_fast_dev_run(self.trainer):
+            goes_on = found is not None and found.resolve().is_relative_to(folder.resolve())
+            RUN_FOLDER.begin(folder, set_aside=not goes_on, shared=_own_folder(self.trainer) is None)
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """Put a file in the place of `best`, `last` and `last-if-any`; None for what is none, or Lightning's own."""
+        name = self.settings.get("ckpt_path")
+        if name not in {BEST, LAST, LAST_IF_ANY}:
+            return None if name is None else Path(str(name))
+        run = checkpoint_folder(self.trainer).parent
+        if name == LAST_IF_ANY and last_in(run / FOLDER) is None:
+            rank_zero_info(f"There is no checkpoint in {run / FOLDER} yet: the run begins.")
+            self.settings.ckpt_path = None
+            return None
+        found = find_checkpoint(BEST if name == BEST else LAST, run)
+        self.settings.ckpt_path = str(found)
+        return found
+
+    def after_fit(self) -> None:
+        """Describe the adapter that the run has written."""
+        if self.trainer.is_global_zero and not is_fast_dev_run(self.trainer) and self.trainer.log_dir:
+            write_card(Path(self.trainer.log_dir))
 
     def before_warmup(self) -> None:
         """Prepare as for `fit`, with the settings that both sides of a warm start take."""
@@ -178,6 +178,7 @@ class CLI(CLIWithoutStoredSettings):
         """Say what was reached; a warm start that is none is an error."""
         if is_fast_dev_run(self.trainer):
             return
+        self.after_fit()
         said = self.model.conclusion()
         folder = Path(self.trainer.log_dir or RUNS) / "adapter"
         rank_zero_info(f"{said} GRPO goes on from it with the same configuration: --model.policy.adapter {folder}")
@@ -187,7 +188,7 @@ class CLI(CLIWithoutStoredSettings):
         name = self.settings.get("ckpt_path")
         if name is None:
             return
-        found = find_checkpoint(str(name), Path(self.trainer.log_dir or RUNS))
+        found = find_checkpoint(str(name), checkpoint_folder(self.trainer).parent)
         if found.is_dir():
             self.model.adapter_folder = found
         self.settings.ckpt_path = None if found.is_dir() else str(found)
@@ -208,7 +209,7 @@ def _check_whole(config: dict[str, Any]) -> None:
 def _own_folder(trainer: pl.Trainer) -> Path | None:
     """Return the run's folder; None if it is not the run's alone, as without a logger."""
     logger = trainer.logger
-    if logger is None and trainer.barebones:
+    if logger is None:
         return own_folder(trainer.default_root_dir, os.path.dirname(trainer.default_root_dir))
     if not isinstance(logger, (TensorBoardLogger, CSVLogger)):
         return None

@@ -12,12 +12,18 @@ from nspo_lightning.cli.run_lock import RunLock
 
 RUNS = "runs"
 """Folder of all runs, in the working folder."""
+CACHE = "nullspace"
+"""Folder of all runs' calibrations, in `RUNS`: `NullSpaceProjection`'s own place for them."""
 DEFAULT_NAME = "nspo"
 LONGEST_NAME = 200
 """In bytes; a file system's limit is 255, and kept runs and locks have longer names."""
 _MEANS_MORE = frozenset('/\\$%*?<>|"`')  # to a path, a shell, or to TensorBoardLogger, which expands variables
-_BEGINNINGS = ("config.", "hparams.yaml", "events.out.tfevents.")
+_BEGINNINGS = ("config.", "hparams.yaml", "events.out.tfevents.", "metrics.csv", "completions.jsonl")
 """What a run writes before it has anything to keep."""
+_KEPT = ("checkpoints", "adapter", "summary.json")
+"""What a run has to keep, with something in it."""
+_OF_A_RUN = (*_BEGINNINGS, *_KEPT, "predictions", "test.json", "benchmarks.json", "report.")
+_MOST_NAMED = 5
 
 
 def check_run_name(name: str) -> None:
@@ -31,6 +37,8 @@ def check_run_name(name: str) -> None:
             problem = "it is empty"
         elif name.startswith("."):
             problem = "it begins with a dot"
+        elif name.casefold() == CACHE:
+            problem = "that folder is for the calibrations of all runs"
         elif name != name.strip() or not name.isprintable():
             problem = "it begins or ends with a space, or holds characters that can't be seen"
         elif "::" in name or _MEANS_MORE & set(name):
@@ -96,6 +104,7 @@ class RunFolder:
 
         Raises:
             RunLockedError: If another run is in it.
+            ValueError: If what stands there is no run.
         """
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return
@@ -111,9 +120,15 @@ class RunFolder:
         if shared or not set_aside:
             self._present = frozenset(p.name for p in folder.iterdir())
             return
-        number = 1
-        while os.path.lexists(kept := folder.with_name(f"{folder.name}.{number}")):
-            number += 1
+        names = sorted(p.name for p in folder.iterdir())
+        if not any(name.startswith(_OF_A_RUN) or name.endswith(".ckpt") for name in names):
+            self.end()
+            more = " ..." if len(names) > _MOST_NAMED else ""
+            raise ValueError(
+                f"`--name {folder.name}`: {folder} is there and is no run (it holds {', '.join(names[:_MOST_NAMED])}"
+                f"{more}), so it is not moved out of the way. Give another `--name`, or move it yourself."
+            )
+        kept = _next_free(folder)
         folder.rename(kept)
         self._kept = kept
         rank_zero_info(f"An earlier run stood in {folder}; it is now {kept}.")
@@ -138,17 +153,37 @@ class RunFolder:
             parent.rmdir()
 
     def _removed(self, folder: Path) -> bool:
+        """Remove what a run wrote before it had anything to keep; whether its place is free now."""
         if not folder.is_dir():
             return True
-        new = [p for p in folder.iterdir() if p.name not in self._present]
-        if not all(p.is_file() and p.name.startswith(_BEGINNINGS) for p in new):
+        if not self._present and any(_has_content(folder / name) for name in _KEPT):
             return False
-        for file in new:
-            file.unlink()
+        for path in [p for p in folder.iterdir() if p.name not in self._present]:
+            if path.is_file() and path.name.startswith(_BEGINNINGS):
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
         if self._present:
             return False
-        folder.rmdir()
+        if any(folder.iterdir()):  # of a callback of the user's
+            if self._kept is None:
+                return False
+            rank_zero_info(f"What the run that failed has left is in {(rest := _next_free(folder))}.")
+            folder.rename(rest)
+        else:
+            folder.rmdir()
         return True
+
+
+def _has_content(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _next_free(folder: Path) -> Path:
+    number = 1
+    while os.path.lexists(kept := folder.with_name(f"{folder.name}.{number}")):
+        number += 1
+    return kept
 
 
 RUN_FOLDER = RunFolder()

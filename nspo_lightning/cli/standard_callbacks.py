@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import (
     DeviceStatsMonitor,
     EarlyStopping,
     LearningRateMonitor,
-    ModelCheckpoint,
     ModelSummary,
     ProgressBar,
 )
@@ -20,6 +19,7 @@ from nspo_lightning.callbacks import (
     EndTogether,
     ExactResume,
     GeneralText,
+    LastCheckpoint,
     LastOnException,
     PredictionWriter,
     RunProgress,
@@ -40,11 +40,7 @@ def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, pro
     Returns:
         All callbacks. The one that writes `last` comes last: its file then holds what the others decided.
     """
-    standard: list[Callback] = []
-    if checkpoints:
-        # Names hold the step, so a file that is there already is the same one, written before a crash.
-        checkpoint = ModelCheckpoint(save_last=True, save_on_exception=False, enable_version_counter=False)
-        standard = [checkpoint, ExactResume(), LastOnException()]
+    standard: list[Callback] = [LastCheckpoint(), ExactResume(), LastOnException()] if checkpoints else []
     # EndTogether comes after LastOnException: other processes are ended once the checkpoint is written.
     standard += [EndTogether(), GeneralText(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
     if progress_bar:
@@ -54,7 +50,7 @@ def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, pro
         kind = ProgressBar if isinstance(callback, ProgressBar) else type(callback)
         if not any(isinstance(other, kind) for other in callbacks):
             callbacks.append(callback)
-    return sorted(callbacks, key=lambda callback: isinstance(callback, ModelCheckpoint) and bool(callback.save_last))
+    return sorted(callbacks, key=lambda callback: isinstance(callback, LastCheckpoint))
 
 
 NOT_BAREBONES = (Checkpoint, DeviceStatsMonitor, EarlyStopping, LearningRateMonitor, ModelSummary, ProgressBar)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -19,6 +20,8 @@ BATCHES = "epoch_loop.batch_progress"
 OPTIMIZERS = "epoch_loop.automatic_optimization.optim_progress"
 VALIDATION_BATCHES = "epoch_loop.val_loop.batch_progress"
 """Entries of a checkpoint's ``loops.fit_loop``: where the loops are, as counters."""
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, as Lightning calls it."""
 COUNTERS = ("ready", "started", "processed", "completed")
 
 _CHECKPOINT_STATE = {
@@ -108,6 +111,18 @@ def started_processes(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
 def model_checkpoints(trainer: pl.Trainer) -> Sequence[ModelCheckpoint]:
     """Return the Trainer's checkpoint callbacks that are of Lightning's own kind."""
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def checkpoint_folder(trainer: pl.Trainer) -> Path:
+    """Return where a Trainer's checkpoints go if nothing else is said: `ModelCheckpoint`'s rule, without its instance.
+
+    Ranks may see different ones: a logger numbers its folder on the first alone.
+    """
+    logger = trainer.logger
+    if logger is None:
+        return Path(trainer.default_root_dir) / CHECKPOINTS
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / CHECKPOINTS
 
 
 def process_group_timeout(strategy: Strategy) -> timedelta | None:

@@ -37,6 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("validation", 2, signal.SIGKILL, marks=pytest.mark.slow),
         ("rollout", 3, signal.SIGTERM),
         ("between updates", 4, signal.SIGINT),
+        pytest.param("between updates", 6, signal.SIGHUP, marks=pytest.mark.slow),  # a terminal that is closed
     ],
 )
 def test_a_killed_run_ends_bitwise_where_the_uninterrupted_one_does(
@@ -48,19 +49,24 @@ def test_a_killed_run_ends_bitwise_where_the_uninterrupted_one_does(
     assert kill_runs.kill_in(child, folder, phase, occurrence, 0.01, number)
     code = kill_runs.wait(child)
     assert code != 0
-    if number == signal.SIGTERM:
-        assert code == 143
+    if number in (signal.SIGTERM, signal.SIGHUP):
+        assert code == 128 + number
     assert "Traceback" not in (folder / "output.log").read_text() or number == signal.SIGKILL
     assert kill_runs.wait(kill_runs.start(folder, "--ckpt_path", "last")) == 0
     assert kill_runs.differences(kill_runs.result(whole), kill_runs.result(folder)) == []
     assert not list(folder.rglob("*.ckpt*.partial"))
 
 
-def test_last_without_a_checkpoint_starts_anew_and_says_so(whole: Path, tmp_path: Path) -> None:
+def test_last_without_a_checkpoint_is_an_error_and_last_if_any_begins(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "job"
     kill_runs.write_job(folder)
-    assert kill_runs.wait(kill_runs.start(folder, "--ckpt_path", "last")) == 0
-    assert "the run starts anew" in (folder / "output.log").read_text()
+    assert kill_runs.wait(kill_runs.start(folder, "--ckpt_path", "last")) == 1
+    said = (folder / "output.log").read_text()
+    assert "expected the run's runs/job/checkpoints/last.ckpt, and it is not there" in said
+    assert "Traceback" not in said
+    assert not (folder / "runs").exists()
+    assert kill_runs.wait(kill_runs.start(folder, "--ckpt_path", "last-if-any")) == 0
+    assert "the run begins" in (folder / "output.log").read_text()
     assert kill_runs.differences(kill_runs.result(whole), kill_runs.result(folder)) == []
 
 

@@ -257,7 +257,8 @@ def test_a_refused_resume_leaves_the_runs_files(run, monkeypatch):
     assert "Traceback" not in said
     assert {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()} == before
     assert run("fit", "--trainer.limit_train_batches", 1, "--trainer.max_epochs", 2, "--ckpt_path", "last")[0] == 0
-    assert "max_epochs: 2" in Path("runs/tiny/config.yaml").read_text()
+    assert "max_epochs: 2" in Path("runs/tiny/config.resumed.1.yaml").read_text()
+    assert Path("runs/tiny/config.yaml").read_bytes() == before[Path("runs/tiny/config.yaml")]
 
 
 def no_template(tokenizer, folder):

@@ -134,3 +134,13 @@ def test_forgotten_metrics_are_not_written_again(tmp_path):
     assert [row["a_once"] for row in steps] == ["", "1.0", "", ""], hint
     assert [row["b_once"] for row in steps] == ["", "1.0", "1.0", "1.0"], "not asked for"
     assert [row["a_mean_epoch"] for row in rows if row["a_mean_epoch"]] == ["1.5"], "means over an epoch stay"
+
+
+@pytest.mark.parametrize("which", ["none", "numbered", "named"])
+def test_checkpoints_go_where_lightning_puts_them(tmp_path, which):
+    versions: dict[str, Any] = {"numbered": None, "named": ""}
+    logger: Any = False if which == "none" else CSVLogger(tmp_path / "logs", name="run", version=versions[which])
+    keep = ModelCheckpoint()
+    trainer = pl.Trainer(accelerator="cpu", logger=logger, callbacks=[keep], default_root_dir=tmp_path)
+    keep.setup(trainer, BoringModel(), "fit")
+    assert str(compat.checkpoint_folder(trainer)) == str(keep.dirpath), f"{VERSION}: see ModelCheckpoint's dirpath"
