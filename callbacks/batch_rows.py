@@ -9,7 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from nspo_lightning.callbacks.end_together import SIGTERM_EXIT_CODE
 from nspo_lightning.callbacks.protocols import KnowsBatchSizes
 from nspo_lightning.terminal import Advance, rows_progress
 
@@ -74,6 +76,8 @@ def measuring(
 ) -> Iterator[list[Iterable[Any]]]:
     """Give loaders, cut to a limit, that show how far they are gone through; nothing if the Trainer shows no bars.
 
+    SIGTERM ends the run between two batches; where `LastOnException` handles signals, it decides.
+
     Args:
         trainer: Whether bars are wanted.
         label: What is done with their rows.
@@ -87,11 +91,15 @@ def measuring(
     counts = [batches_of(loader, limit, name) for loader in loaders]
     rows, visible = BatchRows(loaders, counts), trainer.progress_bar_callback is not None
     with rows_progress(label, rows.total, unit=rows.unit, visible=visible) as advance:
-        yield [_counted(loader, i, counts[i], rows, advance) for i, loader in enumerate(loaders)]
+        yield [_counted(trainer, loader, i, counts[i], rows, advance) for i, loader in enumerate(loaders)]
 
 
-def _counted(loader: Iterable[Any], index: int, count: float, rows: BatchRows, advance: Advance) -> Iterator[Any]:
+def _counted(
+    trainer: pl.Trainer, loader: Iterable[Any], index: int, count: float, rows: BatchRows, advance: Advance
+) -> Iterator[Any]:
     cut = loader if count == float("inf") else itertools.islice(loader, int(count))
     for number, batch in enumerate(cut):
         yield batch
         advance(rows.of(index, number))
+        if trainer.received_sigterm:  # as Lightning's own loops do between two batches
+            raise SIGTERMException(SIGTERM_EXIT_CODE)

@@ -40,9 +40,12 @@ def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, pro
     Returns:
         All callbacks. The one that writes `last` comes last: its file then holds what the others decided.
     """
-    standard: list[Callback] = [LastCheckpoint(), ExactResume(), LastOnException()] if checkpoints else []
+    # GeneralText comes before ExactResume, which then still calls it a validation: a signal ends the measuring at once,
+    # and the run that goes on validates anew.
+    standard: list[Callback] = [GeneralText()]
+    standard += [LastCheckpoint(), ExactResume(), LastOnException()] if checkpoints else []
     # EndTogether comes after LastOnException: other processes are ended once the checkpoint is written.
-    standard += [EndTogether(), GeneralText(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
+    standard += [EndTogether(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
     if progress_bar:
         standard.append(RunProgress())
     callbacks = list(given)

@@ -7,6 +7,8 @@ answers it is close to the base.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from io import StringIO
 from typing import Any
 
@@ -14,11 +16,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
-from tiny_jobs import WORDS, harmful, module, trainer
+from tiny_jobs import WORDS, adapter, harmful, module, trainer
 from tiny_policies import move_adapter_
 
 from nspo_lightning.callbacks import CapabilityGuard, GeneralText, RunReport, TestReport
+from nspo_lightning.cli.standard_callbacks import with_standard_callbacks
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.evaluation.report import report_table
 from nspo_lightning.evaluation.text_means import text_means
@@ -51,6 +56,7 @@ def judged(path, **changes):
 @pytest.fixture(scope="module")
 def refusing(tiny_llama):
     """The weights of such a policy: a few updates towards a refusal and, behind other openings, towards the base."""
+    torch.manual_seed(0)  # the files that ran before leave the generator anywhere
     taught = judged(tiny_llama)
     taught.configure_model()
     policy, tokenizer = taught.require_policy(), taught.tokenizer
@@ -174,3 +180,54 @@ def test_the_table_of_test_fits_a_terminal(refusing, tiny_llama):
     assert max(map(len, lines)) <= 80
     for title in ("refusal of ordinary prompts", "KL to base, first 3 tokens", "NLL, change to the base"):
         assert any(title in line for line in lines), f"{title} is broken over lines"
+
+
+def interrupted(policy, at):
+    """Make a policy send this process SIGTERM while it scores its `at`-th batch of text; return what counts them."""
+    score, seen = policy.text_scores, []
+
+    def text_scores(batch):
+        seen.append(batch)
+        if len(seen) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(batch)
+
+    policy.text_scores = text_scores
+    return seen
+
+
+def test_sigterm_ends_a_measurement_of_text_and_the_run_goes_on_as_if_nothing_had_been(tiny_llama, tmp_path):
+    def job(name):
+        pl.seed_everything(0, verbose=False)
+        policy = judged(tiny_llama)
+        given: list[Any] = [ModelCheckpoint(tmp_path / name, every_n_train_steps=100, save_last=True)]
+        given += [RunReport(folder=str(tmp_path / name), evaluate=False)]
+        options: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 1, "num_sanity_val_steps": 0}
+        callbacks = with_standard_callbacks(given, checkpoints=True, progress_bar=False)
+        return policy, trainer(tmp_path, steps=3, callbacks=callbacks, enable_checkpointing=True, **options)
+
+    whole, run = job("whole")
+    run.fit(whole, data())
+    cut, run = job("cut")
+    seen = interrupted(cut, 2)  # one batch a validation
+    with pytest.raises(SIGTERMException) as ended:
+        run.fit(cut, data())
+    assert (len(seen), ended.value.code) == (2, 143)
+    resumed, run = job("cut")
+    seen = interrupted(resumed, 0)
+    run.fit(resumed, data(), ckpt_path=tmp_path / "cut" / "last.ckpt")
+    assert len(seen) == 2, "the second validation is measured whole, then the third"
+    for name, parameter in adapter(whole).items():
+        assert torch.equal(parameter, adapter(resumed)[name]), name
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_sigterm_ends_a_measurement_between_two_batches_of_text(tiny_llama, tmp_path, command):
+    policy = judged(tiny_llama)
+    seen = interrupted(policy, 1)
+    callbacks = [GeneralText(), TestReport(folder=str(tmp_path), base=False)]
+    run = trainer(tmp_path, callbacks=callbacks, limit_val_batches=1.0)
+    with pytest.raises(SIGTERMException) as ended:
+        getattr(run, command)(policy, data(), verbose=False)
+    assert (len(seen), ended.value.code) == (1, 143)
+    assert not (tmp_path / "test.json").exists()
