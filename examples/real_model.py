@@ -299,8 +299,7 @@ def draw(run: Path, path: Path) -> Path:
     axes = figure.subplots()
     for (name, title), colour in zip(names.items(), ("#c0392b", "#2471a3"), strict=True):
         if name in log.Tags()["scalars"]:
-            # `test` logs to the same folder, other prompts under the same name: at step 0, where nothing is validated.
-            points = {event.step: 100 * event.value for event in log.Scalars(name) if event.step > 0}
+            points = {event.step: 100 * event.value for event in log.Scalars(name)}
             axes.plot(*zip(*sorted(points.items()), strict=True), "o-", color=colour, label=title)
     axes.set(xlabel="update", ylabel="share of validation prompts (%)", ylim=(0, 100), title=f"{CONFIG}: safety GRPO")
     axes.grid(alpha=0.3)

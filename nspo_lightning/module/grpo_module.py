@@ -59,10 +59,12 @@ from nspo_lightning.module.signal import Signal
 from nspo_lightning.module.start_checks import (
     another_step_follows,
     check_accumulation,
+    check_optimizer,
     check_repetitions,
     check_strategy,
     longest_prompt_tokens,
     look_ahead,
+    make_optimizer,
     take_on_demand,
     warn_if_none_ended,
 )
@@ -196,6 +198,7 @@ class GRPOModule(pl.LightningModule):
         self.warm_start: WarmStart | None = None  # what training goes on from
         self._has_started = False
         self._asked: dict[str, Any] | None = None  # of the optimizer
+        self._loaded_step: int | None = None  # at which the checkpoint stands that is measured
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
         self.base_states = BaseStates()
         rollouts = make_rollouts(self.text_policy, self.settings)
@@ -233,6 +236,7 @@ class GRPOModule(pl.LightningModule):
         if stage == "fit":
             check_strategy(self.trainer, self.reward)
             check_accumulation(self.trainer, self.settings)
+            check_optimizer(self.make_optimizer)
             self.collector.rollouts.check_start(self.trainer.strategy)
 
     @override
@@ -266,7 +270,7 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer(self.text_policy.trainable_parameters())
+        optimizer = make_optimizer(self.make_optimizer, self.text_policy.trainable_parameters())
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
@@ -452,12 +456,20 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        rates = with_accuracy(self.evaluator.finished(self.evaluator.rates))
-        for name, rate in rates.items():  # reduced over ranks already
-            # All ranks have the same; `sync_dist` only tells Lightning so.
-            self.log(name, rate, prog_bar=name == "general/accuracy", sync_dist=ranks.world_size() > 1)
+        self._log_rates("")
 
-    on_test_epoch_end = on_validation_epoch_end
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_rates("test/")  # other prompts than validation's, whose curves are in the same folder
+
+    def _log_rates(self, prefix: str) -> None:
+        rates = with_accuracy(self.evaluator.finished(self.evaluator.rates))
+        # All ranks have the same values; `sync_dist` only tells Lightning so.
+        several = ranks.world_size() > 1
+        for name, rate in rates.items():
+            self.log(f"{prefix}{name}", rate, prog_bar=name == "general/accuracy", sync_dist=several)
+        if self._loaded_step:  # drawn where `fit` drew its validation of that state, not at 0: Lightning counts from 0
+            self.log("step", float(self._loaded_step - 1), sync_dist=several)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -488,7 +500,9 @@ class GRPOModule(pl.LightningModule):
         check_checkpoint(checkpoint, self.text_policy)
         self._has_started, self.warm_start = True, None
         trainer = trainer_of(self)
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        self._loaded_step = None if fits else checkpoint.get("global_step")
+        if trainer is not None and fits:
             check_same_job(checkpoint[STATE_KEY].get("job", "fit"), self.job)
             check_same_training(checkpoint[STATE_KEY].get("settings", {}), self._settings(trainer))
             warn_of_other_weights(checkpoint[STATE_KEY].get("sampling_weights"), self.text_policy)

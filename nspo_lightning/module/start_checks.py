@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, process_group_timeout
 from nspo_lightning.datamodules.loader import PromptLoader
@@ -141,6 +146,36 @@ def another_step_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     ends_window = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
     is_last_update = trainer.max_steps != -1 and trainer.global_step + 1 >= trainer.max_steps
     return batch_idx + 1 < trainer.num_training_batches and not (ends_window and is_last_update)
+
+
+def make_optimizer(
+    make: Callable[[Any], torch.optim.Optimizer], parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Make the optimizer; MisconfigurationException says which settings it refuses, in its own words."""
+    try:
+        return make(parameters)
+    except (ValueError, TypeError) as error:
+        raise MisconfigurationException(
+            f"`model.optimizer` refuses its settings: {error}. Mend it (as `model.optimizer.init_args.lr`)."
+        ) from error
+
+
+def check_optimizer(make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    """Try the optimizer's settings on a small matrix before the model is loaded.
+
+    Only what torch's own optimizers refuse is refused: others may want parameters that they know.
+
+    Raises:
+        MisconfigurationException: If a setting is out of its range.
+    """
+    try:
+        make_optimizer(make, [nn.Parameter(torch.zeros(2, 2))])
+    except MisconfigurationException as error:
+        frames = traceback.extract_tb(None if error.__cause__ is None else error.__cause__.__traceback__)
+        if frames and Path(frames[-1].filename).is_relative_to(Path(torch.optim.__file__).parent):
+            raise
+    except Exception:  # what it wants is seen when it gets the real parameters
+        return
 
 
 def _shards_weights(strategy: Strategy) -> bool:

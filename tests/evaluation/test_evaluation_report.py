@@ -90,7 +90,9 @@ def test_the_report_counts_what_the_completions_file_shows(job):
         assert by_category["count"] == sum(line[f"{who}_outcome"] == "unsafe" for line in fires)
         colours = [line for line in general if line["skill"] == "colour"]
         assert result["rates"][who]["general/over_refusal_rate"]["of"] == len(colours)
-    assert logged[0]["safety/unsafe_rate"] == pytest.approx(result["rates"]["policy"]["safety/unsafe_rate"]["rate"])
+    assert logged[0]["test/safety/unsafe_rate"] == pytest.approx(
+        result["rates"]["policy"]["safety/unsafe_rate"]["rate"]
+    )
     sums = score_texts(policy.policy, data.text_dataloader("test"))
     assert result["text"]["tokens"] == sums.tokens
     assert result["text"]["perplexity"] == pytest.approx(sums.perplexity, rel=1e-4)
@@ -143,7 +145,7 @@ def test_what_cannot_be_compared_is_named_and_measured_by_its_likelihood(job, ca
     assert "general/unscored/number" not in rates
     for skill in ("essay", "format"):
         assert (rates[f"general/unscored/{skill}"]["count"], rates[f"general/unscored/{skill}"]["of"]) == (5, 5)
-    assert logged[0]["general/unscored/essay"] == 1
+    assert logged[0]["test/general/unscored/essay"] == 1
 
     essays = [row for row in data.eval_rows("test")[1] if row.skill == "essay"]
     text = score_texts(policy.policy, [collate_text(essays, data.general.renderer)])

@@ -63,3 +63,25 @@ def test_a_window_has_the_points_of_any_of_its_batches(tiny_llama, tmp_path):
     for name in (*SCORED, *STEPPED):
         assert sorted(found[name]) == [0, 2], name
     assert sorted(found["reward"]) == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_curves_of_validation_are_validations_alone(tiny_llama, tmp_path):
+    """What `test` and `validate` measure later stands in the same folder, at the step of what was measured."""
+    data, options = tiny_jobs.datamodule(), {"limit_val_batches": 1.0, "val_check_interval": 1}
+
+    def job(steps=2):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        return tiny_jobs.trainer(tmp_path, steps=steps, logger=logger, num_sanity_val_steps=0, **options)
+
+    run = job()
+    run.fit(tiny_jobs.module(tiny_llama), data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    fitted = curves(tmp_path)["safety/unsafe_rate"]
+    job().test(tiny_jobs.module(tiny_llama), data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    found = curves(tmp_path)
+    assert found["safety/unsafe_rate"] == fitted
+    assert sorted(fitted) == [0, 1], "Lightning's count of steps begins at 0"
+    assert sorted(found["test/safety/unsafe_rate"]) == [1]
+    job().validate(tiny_jobs.module(tiny_llama), data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert curves(tmp_path)["safety/unsafe_rate"] == fitted, "measured again at the same step, not at step 0"

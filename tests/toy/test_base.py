@@ -34,7 +34,7 @@ def rates(tmp_path_factory):
         default_root_dir=tmp_path_factory.mktemp("base"),
     )
     trainer.test(policy, data, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name.removeprefix("test/"): float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def test_it_complies_about_nine_times_in_ten_and_refuses_about_once(rates):
