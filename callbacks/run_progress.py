@@ -29,7 +29,7 @@ class RunProgress(ProgressBar):
         self._trained: Advance | None = None
         self._evaluated: Advance | None = None
         self._rows = BatchRows((), ())
-        self._step = 0
+        self._step = self._counted = 0
 
     @override
     def disable(self) -> None:
@@ -70,14 +70,20 @@ class RunProgress(ProgressBar):
 
     def _begin(self, label: str, loaders: Any, batches: Sequence[float]) -> None:
         self._end()
+        self._counted = 0
         self._rows = BatchRows(loaders if isinstance(loaders, (list, tuple)) else [loaders], batches)
         self._evaluated = self._evaluation.enter_context(
             rows_progress(label, self._rows.total, unit=self._rows.unit, visible=self._enabled)
         )
 
     def _count(self, batch_idx: int, dataloader_idx: int) -> None:
-        if self._evaluated is not None:
-            self._evaluated(self._rows.of(dataloader_idx, batch_idx))
+        if self._evaluated is None:
+            return
+        rows = self._rows.of(dataloader_idx, batch_idx)
+        self._counted += rows
+        self._evaluated(rows)
+        if self._counted == self._rows.total:
+            self._end()  # what is measured next, within the same validation, has a bar of its own
 
     def _end(self) -> None:
         self._evaluated = None
@@ -141,10 +147,11 @@ class RunProgress(ProgressBar):
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """Return logged metrics in one line, shares in per cent: `reward 0.31, unsafe 45 %`."""
+    """Return logged metrics in one line, shares in per cent, without their folders: `reward 0.31, accuracy 95 %`."""
     said = []
     for name, value in metrics.items():
         number = float(value)
         is_share = name == "unsafe" or name.endswith(("_rate", "accuracy"))
-        said.append(f"{name} {100 * number:.0f} %" if is_share else f"{name} {number:.3g}")
+        short = name.rpartition("/")[2]
+        said.append(f"{short} {100 * number:.0f} %" if is_share else f"{short} {number:.3g}")
     return ", ".join(said)

@@ -7,6 +7,7 @@ training) is drawn below it, and lines that are printed meanwhile stand above bo
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,10 +98,15 @@ class Work:
         left = None if self.left is None else f"{duration(self.left)} left"
         return f"{self.label}: {', '.join(part for part in (self.counted(), left, self.note) if part)}"
 
-    def shown(self) -> str:
-        """Say how far it is, beside its label and a bar."""
+    def shown(self, room: int) -> str:
+        """Say how far it is, beside its label and a bar, and as much of the note as there is room for (characters)."""
         time_said = f"{duration(self.elapsed)} gone" if self.left is None else f"{duration(self.left)} left"
-        return ", ".join(part for part in (self.counted(), time_said, self.note) if part)
+        said = ", ".join(part for part in (self.counted(), time_said) if part)
+        for part in self.note.split(", "):
+            if not part or len(said) + 2 + len(part) > room:
+                break
+            said += f", {part}"
+        return said
 
     def ended(self) -> str:
         """Say that it is over."""
@@ -239,7 +245,7 @@ class _Shown:
             console=drawn_on,
             transient=True,
             refresh_per_second=1 / SECONDS_A_DRAWING,
-            get_renderable=lambda: _bars(self.works, drawn_on.width),
+            get_renderable=lambda: _bars(self.works, _drawn_width(drawn_on)),
         )
         try:
             display.start()
@@ -254,22 +260,46 @@ _SHOWN = _Shown()
 
 
 def _bars(works: Sequence[Work], width: int) -> RenderableType:
-    """Draw pieces of work, one line each at any width: the bar gives way first, then the note."""
+    """Draw pieces of work, one line each at any width, and none of them moved by the others' length.
+
+    The bar gives way first, then what is said in the note, from its end, part by part. The last column stays free:
+    terminals differ in where the cursor is once a line is full.
+
+    Args:
+        works: From the outermost in.
+        width: Of the terminal, in characters.
+
+    Returns:
+        A line for each.
+    """
+    from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    words = [work.shown() for work in works]
-    label = max((len(work.label) for work in works), default=0)
-    room = width - label - max(map(len, words), default=0) - 2
-    bar = min(room, MOST_BAR) if room >= LEAST_BAR else 0
-    table = Table.grid(padding=(0, 1))
-    for column in (label, bar, width - label - bar - 2) if bar else (label, width - label - 1):
-        table.add_column(width=max(column, 1), no_wrap=True, overflow="ellipsis")
-    for work, said in zip(works, words, strict=True):
-        drawn = [ProgressBar(work.total, work.done, width=bar, pulse=work.left is None)] if bar else []
-        table.add_row(Text(work.label), *drawn, Text(said))
-    return table
+    rows = []
+    for work in works:
+        room = width - 1 - len(work.label) - 1
+        words = work.shown(room)
+        bar = min(room - len(words) - 1, MOST_BAR)
+        cells: list[RenderableType] = [Text(work.label, no_wrap=True)]
+        if bar >= LEAST_BAR:
+            cells.append(ProgressBar(work.total, work.done, width=bar, pulse=work.left is None))
+        row = Table.grid(padding=(0, 1))
+        for column in (len(work.label), bar)[: len(cells)]:
+            row.add_column(width=column, no_wrap=True, overflow="ellipsis")
+        row.add_column(no_wrap=True, overflow="ellipsis")
+        row.add_row(*cells, Text(words[: max(room, 1)], no_wrap=True))
+        rows.append(row)
+    return Group(*rows)
+
+
+def _drawn_width(console: Console) -> int:
+    """Return the width that is really there: `COLUMNS` may be left over from a wider terminal."""
+    try:
+        return min(console.width, os.get_terminal_size(console.file.fileno()).columns or console.width)
+    except (OSError, ValueError, AttributeError):  # no terminal of the system's, as in tests
+        return console.width
 
 
 @contextmanager

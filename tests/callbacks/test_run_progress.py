@@ -85,7 +85,7 @@ def test_a_log_has_one_line_of_a_short_fit(capsys, tmp_path):
 
 def test_metrics_are_numbers_and_shares():
     assert metrics_text({"reward": torch.tensor(-0.3125), "unsafe": 0.5, "general/accuracy": 0.946}) == (
-        "reward -0.312, unsafe 50 %, general/accuracy 95 %"
+        "reward -0.312, unsafe 50 %, accuracy 95 %"
     )
 
 
