@@ -463,7 +463,7 @@ class NullSpaceProjection(Callback):
             self.calibration = found
             return found
         made = self.calibrate(pl_module, found, trainer=trainer)
-        show_bases(made)
+        show_bases(made, _own_folder(trainer))
         self.source.keep(trainer, found, made)
         return made
 
@@ -473,3 +473,9 @@ class NullSpaceProjection(Callback):
             if isinstance(other, NullSpaceProjection) and other is not self and other.enabled:
                 elsewhere |= plan_layers(pl_module, other.target_modules, resumed=True).held()
         return plan_layers(pl_module, self.target_modules, covered_elsewhere=frozenset(elsewhere), resumed=resumed)
+
+
+def _own_folder(trainer: pl.Trainer) -> Path | None:
+    """Return where loggers write; None without any (all ranks ask together)."""
+    folder = trainer.log_dir if trainer.loggers else None
+    return None if folder is None else Path(folder)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from nspo_lightning.callbacks.null_space.verification import Verification
 from nspo_lightning.evaluation.tables import rich_table, table_text
-from nspo_lightning.nullspace import Calibration, LayerCertificate, table_rows
+from nspo_lightning.nullspace import Calibration, LayerCertificate
 from nspo_lightning.nullspace.basis_set import mean_null_share
 from nspo_lightning.nullspace.keeper import GradientEnergy
+from nspo_lightning.nullspace.overview import DETAILS, overview_rows, remarks, write_details
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _LEAKED = 1e-4  # float32 rounding leaks 1e-7
 
@@ -35,11 +41,20 @@ def step_metrics(energy: Sequence[GradientEnergy], certificates: Sequence[LayerC
     return values
 
 
-def show_bases(calibration: Calibration) -> None:
-    """Print the table of bases that were just made."""
-    rows = table_rows(calibration)
-    table = rich_table("", list(rows[0]), [list(row.values()) for row in rows], align="lrrrrrl")
-    rank_zero_info("Null space of the layers' inputs:\n" + table_text(table))
+def overview_table(calibration: Calibration) -> Table:
+    """Return a table with a row for each kind of input, which fits in 80 columns."""
+    rows = overview_rows(calibration)
+    return rich_table("", list(rows[0]), [list(row.values()) for row in rows], align="lrrrr")
+
+
+def show_bases(calibration: Calibration, folder: Path | None) -> None:
+    """Print the table of bases that were just made, and write each of them into a file of the run's folder."""
+    lines = [table_text(overview_table(calibration)), *(f"- {remark}" for remark in remarks(calibration))]
+    if folder is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_details(calibration, folder / f"nullspace{DETAILS}")
+        lines.append(f"Each input: {folder / f'nullspace{DETAILS}'}")
+    rank_zero_info("Null space of the layers' inputs:\n" + "\n".join(lines))
 
 
 def show_verification(found: Verification) -> None:

@@ -1,4 +1,4 @@
-"""Calibration as a job of its own: text in; basis file, table and spectrum picture out.
+"""Calibration as a job of its own: text in; basis file, its layers as a table, and a picture of the spectrum out.
 
 ``python -m nspo_lightning calibrate`` calls `calibrate`. The file that it writes is what
 `NullSpaceProjection(calibration=...)` takes, with the same settings.
@@ -18,14 +18,16 @@ from rich.console import Console
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches, is_sharded
+from nspo_lightning.callbacks.null_space.logs import overview_table
 from nspo_lightning.callbacks.protocols import HasCalibrationText
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.evaluation.tables import rich_table
-from nspo_lightning.nullspace import Calibration, domain_report, plan_layers, table_rows
+from nspo_lightning.nullspace import Calibration, domain_report, plan_layers
 from nspo_lightning.nullspace.domains import APART
+from nspo_lightning.nullspace.overview import DETAILS, remarks, write_details
 from nspo_lightning.nullspace.picture import spectrum_figure
 
-_SHOWN = 12  # layers that are named
+_SHOWN = 12  # layers and pairs of domains that are named
 _KEPT_MOMENTS_BYTES = 256e6  # second moments by domain go into the file up to this size, unless asked for or refused
 
 
@@ -43,7 +45,8 @@ def calibrate(
     Args:
         module: The module, with its policy loaded or loadable by ``configure_model``.
         datamodule: Has ``calibration_dataloader()``.
-        out: The basis file, conventionally ending in ``.safetensors``. The picture gets its name with ``.png``.
+        out: The basis file, conventionally ending in ``.safetensors``. The picture gets its name with ``.png``,
+            the table of all layers' inputs with ``.layers.csv``.
         projection: The callback that will use the file, with all its settings. None = one with its defaults.
         keep_moments: Store second moments by domain. None = if they take less than 256 MB.
         trainer: Its device, precision and datamodule wiring are used.
@@ -113,18 +116,23 @@ def _domain_means(calibration: Calibration) -> dict[str, dict[str, float]]:
 def _print(
     console: Console, calibration: Calibration, domains: dict[str, dict[str, float]], path: Path, picture: Path
 ) -> None:
-    rows = table_rows(calibration)
+    details = path.with_suffix(DETAILS)
+    write_details(calibration, details)
     tokens = ", ".join(f"{name}: {count:,}" for name, count in calibration.domain_tokens.items())
-    title = f"What general text uses, and what stays free ({tokens} tokens)"
-    align = "".join("l" if head in {"layer", "why"} else "r" for head in rows[0])
-    console.print(rich_table(title, list(rows[0]), [list(row.values()) for row in rows], align=align))
+    console.print(f"What general text uses, and what stays free ({tokens} tokens):")
+    console.print(overview_table(calibration))
+    for remark in remarks(calibration):
+        console.print(f"- {remark}")
     if domains:
+        apart = sorted(domains.items(), key=lambda found: found[1]["covered"])
         title = "Domains: share of the second's energy inside the first's leading directions (99 %)"
         angles = [
             (pair, f"{v['covered']:.3f}", f"{v['mean_cosine']:.3f}", f"{v['largest_angle_deg']:.0f}°")
-            for pair, v in domains.items()
+            for pair, v in apart[:_SHOWN]
         ]
-        console.print(rich_table(title, ("domains", "covered", "mean cosine", "largest angle"), angles))
+        console.print(rich_table(title, ("domains", "covered", "mean cosine", "angle"), angles, align="lrrr"))
+        if len(apart) > _SHOWN:
+            console.print(f"({len(apart)} pairs in all; these {_SHOWN} are furthest apart)")
     if missed := calibration.unreached:
         console.print(
             f"No calibration text reaches {len(missed)} layers: {', '.join(missed[:_SHOWN])}"
@@ -132,4 +140,7 @@ def _print(
             "`unprotected: warn`.",
             soft_wrap=True,
         )
-    console.print(f"Basis: {path} ({path.stat().st_size / 1e6:.1f} MB), spectrum: {picture}")
+    console.print(
+        f"Basis: {path} ({path.stat().st_size / 1e6:.1f} MB), spectrum: {picture}, each input: {details}",
+        soft_wrap=True,
+    )

@@ -21,6 +21,7 @@ from nspo_lightning.datamodules.text.collate import calibration_text
 from nspo_lightning.datamodules.text.render import ChatRenderer
 
 _EXAMPLE_CHARS = 1200
+_MOST_DOMAINS = 8
 
 
 class Rendered(NamedTuple):
@@ -111,33 +112,35 @@ def length_summary(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def _source_table(reports: Sequence[SourceReport]) -> Table:
-    table = Table(title="What was read", title_justify="left", expand=True)
-    ratios = {"source": 4, "for": 2, "rows read": 1, "left out, and why": 4, "kept": 3, "notes": 4}
-    for column, ratio in ratios.items():
-        table.add_column(column, ratio=ratio, overflow="fold", justify="right" if column == "rows read" else "left")
+    """Show a source a row, and below it in a row of its own what is to be known of it."""
+    table = Table(title="What was read", title_justify="left", expand=True, show_lines=True)
+    for column, ratio in {"source": 3, "read": 1, "left out, and why": 3, "kept": 2}.items():
+        table.add_column(column, ratio=ratio, overflow="fold", justify="right" if column == "read" else "left")
     for report in reports:
         reasons = "\n".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "none"
         kept = "\n".join(f"{count:,} {name}" for name, count in report.splits.items())
-        _add_row(table, report.label, report.role, f"{report.read:,}", reasons, kept, "\n".join(report.notes))
+        source = "\n".join([f"{report.label} (for {report.role})", *(f"- {note}" for note in report.notes)])
+        _add_row(table, source, f"{report.read:,}", reasons, kept)
     return table
 
 
 def _use_table(
     tokens: dict[str, dict[str, int]], domains: dict[str, Counter[str]], kinds: dict[str, Counter[str]]
 ) -> Table:
-    table = Table(title="What it is used for", title_justify="left", expand=True)
-    table.add_column("use", overflow="fold")
-    for column in ("rows", "tokens a text\nmin / median / 95 % / max", "tokens"):
-        table.add_column(column, justify="right")
-    table.add_column("kinds")
-    table.add_column("domains", overflow="fold", ratio=1)
+    table = Table(title="What it is used for", title_justify="left", expand=True, show_lines=True)
+    table.add_column("use", overflow="fold", ratio=2)
+    table.add_column("rows", justify="right")
+    table.add_column("tokens a text", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("kinds and domains", overflow="fold", ratio=3)
     for use, counts in domains.items():
-        *spread, total = (f"{value:,}" for value in tokens[use].values())
-        named, names = (
-            mark.join(f"{name} {count:,}" for name, count in found.most_common(8))
-            for mark, found in (("\n", kinds[use]), (", ", counts))
-        )
-        _add_row(table, use, f"{counts.total():,}", " / ".join(spread), total, named, names)
+        found = tokens[use]
+        spread = f"{found['median']:,}, 95 % {found['p95']:,}\n{found['min']:,} to {found['max']:,}"
+        named = ", ".join(f"{name} {count:,}" for name, count in kinds[use].most_common())
+        names = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(_MOST_DOMAINS))
+        more = f" and {len(counts) - _MOST_DOMAINS} more" if len(counts) > _MOST_DOMAINS else ""
+        _add_row(table, use, f"{counts.total():,}", spread, f"{found['total']:,}", f"{named}\n{names}{more}")
+    table.caption, table.caption_justify = "tokens a text: median, 95 % have at most; smallest to largest", "left"
     return table
 
 

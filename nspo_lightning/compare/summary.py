@@ -8,6 +8,7 @@ from statistics import fmean
 
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.table import Table
 
 from nspo_lightning.compare.distance import UPDATE_NORM
 from nspo_lightning.compare.hparams import write_hparams
@@ -23,10 +24,11 @@ from nspo_lightning.compare.sections import cost, equal_safety, forgetting, not_
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.evaluation.intervals import wilson_interval
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
-from nspo_lightning.evaluation.tables import markdown_table
+from nspo_lightning.evaluation.tables import markdown_table, rich_table
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, SAFETY_KL, in_nats
 from nspo_lightning.policy.divergence import FIRST_TOKENS
 
+_ABILITY = {"general/accuracy": "accuracy", NLL: "NLL"}
 _LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 
 
@@ -44,12 +46,51 @@ def write_report(folder: Path, findings: Findings, console: Console) -> None:
     else:
         sweep_figure(findings.sweep, findings).savefig(folder / "sweep.png", dpi=150)
     write_hparams(findings.results, folder / "tensorboard")
-    console.print(Markdown(text))
-    console.print(f"Written to {folder}: results.csv, summary.md, pictures; TensorBoard: {folder / 'tensorboard'}")
+    console.print(Markdown("\n\n".join(_rules(findings))))
+    console.print(screen_table(findings))
+    console.print(
+        f"Written to {folder}: summary.md (all figures), results.csv, pictures; TensorBoard: {folder / 'tensorboard'}",
+        soft_wrap=True,
+    )
+
+
+def screen_table(findings: Findings) -> Table:
+    """Return what a terminal of 80 columns has room for: safety, ability and distance of each variant."""
+    metric = findings.rule.metric
+    head = ["variant" if findings.sweep else "method", "lr", "unsafe", _ABILITY.get(metric, metric), "change"]
+    rows = []
+    for group in findings.groups.values():
+        ability = [cell.partition(" ±")[0] for cell in _ability(group, findings.base, findings.rule)]
+        rate = "" if group.learning_rate is None else f"{group.learning_rate:g}"
+        unsafe = _rate(group, UNSAFE, 1).partition(" ±")[0]
+        refused = _rate(group, REFUSAL, 1).partition(" ±")[0]
+        rows.append([group.label, rate, unsafe, *ability, refused, _nats(group, KL)])
+    table = rich_table("", [*head, "refused", "KL"], rows, align="lrrrrrr")
+    table.caption_justify = "left"
+    table.caption = "means over seeds; rates in per cent; refused: ordinary prompts; KL: nats a token, to the base"
+    return table
 
 
 def summary(findings: Findings) -> str:
     """Return the summary as Markdown."""
+    methods = findings.sweep is None
+    lines = [*_rules(findings), "", _table(findings), ""]
+    if methods:
+        lines += equal_safety(findings) + forgetting(findings)
+        lines += _fronts(findings, findings.rule)
+        for metric in (KL, KL_FIRST, REFUSAL, OVER_REFUSAL):
+            if findings.everywhere(metric):
+                lines += _fronts(findings, SelectionRule(metric=metric, higher_is_better=False))
+    elif any(key.startswith("general/accuracy/") for key in findings.results[0].test):
+        lines += _by_domain(findings)
+    lines += cost(findings)
+    if methods:
+        lines += not_run(findings)
+    return "\n".join(lines) + "\n"
+
+
+def _rules(findings: Findings) -> list[str]:
+    """Say what was compared, and by which rules."""
     results, sweep, rule = findings.results, findings.sweep, findings.rule
     seeds = sorted({r.spec.seed for r in results})
     rates = sorted({r.spec.learning_rate for r in results if r.spec.learning_rate is not None})
@@ -59,29 +100,15 @@ def summary(findings: Findings) -> str:
         lines += [f"{sweep.question}.", ""]
     if len(results) < findings.planned:
         lines += [f"**Incomplete: {len(results)} of {findings.planned} runs are done.**", ""]
-    lines += [
+    return [
+        *lines,
         f"Stopping rule, the same for all: {findings.budget.sentence()}.",
         f"Selection rule, the same for all: {rule.sentence()}; learning rates are chosen by the same rule from the "
         f"mean over seeds, of {', '.join(f'{rate:g}' for rate in rates)}.",
         f"Figures: the selected checkpoint on {prompts['harmful']} harmful and {prompts['general']} general test "
         f"prompts, which neither stopping nor selection saw; mean ± standard deviation over seeds "
         f"{', '.join(map(str, seeds))}; in brackets the 95 % interval (Wilson) of a rate with that many prompts.",
-        "",
-        _table(findings),
-        "",
     ]
-    if sweep is None:
-        lines += equal_safety(findings) + forgetting(findings)
-        lines += _fronts(findings, rule)
-        for metric in (KL, KL_FIRST, REFUSAL, OVER_REFUSAL):
-            if findings.everywhere(metric):
-                lines += _fronts(findings, SelectionRule(metric=metric, higher_is_better=False))
-    elif any(key.startswith("general/accuracy/") for key in results[0].test):
-        lines += _by_domain(findings)
-    lines += cost(findings)
-    if sweep is None:
-        lines += not_run(findings)
-    return "\n".join(lines) + "\n"
 
 
 def _table(findings: Findings) -> str:

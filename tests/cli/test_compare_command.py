@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from nspo_lightning.compare.plan import Budget, RunSpec
 from nspo_lightning.compare.pool import Job, JobResult, Run, run_one
 from nspo_lightning.compare.results import Findings, RunResult, group_results
 from nspo_lightning.compare.selection import SelectionRule
-from nspo_lightning.compare.summary import write_report
+from nspo_lightning.compare.summary import screen_table, write_report
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 QUIET = Console(quiet=True)
@@ -108,6 +110,12 @@ def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path)
         "Methods: b_only,",
     ):
         assert phrase in text, phrase
+    console = Console(width=80, file=StringIO())
+    console.print(screen_table(Findings(results=RESULTS, rule=SelectionRule(), budget=budget, sweep=None, planned=20)))
+    assert isinstance(console.file, StringIO)
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"│ GRPO +│ 0.1 │ +1.0 │ +90.0 │ +-5.0 │ +20.0 │ 0.0100 │", shown), shown
     for picture in ("tradeoff.png", "curves.png", "forgetting_by_norm.png", "forgetting_by_safety_kl.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "tensorboard").iterdir())) == len(RESULTS)

@@ -36,11 +36,11 @@ class Characters:
         return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
 
-def report(files, **options):
+def report(files, width=150, **options):
     stream = io.StringIO()
     safety, general = files
     data = AlignmentDataModule(safety, general, **{"max_prompt_tokens": 100, "tokenizer": Characters(), **options})
-    figures = data_report(data, Console(file=stream, width=150))
+    figures = data_report(data, Console(file=stream, width=width))
     return stream.getvalue(), figures
 
 
@@ -99,3 +99,18 @@ def test_bad_data_is_an_error(files, tmp_path):
 def test_length_summary():
     assert length_summary([3, 1, 2]) == {"min": 1, "median": 2, "p95": 3, "max": 3, "total": 6}
     assert length_summary([]) == dict.fromkeys(("min", "median", "p95", "max", "total"), 0)
+
+
+def test_it_fits_in_80_columns_and_breaks_no_word(files):
+    text, _ = report(files, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    tables = text[: text.index("\u256d")]
+    for whole in (
+        "left out, and why",
+        "1 longer than 100",
+        "tokens a text",
+        "kinds and domains",
+        "harmful 32",
+        "skill3 8",
+    ):
+        assert whole in tables, tables
