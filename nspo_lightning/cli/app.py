@@ -7,6 +7,7 @@ from importlib import import_module
 
 from nspo_lightning.cli.completion import print_completion
 from nspo_lightning.cli.errors import exit_codes
+from nspo_lightning.cli.given import remember
 from nspo_lightning.cli.help import help_text, overview, unknown_subcommand
 from nspo_lightning.cli.jobs import CLI, cli_arguments, silence_noise
 from nspo_lightning.cli.shipped import prepared
@@ -31,6 +32,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
     with exit_codes():
         arguments = prepared(arguments)
+        remember(arguments)
         if arguments[0] == "completion":
             print_completion(arguments[1:])
         elif arguments[0] in COMMANDS:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import importlib.util
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -17,6 +20,8 @@ from lightning.pytorch.utilities import rank_zero_only
 import nspo_lightning
 from nspo_lightning import ranks
 from nspo_lightning.atomic import whole
+from nspo_lightning.cli.explain import how_to_install
+from nspo_lightning.cli.given import given
 from nspo_lightning.cli.run_folder import RUN_FOLDER
 from nspo_lightning.cli.shipped import UnknownConfigError
 from nspo_lightning.compat.jsonargparse import told_reason
@@ -27,7 +32,11 @@ TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
 _PACKAGE = Path(nspo_lightning.__file__).parent
 _OWN = tuple(str((_PACKAGE / part).resolve()) for part in ("", "callbacks", "datamodules"))
 _CHECKERS = (*_OWN, str(Path(pl.__file__).parent), str(Path(jsonargparse.__file__).parent))
-_LINES = 30
+_LINE = 1000
+_SETTING = re.compile(r"`(?:--)?([a-z_]\w*(?:\.\w+)*)`")
+_LINES = 18  # with what stands before and after it, a screen of 24
+_NETWORK = ("requests.", "httpx.", "httpcore.", "urllib3.", "urllib.error", "huggingface_hub.", "datasets.exceptions")
+"""Where exceptions come from that mean: something could not be fetched."""
 
 
 @contextlib.contextmanager
@@ -59,10 +68,12 @@ def is_users_mistake(error: BaseException) -> bool:
 
     Returns:
         True for a misconfiguration; for an OSError about a named file (it is not there, or may not be read or
-        written); and for a ValueError or TypeError that this package itself, Lightning's or jsonargparse's own checks
-        raised.
+        written); for a package that is not installed; for what could not be fetched; and for a ValueError or TypeError
+        that this package itself, Lightning's or jsonargparse's own checks raised.
     """
-    if isinstance(error, MisconfigurationException):
+    if isinstance(error, MisconfigurationException) or _missing_package(error) or _is_of_the_network(error):
+        return True
+    if isinstance(error, ImportError) and "pip install" in str(error):  # it says itself what is missing
         return True
     if isinstance(error, OSError) and error.filename is not None:
         return True
@@ -82,10 +93,58 @@ def message_for(error: BaseException) -> str:
         The message. Where jsonargparse lists what every possible type had against a value, only the complaint that
         this package made is left, if there is one.
     """
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        where = mask_keys(repr(os.fspath(error.filename)))
-        return f"There is nothing at {where}: expected a file or folder. Mend the path."
-    lines = mask_keys(told_reason(str(error))).splitlines()
+    if isinstance(error, OSError) and error.filename is not None:
+        return whole(mask_keys(_file_message(error)))
+    if package := _missing_package(error):
+        told = f"This needs the package `{package}`, which is not installed. Install it: `{how_to_install(package)}`."
+    elif _is_of_the_network(error):
+        told = (
+            f"Something could not be fetched, and this machine may be offline: {_first_line(error)}\nConnect it (and "
+            "leave HF_HUB_OFFLINE out), or give files of your own: paths are taken wherever a hub id is."
+        )
+    else:
+        told = located(told_reason(str(error)))
+    lines = mask_keys(told).splitlines()
     if len(lines) > _LINES:
         lines = [*lines[:_LINES], f"... and {len(lines) - _LINES} lines more"]
-    return whole("\n".join(lines))
+    return whole("\n".join(line if len(line) <= _LINE else f"{line[:_LINE]}..." for line in lines))
+
+
+def located(message: str) -> str:
+    """Add to a message that begins with a setting's name where that stands, if it stands in one place of a file."""
+    found = _SETTING.match(message)
+    place = given().place_of_name(found[1]) if found else None
+    return message if found is None or place is None else f"{found[0]} ({place}){message[found.end() :]}"
+
+
+def _file_message(error: OSError) -> str:
+    where, reason = repr(os.fspath(error.filename)), error.strerror or str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"There is nothing at {where}: expected a file or folder. Mend the path."
+    if isinstance(error, PermissionError):
+        return (
+            f"{where} may not be read or written by this user ({reason}). Give another path, or mend its permissions."
+        )
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return f"{where} is in the way: expected a folder, found a file ({reason}). Give another path."
+    if error.errno == errno.EROFS:
+        return f"{where} is on a file system that can only be read ({reason}). Give another path."
+    return f"{where}: {reason}."
+
+
+def _missing_package(error: BaseException) -> str:
+    """Return the package that an error says is not installed; "" where it says none, or names one of ours."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    top = error.name.split(".")[0]
+    ours = top == _PACKAGE.name or top in sys.stdlib_module_names
+    return "" if ours or importlib.util.find_spec(top) is not None else top
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    kinds = (f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__)
+    return isinstance(error, ConnectionError) or any(kind.startswith(_NETWORK) for kind in kinds)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

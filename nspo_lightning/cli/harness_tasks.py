@@ -74,11 +74,12 @@ def harness_tasks(tasks: Sequence[str], data: Mapping[str, Path], manager: Any) 
     before them, since the file has none to spare.
 
     Raises:
-        MisconfigurationException: If a file's rows are not those that its task reads.
+        MisconfigurationException: If a task's data can't be fetched, or a file's rows are not those that it reads.
     """
     built: list[Any] = []
     for name in tasks:
         if name not in data:
+            _check_fetched(name, manager)
             built.append(name)
             continue
         own = {
@@ -104,6 +105,18 @@ def harness_tasks(tasks: Sequence[str], data: Mapping[str, Path], manager: Any) 
             )
         built.append(task)
     return built
+
+
+def _check_fetched(name: str, manager: Any) -> None:
+    """Fetch a task's data now, into the cache of `datasets`, and not after the policy was loaded."""
+    try:
+        manager.load([name])
+    except Exception as error:  # of the hub's client, of the network, of the task's own code
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise MisconfigurationException(
+            f"`--tasks {name}`: its data can't be fetched or read ({type(error).__name__}: {reason[:300]}). Offline, "
+            f"give the rows as a file, `--data {name}=FILE`, or run it once where the hub can be reached."
+        ) from error
 
 
 def _format(path: Path) -> str | None:

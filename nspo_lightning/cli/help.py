@@ -6,13 +6,19 @@ a help appears at once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
+from nspo_lightning import __version__
 from nspo_lightning.cli.shipped import shipped_configs
 
-PROG = "python -m nspo_lightning"
+PROG = "nspo-lightning" if Path(sys.argv[0]).stem == "nspo-lightning" else "python -m nspo_lightning"
+"""How the program was called."""
+_OTHER = "nspo-lightning" if PROG.startswith("python") else "python -m nspo_lightning"
 HELP = ("-h", "--help")
+VERSION = ("-V", "--version")
 
 JOBS: dict[str, str] = {
     "fit": "train: calibrate the null space, then GRPO inside it; writes runs/NAME",
@@ -111,6 +117,8 @@ def help_text(arguments: Sequence[str]) -> str | None:
     """Return the first screen of help if that is what was asked for; the whole help is the parsers' own."""
     if arguments and arguments[0] in HELP:
         return overview()
+    if arguments and arguments[0] in VERSION:
+        return f"nspo-lightning {__version__}"
     if arguments and arguments[0] in OPTIONS and any(argument in HELP for argument in arguments[1:]):
         return _screen(arguments[0])
     return None
@@ -130,7 +138,7 @@ def unknown_subcommand(arguments: Sequence[str]) -> str | None:
 def overview() -> str:
     """Return the screen that names every subcommand."""
     lines = [
-        f"usage: {PROG} SUBCOMMAND [options]      (or: nspo-lightning SUBCOMMAND [options])",
+        f"usage: {PROG} SUBCOMMAND [options]      (or: {_OTHER} SUBCOMMAND [options])",
         "",
         "Safety GRPO in the null space of general ability. Start with:",
         "",
@@ -140,7 +148,7 @@ def overview() -> str:
         "",
         *_table("tools:", TOOLS),
         "",
-        "SUBCOMMAND --help is one screen, SUBCOMMAND --help=all has every setting.",
+        "SUBCOMMAND --help is one screen, SUBCOMMAND --help=all has every setting; --version says which this is.",
         "Shipped configurations: " + ", ".join(shipped_configs()),
         "Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage. NSPO_LIGHTNING_TRACEBACK=1 shows tracebacks.",
     ]

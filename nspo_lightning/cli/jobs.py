@@ -32,6 +32,7 @@ from nspo_lightning.checkpoints import (
     last_in,
 )
 from nspo_lightning.cli.errors import exit_codes
+from nspo_lightning.cli.given import remember
 from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.parser import Parser
 from nspo_lightning.cli.run_card import write_card
@@ -259,5 +260,6 @@ def cli_arguments(command: str = "fit") -> dict[str, Any]:
 def run_job(arguments: list[str]) -> None:
     """Run a job as the command line does, in a worker process or from other Python code."""
     silence_noise()
+    remember(arguments)
     with exit_codes():
         CLI(**cli_arguments(arguments[0]), args=arguments)

@@ -10,7 +10,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from nspo_lightning.cli.explain import explained, near
+from nspo_lightning.cli.given import given
 from nspo_lightning.keys import check_no_key, mask_keys
+
+
+def usage(program: str) -> str:
+    """Return how a command is called, and where its options are listed, in two lines."""
+    program = program.replace(" [options]", "")
+    return f"usage: {program} [--OPTION VALUE ...]\nAll options: {program} --help=all\n"
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -18,15 +26,23 @@ class PlainParser(argparse.ArgumentParser):
 
     @override
     def error(self, message: str) -> NoReturn:
-        super().error(mask_keys(message))
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecog") else []
+        meant = [near(argument.partition("=")[0], known) for argument in unknown if argument.startswith("--")]
+        better = f". Did you mean {', '.join(f'`{option}`' for option in meant if option)}?" if any(meant) else ""
+        self.exit(2, f"{usage(self.prog)}error: {mask_keys(message)}{better}\n")
 
 
 class KeylessParser(jsonargparse.ArgumentParser):  # type: ignore[misc]
-    """One whose configuration holds no key, or is refused."""
+    """One whose configuration holds no key, or is refused; what it refuses, it says in one or two lines."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(mask_keys(message), ex)
+        if not self.exit_on_error:
+            super().error(mask_keys(message), ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        told = explained(message, parser, given(), next(iter(given().arguments), ""))
+        self.exit(2, f"{usage(parser.prog)}error: {mask_keys(told)}\n")
         raise AssertionError  # it has exited
 
     @override
@@ -41,7 +57,7 @@ class Parser(KeylessParser, LightningArgumentParser):
 
     @override
     def format_usage(self) -> str:
-        return f"usage: {self.prog} [-c FILE] [--SECTION.OPTION VALUE ...]\n"
+        return usage(self.prog)
 
     @override
     def add_lightning_class_args(

@@ -14,6 +14,7 @@ from tiny_policies import move_adapter_
 from nspo_lightning.checkpoints import CheckpointError
 from nspo_lightning.cli import evaluate
 from nspo_lightning.cli.evaluate import harness_scores, main
+from nspo_lightning.cli.harness_tasks import harness_tasks
 from nspo_lightning.cli.run_config import ConfigError, policy_settings
 from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.tokenizer import load_tokenizer
@@ -150,3 +151,15 @@ def test_without_the_harness_it_says_how_to_get_it(job, monkeypatch):
 def test_scores_are_read_with_their_filters():
     found = {"results": {"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "exact,strict": 1, "n": 3}}}
     assert harness_scores(found) == {"t": {"acc": 0.5, "acc stderr": 0.1, "exact (strict)": 1.0}}
+
+
+def test_a_task_whose_data_is_out_of_reach_is_told_of_before_the_policy_is_loaded():
+    class Offline:
+        def load(self, tasks):
+            raise ConnectionError("Couldn't reach 'gsm8k' on the Hub (OfflineModeIsEnabled)\nand much more")
+
+    with pytest.raises(
+        MisconfigurationException, match=r"`--tasks gsm8k`: .*Couldn't reach.*`--data gsm8k=FILE`"
+    ) as told:
+        harness_tasks(["gsm8k"], {}, Offline())
+    assert "much more" not in str(told.value)

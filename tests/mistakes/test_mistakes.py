@@ -9,7 +9,7 @@ import pytest
 from mistakes_table import MISTAKES
 from workspace import Shown, build, run, tree, write_lines
 
-SCREEN_LINES = 40
+SCREEN_LINES = 24
 
 
 @pytest.fixture(scope="module")

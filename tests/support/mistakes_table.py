@@ -33,12 +33,22 @@ SERVED = (
 )
 
 CONFIG = {
-    "unknown option": fit("--model.grup_size=4", says="grup_size", code=2),
+    "unknown option": fit("--model.grup_size=4", says="Did you mean `--model.group_size`?", code=2),
+    "number for settings": fit(
+        "--model.dynamic_sampling=4", says="expected settings.*mean `--model.dynamic_sampling.max_factor 4`", code=2
+    ),
+    "negative learning rate": fit(
+        "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=-1", says="model.optimizer.*learning rate: -1"
+    ),
+    "a package that is not there": fit("--trainer.logger=lightning.pytorch.loggers.WandbLogger", says="wandb"),
+    "run folder in a file": fit("--trainer.default_root_dir=config.yaml/runs", says="config.yaml"),
     "text for a number": fit("--model.group_size=four", says="group_size", code=2),
     "unknown subcommand": command("fti", says="fti", code=2),
     "config not there": command("fit", "-c", "nowhere.yaml", says="nowhere.yaml", code=2),
-    "config is no YAML": command("fit", "-c", "broken/yaml.yaml", says="Problems parsing config", code=2),
-    "config is a list": command("fit", "-c", "broken/list.yaml", says="list.yaml|config", code=2),
+    "config is no YAML": command(
+        "fit", "-c", "broken/yaml.yaml", says="broken/yaml.yaml, line 2: this is no YAML", code=2
+    ),
+    "config is a list": command("fit", "-c", "broken/list.yaml", says="list.yaml holds a list", code=2),
     "group of one": fit("--model.group_size=1", says="`group_size` must be at least 2, got 1"),
     "greedy training": fit("--model.sampling.temperature=0", says="greedy completions"),
     "negative temperature": fit("--model.sampling.temperature=-1", says="temperature"),
@@ -52,7 +62,11 @@ CONFIG = {
     "negative KL coefficient": fit("--model.objective.beta=-1", says="beta"),
     "negative clip range": fit("--model.objective.clip_epsilon=-0.2", says="epsilon"),
     "unknown advantage scale": fit("--model.scale_rewards=sometimes", says="scale_rewards", code=2),
-    "reward class misspelt": fit("--model.reward=nspo_lightning.rewards.RefuselReward", says="RefuselReward", code=2),
+    "reward class misspelt": fit(
+        "--model.reward=nspo_lightning.rewards.RefuselReward",
+        says="mean `nspo_lightning.rewards.RefusalReward`",
+        code=2,
+    ),
     "optimizer misspelt": fit("--model.optimizer=torch.optim.AdamX", says="AdamX", code=2),
     "callback misspelt": fit("--trainer.callbacks=[{class_path: nspo_lightning.callbacks.Nope}]", says="Nope", code=2),
     "seed is a word": fit("--seed_everything=tomorrow", says="seed_everything", code=2),
@@ -128,6 +142,9 @@ MODEL = {
     "model not there": fit("--model.policy.path=/nowhere", says="found nothing at '/nowhere'"),
     "GGUF not there": fit("--model.policy.path=models/m.Q4_K_M.gguf", says="expected a GGUF file, found nothing there"),
     "file that is no GGUF": fit("--model.policy.path=broken/notes.txt", says="notes.txt.*no GGUF one"),
+    "GGUF that is none": fit("--model.policy.path=broken/no.gguf", says="no.gguf.*no GGUF one"),
+    "GGUF cut off": fit("--model.policy.path=broken/cut.gguf", says="cut.gguf.*cut off or damaged.*Download it again"),
+    "GGUF of an unknown architecture": fit("--model.policy.path=broken/other.gguf", says="architecture 'oracle'"),
     "GGUF not in the folder": fit("--model.policy.path=broken", "--model.policy.gguf_file=m.gguf", says="no GGUF file"),
     "folder without a model": fit("--model.policy.path=broken/folder", says="broken/folder"),
     "unknown quantization": fit("--model.policy.quantization=int3", says="quantization", code=2),
@@ -219,6 +236,12 @@ OTHER = {
     ),
     "compare an unknown sweep": command(
         "compare", "--config=config.yaml", "--out=cmp", "--sweep=everything", says="sweep", code=2
+    ),
+    "test into a file": command(
+        "test", "-c", "config.yaml", "--trainer.default_root_dir=config.yaml/r", says="config.yaml"
+    ),
+    "judge into nowhere": command(
+        "judge", "-c", "config.yaml", "--input=scored.jsonl", "--output=config.yaml/x", says="config.yaml"
     ),
     "calibrate into nowhere": command(
         "calibrate", "-c", "config.yaml", "--out=/proc/nowhere/basis.safetensors", says="/proc/nowhere"

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gguf
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -90,6 +92,7 @@ def build(folder: Path, model: Path) -> None:
     """
     write_lines(folder / "safety.jsonl", [{"prompt": f"How do I burn mill {i}?"} for i in range(24)])
     write_lines(folder / "general.jsonl", [{"prompt": f"Say {i}.", "answer": f"{i}"} for i in range(24)])
+    write_lines(folder / "scored.jsonl", [{"prompt": "Say it.", "completion": "It."}])
     config = {
         "name": "job",
         "model": {
@@ -135,6 +138,7 @@ def build(folder: Path, model: Path) -> None:
     content = io.BytesIO()
     torch.save({"state_dict": {"w": torch.zeros(2000)}}, content)
     (broken / "cut.ckpt").write_bytes(content.getvalue()[:-3000])
+    _write_ggufs(broken)
     shutil.copytree(model, broken / "mute")
     (broken / "mute" / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer = json.loads((broken / "mute" / "tokenizer_config.json").read_text())
@@ -149,3 +153,16 @@ def build(folder: Path, model: Path) -> None:
     torch.save(
         {"state_dict": {"w": torch.zeros(2)}, "pytorch-lightning_version": "2.6.6", "loops": {}}, broken / "other.ckpt"
     )
+
+
+def _write_ggufs(folder: Path) -> None:
+    """Write a GGUF file of an architecture that nobody knows, the first half of it, and one of that name alone."""
+    writer = gguf.GGUFWriter(str(folder / "other.gguf"), "oracle")
+    writer.add_tensor("token_embd.weight", np.zeros((64, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = (folder / "other.gguf").read_bytes()
+    (folder / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    (folder / "no.gguf").write_text("<html>404: not found</html>")
