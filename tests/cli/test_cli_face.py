@@ -100,6 +100,15 @@ def test_help_needs_no_torch():
     assert result.stdout.startswith("usage: ")
 
 
+def test_the_program_has_the_name_it_is_called_by():
+    code = (
+        "import sys; sys.argv = ['/usr/bin/nspo-lightning', '--help']\n"
+        "from nspo_lightning.__main__ import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: nspo-lightning SUBCOMMAND [options]      (or: python -m nspo_lightning ")
+
+
 def test_a_shipped_config_is_found_by_name_and_a_file_wins(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = call(capsys, "fit", "-c", "quickstart", "--print_config")
