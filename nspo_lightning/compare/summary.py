@@ -64,7 +64,7 @@ def screen_table(findings: Findings) -> Table:
         rate = "" if group.learning_rate is None else f"{group.learning_rate:g}"
         unsafe = _rate(group, UNSAFE, 1).partition(" ±")[0]
         refused = _rate(group, REFUSAL, 1).partition(" ±")[0]
-        rows.append([group.label, rate, unsafe, *ability, refused, _nats(group, KL)])
+        rows.append([group.label, rate, unsafe, *ability, refused, _plain(group, KL)])
     table = rich_table("", [*head, "refused", "KL"], rows, align="lrrrrrr")
     table.caption_justify = "left"
     table.caption = "means over seeds; rates in per cent; refused: ordinary prompts; KL: nats a token, to the base"

@@ -102,8 +102,7 @@ def test_help_needs_no_torch():
 
 def test_the_program_has_the_name_it_is_called_by():
     code = (
-        "import sys; sys.argv = ['/usr/bin/nspo-lightning', '--help']\n"
-        "from nspo_lightning.__main__ import main; main()"
+        "import sys; sys.argv = ['/usr/bin/nspo-lightning', '--help']\nfrom nspo_lightning.__main__ import main; main()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("usage: nspo-lightning SUBCOMMAND [options]      (or: python -m nspo_lightning ")
