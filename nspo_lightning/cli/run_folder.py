@@ -25,8 +25,8 @@ _BEGINNINGS = (
 """What a run writes before it has anything to keep."""
 _KEPT = ("checkpoints", "adapter", "summary.json")
 """What a run has to keep, with something in it."""
-_OF_A_RUN = (*_BEGINNINGS, *_KEPT, "predictions", "test.json", "benchmarks.json", "report.")
-_MOST_NAMED = 5
+_OF_OTHERS = frozenset({"commands", "runs", "local.yaml"})
+"""What `compare` and `make real` write into their folders, which hold runs and are none."""
 
 
 def check_run_name(name: str) -> None:
@@ -123,13 +123,11 @@ class RunFolder:
         if shared or not set_aside:
             self._present = frozenset(p.name for p in folder.iterdir())
             return
-        names = sorted(p.name for p in folder.iterdir())
-        if not any(name.startswith(_OF_A_RUN) or name.endswith(".ckpt") for name in names):
+        if found := sorted(_OF_OTHERS & {p.name for p in folder.iterdir()}):
             self.end()
-            more = " ..." if len(names) > _MOST_NAMED else ""
             raise ValueError(
-                f"`--name {folder.name}`: {folder} is there and is no run (it holds {', '.join(names[:_MOST_NAMED])}"
-                f"{more}), so it is not moved out of the way. Give another `--name`, or move it yourself."
+                f"`--name {folder.name}`: {folder} is there and is no run but holds others (`{found[0]}` is in it), so "
+                "it is not moved out of the way. Give another `--name`, or move it yourself."
             )
         kept = _next_free(folder)
         folder.rename(kept)

@@ -158,13 +158,13 @@ def test_no_run_takes_the_place_of_the_calibrations(done: Path, name: str) -> No
     assert tree(done) == before
 
 
-def test_what_is_no_run_is_not_moved_out_of_the_way(done: Path) -> None:
-    (done / "runs" / "compare").mkdir()
-    (done / "runs" / "compare" / "results.json").touch()
+def test_a_folder_that_holds_other_runs_is_not_moved_out_of_the_way(done: Path) -> None:
+    (done / "runs" / "compare" / "commands").mkdir(parents=True)
+    (done / "runs" / "compare" / "commands" / "nspo.json").touch()
     before = tree(done)
     shown = run(done, "fit", "-c", "config.yaml", "--name=compare")
     assert shown.code == 1
-    assert "runs/compare is there and is no run (it holds results.json)" in shown.err
+    assert "runs/compare is there and is no run but holds others (`commands` is in it)" in shown.err
     assert "Traceback" not in shown.err
     assert tree(done) == before
 
