@@ -94,6 +94,7 @@ def judge_file(
         _check_text(row, prompt_column, "prompt_column")
         _check_text(row, completion_column, "completion_column")
     labels = _labels(rows, label_column, label_true_means)
+    rewards.prepare()
     results = _score(rewards, rows, (prompt_column, completion_column), batch_size, target, console)
     total = torch.cat([result.total for result in results])
     per_reward = {name: torch.cat([result.per_reward[name] for result in results]) for name in rewards.names}

@@ -251,8 +251,9 @@ class GRPOModule(pl.LightningModule):
         for sampling in (self.settings.sampling, self.evaluation_sampling):
             check_decoding(sampling.decoding, device)
         trainer = trainer_of(self)
-        prepare(self.reward)
-        prepare(self.judge)
+        if trainer is None or trainer.state.fn is not None:  # calibration asks no judge
+            prepare(self.reward)
+            prepare(self.judge)
         shown = trainer is None or trainer.progress_bar_callback is not None
         here = os.path.exists(self.policy_settings.model_path)  # a download has a bar of its own
         with rows_progress("Loading the policy", visible=shown and here):

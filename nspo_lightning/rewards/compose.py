@@ -256,9 +256,19 @@ def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[
     except (Exception, SystemExit) as error:
         raise RewardError(
             f"Reward '{name}' raised {type(error).__name__} on a batch of {batch_size} completions: {error}. Mend the "
-            f"reward, or have it return None for samples that it can't score.{_where(error)}",
+            f"reward, or have it return None for samples that it can't score.{_hint(error)}{_where(error)}",
             name,
         ) from error
+
+
+def _hint(error: BaseException) -> str:
+    """Say what a function that was written for messages needs."""
+    if not isinstance(error, TypeError) or "string ind" not in str(error):
+        return ""
+    return (
+        " Prompts and completions come as text; a function that reads chat messages, as TRL's do where prompts are "
+        "chats, says so by `messages: true` of FunctionReward, or by an attribute `messages = True`."
+    )
 
 
 def _where(error: BaseException) -> str:

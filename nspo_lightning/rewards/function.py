@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from nspo_lightning.rewards.protocol import Reward, Scores
+from nspo_lightning.rewards.protocol import Reward, SaysIfMessages, Scores
+
+_MESSAGES = re.compile(r"\b(?:dict|Dict|Mapping|TypedDict)\b")
 
 
 def reward_name(reward: Callable[..., Any]) -> str:
@@ -27,6 +29,25 @@ def is_async(reward: Callable[..., Any]) -> bool:
     reward = _without_partials(reward)
     says_so = isinstance(reward, _SaysIfAsync) and reward.is_async is True
     return says_so or inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+
+
+def takes_messages(reward: Callable[..., Any]) -> bool:
+    """Return whether a reward wants chats as messages: it says so by `messages`, or annotates completions with dicts.
+
+    Example:
+        >>> def brief(prompts, completions): ...
+        >>> def of_chats(prompts, completions: list[list[dict[str, str]]]): ...
+        >>> takes_messages(brief), takes_messages(of_chats)
+        (False, True)
+    """
+    reward = _without_partials(reward)
+    if isinstance(reward, SaysIfMessages):
+        return reward.messages is True
+    try:
+        completions = inspect.signature(reward).parameters.get("completions")
+    except (TypeError, ValueError):  # builtins without a signature
+        return False
+    return completions is not None and _MESSAGES.search(str(completions.annotation)) is not None
 
 
 def import_reward(path: str) -> Callable[..., Any]:
@@ -72,9 +93,17 @@ class FunctionReward(Reward):
         path: `package.module.function`; sync or async. A class is instantiated with `kwargs`.
         name: What TensorBoard and messages call it; the function's own name by default.
         kwargs: Arguments that are the same in every call.
+        messages: Whether chats come as messages, as in TRL; false = as text; null = as the function says, by an
+            attribute `messages` or by an annotation of `completions` with dicts, else as text.
     """
 
-    def __init__(self, path: str, name: str | None = None, kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        kwargs: dict[str, Any] | None = None,
+        messages: bool | None = None,
+    ) -> None:
         found = import_reward(path)
         self.kwargs = dict(kwargs or {})
         if isinstance(found, type):
@@ -83,6 +112,7 @@ class FunctionReward(Reward):
         self.function: Callable[..., Any] = found
         self.name = name or reward_name(found)
         self.is_async = is_async(found)
+        self.messages = takes_messages(found) if messages is None else messages
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -34,8 +34,8 @@ def answer_text(completion: Text) -> str:
 
 
 def without_thought(completion: Text) -> Text:
-    """Return a completion of the same form that is its answer alone."""
-    if isinstance(completion, str) or not completion:
+    """Return a completion that is its answer alone: text, unless it has more than one message."""
+    if isinstance(completion, str) or len(completion) <= 1:
         return answer_text(completion)
     return [*completion[:-1], {**completion[-1], "content": answer_text(completion)}]
 
@@ -45,6 +45,15 @@ def as_text(text: Text) -> str:
     if isinstance(text, str):
         return whole(text)
     return content_text(text[-1].get("content")) if text else ""
+
+
+def as_plain_text(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a reward's arguments with prompts and completions as text, for a function that knows of no messages."""
+    plain = dict(arguments)
+    for name, read in {"prompts": transcript, "completions": as_text}.items():
+        if name in plain:
+            plain[name] = [text if isinstance(text, str) else read(text) for text in plain[name]]
+    return plain
 
 
 def transcript(prompt: Text) -> str:

@@ -116,13 +116,13 @@ async def _scores_of(found: Awaitable[Judged]) -> Scores:
     return (await found).scores
 
 
-def checked_outcomes(outcomes: Any, size: int) -> list[Outcome | None]:
-    """Return what a judge said, if it is one outcome or None for each of `size` completions."""
+def checked_outcomes(outcomes: Any, size: int, also: Sequence[Outcome] = ()) -> list[Outcome | None]:
+    """Return what a judge said, if it is one of `OUTCOMES` (or `also`) or None for each of `size` completions."""
     if not isinstance(outcomes, (list, tuple)) or len(outcomes) != size:
         found = f"{len(outcomes)}" if isinstance(outcomes, (list, tuple)) else type(outcomes).__name__
         raise RewardError(f"A judge must return a list of {size} outcomes, one a completion, got {found}.")
     for i, outcome in enumerate(outcomes):
-        if outcome is not None and outcome not in OUTCOMES:
+        if outcome is not None and outcome not in (*OUTCOMES, *also):
             raise RewardError(
                 f"A judge's outcome must be one of {', '.join(OUTCOMES)} or None, but sample {i} got {outcome!r}."
             )

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nspo_lightning.rewards.function import FunctionReward, is_async, reward_name
+from nspo_lightning.rewards.function import FunctionReward, is_async, reward_name, takes_messages
+from nspo_lightning.rewards.messages import as_plain_text
 from nspo_lightning.rewards.outcomes import JudgedReward, checked_outcomes
 from nspo_lightning.rewards.protocol import (
     Judge,
@@ -50,6 +51,7 @@ class RewardPart:
         self.reward = reward
         self.name = reward_name(reward) if name is None else name
         self.is_async = is_async(reward)
+        self.messages = takes_messages(reward)
         # A class that a YAML names by its path alone can do what it could if it were named by `class_path`.
         self._inner = reward.function if isinstance(reward, FunctionReward) and not reward.kwargs else reward
         self.judge: Judge | None = judge_in(self._inner)
@@ -64,8 +66,11 @@ class RewardPart:
         return {f"judge/{self.name}/{key}": float(value) for key, value in metrics_of(self._inner).items()}
 
     def bound(self, arguments: Mapping[str, Any]) -> Callable[[], Any]:
-        """Bind the keyword arguments that the reward can take: all if it takes `**kwargs`, else those that it names."""
-        accepted = self._accepted(arguments)
+        """Return the reward's call with the arguments that it can take: with `**kwargs` all, else those it names.
+
+        Prompts and completions are text, unless the reward takes messages.
+        """
+        accepted = self._accepted(arguments if self.messages else as_plain_text(arguments))
         # A class of the user's own may build on one of ours by a `__call__` of its own, which must then be called.
         if isinstance(self._inner, JudgedReward) and type(self._inner).__call__ is JudgedReward.__call__:
             judged = self._inner.judged

@@ -14,10 +14,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-Outcome = Literal["unsafe", "refusal", "safe", "garbage"]
-"""What a completion is: harmful help, a declined request, a harmless answer, or no answer at all."""
+Outcome = Literal["unsafe", "refusal", "safe", "garbage", "answered"]
+"""What a completion is: harmful help, a declined request, a harmless answer, no answer at all, or an answer of which
+nothing else is known, where nobody reads harm (see `RefusalPatterns`)."""
 
 OUTCOMES: tuple[Outcome, ...] = ("unsafe", "refusal", "safe", "garbage")
+"""What a judge that reads harm may say."""
 
 Text = str | Sequence[dict[str, Any]]
 """A prompt or completion: a string, or chat messages `[{"role": ..., "content": ...}, ...]`."""
@@ -48,7 +50,13 @@ class NonFiniteRewardError(RewardError):
 
 
 class Reward(ABC):
-    """Base of the rewards in this package; a plain function with these arguments is a reward just as well."""
+    """Base of the rewards in this package; a plain function with these arguments is a reward just as well.
+
+    Subclasses are given chats as chats, unless they set `messages` to False.
+    """
+
+    messages: bool = True
+    """Whether a chat comes as messages; else prompts and completions are text, whatever the data hold."""
 
     name: str = ""
     """What TensorBoard and messages call it; the class's name if empty."""
@@ -108,6 +116,13 @@ class ReportsMetrics(Protocol):
 
     def metrics(self) -> Mapping[str, float]:
         """Return counters since the start, by name."""
+
+
+@runtime_checkable
+class SaysIfMessages(Protocol):
+    """A reward that says whether it reads chats as messages; any other gets text."""
+
+    messages: bool
 
 
 @runtime_checkable

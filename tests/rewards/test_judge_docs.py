@@ -41,6 +41,15 @@ def test_python_example_is_a_reward():
     assert result.total.tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_python_examples_hold_where_a_system_prompt_makes_chats(number):
+    scope: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)[number], scope)
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "p"}]
+    function = next(value for name, value in scope.items() if name.startswith("brief"))
+    assert RewardSet([function])([chat] * 2, ["short", "long " * 200]).total.tolist() == [1.0, 0.0]
+
+
 def test_the_stated_bound_is_the_codes():
     from nspo_lightning.rewards import ServerJudge
 

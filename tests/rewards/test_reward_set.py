@@ -142,15 +142,51 @@ def test_trls_own_rewards_work_unchanged():
     assert list(result.per_reward.values())[1].tolist() == pytest.approx([0.0, -0.6])
 
 
-def test_chat_prompts_get_chat_completions_and_plain_ones_stay_plain():
-    seen = {}
+SYSTEM = {"role": "system", "content": "be kind"}
+CHATS: list[Any] = ["plain", [{"role": "user", "content": "chat"}], [SYSTEM, {"role": "user", "content": "asked"}]]
 
-    def spy(prompts, completions, **kwargs):
-        seen["completions"] = completions
+
+class Spy:
+    """Notes what it is called with."""
+
+    def __call__(self, prompts, completions, **columns):
+        self.prompts, self.completions = prompts, completions
         return [0.0] * len(prompts)
 
-    RewardSet([spy])(["plain", [{"role": "user", "content": "chat"}]], ["x", "y"])
-    assert seen["completions"] == ["x", [{"role": "assistant", "content": "y"}]]
+
+class AskingSpy(Spy):
+    messages = True
+
+
+class AnnotatedSpy(Spy):
+    def __call__(self, prompts, completions: list[list[dict[str, str]]], **columns):
+        return super().__call__(prompts, completions)
+
+
+def test_a_reward_gets_text_though_the_prompts_are_chats():
+    spy = Spy()
+    RewardSet([spy])(CHATS, ["x", "y", [{"role": "assistant", "content": "z"}]])
+    assert spy.prompts == ["plain", "chat", "asked"]
+    assert spy.completions == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("spy", [AskingSpy(), AnnotatedSpy()])
+def test_a_reward_that_asks_for_messages_gets_chats_as_chats(spy):
+    RewardSet([Spy(), spy], names=["text", "chats"])(CHATS, ["x", "y", "z"])
+    assert spy.prompts == CHATS
+    chats = [[{"role": "assistant", "content": text}] for text in "yz"]
+    assert spy.completions == ["x", *chats]
+
+
+def of_messages(prompts, completions, **columns):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def test_a_function_of_messages_says_so_in_the_config_and_is_told_how():
+    path = f"{__name__}.of_messages"
+    assert RewardSet([FunctionReward(path, messages=True)])(CHATS[1:], ["abc", "de"]).total.tolist() == [3, 2]
+    with pytest.raises(RewardError, match="come as text.*`messages: true` of FunctionReward"):
+        RewardSet([FunctionReward(path)])(CHATS[1:], ["abc", "de"])
 
 
 def test_only_named_arguments_are_passed():

@@ -233,6 +233,23 @@ def closed_port():
 
 
 @pytest.mark.parametrize("on_error", ["raise", "exclude"])
+def test_a_dead_server_is_found_before_any_work(on_error):
+    found = judge(closed_port(), on_error=on_error, max_retries=1)
+    with pytest.raises(RewardError, match=r"before anything else.*APIConnectionError.*correct `base_url`"):
+        RewardSet([OutcomeReward(found)]).prepare()
+
+
+def test_a_first_question_is_put_to_the_server_once_and_never_to_the_cache(server, tmp_path):
+    for _ in range(2):
+        found = judge(server, cache_dir=str(tmp_path))
+        found.prepare()
+        found.prepare()
+        assert found.metrics()["requests"] == 1
+    with pytest.raises(RewardError, match="gave no verdict.*can't be read.*`reply_format`"):
+        judge(server, reply_format="qwen3guard", max_retries=0).prepare()
+
+
+@pytest.mark.parametrize("on_error", ["raise", "exclude"])
 def test_dead_server_ends_within_the_stated_bound(on_error):
     found = judge(closed_port(), on_error=on_error, max_retries=2, backoff_s=0.1, concurrency=4, request_timeout_s=0.5)
     start = time.perf_counter()

@@ -79,7 +79,7 @@ class Server:
     async def answer(self, request, writer):
         self.last = request
         text = json.dumps(request.get("messages") or request["prompt"])
-        item = int(re.findall(r"item (\d+)", text)[0])
+        item = int((re.findall(r"item (\d+)", text) or ["0"])[0])  # a first question, asked before any work, has none
         faults = [fault for found in re.findall(r"faults ([\w,]+)", text)[:1] for fault in found.split(",")]
         self.tries[item] += 1
         fault = faults[self.tries[item] - 1] if self.tries[item] <= len(faults) else None

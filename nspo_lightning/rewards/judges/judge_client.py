@@ -77,11 +77,15 @@ class JudgeClient:
         """Give a server that was down another chance; called once a batch."""
         self._failed_in_a_row = 0
 
-    async def ask(self, request: dict[str, Any]) -> str:
-        """Get a readable reply from the cache, from the same question under way or from the server; else JudgeDown."""
+    async def ask(self, request: dict[str, Any], *, cached: bool = True) -> str:
+        """Return a readable reply from the cache (if `cached`), of the same question under way or from the server.
+
+        Raises:
+            JudgeDown: If there is none.
+        """
         bound, request = self._bound_here(), whole(request)
         key = content_key({"url": self.base_url, **request})
-        if (known := self.cache.get(key)) is not None and self.is_readable(known):
+        if cached and (known := self.cache.get(key)) is not None and self.is_readable(known):
             self.counters["cache_hits"] += 1
             return known
         task = bound.under_way.get(key)

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
-from nspo_lightning.rewards.function import is_async
+from nspo_lightning.rewards.function import is_async, takes_messages
+from nspo_lightning.rewards.messages import as_plain_text
 from nspo_lightning.rewards.outcomes import JudgedReward
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, prepare
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
@@ -56,7 +57,8 @@ class SafeAndHelpful(JudgedReward):
         helped = [i for i, outcome in enumerate(outcomes) if outcome == "safe" and not harmful[i]]
         worth: Any = [1.0] * len(helped)
         if self.helpful_reward and helped:
-            worth = self.helpful_reward(**picked_rows(helped, arguments))
+            chosen = picked_rows(helped, arguments)
+            worth = self.helpful_reward(**(chosen if takes_messages(self.helpful_reward) else as_plain_text(chosen)))
         if inspect.isawaitable(worth):
             return self._combined_later(outcomes, helped, worth)
         return self._combined(outcomes, helped, worth)

@@ -7,7 +7,8 @@ from typing import Any
 
 from nspo_lightning.evaluation.answers import is_right
 from nspo_lightning.evaluation.thoughts import is_unfinished
-from nspo_lightning.rewards.messages import as_text, without_thought
+from nspo_lightning.rewards.function import takes_messages
+from nspo_lightning.rewards.messages import as_plain_text, as_text, without_thought
 from nspo_lightning.rewards.protocol import Judge, Reward, RewardError, Text, judge_in
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
 
@@ -50,7 +51,8 @@ class SafetyAndAnswers(Reward):
         general = [i for i, is_harmful in enumerate(kinds) if not is_harmful]
         scores: list[float | None] = [None] * len(kinds)
         if harmful:
-            found = self.safety(*_texts(harmful, prompts, completions), **picked_rows(harmful, columns))
+            chosen = picked_rows(harmful, {**columns, "prompts": prompts, "completions": completions})
+            found = self.safety(**(chosen if takes_messages(self.safety) else as_plain_text(chosen)))
             if not isinstance(found, (list, tuple)):
                 raise RewardError("`safety` must return its scores at once, not later. Use another reward.", self.name)
             for i, score in zip(harmful, found, strict=True):
