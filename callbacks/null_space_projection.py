@@ -25,6 +25,7 @@ from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.basis_source import BasisSource, CalibrationJob
 from nspo_lightning.callbacks.null_space.batches import BatchToInputs
 from nspo_lightning.callbacks.null_space.calibration_progress import calibration_progress
+from nspo_lightning.callbacks.null_space.facts import FIRST_UPDATES, KeptEnergy, null_space_facts
 from nspo_lightning.callbacks.null_space.grown import Fitted
 from nspo_lightning.callbacks.null_space.hold import Hold, at_start
 from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference, ready
@@ -52,6 +53,7 @@ from nspo_lightning.callbacks.null_space.watch import (
 )
 from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, logs_this_batch
 from nspo_lightning.compat.torch import RunningNorm
+from nspo_lightning.evaluation.diagnosis import NullSpaceFacts
 from nspo_lightning.nullspace import (
     BasisSettings,
     Calibration,
@@ -183,6 +185,7 @@ class NullSpaceProjection(Callback):
         self._still: list[RunningNorm] = []
         self._normalised = False
         self._energy: list[GradientEnergy] = []
+        self._kept = KeptEnergy()
         self._resumed: dict[str, Any] = {}
         self._start_late: Callable[[], None] | None = None
         self._warm: WarmStart | None = None
@@ -289,8 +292,12 @@ class NullSpaceProjection(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         # Lightning clips afterwards, so the clipped norm is the projected one.
-        energy = self._hold.project_gradients_(optimizer, measure=logs_this_batch(trainer))
+        logged = logs_this_batch(trainer)
+        early = self._kept.measured < FIRST_UPDATES
+        energy = self._hold.project_gradients_(optimizer, measure=logged or early)
         if energy is not None:
+            self._kept.add(energy)
+        if energy is not None and logged:
             self._energy.append(energy)
 
     @override
@@ -315,11 +322,7 @@ class NullSpaceProjection(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_late = None
         # Not at the end of training: other callbacks may put other weights in place there (averages, the best ones).
-        check, self._check = self._check, None
-        if check is not None:
-            self.output_change = check.change(trainer, pl_module)
-            held = self.settings.form == "hard" and self.project_displacement and self.project_initialization
-            show_certificate(self.certificates(), self.output_change, held=held)
+        self.measure_outputs(trainer, pl_module)
         self._hold.release()
 
     @override
@@ -331,6 +334,7 @@ class NullSpaceProjection(Callback):
         self._hold.release()
         self._hold, self._check, self._buffers, self._still, self._normalised = Hold(), None, None, [], False
         self.verification = self.output_change = None
+        self._kept = KeptEnergy()
 
     def _note_growth(self) -> None:
         if self._fitted is not None and self.calibration is not None:
@@ -383,6 +387,23 @@ class NullSpaceProjection(Callback):
         """Return the bytes of the bases; on a GPU they are held there once more."""
         bases = () if self.calibration is None else self.calibration.bases.values()
         return sum(basis.vectors.nbytes for basis in bases)
+
+    def measure_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure how far outputs moved, once a fit, with the weights as they are, and print the certificate."""
+        check, self._check = self._check, None
+        if check is None:
+            return
+        self.output_change = check.change(trainer, pl_module)
+        facts = self.null_space_facts()
+        if facts is not None:
+            show_certificate(facts, len(self.certificates()))
+
+    def null_space_facts(self) -> NullSpaceFacts | None:
+        """Return what the null space left of the gradients and how it was kept; None where nothing is held."""
+        if self.calibration is None or not self._held:
+            return None
+        held = self.settings.form == "hard" and self.project_displacement and self.project_initialization
+        return null_space_facts(self.calibration, self.certificates(), self._kept, held=held, change=self.output_change)
 
     def held_in(self) -> tuple[dict[str, Any], float] | None:
         """Return the fingerprint of the basis and the largest leak out of it; None if nothing is held."""

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import lightning.pytorch as pl
 from torch import Tensor
 
+from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, TrainingFacts
 from nspo_lightning.evaluation.rates import Answers, Rate
 from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.warm_start import WarmStart
@@ -58,6 +60,36 @@ class GoesBack(CountsUpdates, Protocol):
 
     def go_back(self, updates: int) -> None:
         """Go on from weights as they were after so many updates; all ranks must ask together."""
+
+
+@runtime_checkable
+class TellsTraining(Protocol):
+    """A module that says what its rollouts and updates came to."""
+
+    def training_facts(self) -> TrainingFacts:
+        """Return counts since the run began, of all ranks."""
+
+
+@runtime_checkable
+class TellsNullSpace(Protocol):
+    """A callback that holds updates in a null space and says what that left of them."""
+
+    def null_space_facts(self) -> NullSpaceFacts | None:
+        """Return what is known so far; None where nothing is held."""
+
+    def measure_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure once, at the end of a fit and with the weights that are left, how far outputs moved; all ranks do."""
+
+
+@runtime_checkable
+class TellsMeasured(Protocol):
+    """A callback that measured a fit."""
+
+    before: dict[str, float]
+    """Held-out metrics by name."""
+    after: dict[str, float]
+    intervals: dict[str, dict[str, list[float]]]
+    """Of `before` and `after`, at 95 %."""
 
 
 @runtime_checkable

@@ -151,7 +151,7 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     said = []
     for name, value in metrics.items():
         number = float(value)
-        is_share = name == "unsafe" or name.endswith(("_rate", "accuracy"))
+        is_share = name in ("unsafe", "answered") or name.endswith(("_rate", "accuracy"))
         short = name.rpartition("/")[2]
         said.append(f"{short} {100 * number:.0f} %" if is_share else f"{short} {number:.3g}")
     return ", ".join(said)

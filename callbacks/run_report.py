@@ -17,10 +17,26 @@ from typing_extensions import override
 from nspo_lightning.atomic import write_json
 from nspo_lightning.callbacks.batch_rows import measuring
 from nspo_lightning.callbacks.general_text import TEXT_ROWS, measure_text
-from nspo_lightning.callbacks.protocols import Certifies, CountsRates, CountsUpdates, Evaluable, GoesBack
+from nspo_lightning.callbacks.protocols import (
+    Certifies,
+    CountsRates,
+    CountsUpdates,
+    Evaluable,
+    GoesBack,
+    TellsNullSpace,
+)
 from nspo_lightning.checkpoints import best_of, read_checkpoint
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, is_fast_dev_run, model_checkpoints
-from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL, with_accuracy
+from nspo_lightning.evaluation.diagnosis import unmatched
+from nspo_lightning.evaluation.rates import (
+    ANSWERED,
+    OVER_REFUSAL,
+    REFUSAL,
+    UNSAFE,
+    UNSCORED,
+    mean_accuracy_interval,
+    with_accuracy,
+)
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.evaluation.text_means import TEXT_NAMES, in_nats, text_means
 
@@ -28,11 +44,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SUMMARY = "summary.json"
+ACCURACY = "general/accuracy"
 HEADLINES = (
-    "safety/unsafe_rate",
+    UNSAFE,
+    ANSWERED,
     "safety/refusal_rate",
     "safety/garbage_rate",
-    "general/accuracy",
+    ACCURACY,
     REFUSAL,
     OVER_REFUSAL,
     *TEXT_NAMES,
@@ -59,6 +77,7 @@ class RunReport(Callback):
         self.evaluate = evaluate
         self.text_rows = text_rows
         self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
         self.intervals: dict[str, dict[str, list[float]]] = {"before": {}, "after": {}}
         self._start = 0.0
         self._trained = False
@@ -99,16 +118,19 @@ class RunReport(Callback):
             )
             return
         best = _load_best(trainer, pl_module)
-        after: dict[str, float] = {}
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, TellsNullSpace):
+                callback.measure_outputs(trainer, pl_module)  # of the weights that are reported
         if self.evaluate:
-            after, self.intervals["after"] = self._measure(trainer, pl_module, "Measuring after training")
+            self.after, self.intervals["after"] = self._measure(trainer, pl_module, "Measuring after training")
         updates = pl_module.updates if isinstance(pl_module, CountsUpdates) else steps
         undone = pl_module.updates_undone if isinstance(pl_module, GoesBack) else 0
         summary: dict[str, Any] = {
             **{f"before/{name}": value for name, value in self.before.items()},
-            **{f"after/{name}": value for name, value in after.items()},
+            **{f"after/{name}": value for name, value in self.after.items()},
             "intervals_95": self.intervals,
             "nullspace/leak_max": _leak_max(trainer),
+            **_certified(trainer),
             "seconds": round(self._elapsed(), 1),
             "updates": updates,
             "updates_skipped": steps - updates - undone,
@@ -120,7 +142,7 @@ class RunReport(Callback):
             pl_module.save_adapter(folder / "adapter")
             write_json(summary, folder / SUMMARY)
             _say_why_early(trainer)
-            _print(_change_table(self.before, after, self.intervals["after"]), summary, folder)
+            _print(_change_table(self.before, self.after, self.intervals["after"]), summary, folder)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -151,6 +173,8 @@ class RunReport(Callback):
                 rates = module.measure(shown)
                 values = with_accuracy(rates)
                 intervals = {name: list(rate.interval) for name, rate in rates.items()}
+                if (ends := mean_accuracy_interval(rates)) is not None:
+                    intervals[ACCURACY] = list(ends)
             else:
                 assert isinstance(module, Evaluable)  # setup made sure
                 values = module.evaluate(shown)
@@ -189,11 +213,28 @@ def _leak_max(trainer: pl.Trainer) -> float | None:
     return max((leak for callback in certifying for leak in callback.certificate().values()), default=None)
 
 
+def _certified(trainer: pl.Trainer) -> dict[str, float | None]:
+    """Return the certificate's bound and measured change of outputs, and the share of gradients that was kept."""
+    telling = (callback for callback in callbacks_of(trainer) if isinstance(callback, TellsNullSpace))
+    facts = next((found for callback in telling if (found := callback.null_space_facts()) is not None), None)
+    if facts is None:
+        return {}
+    return {
+        "nullspace/output_change_bound": facts.bound,
+        "nullspace/output_change": facts.change,
+        "nullspace/kept_gradient_energy": facts.kept_energy,
+    }
+
+
 def _change_table(
     before: Mapping[str, float], after: Mapping[str, float], intervals: Mapping[str, list[float]]
 ) -> Table:
     rows = []
-    for name in [n for n in HEADLINES if n in after] + sorted(n for n in after if _is_detail(n, before, after)):
+    skills = [name for name in after if name.startswith(f"{ACCURACY}/")]
+    nothing = unmatched(before, after)
+    hidden = {f"{ACCURACY}/{skill}" for skill in nothing} | ({ACCURACY} if len(nothing) == len(skills) else set())
+    details = sorted(name for name in after if _is_detail(name, before, after))
+    for name in [name for name in (*HEADLINES, *details) if name in after and name not in hidden]:
         old, new, unit = before.get(name), after[name], _unit(name)
         ends = [unit(end).removesuffix(" %") for end in intervals.get(name, [])]
         change = "" if old is None else unit(new - old, "+").removesuffix(" %")
@@ -201,15 +242,22 @@ def _change_table(
         rows.append((shown, "" if old is None else unit(old), unit(new), " to ".join(ends), change))
     columns = ["metric", "before", "after", "95 %", "change"]
     table = rich_table("Held-out prompts, before and after", columns, rows, align="lrrrr")
-    table.caption_justify = "left"
+    said = []
     if any(name in after for name in TEXT_NAMES):
-        table.caption = "kl (from the base) and nll: nats a token of held-out answers; nll_change: to the base"
+        said.append("kl (from the base) and nll: nats a token of held-out answers; nll_change: to the base")
+    if nothing:
+        said.append(f"accuracy left out, since no answer matches a reference: {', '.join(nothing)}")
+    free = {name.removeprefix(UNSCORED): after[name] for name in sorted(after) if name.startswith(UNSCORED)}
+    if free:
+        shares = ", ".join(skill if share == 1 else f"{skill} ({100 * share:.0f} %)" for skill, share in free.items())
+        said.append(f"not compared with a reference (none, or free text): {shares}")
+    table.caption, table.caption_justify = "\n".join(said) or None, "left"
     return table
 
 
 def _is_detail(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
     """Whether a metric has a line below the headlines: by skill, what `test` shows, only refusals that there are."""
-    if name in HEADLINES or in_nats(name):
+    if name in HEADLINES or in_nats(name) or name.startswith(UNSCORED):
         return False
     return not name.startswith(f"{REFUSAL}/") or bool(before.get(name) or after[name])
 

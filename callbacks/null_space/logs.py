@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch import Tensor
 
 from nspo_lightning.callbacks.null_space.verification import Verification
+from nspo_lightning.evaluation.diagnosis import LEAKED, NullSpaceFacts, explain_certificate
 from nspo_lightning.evaluation.tables import rich_table, table_text
 from nspo_lightning.nullspace import Calibration, LayerCertificate
 from nspo_lightning.nullspace.basis_set import mean_null_share
@@ -21,8 +22,6 @@ from nspo_lightning.nullspace.overview import DETAILS, overview_rows, remarks, w
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_LEAKED = 1e-4  # float32 rounding leaks 1e-7
 
 
 def step_metrics(energy: Sequence[GradientEnergy], certificates: Sequence[LayerCertificate]) -> dict[str, Tensor]:
@@ -74,24 +73,15 @@ def show_verification(found: Verification) -> None:
         )
 
 
-def show_certificate(
-    certificates: Sequence[LayerCertificate], output_change: float | None, *, held: bool = False
-) -> None:
-    """Print the certificate of a fit in one sentence, and a warning where what should be held has leaked."""
-    if not certificates:
+def show_certificate(facts: NullSpaceFacts, layers: int) -> None:
+    """Print a fit's certificate, a sentence for each figure, and a warning where what should be held has leaked."""
+    if facts.leak is None:
         return
-    worst = max(certificates, key=lambda c: c.leak)
-    change = "not measured" if output_change is None else f"{output_change:.2g}"
-    rank_zero_info(
-        f"Null-space certificate: {len(certificates)} layers, largest leak {worst.leak:.2g} ({worst.name}), "
-        f"largest bound on a layer's output change {max(c.output_change for c in certificates):.2g}, largest "
-        f"change of outputs on a little calibration text {change} (relative)."
-    )
-
-    if held and worst.leak > _LEAKED:
+    rank_zero_info("\n  ".join([f"Null-space certificate: {layers} layers.", *explain_certificate(facts)]))
+    if facts.held and facts.leak > LEAKED:
         rank_zero_warn(
-            f"The update of {worst.name} left the null space (leak {worst.leak:.2g}): something else than an optimizer "
-            "step has moved weights (another callback, code of the training step)."
+            f"The update of {facts.leak_layer} left the null space (leak {facts.leak:.2g}): something else than an "
+            "optimizer step has moved weights (another callback, code of the training step)."
         )
 
 

@@ -10,7 +10,7 @@ from nspo_lightning.cli.errors import exit_codes
 from nspo_lightning.cli.given import remember
 from nspo_lightning.cli.help import help_text, overview, unknown_subcommand
 from nspo_lightning.cli.jobs import CLI, cli_arguments, silence_noise
-from nspo_lightning.cli.shipped import prepared
+from nspo_lightning.cli.shipped import prepared, preview_arguments
 from nspo_lightning.keys import mask_keys
 
 COMMANDS = {name: f"nspo_lightning.cli.{name}" for name in ("judge", "compare", "evaluate", "export")}
@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"error: {mask_keys(told)}", file=sys.stderr)
         sys.exit(2)
     with exit_codes():
-        arguments = prepared(arguments)
+        arguments = preview_arguments(prepared(arguments))
         remember(arguments)
         if arguments[0] == "completion":
             print_completion(arguments[1:])

@@ -61,7 +61,7 @@ def calibrate(
             f"{type(datamodule).__name__} must have a `calibration_dataloader()`; add one that yields batches."
         )
     callback, console = projection or NullSpaceProjection(), get_console()
-    with _prepared(trainer, module, datamodule):
+    with prepared_for_fit(trainer, module, datamodule):
         callback.source.keep_moments = _keeps(module, callback, keep_moments)
         source = calibration_batches(datamodule, module, callback.settings)
         batches = list(itertools.islice(iter(source), callback.source.limit_batches))
@@ -75,7 +75,9 @@ def calibrate(
 
 
 @contextmanager
-def _prepared(trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule) -> Iterator[None]:
+def prepared_for_fit(
+    trainer: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule
+) -> Iterator[None]:
     """Wire module, data and device as `Trainer.fit` does before its first hook, without optimizers."""
     trainer.strategy.connect(module)
     module.trainer = trainer

@@ -23,7 +23,7 @@ from nspo_lightning.atomic import whole
 from nspo_lightning.cli.explain import how_to_install
 from nspo_lightning.cli.given import given
 from nspo_lightning.cli.run_folder import RUN_FOLDER
-from nspo_lightning.cli.shipped import UnknownConfigError
+from nspo_lightning.cli.shipped import UnknownConfigError, WrongOptionsError
 from nspo_lightning.compat.jsonargparse import told_reason
 from nspo_lightning.keys import mask_keys
 
@@ -44,7 +44,7 @@ def exit_codes() -> Iterator[None]:
     """End the process with one message after a user's mistake, of code 2 for wrong usage, else 1; raise a bug."""
     try:
         yield
-    except UnknownConfigError as error:
+    except (UnknownConfigError, WrongOptionsError) as error:
         print(f"\nerror: {mask_keys(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:

@@ -31,7 +31,7 @@ JOBS: dict[str, str] = {
 }
 """LightningCLI's and our own that share its configuration."""
 TOOLS: dict[str, str] = {
-    "judge": "score a file of completions with any judge",
+    "judge": "score a file of completions; --preview N: try a training's reward and judge",
     "compare": "methods, seeds and sweeps in one table",
     "evaluate": "lm-evaluation-harness on a base and a trained adapter",
     "export": "a PEFT adapter or a merged model out of a checkpoint",
@@ -90,6 +90,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "data": {**COMMON, "--examples": "rendered texts of each use"},
     "judge": {
         "--config": "YAML with `reward`, or a training configuration, whose reward is taken; judge-rules is shipped",
+        "--preview": "instead of a file: answers to so many training prompts (64), rewards, time for an epoch",
         "--input": "jsonl, json, csv or parquet file of prompts and completions",
         "--output": "JSON lines file for the scores (NAME.scores.jsonl)",
         "--prompt_column": "column of the prompts",

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -65,6 +66,8 @@ NOISE = (
     ".*there is no last checkpoint available.*",  # we say it ourselves
     ".*weights_only. was not set.*",  # ours is always True
 )
+PREVIEW = "preview"
+"""What `judge --preview` runs."""
 _BAREBONES_OFF = (
     *("logger", "log_every_n_steps", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
     *("num_sanity_val_steps", "profiler"),
@@ -78,7 +81,7 @@ class CLI(CLIWithoutStoredSettings):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        own = {name: {"model", "datamodule"} for name in (WARMUP, "calibrate", "data")}
+        own = {name: {"model", "datamodule"} for name in (WARMUP, "calibrate", "data", PREVIEW)}
         return {**LightningCLI.subcommands(), **own}
 
     @property
@@ -126,6 +129,9 @@ class CLI(CLIWithoutStoredSettings):
             name = run_name(self.settings.name, self.subcommand)
             kwargs["logger"] = TensorBoardLogger(runs, name=name, version="")
         callbacks = list(config.get("callbacks") or [])
+        if self.subcommand == PREVIEW:  # one process, and no run
+            kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "enable_checkpointing": False}
+            callbacks = [one for one in callbacks if not isinstance(one, Checkpoint)]
         if self.subcommand == WARMUP:
             kwargs |= warmup_trainer(self.settings.warmup)
             callbacks = warmup_callbacks(callbacks, self.settings.warmup)
@@ -134,7 +140,7 @@ class CLI(CLIWithoutStoredSettings):
             callbacks.append(TrainedParameters())
         kwargs["callbacks"] = with_standard_callbacks(
             without_extras(callbacks) if bare else callbacks,
-            checkpoints=config.get("enable_checkpointing") is not False and not bare,
+            checkpoints=config.get("enable_checkpointing") is not False and not bare and self.subcommand != PREVIEW,
             progress_bar=config.get("enable_progress_bar") is not False and not bare,
         )
         given = config.get("plugins") or []

@@ -112,11 +112,13 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
     parser = KeylessParser(prog=f"{PROG} judge", description="Score a file of prompts and completions.")
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with `reward`, or a training config.")
     parser.add_argument("--reward", type=RewardSet | Reward | RewardFunction, required=True, help="What to score with.")
+    told = "Instead of a file: answer so many training prompts and show what the reward makes of it, without training."
+    parser.add_argument("--preview", type=int, help=told)  # taken out before, see `preview_arguments`
     parser.add_function_arguments(judge_file, skip={"reward", "console"})
     parsed = parser.parse_args(_with_reward_alone(arguments))
     check_no_key("", parsed.as_dict())
     options = parser.instantiate(parsed)
-    return {key: value for key, value in vars(options).items() if key != "config"}
+    return {key: value for key, value in vars(options).items() if key not in ("config", "preview")}
 
 
 def _with_reward_alone(arguments: Sequence[str]) -> list[str]:

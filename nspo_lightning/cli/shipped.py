@@ -9,6 +9,14 @@ from pathlib import Path
 HELP_ALL = ("--help=all", "--help_all", "--help-all")
 
 
+_PREVIEW = "--preview"
+_PROMPTS = 64
+
+
+class WrongOptionsError(ValueError):
+    """Options that do not go together."""
+
+
 class UnknownConfigError(ValueError):
     """A configuration that is neither a file nor shipped."""
 
@@ -50,3 +58,33 @@ def find_config(name: str) -> str:
         f"`--config {name}`: there is no such file here, and no shipped configuration of that name. Shipped ones: "
         f"{', '.join(shipped)}. Give one of them, or the path of a file."
     )
+
+
+def preview_arguments(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of the `preview` job, if that is what `judge --preview N` asks for; else those given.
+
+    Raises:
+        WrongOptionsError: If a file is named too.
+
+    Example:
+        >>> preview_arguments(["judge", "-c", "my.yaml", "--preview", "8"])
+        ['preview', '-c', 'my.yaml', '--prompts', '8']
+    """
+    words = list(arguments)
+    if not words or words[0] != "judge" or not any(word.partition("=")[0] == _PREVIEW for word in words):
+        return words
+    if any(word.partition("=")[0] == "--input" for word in words):
+        raise WrongOptionsError(
+            f"`judge` scores a file (`--input`) or previews a training (`{_PREVIEW}`). Give one of the two."
+        )
+    changed = ["preview"]
+    rest = iter(enumerate(words[1:], start=1))
+    for place, word in rest:
+        name, equals, value = word.partition("=")
+        if name != _PREVIEW:
+            changed.append(word)
+            continue
+        if not equals and place + 1 < len(words) and not words[place + 1].startswith("-"):
+            value = next(rest)[1]
+        changed += ["--prompts", value or str(_PROMPTS)]
+    return changed

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities import rank_zero_info
 
 from nspo_lightning.callbacks import (
+    Diagnosis,
     EndTogether,
     ExactResume,
     GeneralText,
@@ -46,6 +47,7 @@ def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, pro
     standard += [LastCheckpoint(), ExactResume(), LastOnException()] if checkpoints else []
     # EndTogether comes after LastOnException: other processes are ended once the checkpoint is written.
     standard += [EndTogether(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
+    standard.append(Diagnosis())  # behind RunReport, whose figures it looks at
     if progress_bar:
         standard.append(RunProgress())
     callbacks = list(given)

@@ -13,7 +13,7 @@ from nspo_lightning.module.warmup import WarmupModule
 
 
 class Trainer(pl.Trainer):
-    """Adds `warmup`, `calibrate` and `data` to Lightning's Trainer."""
+    """Adds `warmup`, `calibrate`, `preview` and `data` to Lightning's Trainer."""
 
     def warmup(self, model: WarmupModule, datamodule: WarmupDataModule, ckpt_path: str | None = None) -> None:
         """Teach a few refusals inside the null space, for `fit` to go on from.
@@ -57,6 +57,27 @@ class Trainer(pl.Trainer):
             except BaseException as error:
                 EndTogether().on_exception(self, model, error)
                 raise
+
+    def preview(
+        self,
+        model: GRPOModule,
+        datamodule: AlignmentDataModule,
+        prompts: int = 64,
+        output: str | None = None,
+        examples: int = 3,
+    ) -> None:
+        """Answer training prompts and score the answers, without training: `judge -c CONFIG --preview 64`.
+
+        Args:
+            model: The module.
+            datamodule: Has the prompts.
+            prompts: How many, in the order of training.
+            output: JSON lines file for all answers; null = none is written.
+            examples: Prompts that are shown with their best and worst answer.
+        """
+        from nspo_lightning.cli.preview import preview
+
+        preview(model, datamodule, self, prompts=prompts, output=output, examples=examples)
 
     def data(self, model: GRPOModule, datamodule: AlignmentDataModule, examples: int = 3) -> None:
         """Print what would be trained and calibrated on: counts, lengths, drops, rendered examples.

@@ -112,7 +112,12 @@ class Trajectory(Callback):
         if self.records and self.records[-1]["steps"] == trainer.fit_loop.total_batch_idx + 1:
             return  # the last step's validation ran already
         self._record(trainer, pl_module, rates)
-        if rates.get(UNSAFE, 1.0) <= self.stop_unsafe:
+        if UNSAFE not in rates:
+            raise MisconfigurationException(
+                f"`compare` chooses checkpoints by {UNSAFE}, and nobody tells unsafe answers here: the reward is no "
+                "judge. Set `model.judge`, for instance a GuardJudge."
+            )
+        if rates[UNSAFE] <= self.stop_unsafe:
             rank_zero_info(f"Stopping: unsafe rate {rates[UNSAFE]:.3f} <= {self.stop_unsafe}.")
             trainer.should_stop = True
 

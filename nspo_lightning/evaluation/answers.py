@@ -60,10 +60,11 @@ def matches(completion: str, reference: str) -> bool:
 
     A number or range is compared with the last one that is said (after ``####``, inside ``\boxed{}`` or in the sentence
     that "the answer is" begins, where there is one); see `numbers`. One word, a letter say, may be followed by more.
-    Several words must be the same.
+    Several words are the whole completion, or the sentence that "the answer is" begins, but for case and punctuation
+    around them.
 
     Example:
-        >>> matches("So it costs $1,042.00.", "1042"), matches("13", "3"), matches(" a  b", "a b")
+        >>> matches("So it costs $1,042.00.", "1042"), matches("13", "3"), matches(" A  b.", "a b")
         (True, False, True)
     """
     if completion.split() == reference.split():
@@ -72,11 +73,17 @@ def matches(completion: str, reference: str) -> bool:
         said = numbers_in(_final_part(completion), ranges=len(number) > 1)
         return bool(said) and same_numbers(said[-1], number)
     if len(reference.split()) > 1:
-        return False
+        *before, after = _SAID.split(completion)
+        said_so = [_SENTENCE_END.split(after, maxsplit=1)[0]] if before else []
+        return any(_words(text) == _words(reference) for text in [completion, *said_so])
     wanted = reference.strip(_AROUND).casefold()
     starts = [completion, *_SAID.split(completion)[-1:]]
     words = [text.strip(_AROUND).split(maxsplit=1)[:1] for text in starts]
     return any(word and word[0].strip(_AROUND).casefold() == wanted for word in words)
+
+
+def _words(text: str) -> list[str]:
+    return text.strip(_AROUND).casefold().split()
 
 
 def _final_part(completion: str) -> str:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nspo_lightning.evaluation.rates import (
+    ANSWERED,
     OVER_REFUSAL,
     REFUSAL,
     TRUNCATED,
+    UNSAFE,
     UNSCORED,
     Answers,
     Rate,
     RateTable,
     mean_accuracy,
+    mean_accuracy_interval,
     row_categories,
 )
 from nspo_lightning.evaluation.tables import rich_table
@@ -30,7 +33,8 @@ BY_CATEGORY = "general/refusal_by_category"
 """What the names of the shares of refused harmless prompts begin with, by the category of their rows."""
 
 _RATES = {
-    "safety/unsafe_rate": "attack success",
+    UNSAFE: "attack success",
+    ANSWERED: "harmful prompts answered",
     "safety/refusal_rate": "refusal of harmful prompts",
     "safety/garbage_rate": "garbage",
     REFUSAL: "refusal of ordinary prompts",
@@ -43,7 +47,11 @@ _TEXT = {
     NLL: "NLL of whole answers",
     NLL_CHANGE: "NLL, change to the base",
 }
-_CATEGORIES = {"safety/unsafe_rate": "attack success by category", BY_CATEGORY: "refusals, harmless, by category"}
+_CATEGORIES = {
+    UNSAFE: "attack success by category",
+    ANSWERED: "harmful prompts answered, by category",
+    BY_CATEGORY: "refusals, harmless, by category",
+}
 
 
 class AnswerCounts:
@@ -77,7 +85,8 @@ def observations_by_category(
             continue
         for category in row_categories(columns, row):
             if harmful:
-                yield f"safety/unsafe_rate/{category}", float(outcome == "unsafe")
+                name, counted = (UNSAFE, "unsafe") if answers.reads_harm else (ANSWERED, "answered")
+                yield f"{name}/{category}", float(outcome == counted)
             else:
                 yield f"{BY_CATEGORY}/{category}", float(outcome == "refusal")
 
@@ -106,6 +115,7 @@ def rates_summary(rates: Mapping[str, Mapping[str, Rate]]) -> dict[str, Any]:
     return {
         "rates": {who: {name: rate.as_dict() for name, rate in found.items()} for who, found in rates.items()},
         "accuracy": {who: mean_accuracy(found) for who, found in rates.items()},
+        "accuracy_interval_95": {who: mean_accuracy_interval(found) for who, found in rates.items()},
     }
 
 
@@ -132,9 +142,8 @@ def report_table(rates: Mapping[str, Mapping[str, Rate]], scores: TextScores) ->
 
     def rate_row(title: str, name: str) -> None:
         before = _percent(base[name].value) if name in base else ""
-        low, high = policy[name].interval
-        interval = f"{100 * low:.1f} to {100 * high:.1f}"
-        rows.append((title, before, _percent(policy[name].value), interval, f"{policy[name].total:,}"))
+        rate = policy[name]
+        rows.append((title, before, _percent(rate.value), _ends(rate.interval), f"{rate.total:,}"))
 
     for name, title in _RATES.items():
         if name in policy:
@@ -142,17 +151,7 @@ def report_table(rates: Mapping[str, Mapping[str, Rate]], scores: TextScores) ->
         if name.startswith("general/"):
             for detail in _below(policy, name):
                 rate_row(_indented(detail, name), detail)
-    if (mean := mean_accuracy(policy)) is not None:
-        base_mean = mean_accuracy(base)
-        rows.append((
-            "accuracy, mean of skills",
-            "" if base_mean is None else _percent(base_mean),
-            _percent(mean),
-            "",
-            "",
-        ))
-        for detail in _below(policy, "general/accuracy"):
-            rate_row(_indented(detail, "general/accuracy"), detail)
+    rows += _accuracy_rows(policy, base)
     for name in sorted(name for name in policy if name.startswith(UNSCORED)):
         rate = policy[name]
         title = f"  {name.removeprefix(UNSCORED)}: not compared"
@@ -169,6 +168,29 @@ def report_table(rates: Mapping[str, Mapping[str, Rate]], scores: TextScores) ->
     if scores.rows:
         table.caption = "KL and NLL: nats a token of held-out reference answers"
     return table
+
+
+def _accuracy_rows(policy: Mapping[str, Rate], base: Mapping[str, Rate]) -> Iterator[tuple[str, ...]]:
+    """Yield the mean over skills and each skill's rate; where no answer matches a reference, only that it is so."""
+    names = list(_below(policy, "general/accuracy"))
+    nothing = [name for name in names if not policy[name].successes and (name not in base or not base[name].successes)]
+    mean, interval, base_mean = mean_accuracy(policy), mean_accuracy_interval(policy), mean_accuracy(base)
+    if mean is not None and interval is not None and len(nothing) < len(names):
+        before = "" if base_mean is None else _percent(base_mean)
+        total = sum(policy[name].total for name in names)
+        yield "accuracy, mean of skills", before, _percent(mean), _ends(interval), f"{total:,}"
+    for name in names:
+        rate = policy[name]
+        if name in nothing:
+            yield f"{_indented(name, 'general/accuracy')}: none matches", "", "0", "", f"{rate.total:,}"
+            continue
+        before = _percent(base[name].value) if name in base else ""
+        ends = _ends(rate.interval)
+        yield _indented(name, "general/accuracy"), before, _percent(rate.value), ends, f"{rate.total:,}"
+
+
+def _ends(interval: tuple[float, float]) -> str:
+    return " to ".join(f"{100 * end:.1f}" for end in interval)
 
 
 def _text_rows(means: Mapping[str, TextMean]) -> Iterator[tuple[str, ...]]:

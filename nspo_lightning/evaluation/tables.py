@@ -10,6 +10,9 @@ from nspo_lightning.atomic import whole
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
+
+    from nspo_lightning.evaluation.diagnosis import Finding
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> str:
@@ -43,6 +46,20 @@ def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     for row in rows:
         table.add_row(*(Text(whole(str(cell))) for cell in row))
     return table
+
+
+def findings_text(findings: Sequence[Finding]) -> Text:
+    """Return what to look at as a block of wrapped lines, worst first, each with what mends it."""
+    from rich.text import Text
+
+    colours = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+    block = Text()
+    block.append("What to look at", style="bold")
+    for finding in findings:
+        block.append(f"\n{finding.severity}: {finding.title}.", style=colours[finding.severity])
+        block.append(whole(f" {finding.text}"))
+        block.append(whole(f"\n  mend: {finding.cure}"))
+    return block
 
 
 def table_text(table: Table) -> str:

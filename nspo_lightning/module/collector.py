@@ -24,6 +24,7 @@ from nspo_lightning.module.scorer import Scorer
 from nspo_lightning.module.signal import groups_with_signal
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rewards import Judge, RewardSet
+from nspo_lightning.rewards.rules.refusal import reads_harm
 from nspo_lightning.rewards.trainer_state import TrainerState
 
 _ROUND = 32
@@ -136,7 +137,8 @@ class Collector:
         result = self.reward(prompts, drawn.texts, columns, completion_ids=ids, trainer_state=state)
         own = result if self.reward_names_outcomes else None
         outcomes = name_outcomes(own, self.judge, prompts, drawn.texts, columns)
-        everyone = JudgedRows.of(drawn.rollout, result, outcomes).of_all_ranks()
+        judged = JudgedRows.of(drawn.rollout, result, outcomes, reads_harm=reads_harm(self.judge))
+        everyone = judged.of_all_ranks()
         return _Round(
             rollout=drawn.rollout,
             update=drawn.update,

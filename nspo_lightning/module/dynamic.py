@@ -62,7 +62,7 @@ def dynamic_metrics(
         "dynamic/without_signal": 1.0 - float(signal.float().mean()),
         "dynamic/groups_kept": float(groups_with_signal(kept, group_size, mask_truncated=cut).sum()),
         "dynamic/reward_kept": float(learnt["reward"]),
-        "dynamic/unsafe_kept": float(learnt["unsafe"]),
+        f"dynamic/{kept.harm_name}_kept": float(learnt[kept.harm_name]),
     }
 
 

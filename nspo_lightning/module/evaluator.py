@@ -18,6 +18,7 @@ from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.identity import describe
 from nspo_lightning.rewards import Judge, RewardSet
+from nspo_lightning.rewards.rules.refusal import reads_harm
 from nspo_lightning.rewards.trainer_state import TrainerState
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import places_among_ranks
@@ -69,7 +70,9 @@ class Evaluator:
         _, texts = self._complete(batch, dataloader_idx, batch_idx)
         outcomes = name_outcomes(None, self.judge, batch["prompt"], texts, columns)
         if dataloader_idx == 0:
-            return Answers(completions=texts, outcomes=outcomes, observations=safety_outcomes(outcomes))
+            known = reads_harm(self.judge)
+            seen = safety_outcomes(outcomes, reads_harm=known)
+            return Answers(completions=texts, outcomes=outcomes, observations=seen, reads_harm=known)
         refused = [outcome == "refusal" for outcome in outcomes]
         observations = general_outcomes(texts, refused, columns, self.over_refusal_skills)
         return Answers(completions=texts, outcomes=outcomes, observations=observations)

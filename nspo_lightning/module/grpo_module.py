@@ -33,6 +33,7 @@ from nspo_lightning import ranks
 from nspo_lightning.callbacks.protocols import HoldsInNullSpace
 from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, trainer_of
 from nspo_lightning.datamodules.loader import FOLLOWING
+from nspo_lightning.evaluation.diagnosis import TrainingFacts
 from nspo_lightning.evaluation.rates import Answers, Rate, with_accuracy
 from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
@@ -79,8 +80,9 @@ from nspo_lightning.policy.scoring import positions
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_scores import BaseStates, score_text, text_loss
 from nspo_lightning.policy.warm_start import WarmStart
-from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet, RulesJudge
+from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
 from nspo_lightning.rewards.protocol import judge_in, prepare
+from nspo_lightning.rewards.rules.refusal import RefusalPatterns
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.graphs import check_decoding
 from nspo_lightning.rollout.server_config import ServerSettings
@@ -104,7 +106,8 @@ class GRPOModule(pl.LightningModule):
     Args:
         reward: What the policy is taught: reward callables of TRL's form, by name and weight, or one of them.
         judge: Names what a completion is, in training, validation, test and prediction. Default: the reward itself if
-            it can judge, else refusal patterns (everything that is not a refusal counts as unsafe).
+            it can judge, else refusal patterns, which say what is refused or garbage and nothing of harm:
+            `safety/answered_rate` then stands in place of `safety/unsafe_rate`.
         policy: The model and its adapter.
         optimizer: Makes the optimizer from the trainable parameters.
         scheduler: Makes the learning-rate scheduler, stepped once an update.
@@ -185,7 +188,7 @@ class GRPOModule(pl.LightningModule):
         self.strict_loading = False  # checkpoints hold trained parameters only
         self.reward = reward if isinstance(reward, RewardSet) else RewardSet([reward])
         rewards_judge = judge_in(self.reward)
-        self.judge = judge or rewards_judge or RulesJudge()
+        self.judge = judge or rewards_judge or RefusalPatterns()
         reward_names_outcomes = judge is None or judge is rewards_judge
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
@@ -431,7 +434,7 @@ class GRPOModule(pl.LightningModule):
         """Log values that are the same on all ranks already, or their mean over ranks."""
         reduce = mean_over_ranks and ranks.world_size() > 1
         for name, value in values.items():
-            on_bar = name in {"reward", "unsafe"}
+            on_bar = name in {"reward", "unsafe", "answered"}
             self.log(name, value, on_step=True, on_epoch=False, prog_bar=on_bar, sync_dist=reduce, batch_size=1)
 
     # ------------------------------------------------------------------ evaluation
@@ -546,6 +549,24 @@ class GRPOModule(pl.LightningModule):
     def go_back(self, updates: int) -> None:
         """Count on from weights as they were after so many updates, which were put back."""
         self.progress.go_back(updates)
+
+    def training_facts(self) -> TrainingFacts:
+        """Return what rollouts and updates came to since the run began, for a diagnosis."""
+        progress, signal = self.progress, self.progress.signal
+        return TrainingFacts(
+            groups=signal.groups,
+            with_signal=signal.groups_with_signal,
+            low=signal.low,
+            high=signal.high,
+            completions=signal.completions,
+            cut=signal.cut,
+            max_new_tokens=self.settings.sampling.max_new_tokens,
+            safe=signal.is_safe,
+            updates=progress.updates,
+            skipped=progress.updates_skipped,
+            nonfinite=progress.updates_nonfinite,
+            undone=progress.updates_undone,
+        )
 
     def require_policy(self) -> Any:
         """Return the loaded model."""

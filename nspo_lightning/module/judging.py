@@ -10,6 +10,7 @@ from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.outcomes import checked_outcomes
+from nspo_lightning.rewards.rules.refusal import reads_harm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ def name_outcomes(
     failed: RewardError | None = None
     try:
         answers = [answer_of(text) for text in texts]
-        outcomes = checked_outcomes(judge.classify(prompts, answers, **columns), len(texts))
+        also: tuple[Outcome, ...] = () if reads_harm(judge) else ("answered",)
+        outcomes = checked_outcomes(judge.classify(prompts, answers, **columns), len(texts), also)
     except RewardError as error:
         failed = error
     raise_on_all_ranks(failed)

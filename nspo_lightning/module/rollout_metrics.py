@@ -13,7 +13,18 @@ from nspo_lightning.grpo import Rollout
 from nspo_lightning.rewards import RewardResult
 
 _OWN = frozenset((
-    *("reward", "unsafe", "reward_std", "frac_reward_zero_std", "loss", "kl", "entropy", "num_tokens", "step_time"),
+    *(
+        "reward",
+        "unsafe",
+        "answered",
+        "reward_std",
+        "frac_reward_zero_std",
+        "loss",
+        "kl",
+        "entropy",
+        "num_tokens",
+        "step_time",
+    ),
     *("updates_skipped", "updates_nonfinite", "epoch", "step"),
 ))
 _OWN_FOLDERS = frozenset((
@@ -44,6 +55,7 @@ class JudgedRows:
         rewards: Totals and each reward's own scores, B = R, and the scalars that they reported.
         outcomes: What the judge calls each.
         guided: Shape (R,), bool, True = drawn under another prompt; None = none was.
+        reads_harm: Whether the judge tells harm from a harmless answer.
     """
 
     lengths: Tensor
@@ -52,9 +64,12 @@ class JudgedRows:
     rewards: RewardResult
     outcomes: list[str | None]
     guided: Tensor | None = None
+    reads_harm: bool = True
 
     @classmethod
-    def of(cls, rollout: Rollout, result: RewardResult, outcomes: Sequence[str | None]) -> JudgedRows:
+    def of(
+        cls, rollout: Rollout, result: RewardResult, outcomes: Sequence[str | None], *, reads_harm: bool = True
+    ) -> JudgedRows:
         """Take from a rollout what is measured, on the CPU."""
         return cls(
             lengths=rollout.completion_mask.sum(1).cpu(),
@@ -63,6 +78,7 @@ class JudgedRows:
             rewards=RewardResult(total=result.total, per_reward=result.per_reward, metrics=result.metrics),
             outcomes=list(outcomes),
             guided=None if rollout.guided is None else rollout.guided.cpu(),
+            reads_harm=reads_harm,
         )
 
     def of_all_ranks(self) -> JudgedRows:
@@ -81,6 +97,7 @@ class JudgedRows:
             rewards=RewardResult.joined([part.rewards for part in parts]),
             outcomes=[outcome for part in parts for outcome in part.outcomes],
             guided=None if parts[0].guided is None else torch.cat([vars(part)["guided"] for part in parts]),
+            reads_harm=parts[0].reads_harm,
         )
 
     def of_group(self, number: int, size: int) -> JudgedRows:
@@ -111,10 +128,15 @@ class JudgedRows:
         )
 
     @property
-    def unsafe(self) -> float:
-        """Share of the judged completions."""
+    def harm_name(self) -> str:
+        """What the share of `harm` is called: of unsafe answers, or where nobody reads harm, of answers."""
+        return "unsafe" if self.reads_harm else "answered"
+
+    @property
+    def harm(self) -> float:
+        """Share of the judged completions; see `harm_name`."""
         judged = [outcome for outcome in self.outcomes if outcome is not None]
-        return sum(outcome == "unsafe" for outcome in judged) / max(len(judged), 1)
+        return sum(outcome == self.harm_name for outcome in judged) / max(len(judged), 1)
 
     def num_tokens(self, group_size: int) -> int:
         """Count tokens as TRL does: each completion with its own prompt."""
@@ -136,7 +158,8 @@ def rollout_metrics(rows: JudgedRows, group_size: int) -> dict[str, Tensor | flo
 
     Returns:
         `reward`, `reward_std` (mean over groups), `frac_reward_zero_std`, `completions/...`, `unsafe` (share of the
-        judged completions), and each reward's own mean and deviation. Deviations within groups are of whole groups.
+        judged completions; `answered` where nobody reads harm), and each reward's own mean and deviation. Deviations
+        within groups are of whole groups.
     """
     plain, guided = rows.plain, rows.of_guided
     lengths, result = plain.lengths.float(), plain.rewards
@@ -147,10 +170,10 @@ def rollout_metrics(rows: JudgedRows, group_size: int) -> dict[str, Tensor | flo
     deviation = (centred.square().sum(1) / (counted - 1).clamp(min=1)).sqrt()
     of_guided: dict[str, Tensor | float] = {}
     if guided is not None:
-        of_guided = {"guided/reward": guided.rewards.total.nanmean(), "guided/unsafe": guided.unsafe}
+        of_guided = {"guided/reward": guided.rewards.total.nanmean(), f"guided/{rows.harm_name}": guided.harm}
     return {
         "reward": result.total.nanmean(),
-        "unsafe": plain.unsafe,
+        plain.harm_name: plain.harm,
         "reward_std": deviation.mean(),
         "frac_reward_zero_std": (deviation <= 1e-6).float().mean(),
         "completions/mean_length": lengths.mean(),

@@ -9,19 +9,16 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from nspo_lightning.evaluation.diagnosis import SIGNAL_CURES
 from nspo_lightning.grpo import group_advantages
 from nspo_lightning.module.rollout_metrics import JudgedRows
 
-CURES = (
-    "Cures: dynamic sampling, which looks for prompts that have one (`--model.dynamic_sampling.max_factor 4`); a warm "
-    "start (`python -m nspo_lightning warmup -c ...`); a higher `sampling.temperature` or `group_size`; a reward that "
-    "tells answers apart (more than two values); a part of each group under a safety prompt (`model.guided`)."
-)
 WARNED_AFTER = 3
 """Rollouts from the start of a run without one signal, after which it is warned of."""
 STILL_SAFE = 0.05
 """Share of unsafe answers and garbage up to which a policy without a signal counts as safe already."""
 _PREFIX = "_signal_"
+_COUNTED = ("with_signal", "groups", "groups_with_signal", "completions", "cut", "low", "high", "told")
 
 
 class NoSignalError(ValueError):
@@ -58,7 +55,9 @@ class Stretch:
         left_out: Groups whose rewards differ, but only in completions that `mask_truncated` leaves out.
         completions: With a reward.
         judged: Completions with an outcome.
-        unsafe: Of those.
+        reads_harm: Whether the judge tells harm from a harmless answer.
+        unsafe: Of those with an outcome.
+        answered: Of those, where nobody reads harm.
         refused: Of those.
         garbage: Of those.
         reward: Sum over the completions with one.
@@ -70,7 +69,9 @@ class Stretch:
     left_out: int = 0
     completions: int = 0
     judged: int = 0
+    reads_harm: bool = True
     unsafe: int = 0
+    answered: int = 0
     refused: int = 0
     garbage: int = 0
     reward: float = 0.0
@@ -86,7 +87,9 @@ class Stretch:
         self.left_out += int(spread.sum())
         self.completions += len(rewards)
         self.judged += sum(outcome is not None for outcome in plain.outcomes)
+        self.reads_harm = rows.reads_harm
         self.unsafe += plain.outcomes.count("unsafe")
+        self.answered += plain.outcomes.count("answered")
         self.refused += plain.outcomes.count("refusal")
         self.garbage += plain.outcomes.count("garbage")
         self.reward += float(rewards.sum())
@@ -96,10 +99,13 @@ class Stretch:
     def describe(self) -> str:
         """Say the rates that were seen."""
         judged = max(self.judged, 1)
+        harm = f"{self.unsafe / judged:.1%} of {self.judged} answers unsafe"
+        if not self.reads_harm:
+            harm = f"{self.answered / judged:.1%} of {self.judged} prompts answered"
         cut = f"; {self.left_out} groups differ only where `mask_truncated` leaves out" if self.left_out else ""
         return (
             f"{self.groups} groups without spread, mean reward {self.reward / max(self.completions, 1):.3g}, "
-            f"{self.unsafe / judged:.1%} of {self.judged} answers unsafe, {self.refused / judged:.1%} refused{cut}"
+            f"{harm}, {self.refused / judged:.1%} refused{cut}"
         )
 
 
@@ -111,6 +117,10 @@ class Signal:
         max_without: Rollouts in a row without a signal, before a run ends; None = it never does.
         cures: What may give a signal, as a sentence's end.
         with_signal: Rollouts of this run with one.
+        groups: Prompts that were answered, in all rollouts of this run with a score.
+        groups_with_signal: Of those.
+        completions: Answers to them.
+        cut: Of those, answers that ran to the length limit.
         low: The lowest reward of the run; None = none yet.
         high: The highest.
         told: Whether it was said that the policy is safe already.
@@ -118,8 +128,12 @@ class Signal:
     """
 
     max_without: int | None = None
-    cures: str = CURES
+    cures: str = SIGNAL_CURES
     with_signal: int = 0
+    groups: int = 0
+    groups_with_signal: int = 0
+    completions: int = 0
+    cut: int = 0
     low: float | None = None
     high: float | None = None
     told: bool = False
@@ -129,7 +143,7 @@ class Signal:
     def is_safe(self) -> bool:
         """Whether there is nothing left to learn: hardly a bad answer, or none but the best reward of the run."""
         stretch = self.stretch
-        if stretch.judged and stretch.unsafe + stretch.garbage <= STILL_SAFE * stretch.judged:
+        if stretch.judged and stretch.reads_harm and stretch.unsafe + stretch.garbage <= STILL_SAFE * stretch.judged:
             return True
         known = self.low is not None and self.high is not None and stretch.low is not None
         return known and self.low < self.high <= stretch.low  # type: ignore[operator]
@@ -147,7 +161,10 @@ class Signal:
             return
         seen = [*rewards.tolist(), *(end for end in (self.low, self.high) if end is not None)]
         self.low, self.high = min(seen), max(seen)
-        if bool(groups_with_signal(rows, group_size, mask_truncated=mask_truncated).any()):
+        found = groups_with_signal(rows, group_size, mask_truncated=mask_truncated)
+        self.groups, self.groups_with_signal = self.groups + len(found), self.groups_with_signal + int(found.sum())
+        self.completions, self.cut = self.completions + len(rows.lengths), self.cut + int((~rows.finished).sum())
+        if bool(found.any()):
             self.with_signal, self.stretch = self.with_signal + 1, Stretch()
             return
         self.stretch.add(rows, group_size)
@@ -161,9 +178,12 @@ class Signal:
         first = self.with_signal == 0 and number == WARNED_AFTER
         if self.is_safe and not self.told and (first or (limit is not None and number >= limit)):
             self.told = True
+            reached = "policy is safe already on these prompts"
+            if not self.stretch.reads_harm:
+                reached = "reward is the best that the run has seen"
             rank_zero_warn(
-                f"No group had a signal in {number} rollouts in a row, and there is little left to learn: the policy "
-                f"is safe already on these prompts ({self.stretch.describe()}). The run goes on; a step without a "
+                f"No group had a signal in {number} rollouts in a row, and there is little left to learn: the "
+                f"{reached} ({self.stretch.describe()}). The run goes on; a step without a "
                 "signal moves no weight (`updates_skipped`). `model.dynamic_sampling` looks for prompts that have one."
             )
         elif first and not self.is_safe:
@@ -194,7 +214,7 @@ class Signal:
     def load_counters(self, counters: Mapping[str, Any]) -> None:
         """Go on from what `to_counters` returned, among others; earlier checkpoints hold none."""
         found = {name.removeprefix(_PREFIX): value for name, value in counters.items() if name.startswith(_PREFIX)}
-        for name in ("with_signal", "low", "high", "told"):
+        for name in _COUNTED:
             setattr(self, name, found.get(name, getattr(type(self), name)))
         names = [one.name for one in fields(Stretch)]
         self.stretch = Stretch(**{name: found[f"stretch_{name}"] for name in names if f"stretch_{name}" in found})

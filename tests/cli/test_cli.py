@@ -104,7 +104,7 @@ def test_a_run_leaves_what_others_rely_on(run, tiny_llama):
     folder = Path("runs/tiny")
     summary = json.loads((folder / "summary.json").read_text())
     for when in ("before", "after"):
-        for name in ("safety/unsafe_rate", "safety/refusal_rate", "general/accuracy", "general/over_refusal_rate"):
+        for name in ("safety/answered_rate", "safety/refusal_rate", "general/accuracy", "general/over_refusal_rate"):
             assert 0 <= summary[f"{when}/{name}"] <= 1
     assert summary["nullspace/leak_max"] <= 1e-6
     assert summary["seconds"] > 0
@@ -121,7 +121,7 @@ def test_a_run_leaves_what_others_rely_on(run, tiny_llama):
     scalars = set(events.Tags()["scalars"])
     assert {"reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/mean_length"} <= scalars
     assert {"nullspace/grad_norm_before", "nullspace/grad_norm_after", "nullspace/kept_gradient_energy"} <= scalars
-    assert {"nullspace/leak_max", "safety/unsafe_rate", "general/accuracy"} <= scalars
+    assert {"nullspace/leak_max", "safety/answered_rate", "general/accuracy"} <= scalars
     assert any("completions" in tag for tag in events.Tags()["tensors"])
     assert events.Tags()["images"] == ["nullspace/spectrum"]
 
@@ -218,7 +218,7 @@ def test_an_interrupted_run_resumes(run, monkeypatch):
     whole, cut = (load_file(f"runs/{name}/adapter/adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
     before = [
-        json.loads(Path(f"runs/{name}/summary.json").read_text())["before/safety/unsafe_rate"]
+        json.loads(Path(f"runs/{name}/summary.json").read_text())["before/safety/answered_rate"]
         for name in ("whole", "cut")
     ]
     assert before[0] == before[1]

@@ -14,6 +14,7 @@ from nspo_lightning.compare.distance import UPDATE_NORM
 from nspo_lightning.compare.trajectory import Trajectory
 from nspo_lightning.evaluation.text_means import SAFETY_KL, SAFETY_KL_FIRST
 from nspo_lightning.nullspace.movement import Movement
+from nspo_lightning.rewards import RulesJudge
 
 
 def fit(path, folder, steps=4, checkpoint=None, **changes):
@@ -22,7 +23,7 @@ def fit(path, folder, steps=4, checkpoint=None, **changes):
         str(folder / "result.json"), steps=steps, metric="general/accuracy", stop_unsafe=-1, **changes
     )
     run = trainer(folder, steps=-1, max_epochs=-1, check_val_every_n_epoch=None, callbacks=[trajectory], **options)
-    policy = module(path)
+    policy = module(path, judge=RulesJudge())
     run.fit(policy, datamodule(), ckpt_path=checkpoint, weights_only=checkpoint is not None)
     return run, policy, trajectory
 

@@ -11,7 +11,7 @@ from nspo_lightning.callbacks import NullSpaceProjection
 
 SCORED = ("entropy", "loss", "clip_ratio/region_mean")
 STEPPED = ("nullspace/leak_max", "nullspace/grad_norm_after", "nullspace/kept_gradient_energy")
-ALWAYS = ("reward", "unsafe", "completions/mean_length", "step_time", "updates_skipped", "updates_nonfinite")
+ALWAYS = ("reward", "answered", "completions/mean_length", "step_time", "updates_skipped", "updates_nonfinite")
 
 
 def curves(folder) -> dict[str, dict[int, float]]:

@@ -220,7 +220,7 @@ def test_validation_and_predict_report_rates_and_rows(tiny_llama, tmp_path):
     policy = module(tiny_llama, over_refusal_skills=["say"])
     run = trainer(tmp_path, steps=2, limit_val_batches=1.0, val_check_interval=1)
     run.fit(policy, datamodule())
-    assert {"safety/unsafe_rate", "safety/refusal_rate", "general/accuracy", "general/accuracy/say"} <= set(
+    assert {"safety/answered_rate", "safety/refusal_rate", "general/accuracy", "general/accuracy/say"} <= set(
         run.callback_metrics
     )
     rows = run.predict(policy, datamodule())[0][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_rewards_that_are_all_alike_are_warned_of_once_with_rates_and_cures(tiny
         run.fit(policy, datamodule())
     (alike,) = no_signal(said)
     assert "first 3 rollouts" in alike
-    assert "6 groups without spread, mean reward 1, 100.0% of 24 answers unsafe, 0.0% refused" in alike
+    assert "6 groups without spread, mean reward 1, 100.0% of 24 prompts answered, 0.0% refused" in alike
     assert all(cure in alike for cure in ("warmup", "`sampling.temperature`", "`group_size`"))
     assert (policy.updates, run.global_step) == (0, 5)
     assert all(not weight.any() for name, weight in adapter(policy).items() if "lora_B" in name)
@@ -152,6 +153,16 @@ def test_only_the_best_reward_of_the_run_is_safe_and_the_worst_is_not():
         counted(Signal(max_without=2), learnt, worst, best)
     with pytest.raises(NoSignalError):
         counted(Signal(max_without=2), judged([0.0, 0.0], "garbage"), judged([0.0, 0.0], "garbage"))
+
+
+def test_refusals_are_no_safety_where_nobody_reads_harm():
+    refused = replace(judged([0.0, 0.0], "refusal"), reads_harm=False)
+    with pytest.raises(NoSignalError, match="0.0% of 4 prompts answered, 100.0% refused"):
+        counted(Signal(max_without=2), refused, refused)
+    best = replace(judged([1.0, 1.0], "answered"), reads_harm=False)
+    with pytest.warns(UserWarning, match="reward is the best that the run has seen") as said:
+        counted(Signal(max_without=2), judged([0.0, 1.0], "refusal"), best, best)
+    assert not [one for one in said if "safe" in str(one.message)]
 
 
 def test_a_group_whose_spread_is_left_out_has_no_signal_and_the_message_says_so():

@@ -14,6 +14,7 @@ from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.judging import JudgedRollout, name_outcomes
 from nspo_lightning.rewards import OutcomeReward, RewardError, RewardSet, RulesJudge
 from nspo_lightning.rewards.protocol import Judged
+from nspo_lightning.rewards.rules.refusal import RefusalPatterns
 
 METRICS = {"unsafe": 0.125, "reward": 7.0, "entropy": 8.0, "safety/unsafe_rate": 0.0, "completions/mean_length": 9.0}
 
@@ -61,6 +62,21 @@ def test_a_rewards_columns_and_scalars_replace_none_of_ours(tiny_llama: Path, tm
         assert logged.get(name) != value
     assert run.callback_metrics["safety/unsafe_rate"] == 1.0
     assert policy.trainer.predict(policy, datamodule())[0][0][0]["outcome"] == "unsafe"
+
+
+def test_a_reward_that_is_a_function_claims_nothing_of_harm(tiny_llama: Path, tmp_path: Path) -> None:
+    recorder, policy = Recorder(), module(tiny_llama)
+    run = trainer(tmp_path, steps=1, callbacks=[recorder], limit_val_batches=1.0, val_check_interval=1)
+    run.fit(policy, datamodule())
+    rates = [float(run.callback_metrics[f"safety/{name}_rate"]) for name in ("answered", "refusal", "garbage")]
+    assert recorder.steps[0]["answered"] == 1.0
+    assert rates[0] > 0
+    assert sum(rates) == 1.0
+    assert not [name for name in {**recorder.steps[0], **run.callback_metrics} if "unsafe" in name]
+    assert policy.last_rollout is not None
+    assert set(policy.last_rollout.outcomes) == {"answered"}
+    with pytest.raises(RewardError, match="unsafe, refusal, safe, garbage or None"):
+        RewardSet([OutcomeReward(RefusalPatterns())])(["p"], ["a fine answer"])
 
 
 def test_a_column_of_that_name_alone_makes_no_outcome() -> None:

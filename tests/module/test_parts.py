@@ -17,6 +17,7 @@ from nspo_lightning.module.judging import JudgedRollout, name_outcomes
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.update_window import UpdateWindow
 from nspo_lightning.rewards import OutcomeReward, RewardResult, RewardSet, RulesJudge
+from nspo_lightning.rewards.rules.refusal import reads_harm
 
 
 def counts(tokens: float) -> Normaliser:
@@ -188,7 +189,8 @@ def test_the_judge_is_that_of_the_first_reward_that_has_one():
     judge = RulesJudge()
     assert GRPOModule(RewardSet({"length": length, "safety": OutcomeReward(judge)})).judge is judge
     assert GRPOModule(OutcomeReward(judge)).evaluator.judge is judge
-    assert isinstance(GRPOModule(length).judge, RulesJudge)
+    assert not reads_harm(GRPOModule(length).judge)
+    assert reads_harm(judge)
     other = RulesJudge()
     assert GRPOModule(OutcomeReward(judge), judge=other).judge is other
 
