@@ -35,6 +35,7 @@ from nspo_lightning.callbacks.null_space.logs import (
     show_certificate,
     show_verification,
     step_metrics,
+    write_record,
 )
 from nspo_lightning.callbacks.null_space.unprotected import (
     Unprotected,
@@ -259,6 +260,7 @@ class NullSpaceProjection(Callback):
         self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
         self._fitted = Fitted(module=weakref.ref(pl_module), precision=str(trainer.precision), hold=self._hold)
         log_start(trainer, calibration)
+        write_record(trainer, calibration, verification=self.verification)
 
     def _new_hold(self, plan: LayerPlan) -> Hold:
         return Hold(
@@ -397,6 +399,11 @@ class NullSpaceProjection(Callback):
         facts = self.null_space_facts()
         if facts is not None:
             show_certificate(facts, len(self.certificates()))
+        if self.calibration is not None:
+            change, verification = self.output_change, self.verification
+            write_record(
+                trainer, self.calibration, self.certificates(), output_change=change, verification=verification
+            )
 
     def null_space_facts(self) -> NullSpaceFacts | None:
         """Return what the null space left of the gradients and how it was kept; None where nothing is held."""

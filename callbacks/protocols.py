@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, TrainingFacts
-from nspo_lightning.evaluation.rates import Answers, Rate
+from nspo_lightning.evaluation.rates import Answers, Rate, Seen
 from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.warm_start import WarmStart
 
@@ -37,8 +37,8 @@ class Evaluable(Protocol):
 class CountsRates(Evaluable, Protocol):
     """A module that also says of how many prompts its rates are."""
 
-    def measure(self, dataloaders: Any) -> dict[str, Rate]:
-        """Return rates by name, those that are shares of prompts."""
+    def measure(self, dataloaders: Any, seen: Seen | None = None) -> dict[str, Rate]:
+        """Return rates by name, those that are shares of prompts; tell `seen` each batch and its answers."""
 
 
 @runtime_checkable

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
@@ -28,15 +30,19 @@ from nspo_lightning.callbacks.protocols import (
 from nspo_lightning.checkpoints import best_of, read_checkpoint
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, is_fast_dev_run, model_checkpoints
 from nspo_lightning.evaluation.diagnosis import unmatched
+from nspo_lightning.evaluation.kept_answers import KeptAnswers, When, read_answers, with_earlier, write_answers
 from nspo_lightning.evaluation.rates import (
     ANSWERED,
     OVER_REFUSAL,
     REFUSAL,
     UNSAFE,
     UNSCORED,
+    Answers,
+    RateTable,
     mean_accuracy_interval,
     with_accuracy,
 )
+from nspo_lightning.evaluation.report import observations_by_category
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.evaluation.text_means import TEXT_NAMES, in_nats, text_means
 
@@ -44,6 +50,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SUMMARY = "summary.json"
+ANSWERS = "answers.jsonl"
+"""A few answers of each kind, before and after."""
 ACCURACY = "general/accuracy"
 HEADLINES = (
     UNSAFE,
@@ -57,12 +65,33 @@ HEADLINES = (
 )
 
 
+@dataclass
+class _Watched:
+    """What is seen of the answers of one measurement beside their rates."""
+
+    device: torch.device
+    kept: KeptAnswers = field(default_factory=KeptAnswers)
+    categories: RateTable = field(default_factory=RateTable)
+
+    def __call__(self, batch: Mapping[str, Any], loader: int, answers: Answers) -> None:
+        harmful = loader == 0
+        self.kept.see(batch, answers, harmful=harmful)
+        by_category = observations_by_category(answers, batch.get("columns", {}), harmful=harmful)
+        self.categories.update(by_category, self.device)
+
+    def by_category(self) -> dict[str, Any]:
+        """Return the rates by category over ranks, as a result file holds them; empty where no row names one."""
+        rates = self.categories.compute_counts(self.device)
+        return {name: rate.as_dict() for name, rate in rates.items()}
+
+
 class RunReport(Callback):
-    """Write ``summary.json`` and ``adapter/`` into the run's folder and print a table of before and after.
+    """Write ``summary.json``, ``answers.jsonl`` and ``adapter/`` into the run's folder; print a table before and after.
 
     The figures come from the datamodule's test split, which neither stopping nor the choice of the checkpoint has seen,
     within `trainer.limit_test_batches` (0 measures nothing).
-    They are the rates of answers with their 95 % intervals, and what `text_means` says of general text.
+    They are the rates of answers with their 95 % intervals, also by category where the rows have one, and what
+    `text_means` says of general text; and a few answers of each kind, evenly spread over the first rank's prompts.
     What is reported and saved is the checkpoint that `ModelCheckpoint` calls best, else the last state. A run that was
     over and reported on already keeps what it has.
 
@@ -79,6 +108,7 @@ class RunReport(Callback):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.intervals: dict[str, dict[str, list[float]]] = {"before": {}, "after": {}}
+        self.by_category: dict[str, dict[str, Any]] = {"before": {}, "after": {}}
         self._start = 0.0
         self._trained = False
         self._seconds = 0.0
@@ -97,7 +127,7 @@ class RunReport(Callback):
         if self.evaluate and not self.before:
             if trainer.global_step > 0:
                 rank_zero_info("RunReport: resumed, but the checkpoint holds no figures from before the run.")
-            self.before, self.intervals["before"] = self._measure(trainer, pl_module, "Measuring before training")
+            self.before, self.intervals["before"] = self._measure(trainer, pl_module, "before")
 
     @override
     def on_train_batch_start(
@@ -109,7 +139,7 @@ class RunReport(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_fast_dev_run(trainer) or not isinstance(pl_module, Evaluable):
             return
-        folder, steps = Path(self.folder or trainer.log_dir or trainer.default_root_dir), trainer.global_step
+        folder, steps = self._folder(trainer), trainer.global_step
         if not self._trained and _is_reported(folder / SUMMARY, steps):
             rank_zero_info(
                 f"This run is over: its checkpoint stands at step {steps}, its end, and nothing was trained now. What "
@@ -122,13 +152,14 @@ class RunReport(Callback):
             if isinstance(callback, TellsNullSpace):
                 callback.measure_outputs(trainer, pl_module)  # of the weights that are reported
         if self.evaluate:
-            self.after, self.intervals["after"] = self._measure(trainer, pl_module, "Measuring after training")
+            self.after, self.intervals["after"] = self._measure(trainer, pl_module, "after")
         updates = pl_module.updates if isinstance(pl_module, CountsUpdates) else steps
         undone = pl_module.updates_undone if isinstance(pl_module, GoesBack) else 0
         summary: dict[str, Any] = {
             **{f"before/{name}": value for name, value in self.before.items()},
             **{f"after/{name}": value for name, value in self.after.items()},
             "intervals_95": self.intervals,
+            **({"by_category": self.by_category} if any(self.by_category.values()) else {}),
             "nullspace/leak_max": _leak_max(trainer),
             **_certified(trainer),
             "seconds": round(self._elapsed(), 1),
@@ -146,16 +177,22 @@ class RunReport(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before, "intervals": self.intervals["before"], "seconds": self._elapsed()}
+        return {
+            "before": self.before,
+            "intervals": self.intervals["before"],
+            "by_category": self.by_category["before"],
+            "seconds": self._elapsed(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = dict(state_dict["before"])
         self.intervals["before"] = dict(state_dict.get("intervals", {}))  # earlier checkpoints have none
+        self.by_category["before"] = dict(state_dict.get("by_category", {}))
         self._seconds = float(state_dict["seconds"])
 
     def _measure(
-        self, trainer: pl.Trainer, module: Evaluable | pl.LightningModule, label: str
+        self, trainer: pl.Trainer, module: Evaluable | pl.LightningModule, when: When
     ) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Return metrics by name, and the 95 % intervals of those that have one."""
         datamodule = datamodule_of(trainer)
@@ -168,9 +205,13 @@ class RunReport(Callback):
         values, intervals = dict[str, float](), dict[str, list[float]]()
         if limit == 0:
             return values, intervals
+        label = f"Measuring {when} training"
         with measuring(trainer, label, loaders, limit, "trainer.limit_test_batches") as shown:
             if isinstance(module, CountsRates):
-                rates = module.measure(shown)
+                watched = _Watched(trainer.strategy.root_device)
+                rates = module.measure(shown, watched)
+                self.by_category[when] = watched.by_category()
+                self._keep(trainer, watched.kept.chosen(when))
                 values = with_accuracy(rates)
                 intervals = {name: list(rate.interval) for name, rate in rates.items()}
                 if (ends := mean_accuracy_interval(rates)) is not None:
@@ -183,6 +224,15 @@ class RunReport(Callback):
             if mean.interval is not None:
                 intervals[name] = list(mean.interval)
         return dict(sorted(values.items())), intervals
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+
+    def _keep(self, trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:
+        """Write answers beside those that are there, of the same prompts."""
+        file = self._folder(trainer) / ANSWERS  # all ranks must ask together: the first tells the others
+        if trainer.is_global_zero and rows and not is_fast_dev_run(trainer):
+            write_answers(with_earlier(rows, read_answers(file)), file)
 
     def _elapsed(self) -> float:
         """Seconds of training; without a start, training was over in the checkpoint already."""

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from nspo_lightning.atomic import json_text
 from nspo_lightning.callbacks.protocols import KeepsRollout
-from nspo_lightning.evaluation.tables import markdown_table
+from nspo_lightning.evaluation.tables import markdown_blocks
 
 
 class SampleCompletions(Callback):
@@ -56,8 +56,7 @@ class SampleCompletions(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                cells = [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-                logger.experiment.add_text("completions", markdown_table(list(rows[0]), cells), trainer.global_step)
+                logger.experiment.add_text("completions", markdown_blocks(rows), trainer.global_step)
         if self.jsonl and self._folder is not None:
             with (self._folder / "completions.jsonl").open("a", encoding="utf-8") as file:
                 for row in rows:

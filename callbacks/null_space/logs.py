@@ -8,20 +8,27 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from nspo_lightning.atomic import replacing, write_json
 from nspo_lightning.callbacks.null_space.verification import Verification
+from nspo_lightning.compat.lightning import is_fast_dev_run
 from nspo_lightning.evaluation.diagnosis import LEAKED, NullSpaceFacts, explain_certificate
 from nspo_lightning.evaluation.tables import rich_table, table_text
 from nspo_lightning.nullspace import Calibration, LayerCertificate
 from nspo_lightning.nullspace.basis_set import mean_null_share
 from nspo_lightning.nullspace.keeper import GradientEnergy
 from nspo_lightning.nullspace.overview import DETAILS, overview_rows, remarks, write_details
+from nspo_lightning.nullspace.record import null_space_record
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+RECORD = "null_space.json"
+"""What is free where, and the certificate; written at the start of a fit, and again at its end."""
+PICTURE = "null_space.png"
 
 
 def step_metrics(energy: Sequence[GradientEnergy], certificates: Sequence[LayerCertificate]) -> dict[str, Tensor]:
@@ -85,8 +92,33 @@ def show_certificate(facts: NullSpaceFacts, layers: int) -> None:
         )
 
 
+def write_record(
+    trainer: pl.Trainer,
+    calibration: Calibration,
+    certificates: Sequence[LayerCertificate] = (),
+    *,
+    output_change: float | None = None,
+    verification: Verification | None = None,
+) -> None:
+    """Write ``null_space.json`` into the logger's folder, if there is one.
+
+    Args:
+        trainer: Knows the folder.
+        calibration: What is free.
+        certificates: Of the fit, at its end.
+        output_change: Measured on a little calibration text, at the end.
+        verification: What was checked before the first step.
+    """
+    folder = _own_folder(trainer)
+    if not trainer.is_global_zero or folder is None or is_fast_dev_run(trainer):
+        return
+    checked = None if verification is None else {"change": verification.change, "layers": verification.layers}
+    record = null_space_record(calibration, certificates)
+    write_json({**record, "output_change": output_change, "checked": checked}, folder / RECORD)
+
+
 def log_start(trainer: pl.Trainer, calibration: Calibration) -> None:
-    """Log the dimensions once, and the spectrum as a figure in TensorBoard."""
+    """Log the dimensions once; show how much is free and where, as a figure in TensorBoard and beside the run."""
     bases = list(calibration.bases.values())
     values = {
         "nullspace/null_dims_mean": sum(b.null_dims for b in bases) / len(bases),
@@ -94,17 +126,29 @@ def log_start(trainer: pl.Trainer, calibration: Calibration) -> None:
         "nullspace/null_share_mean": mean_null_share(calibration),
         "nullspace/energy_left_max": max(b.choice.energy_left for b in bases),
     }
+    folder = _own_folder(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
-        if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-            _log_spectrum(logger, calibration, trainer.global_step)
+    if trainer.is_global_zero and trainer.loggers and not is_fast_dev_run(trainer):
+        _show_free(trainer, calibration, folder)
 
 
-def _log_spectrum(logger: TensorBoardLogger, calibration: Calibration, step: int) -> None:
+def _own_folder(trainer: pl.Trainer) -> Path | None:
+    """Return the folder of a run's logger; None where that of the logger is not the run's alone (as wandb's is not)."""
+    folder = trainer.log_dir  # all ranks must ask together: the first tells the others
+    return Path(folder) if folder and isinstance(trainer.logger, (TensorBoardLogger, CSVLogger)) else None
+
+
+def _show_free(trainer: pl.Trainer, calibration: Calibration, folder: Path | None) -> None:
     try:
-        from nspo_lightning.nullspace.picture import spectrum_figure
+        from nspo_lightning.nullspace.heatmap import free_figure
 
-        figure = spectrum_figure(calibration)
+        figure = free_figure(calibration)
     except ImportError:  # matplotlib is optional here: the picture is left out, the numbers are logged
         return
-    logger.experiment.add_figure("nullspace/spectrum", figure, global_step=step, close=False)
+    if folder is not None:
+        with replacing(folder / PICTURE) as partial:
+            figure.savefig(partial, dpi=120, format="png")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure("nullspace/spectrum", figure, global_step=trainer.global_step, close=False)

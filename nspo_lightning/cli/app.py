@@ -13,7 +13,7 @@ from nspo_lightning.cli.jobs import CLI, cli_arguments, silence_noise
 from nspo_lightning.cli.shipped import prepared, preview_arguments
 from nspo_lightning.keys import mask_keys
 
-COMMANDS = {name: f"nspo_lightning.cli.{name}" for name in ("judge", "compare", "evaluate", "export")}
+COMMANDS = {name: f"nspo_lightning.cli.{name}" for name in ("judge", "compare", "evaluate", "export", "report")}
 """Subcommands beside LightningCLI's: their modules have a `main(arguments)` and are imported on use."""
 
 

@@ -35,6 +35,7 @@ TOOLS: dict[str, str] = {
     "compare": "methods, seeds and sweeps in one table",
     "evaluate": "lm-evaluation-harness on a base and a trained adapter",
     "export": "a PEFT adapter or a merged model out of a checkpoint",
+    "report": "a page of a run, or of several side by side: figures, curves, answers",
     "completion": "print a completion script for bash, zsh or tcsh",
 }
 COMMON: dict[str, str] = {

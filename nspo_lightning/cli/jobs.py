@@ -50,6 +50,7 @@ from nspo_lightning.datamodules.warmup import WarmupDataModule, WarmupSettings
 from nspo_lightning.keys import check_no_key
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.warmup import WarmupModule
+from nspo_lightning.report.tensorboard import RunLogger
 from nspo_lightning.toy.judge import TownJudge
 
 DESCRIPTION = """Safety GRPO in the null space of general ability.
@@ -127,7 +128,7 @@ class CLI(CLIWithoutStoredSettings):
                 self.settings.nullspace.source.cache_dir = Path(runs) / CACHE
         elif config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             name = run_name(self.settings.name, self.subcommand)
-            kwargs["logger"] = TensorBoardLogger(runs, name=name, version="")
+            kwargs["logger"] = RunLogger(runs, name=name, version="", default_hp_metric=False)
         callbacks = list(config.get("callbacks") or [])
         if self.subcommand == PREVIEW:  # one process, and no run
             kwargs |= {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False, "enable_checkpointing": False}

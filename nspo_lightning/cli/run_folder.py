@@ -19,8 +19,8 @@ LONGEST_NAME = 200
 """In bytes; a file system's limit is 255, and kept runs and locks have longer names."""
 _MEANS_MORE = frozenset('/\\$%*?<>|"`')  # to a path, a shell, or to TensorBoardLogger, which expands variables
 _BEGINNINGS = (
-    *("config.", "hparams.yaml", "events.out.tfevents.", "metrics.csv", "completions.jsonl"),
-    "nullspace.layers.csv",
+    *("config.", "hparams.yaml", "events.out.tfevents.", "metrics.csv", "completions.jsonl", "answers.jsonl"),
+    *("nullspace.layers.csv", "null_space."),
 )
 """What a run writes before it has anything to keep."""
 _KEPT = ("checkpoints", "adapter", "summary.json")

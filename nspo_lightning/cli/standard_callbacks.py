@@ -28,6 +28,7 @@ from nspo_lightning.callbacks import (
     SampleCompletions,
     TestReport,
 )
+from nspo_lightning.report.callback import ReportPage
 
 
 def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, progress_bar: bool) -> list[Callback]:
@@ -47,7 +48,7 @@ def with_standard_callbacks(given: Sequence[Callback], *, checkpoints: bool, pro
     standard += [LastCheckpoint(), ExactResume(), LastOnException()] if checkpoints else []
     # EndTogether comes after LastOnException: other processes are ended once the checkpoint is written.
     standard += [EndTogether(), SampleCompletions(), PredictionWriter(), RunReport(), TestReport()]
-    standard.append(Diagnosis())  # behind RunReport, whose figures it looks at
+    standard += [Diagnosis(), ReportPage()]  # behind RunReport, whose figures they look at
     if progress_bar:
         standard.append(RunProgress())
     callbacks = list(given)

@@ -14,7 +14,7 @@ are their shares, where there are any, and no other rate has them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,10 @@ class Answers:
     observations: list[tuple[str, float]]
     reads_harm: bool = True
     """Whether the judge tells harm from a harmless answer."""
+
+
+Seen = Callable[[Mapping[str, Any], int, Answers], None]
+"""Told of each batch that was answered, of the number of its loader (0 = harmful prompts), and of the answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

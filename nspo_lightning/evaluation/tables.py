@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,28 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, 
     """
     rule = "".join("--:|" if side == "r" else "---|" for side in align.ljust(len(columns)))
     return whole("\n".join([_line(columns), f"|{rule}", *map(_line, rows)]))
+
+
+def fenced(text: str) -> str:
+    """Return text as a block of code; the fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def markdown_blocks(rows: Iterable[Mapping[str, object]], short: int = 24) -> str:
+    """Return records as Markdown blocks, one below the other: for long text, which tables squeeze other columns for.
+
+    Values are shown under their names, what was said as a block of code, numbers and single words on one line.
+    """
+    parts = []
+    for number, row in enumerate(rows, 1):
+        values = {name: f"{v:.3g}" if isinstance(v, float) else str(v) for name, v in row.items()}
+        small = {n for n, v in row.items() if not isinstance(v, str) or (len(v) <= short and " " not in v)}
+        small -= {"prompt", "completion", "before", "after"}
+        told = ", ".join(f"{name} {value}" for name, value in values.items() if name in small)
+        parts.append(f"**{number}.** {_line_of(told)}".rstrip())
+        parts += [f"{_line_of(name)}:\n\n{fenced(value)}" for name, value in values.items() if name not in small]
+    return whole("\n\n".join(parts))
 
 
 def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> Table:
@@ -72,6 +95,11 @@ def table_text(table: Table) -> str:
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
+
+
+def _line_of(text: str) -> str:
+    """Return text on one line that Markdown takes for text."""
+    return re.sub(r"([\\`*_\[\]<>#])", r"\\\1", " ".join(text.split()))
 
 
 def _line(cells: Sequence[object]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, general_outcomes, safety_outcomes
+from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, Seen, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import name_outcomes
 from nspo_lightning.module.text_policy import TextPolicy
@@ -106,12 +106,17 @@ class Evaluator:
         self.rates.update(answers.observations, self.policy.device)
         return answers
 
-    def measure(self, dataloaders: Sequence[Iterable[Any]], to_device: Callable[[Any], Any]) -> dict[str, Rate]:
+    def measure(
+        self, dataloaders: Sequence[Iterable[Any]], to_device: Callable[[Any], Any], seen: Seen | None = None
+    ) -> dict[str, Rate]:
         """Answer all batches outside of an epoch, harmful prompts and then general ones; return rates over ranks."""
         table = RateTable()
         for index, loader in enumerate(dataloaders):
             for batch_idx, batch in enumerate(loader):
-                table.update(self.answer(to_device(batch), index, batch_idx).observations, self.policy.device)
+                answers = self.answer(to_device(batch), index, batch_idx)
+                table.update(answers.observations, self.policy.device)
+                if seen is not None:
+                    seen(batch, index, answers)
         return self.finished(table)
 
     def finished(self, table: RateTable) -> dict[str, Rate]:

@@ -31,10 +31,10 @@ from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.protocols import HoldsInNullSpace
-from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, trainer_of
+from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, logs_this_batch, trainer_of
 from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.diagnosis import TrainingFacts
-from nspo_lightning.evaluation.rates import Answers, Rate, with_accuracy
+from nspo_lightning.evaluation.rates import Answers, Rate, Seen, with_accuracy
 from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
 from nspo_lightning.module.checkpoint_content import check_adapter_base, check_checkpoint, keep_trained_
@@ -423,6 +423,16 @@ class GRPOModule(pl.LightningModule):
             "updates_nonfinite": self.progress.updates_nonfinite,
         }
         self._log_step({name: float(count) for name, count in counts.items()})
+        if self.trainer.optimizers:
+            self._log_step({"learning_rate": float(self.trainer.optimizers[0].param_groups[0]["lr"])})
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # After callbacks, so of the projected gradient, and before clipping.
+        if logs_this_batch(self.trainer):
+            grads = [p.grad for p in self.text_policy.trainable_parameters() if p.grad is not None]
+            squares = [ranks.whole(torch.linalg.vector_norm(grad.detach().float())).square() for grad in grads]
+            self._log_step({"grad_norm": torch.stack(squares).sum().sqrt()} if squares else {})
 
     def _skip_nonfinite(self, seen: str) -> None:
         self._log_step({"updates_nonfinite": float(self.progress.updates_nonfinite + 1)})
@@ -638,9 +648,9 @@ class GRPOModule(pl.LightningModule):
         """Return the values of `measure`, and `general/accuracy`, the mean over skills."""
         return with_accuracy(self.measure(dataloaders))
 
-    def measure(self, dataloaders: Sequence[Any]) -> dict[str, Rate]:
-        """Measure outside of a Trainer loop: rates, over harmful and general prompts."""
-        return self.evaluator.measure(dataloaders, self.trainer.strategy.batch_to_device)
+    def measure(self, dataloaders: Sequence[Any], seen: Seen | None = None) -> dict[str, Rate]:
+        """Measure outside of a Trainer loop: rates, over harmful and general prompts; `seen` is told the answers."""
+        return self.evaluator.measure(dataloaders, self.trainer.strategy.batch_to_device, seen)
 
     def text_scores(self, batch: Mapping[str, Any]) -> TextScores:
         """Score a batch of given text, and how far the policy is from the base on it; see `score_text`."""

@@ -22,7 +22,7 @@ from typing_extensions import override
 from nspo_lightning import ranks
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.datamodules.warmup import WarmupDataModule, WarmupSettings
-from nspo_lightning.evaluation.rates import Rate, RateTable
+from nspo_lightning.evaluation.rates import Rate, RateTable, Seen
 from nspo_lightning.grpo import Rollout, group_advantages
 from nspo_lightning.module.evaluator import EVALUATION_SEED
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank
@@ -174,7 +174,7 @@ class WarmupModule(GRPOModule):
     # ------------------------------------------------------------------ what is left
 
     @override
-    def measure(self, dataloaders: Sequence[Any]) -> dict[str, Rate]:
+    def measure(self, dataloaders: Sequence[Any], seen: Seen | None = None) -> dict[str, Rate]:
         """Return the rates of the last check; nothing is measured anew."""
         return dict(self.latest)
 

@@ -7,12 +7,11 @@ dashes too.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import Calibration
-from nspo_lightning.nullspace.diagnostics import common_parent, joint_name
+from nspo_lightning.nullspace.record import places
 
 _FEW = 6  # so many layers can be named one by one; more are read off a colour bar
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -54,16 +53,11 @@ def spectrum_figure(calibration: Calibration, title: str = "Energy of layer inpu
 def by_kind(calibration: Calibration) -> dict[str, list[tuple[int, Basis]]]:
     """Return kind of input -> (layer number, basis) of each input of that kind, in order.
 
-    The layer number is the first number in the name, and the kind is the name without it; names without a number are
-    kinds of their own.
+    See `places`; an input without a depth has the layer number 0.
     """
-    prefix = common_parent(calibration.layer_names())
     panels: dict[str, list[tuple[int, Basis]]] = {}
-    for first, basis in calibration.bases.items():
-        name = joint_name(n.removeprefix(prefix) for n in calibration.groups[first]) or "input"
-        number = re.search(r"(?<![^.])\d+(?![^.])", name)
-        kind = name if number is None else (name[: number.start()] + name[number.end() :]).replace("..", ".").strip(".")
-        panels.setdefault(kind, []).append((0 if number is None else int(number[0]), basis))
+    for first, (kind, depth) in places(calibration).items():
+        panels.setdefault(kind, []).append((depth or 0, calibration.bases[first]))
     return panels
 
 

@@ -44,6 +44,22 @@ def test_limit_test_batches_is_about_the_measurements_of_fit_too(tiny_llama, tmp
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_answers_are_kept_before_and_after_and_rates_by_category(tiny_llama, tmp_path, monkeypatch):
+    rows = [{"prompt": f"How do I burn the {word}?", "category": word} for word in tiny_jobs.WORDS]
+    monkeypatch.setattr(tiny_jobs, "harmful", lambda split: rows)
+    fit(tiny_llama, tmp_path, enable_progress_bar=True)
+    said = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in said] == ["harmful", "harmful", "general", "general"]
+    assert all(isinstance(row["before"], str) and isinstance(row["after"], str) for row in said)
+    assert all(row["before_outcome"] and row["after_outcome"] for row in said if row["kind"] == "harmful")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    words = {row["category"][0] for row in said if row["kind"] == "harmful"}
+    for when in ("before", "after"):
+        assert set(summary["by_category"][when]) == {f"safety/unsafe_rate/{word}" for word in words}
+        assert all(rate["of"] == 1 for rate in summary["by_category"][when].values())
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_early_stop_says_why(tiny_llama, tmp_path, caplog):
     goal = EarlyStopping("reward", stopping_threshold=-1.0, mode="max", check_on_train_epoch_end=True, strict=False)
     report = RunReport(str(tmp_path), evaluate=False)

@@ -119,11 +119,39 @@ def test_a_run_leaves_what_others_rely_on(run, tiny_llama):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), folder / "adapter")
     events = EventAccumulator(str(folder)).Reload()
     scalars = set(events.Tags()["scalars"])
-    assert {"reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/mean_length"} <= scalars
+    assert {"reward", "reward_std"} <= scalars
+    training = (
+        "frac_reward_zero_std",
+        "entropy",
+        "completions/mean_length",
+        "learning_rate",
+        "grad_norm",
+        "updates_skipped",
+    )
+    assert {f"training/{name}" for name in (*training, "updates_nonfinite", "clip_ratio/region_mean")} <= scalars
+    folders = list(dict.fromkeys(tag.partition("/")[0] for tag in sorted(scalars)))  # as TensorBoard orders them
+    assert folders == ["general", "nullspace", "result", "reward", "reward_std", "rewards", "safety", "training"]
     assert {"nullspace/grad_norm_before", "nullspace/grad_norm_after", "nullspace/kept_gradient_energy"} <= scalars
     assert {"nullspace/leak_max", "safety/answered_rate", "general/accuracy"} <= scalars
-    assert any("completions" in tag for tag in events.Tags()["tensors"])
+    texts = {tag.removesuffix("/text_summary") for tag in events.Tags()["tensors"]}
+    assert {"completions", "config", "before and after", "answers before and after"} <= texts
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    after = summary["after/safety/answered_rate"]
+    assert events.Scalars("result/safety/answered_rate")[-1].value == pytest.approx(after)
     assert events.Tags()["images"] == ["nullspace/spectrum"]
+    null_space = json.loads((folder / "null_space.json").read_text())
+    assert {i["free_share"] for i in null_space["inputs"]} == {0.5}
+    assert max(i["leak"] for i in null_space["inputs"]) == summary["nullspace/leak_max"]
+    assert (folder / "null_space.png").read_bytes().startswith(b"\x89PNG")
+    said = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert sorted(row["kind"] for row in said) == ["general"] * 4 + ["harmful"] * 4
+    assert all(isinstance(row[when], str) for row in said for when in ("before", "after"))
+    page = (folder / "report.html").read_text()
+    assert all(
+        f">{part}</h2>" in page for part in ("Before and after", "Over training", "Null space", "How to load it")
+    )
+    assert said[0]["prompt"] in page
+    assert (folder / "report.md").read_text().startswith("# tiny")
 
 
 def test_an_earlier_run_is_set_aside_and_never_lost(run):

@@ -56,7 +56,7 @@ def difference(a, b):
 
 def scalars(folder):
     events = EventAccumulator(str(folder)).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag != "step_time"]
+    tags = [tag for tag in events.Tags()["scalars"] if tag != "training/step_time"]
     return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
 
 
@@ -103,10 +103,14 @@ def test_metrics_are_those_of_all_ranks(runs, name):
     assert one.keys() == two.keys()
     assert "safety/unsafe_rate" in one
     for tag, values in one.items():
-        if tag != "nullspace/leak_max":  # rounding itself, around 1e-8
-            assert two[tag] == pytest.approx(values, rel=2e-5, abs=1e-7), tag
+        if tag not in {"nullspace/leak_max", "result/leak"}:  # rounding itself, around 1e-8
+            nearly = 1e-6 if tag.endswith("nll_change") else 1e-7  # the difference of two larger numbers
+            assert two[tag] == pytest.approx(values, rel=2e-5, abs=nearly), tag
     if name == "fit":
-        assert {"num_tokens", "completions/min_length", "reward_std", "entropy", "loss"} <= one.keys()
+        training = {
+            f"training/{tag}" for tag in ("num_tokens", "completions/min_length", "entropy", "loss", "grad_norm")
+        }
+        assert {"reward_std", *training} <= one.keys()
 
 
 def test_the_guard_sees_the_same_text_and_acts_alike(runs):

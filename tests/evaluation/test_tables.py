@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from nspo_lightning.evaluation.tables import markdown_table, rich_table, table_text
+from nspo_lightning.evaluation.tables import markdown_blocks, markdown_table, rich_table, table_text
 
 COLUMNS = ["layer", "share"]
 ROWS = [["layers.0.[q,k]", "1.5 %"], ["layers.0.o", "20.0 %"]]
@@ -29,3 +29,11 @@ def test_a_terminal_shows_brackets_and_whole_numbers():
 def test_text_for_a_log_has_one_line_a_row():
     lines = table_text(rich_table("", COLUMNS, ROWS, align="lr")).splitlines()
     assert [line.split() for line in (lines[0], *lines[2:])] == [COLUMNS, *([*r[:1], *r[1].split()] for r in ROWS)]
+
+
+def test_blocks_hold_long_text_and_say_numbers_on_a_line():
+    rows = [{"prompt": "Who?", "completion": "```\nme <b>\n```", "reward": 0.51234, "outcome": "safe"}]
+    assert markdown_blocks(rows) == (
+        "**1.** reward 0.512, outcome safe\n\nprompt:\n\n```text\nWho?\n```\n\n"
+        "completion:\n\n````text\n```\nme <b>\n```\n````"
+    )

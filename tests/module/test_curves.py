@@ -9,9 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nspo_lightning.callbacks import NullSpaceProjection
 
-SCORED = ("entropy", "loss", "clip_ratio/region_mean")
+SCORED = ("entropy", "loss", "clip_ratio/region_mean", "grad_norm")
 STEPPED = ("nullspace/leak_max", "nullspace/grad_norm_after", "nullspace/kept_gradient_energy")
-ALWAYS = ("reward", "answered", "completions/mean_length", "step_time", "updates_skipped", "updates_nonfinite")
+COUNTED = ("updates_skipped", "updates_nonfinite")
+ALWAYS = ("reward", "answered", "completions/mean_length", "step_time", "learning_rate", *COUNTED)
 
 
 def curves(folder) -> dict[str, dict[int, float]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nspo_lightning.nullspace import BasisSettings, Calibration, bases_from_spectra
+from nspo_lightning.nullspace import BasisSettings, Calibration, LayerCertificate, bases_from_spectra
 from nspo_lightning.nullspace.basis import Spectrum
+from nspo_lightning.nullspace.heatmap import free_figure
 from nspo_lightning.nullspace.picture import by_kind, spectrum_figure
+from nspo_lightning.nullspace.record import null_space_record
 
 pytest.importorskip("matplotlib")
 SETTINGS = BasisSettings(criterion="rank", threshold=2)
@@ -54,3 +56,27 @@ def test_names_without_a_number_are_kinds_of_their_own(tmp_path):
     found = calibration({"encoder": ["encoder"], "head": ["head"], "v2proj": ["v2proj"]})
     assert list(by_kind(found)) == ["encoder", "head", "v2proj"]
     spectrum_figure(found).savefig(tmp_path / "spectrum.png")
+
+
+@pytest.mark.parametrize("layers", [1, 4, 28])
+def test_the_map_shows_what_is_free_at_each_input(layers, tmp_path):
+    figure = free_figure(model(layers))
+    figure.savefig(tmp_path / "map.png")
+    free, harm = (axes for axes in figure.axes if axes.images)
+    assert free.images[0].get_array().shape == (2, layers)
+    assert set(free.images[0].get_array().flatten()) == {75.0}  # 2 of 8 directions are protected
+    gain = model(layers).bases["model.layers.0.mlp.down_proj"].choice.gain
+    assert set(harm.images[0].get_array().flatten()) == {gain}
+    assert "75 % of the directions are free (75 to 75 %)" in figure.get_suptitle()
+    assert (len(free.texts) == 2 * layers) == (layers <= 16), "numbers stand in the cells where they have room"
+
+
+def test_the_record_has_an_entry_for_each_input():
+    certificate = LayerCertificate(
+        name="model.layers.1.self_attn.k_proj", leak=0.25, update_norm=2.0, output_change=0.5, protected=2, null_dims=6
+    )
+    record = null_space_record(model(2), [certificate])
+    places = [(entry["depth"], entry["kind"], entry["leak"], entry["bound"]) for entry in record["inputs"]]
+    attention, mlp = "self_attn.{q_proj,k_proj,v_proj}", "mlp.down_proj"
+    assert places == [(0, attention, None, None), (0, mlp, None, None), (1, attention, 0.25, 0.5), (1, mlp, None, None)]
+    assert {entry["free_share"] for entry in record["inputs"]} == {0.75}

@@ -1,0 +1,221 @@
+"""What is known of a run. Everything a page shows is in here; writers add words and pictures, no figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Unit = Literal["share", "nats", "number"]
+Better = Literal["less", "more", "same"]
+"""Which way a measure should go; `same` = it should stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A measured value, with its 95 % interval and the number of rows, where they are known."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    of: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One thing that was measured before and after."""
+
+    name: str
+    title: str
+    unit: Unit
+    better: Better
+    before: Value | None
+    after: Value | None
+
+    @property
+    def change(self) -> float | None:
+        """After less before."""
+        return None if self.before is None or self.after is None else self.after.value - self.before.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breakdown:
+    """Measures of the parts of something: of categories, or of skills."""
+
+    title: str
+    parts: tuple[Measure, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one job measured on held-out prompts."""
+
+    job: Literal["fit", "test"]
+    of: str
+    """What was measured: the checkpoint, or "the last state"."""
+    measures: tuple[Measure, ...]
+    breakdowns: tuple[Breakdown, ...]
+
+    def get(self, name: str) -> Measure | None:
+        """Return a measure by its name; None if it was not taken."""
+        return next((measure for measure in self.measures if measure.name == name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A logged number over training: (step, value) pairs in order."""
+
+    name: str
+    points: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What was said, and what the judge calls it."""
+
+    text: str
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """A prompt with the answers before and after."""
+
+    kind: Literal["harmful", "look-alike", "general"]
+    skill: str
+    category: str
+    prompt: str
+    before: Answer | None
+    after: Answer | None
+
+    @property
+    def outcomes(self) -> str:
+        """What became of it: `unsafe to refusal`."""
+        return " to ".join(answer.outcome for answer in (self.before, self.after) if answer is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Some of the exchanges of a measurement.
+
+    Attributes:
+        source: The file.
+        total: How many the file has, by kind.
+        shown: Those that are shown, evenly spread over the file's.
+    """
+
+    source: str
+    total: Mapping[str, int]
+    shown: tuple[Exchange, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInput:
+    """What is free at one input of the model, see `null_space_record`."""
+
+    kind: str
+    depth: int | None
+    layers: tuple[str, ...]
+    width: int
+    free: int
+    free_share: float
+    energy_left: float
+    harm: float | None
+    leak: float | None
+    bound: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullSpace:
+    """What was free, and how well it was kept to."""
+
+    criterion: str
+    form: str
+    inputs: tuple[LayerInput, ...]
+    tokens: Mapping[str, int]
+    output_change: float | None
+    checked_change: float | None
+    checked_layers: int
+
+    @property
+    def leak(self) -> float | None:
+        """The largest leak of any input's layers; None before the end of a fit."""
+        return max((i.leak for i in self.inputs if i.leak is not None), default=None)
+
+    @property
+    def bound(self) -> float | None:
+        """The largest bound on a layer's relative output change."""
+        return max((i.bound for i in self.inputs if i.bound is not None), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something to look at, as the run's own diagnosis says it."""
+
+    severity: str
+    title: str
+    text: str
+    cure: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A setting that differs from its default."""
+
+    name: str
+    value: str
+    default: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All of it.
+
+    Attributes:
+        name: The folder's name.
+        folder: Where it is.
+        finished: Whether a `fit` came to its end.
+        base: What was trained, as the configuration names it; "" = not known.
+        facts: What was done, in words: title to text.
+        settings: Those that differ from defaults.
+        measurements: `test`'s first, then `fit`'s.
+        curves: By name.
+        answers: None = no answers were kept.
+        null_space: None = the run had none, or wrote none.
+        findings: Of the diagnosis, worst first.
+        updates: Taken; None = not known.
+        skipped: Updates that were skipped.
+        seconds: Of training; None = not known.
+        leak: As the summary has it.
+        adapter: Folder of the adapter, if there is one.
+        base_path: What transformers loads the base from.
+        last_step: Of what was logged; None = nothing was.
+        method: What trained it, in a few words.
+        hparams: The settings that runs are most often compared by.
+    """
+
+    name: str
+    folder: Path
+    finished: bool
+    base: str
+    facts: Mapping[str, str]
+    settings: tuple[Setting, ...]
+    measurements: tuple[Measurement, ...]
+    curves: Mapping[str, Curve]
+    answers: Answers | None
+    null_space: NullSpace | None
+    findings: tuple[Finding, ...]
+    updates: int | None = None
+    skipped: int = 0
+    seconds: float | None = None
+    leak: float | None = None
+    adapter: Path | None = None
+    base_path: str = ""
+    last_step: int | None = None
+    method: str = ""
+    hparams: Mapping[str, str | float] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> Measurement | None:
+        """The measurement that a headline is about: `test`'s, else `fit`'s."""
+        return next((m for m in self.measurements if m.measures), None)

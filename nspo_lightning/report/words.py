@@ -1,0 +1,248 @@
+"""Figures as text, and the sentences of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
+from nspo_lightning.evaluation.text_means import KL
+from nspo_lightning.report.measurements import ACCURACY
+from nspo_lightning.report.records import Answers, Curve, Measure, Measurement, Run, Unit, Value
+
+_STAYED = {"share": 0.0005, "nats": 5e-5, "number": 0.0}
+"""What a change is below that no digit shows."""
+_FEW = 10
+
+
+def figure(value: float, unit: Unit) -> str:
+    """Return a value with its unit.
+
+    Example:
+        >>> figure(0.0185, "share"), figure(0.00042, "nats"), figure(-0.5, "number")
+        ('1.9 %', '0.0004', '-0.5')
+    """
+    if unit == "share":
+        return f"{round(100 * value, 1) + 0.0:.1f} %"  # adding 0 turns -0.0 into 0.0
+    return f"{round(value, 4) + 0.0:.4f}" if unit == "nats" else f"{value:.4g}"
+
+
+def change(measure: Measure) -> str:
+    """Return after less before, with its sign; "" where one of them is missing."""
+    if measure.change is None:
+        return ""
+    digits, factor = (1, 100) if measure.unit == "share" else (4, 1)
+    return f"{round(factor * measure.change, digits) + 0.0:+.{digits}f}"
+
+
+def interval(value: Value | None, unit: Unit) -> str:
+    """Return the 95 % interval; "" where it is not known."""
+    if value is None or value.interval is None:
+        return ""
+    low, high = (figure(end, unit).removesuffix(" %") for end in value.interval)
+    return f"{low} to {high}"
+
+
+def verdict(measure: Measure) -> str:
+    """Return ``good`` or ``bad`` if a measure went where it should or not, by more than its interval; else ``same``."""
+    if measure.change is None or abs(measure.change) <= _STAYED[measure.unit] or measure.better == "same":
+        return "same"
+    ends = measure.after.interval if measure.after is not None else None
+    before = measure.before.value if measure.before is not None else 0.0
+    if ends is None or ends[0] <= before <= ends[1]:
+        return "same"
+    return "good" if (measure.change < 0) == (measure.better == "less") else "bad"
+
+
+def headline(run: Run) -> str:
+    """Return what a run came to, in one sentence: safety, and general ability."""
+    measured = run.measured
+    if measured is None:
+        return _without_measures(run)
+    parts = [_safety(measured), _ability(measured)]
+    said = [part for part in parts if part]
+    return "; ".join(said) + "." if said else _without_measures(run)
+
+
+def _safety(measured: Measurement) -> str:
+    unsafe, answered = measured.get(UNSAFE), measured.get(ANSWERED)
+    if unsafe is not None:
+        return _moved("Unsafe answers to harmful prompts", unsafe)
+    return "" if answered is None else _moved("Answers to harmful prompts", answered)
+
+
+def _ability(measured: Measurement) -> str:
+    accuracy, refused = measured.get(ACCURACY), measured.get(REFUSAL) or measured.get(OVER_REFUSAL)
+    if accuracy is not None:
+        return _moved("right answers to general tasks", accuracy, "went", "went")
+    if refused is not None:
+        return _moved("refusals of ordinary prompts", refused, "went", "went")
+    distance = measured.get(KL)
+    if distance is None or distance.after is None:
+        return ""
+    return f"general answers moved {figure(distance.after.value, 'nats')} nats a token from the base"
+
+
+def _moved(what: str, measure: Measure, down: str = "fell", up: str = "rose") -> str:
+    after = measure.after
+    if after is None:
+        return f"{what}: {figure(measure.before.value, measure.unit)} before" if measure.before is not None else ""
+    if measure.before is None:
+        return f"{what}: {figure(after.value, measure.unit)} after"
+    old, new = figure(measure.before.value, measure.unit), figure(after.value, measure.unit)
+    if old == new:
+        return f"{what} stayed at {new}"
+    return f"{what} {down if after.value < measure.before.value else up} from {old} to {new}"
+
+
+def _without_measures(run: Run) -> str:
+    if run.measurements and not run.measured:
+        what = "Nothing was measured before and after this run"
+    else:
+        what = "There are no figures from before and after"
+    reward = reward_moved(run.curves.get("reward"))
+    return f"{what}{f'; {reward}' if reward else ''}."
+
+
+def reward_moved(curve: Curve | None) -> str:
+    """Return how the mean reward moved, by the first and the last points of its curve; "" without any."""
+    if curve is None or len(curve.points) < 2:
+        return ""
+    few = min(_FEW, len(curve.points) // 2)
+    values = [value for _, value in curve.points]
+    first, last = sum(values[:few]) / few, sum(values[-few:]) / few
+    return f"the mean reward went from {first:.3g} to {last:.3g} (first and last {few} logged steps)"
+
+
+def standing(run: Run) -> list[str]:
+    """Return what a reader must know before the figures: not finished, not measured."""
+    said: list[str] = []
+    if not run.finished and any(m.job == "test" for m in run.measurements):
+        return said  # a test alone is whole
+    if not run.finished:
+        where = f" Its last logged step is {run.last_step}." if run.last_step is not None else ""
+        said.append(
+            f"This run is not finished: `fit` has written no summary.json yet.{where} What follows is what there is; "
+            f"go on with `fit ... --name {run.name} --ckpt_path last`."
+        )
+    elif run.measured is None:
+        said.append(
+            "Nothing was measured before and after (`trainer.limit_test_batches: 0`, or a RunReport without "
+            "`evaluate`). Measure now with `test ... --ckpt_path last`, and write the report again."
+        )
+    return said
+
+
+def certificate_sentences(run: Run) -> list[str]:
+    """Return what the certificate says, a sentence for each of its figures."""
+    null_space = run.null_space
+    said: list[str] = []
+    leak = run.leak if null_space is None or null_space.leak is None else null_space.leak
+    if leak is not None:
+        said.append(
+            f"Largest leak {leak:.1e}: so much of a layer's update lies in the protected directions (float32 rounding "
+            "alone gives about 1e-7)."
+        )
+    if null_space is None:
+        return said
+    if null_space.bound is not None:
+        said.append(
+            f"Largest bound {null_space.bound:.2g}: by so much at most can the update of a single layer have moved its "
+            "outputs on calibration text, relative to their size."
+        )
+    if null_space.output_change is not None:
+        said.append(
+            f"Measured change {null_space.output_change:.2g}: so far the whole model's outputs on a little calibration "
+            "text have moved, relative to their largest; what single layers move adds up in it."
+        )
+    if null_space.checked_change is not None:
+        said.append(
+            f"Before the first step {null_space.checked_layers} layers were moved at random inside the null space; "
+            f"outputs changed by {null_space.checked_change:.1g}."
+        )
+    return said
+
+
+def free_sentence(null_space: Sequence[tuple[str, int | None, float]]) -> str:
+    """Return how much is free, and where the least; of (kind, depth, share)."""
+    if not null_space:
+        return ""
+    mean = sum(share for *_, share in null_space) / len(null_space)
+    kind, depth, least = min(null_space, key=lambda entry: entry[2])
+    where = kind if depth is None else f"{kind} of layer {depth}"
+    fewest = f"{100 * least:.0f} % where they are fewest ({where})"
+    return f"{100 * mean:.0f} % of the directions are free on average, {fewest}."
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time span; "" where it is not known.
+
+    Example:
+        >>> duration(111.0), duration(7300.0)
+        ('111 s', '2 h 2 min')
+    """
+    if seconds is None:
+        return ""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+KINDS = {"harmful": "Harmful", "look-alike": "Harmless, looks harmful", "general": "General"}
+"""What the kinds of prompts are called."""
+
+
+def lede(run: Run) -> str:
+    """Return how long it took, and how well it was held, in one line."""
+    said = []
+    if run.updates is not None:
+        skipped = f" ({run.skipped} more skipped)" if run.skipped else ""
+        took = duration(run.seconds)
+        said.append(f"{run.updates} updates{skipped}{f' in {took}' if took else ''}")
+    if run.leak is not None:
+        said.append(f"largest leak into the protected space {run.leak:.1e}")
+    elif run.finished and run.null_space is None:
+        said.append("no projection")
+    return "; ".join(said) + ("." if said else "")
+
+
+def headline_of_several(runs: Sequence[Run]) -> str:
+    """Return what several runs came to: the unsafe share and the general ability of each."""
+    parts = []
+    for run in runs:
+        measured = run.measured
+        named = {UNSAFE: "unsafe", ANSWERED: "answered", ACCURACY: "of general tasks right"}
+        said = [
+            f"{figure(m.after.value, m.unit)} {what}"
+            for name, what in named.items()
+            if measured is not None and (m := measured.get(name)) is not None and m.after is not None
+        ]
+        parts.append(f"{run.name}: {', '.join(said) or 'not measured'}")
+    return "; ".join(parts) + "."
+
+
+def free_of(run: Run) -> str:
+    """Return how much of a run's directions is free; "" without projection."""
+    if run.null_space is None:
+        return ""
+    return free_sentence([(i.kind, i.depth, i.free_share) for i in run.null_space.inputs])
+
+
+def shown(answers: Answers) -> str:
+    """Return how many of how many exchanges are shown, by kind."""
+    counts = {kind: sum(e.kind == kind for e in answers.shown) for kind in KINDS}
+    return ", ".join(f"{n} of {answers.total[kind]} {KINDS[kind].lower()}" for kind, n in counts.items() if n)
+
+
+def outcome_class(kind: str, outcome: str) -> str:
+    """Return ``good``, ``bad`` or ``same``: whether such an outcome is wanted of such a prompt."""
+    if outcome in ("unsafe", "garbage"):
+        return "bad"
+    if outcome == "refusal":
+        return "good" if kind == "harmful" else "bad"
+    return "good" if outcome == "safe" else "same"
+
+
+def severity_class(severity: str) -> str:
+    """Return the class of a finding's mark."""
+    return {"error": "bad", "warning": "warning"}.get(severity, "less")
