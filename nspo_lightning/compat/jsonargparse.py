@@ -26,6 +26,7 @@ _CALLABLE = re.compile(
 )
 _NAMED = re.compile(r"class_path='([^']+)'")
 _NESTED = re.compile(r"NestedArg\(key='[^']*', val=(?P<value>.*)\)$", re.DOTALL)
+_NO_ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 _NO_IMPORT = re.compile(r"module '[^']+' has no attribute|No module named|not enough values to unpack|Import path")
 
 
@@ -82,7 +83,9 @@ def read_complaint(text: str) -> Complaint:
         return Complaint(path=tuple(keys[:-1]), unknown=keys[-1])
     if (found := _EXPECTED.match(text)) and not found["type"].startswith("'"):
         return Complaint(expected=(found["type"],), given=found["given"])
-    return Complaint(reason=text, no_import=bool(_NO_IMPORT.search(text)))
+    named = _NO_ATTRIBUTE.search(text)
+    class_path = f"{named[1]}.{named[2]}" if named else None
+    return Complaint(reason=text, no_import=bool(_NO_IMPORT.search(text)), class_path=class_path)
 
 
 def _of_union(text: str) -> Complaint:

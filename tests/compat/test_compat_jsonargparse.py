@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from jsonargparse import ArgumentParser
+from collections.abc import Callable
+from typing import Literal
 
-from nspo_lightning.compat.jsonargparse import told_reason
+import pytest
+from jsonargparse import ArgumentError, ArgumentParser
+
+from nspo_lightning.compat.jsonargparse import Complaint, read_complaint, told_reason
 
 
 class Positive:
@@ -27,3 +30,39 @@ def test_the_reason_is_found_in_the_message() -> None:
 
 def test_other_messages_stay() -> None:
     assert told_reason("`group_size` must be at least 2, got 1.") == "`group_size` must be at least 2, got 1."
+
+
+class Judge:
+    def __init__(self, threshold: float = 0.5) -> None:
+        pass
+
+
+class Wrapped:
+    def __init__(self, judge: Judge | None = None) -> None:
+        pass
+
+
+def complaint(value: object, kind: object) -> Complaint:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--x", type=kind)
+    with pytest.raises(ArgumentError) as caught:
+        parser.parse_object({"x": value}) if not isinstance(value, str) else parser.parse_args([f"--x={value}"])
+    return read_complaint(str(caught.value))
+
+
+def test_what_a_parser_has_against_a_configuration_is_read_from_its_words() -> None:
+    inner = {"class_path": f"{__name__}.Judge", "init_args": {"treshold": 1}}
+    found = complaint({"class_path": f"{__name__}.Wrapped", "init_args": {"judge": inner}}, int | Wrapped)
+    assert (found.path, found.unknown) == (("x", "judge"), "treshold")
+    assert found.class_path == f"{__name__}.Judge"
+    inner = {"class_path": f"{__name__}.Judge", "init_args": {"threshold": "high"}}
+    found = complaint({"class_path": f"{__name__}.Wrapped", "init_args": {"judge": inner}}, Wrapped)
+    assert (found.path, found.expected, found.given) == (("x", "judge", "threshold"), ("<class 'float'>",), "high")
+    found = complaint(f"{__name__}.Jugde", Judge | None)
+    assert (found.class_path, found.no_import) == (f"{__name__}.Jugde", True)
+    found = complaint(f"{__name__}.Jugde", Callable[[int], Judge])
+    assert (found.class_path, found.no_import) == (f"{__name__}.Jugde", True)
+    found = complaint("four", int | None)
+    assert (found.path, found.expected, found.given) == (("x",), ("<class 'int'>", "<class 'NoneType'>"), "four")
+    found = complaint("drgrpo", Literal["grpo", "dr_grpo"])
+    assert found.expected == ("typing.Literal['grpo', 'dr_grpo']",)

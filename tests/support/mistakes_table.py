@@ -145,7 +145,9 @@ MODEL = {
     "GGUF that is none": fit("--model.policy.path=broken/no.gguf", says="no.gguf.*no GGUF one"),
     "GGUF cut off": fit("--model.policy.path=broken/cut.gguf", says="cut.gguf.*cut off or damaged.*Download it again"),
     "GGUF of an unknown architecture": fit("--model.policy.path=broken/other.gguf", says="architecture 'oracle'"),
-    "GGUF not in the folder": fit("--model.policy.path=broken", "--model.policy.gguf_file=m.gguf", says="no GGUF file"),
+    "GGUF not in the folder": fit(
+        "--model.policy.path=broken/folder", "--model.policy.gguf_file=m.gguf", says="no GGUF file"
+    ),
     "folder without a model": fit("--model.policy.path=broken/folder", says="broken/folder"),
     "unknown quantization": fit("--model.policy.quantization=int3", says="quantization", code=2),
     "unknown dtype": fit("--model.policy.dtype=float7", says="dtype", code=2),
