@@ -200,6 +200,6 @@ def test_every_file_is_as_readable_as_any_new_one(done: Path) -> None:
 def test_the_adapter_of_a_run_has_the_card_of_an_export(done: Path) -> None:
     card = (done / "runs" / "job" / "adapter" / "README.md").read_text()
     assert "More Information Needed" not in card
-    for wanted in ("## Before and after", "safety/unsafe_rate", "PeftModel", "RefusalReward", "Certificate"):
+    for wanted in ("## Before and after", "safety/answered_rate", "PeftModel", "RefusalReward", "Certificate"):
         assert wanted in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
