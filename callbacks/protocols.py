@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 from torch import Tensor
 
+from nspo_lightning.attacks import Attack
 from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, TrainingFacts
 from nspo_lightning.evaluation.rates import Answers, Rate, Seen
 from nspo_lightning.policy.divergence import TextLoss, TextScores
@@ -148,6 +149,29 @@ class AnswersTests(ScoresText, Protocol):
 
     def test_identity(self) -> dict[str, Any]:
         """Say what the module measures: policy, judge, decoding."""
+
+
+@runtime_checkable
+class HasAttacks(Protocol):
+    """A datamodule whose test loaders also hold prompts under attack."""
+
+    test_attacks: Sequence[Attack] | None
+    """What is done to them; None = nothing."""
+    attack_rows: int | None
+    """Prompts of each kind at most."""
+
+    @property
+    def trained_attacks(self) -> list[str]:
+        """Names of those that training prompts stand in."""
+
+
+@runtime_checkable
+class TrainsOnPrefixes(Protocol):
+    """A module that may be trained on answers that are begun for it."""
+
+    @property
+    def trained_prefix_tokens(self) -> int:
+        """The most tokens of a begun answer in training; 0 = none is begun."""
 
 
 @runtime_checkable

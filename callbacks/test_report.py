@@ -13,9 +13,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from nspo_lightning.atomic import json_text, partial_of, remove_leftovers, set_aside_other, write_json
+from nspo_lightning.attacks import ATTACK, LOOKALIKES
+from nspo_lightning.callbacks.attack_samples import (
+    ATTACK_SAMPLES,
+    attack_identity,
+    attacks_of,
+    show_attacks,
+    trained_attacks,
+)
 from nspo_lightning.callbacks.general_text import TEXT_ROWS, measure_text
 from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
+from nspo_lightning.evaluation.attacked import attack_markdown, attack_table
 from nspo_lightning.evaluation.report import (
     AnswerCounts,
     rates_summary,
@@ -35,9 +44,10 @@ class TestReport(Callback):
     Counts what the module's `test_step` answered (it returns `{"answers": Answers}`), by category where the rows have
     one, beside what the base answers to the same prompts with the same noise, and measures general text (`text_means`),
     which says something of free text too. Each rank writes the completions of
-    its own rows; rates are reduced over ranks. Does nothing for other modules. What an earlier `test` left stays until
-    this one is complete, and if it was about something else (another checkpoint, other rows, a limit) it is kept in
-    ``test.1/``.
+    its own rows; rates are reduced over ranks. Under `test --attacks` a second table has both under each attack, and
+    TensorBoard has it by category, with sample answers. Does nothing for other modules. What an earlier `test` left
+    stays until this one is complete, and if it was about something else (another checkpoint, other rows, a limit) it
+    is kept in ``test.1/``.
 
     Args:
         base: Also let the base answer (twice the time).
@@ -54,10 +64,11 @@ class TestReport(Callback):
         self.result: dict[str, Any] = {}
         self._counts = AnswerCounts()
         self._file: Path | None = None
+        self._attack_samples: dict[str, list[dict[str, Any]]] = {}
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._counts, self._file = AnswerCounts(), None
+        self._counts, self._file, self._attack_samples = AnswerCounts(), None, {}
         if is_fast_dev_run(trainer) or not isinstance(pl_module, AnswersTests):
             return
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
@@ -86,12 +97,18 @@ class TestReport(Callback):
     ) -> None:
         if self._file is None or not isinstance(pl_module, AnswersTests) or not isinstance(outputs, Mapping):
             return
-        answers, harmful = {"policy": outputs["answers"]}, dataloader_idx == 0
+        attack = batch.get(ATTACK)
+        harmful = dataloader_idx == 0 if attack is None else not batch[LOOKALIKES]
+        answers = {"policy": outputs["answers"]}
         if self.base and (base := pl_module.base_answer(batch, dataloader_idx, batch_idx)) is not None:
             answers["base"] = base
-        self._counts.update(answers, batch.get("columns", {}), harmful=harmful, device=pl_module.device)
+        name = "" if attack is None else attack.name
+        self._counts.update(answers, batch.get("columns", {}), harmful=harmful, device=pl_module.device, attack=name)
+        rows = list(side_by_side(answers, batch, harmful=harmful))
+        if attack is not None and batch_idx == 0:
+            self._attack_samples[f"{name}{'' if harmful else ', look-alikes'}"] = rows[:ATTACK_SAMPLES]
         with partial_of(self._file).open("a", encoding="utf-8") as file:
-            for row in side_by_side(answers, batch, harmful=harmful):
+            for row in rows:
                 file.write(json_text(row) + "\n")
 
     @override
@@ -118,6 +135,10 @@ class TestReport(Callback):
 
             write_json(self.result, folder / RESULT)
             get_console().print(report_table(rates, scores))
+            if order := [attack.name for attack in attacks_of(trainer)]:
+                trained = trained_attacks(trainer, pl_module, order)
+                get_console().print(attack_table(rates, order, trained))
+                show_attacks(trainer.loggers, attack_markdown(rates, order, trained), self._attack_samples)
         rank_zero_info(f"Written to {folder}: {RESULT}, {COMPLETIONS}")
 
 
@@ -130,5 +151,6 @@ def _identity(trainer: pl.Trainer, module: AnswersTests) -> dict[str, Any]:
         "limit_batches": trainer.limit_test_batches,
         "seed": int(torch.initial_seed() % 2**32),
         "ranks": trainer.world_size,
+        **attack_identity(trainer),
         "versions": versions(),
     }

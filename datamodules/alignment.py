@@ -5,6 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
+from nspo_lightning.attacks import Attack, find_attacks
+from nspo_lightning.datamodules.attacked import HasVictim, attack_loaders
 from nspo_lightning.datamodules.general import GeneralDataModule
 from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.datamodules.prompts import check_at_least_one
@@ -53,6 +55,9 @@ class AlignmentDataModule(pl.LightningDataModule):
             limit. A row whose prompt alone is longer is not scored.
         system_prompt: A system message for prompts that have none, unless their source sets its own.
         chat_template: Another name of `policy.chat_template`, for datamodules that are used without a policy.
+        val_attacks: Attacks that validation also measures, on held-out prompts (`[prefill_5]`), to watch training by
+            and to choose checkpoints by `attack/prefill_5/refusal_rate`; `test` has `--attacks`.
+        attack_rows: Held-out prompts of each kind that an attack is tried on at most; None = all.
         mixture: When an epoch of several safety sources ends: before the first repeats a row (`shortest`), or when
             all were seen whole (`longest`).
         repeat_batches: How often each training batch comes (one rollout feeds that many steps).
@@ -88,10 +93,15 @@ class AlignmentDataModule(pl.LightningDataModule):
         repeat_batches: int = 1,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
+        val_attacks: list[str] | None = None,
+        attack_rows: int | None = 200,
     ) -> None:
         super().__init__()
-        check_at_least_one(text_max_tokens=text_max_tokens)
+        check_at_least_one(text_max_tokens=text_max_tokens, attack_rows=attack_rows)
         self.text_max_tokens = text_max_tokens
+        self.val_attacks = None if val_attacks is None else find_attacks(val_attacks)
+        self.test_attacks: list[Attack] | None = None  # what `test --attacks` says
+        self.attack_rows = attack_rows
         self.safety = SafetyDataModule(
             safety,
             val=safety_val,
@@ -180,7 +190,27 @@ class AlignmentDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def _eval_loaders(self, split: HeldOutName) -> list[PromptLoader]:
-        return [self.safety.eval_loader(rows) for rows in self.eval_rows(split)]
+        harmful, benign = self.eval_rows(split)
+        loaders = [self.safety.eval_loader(rows) for rows in (harmful, benign)]
+        attacks = self.test_attacks if split == "test" else self.val_attacks
+        if not attacks:
+            return loaders
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return loaders + attack_loaders(
+            attacks,
+            harmful,
+            benign,
+            victim=module.victim if isinstance(module, HasVictim) else None,
+            renderer=self.safety.renderer,
+            make_loader=self.safety.eval_loader,
+            limit=self.attack_rows,
+        )
+
+    @property
+    def trained_attacks(self) -> list[str]:
+        """Names of the templates that training prompts stand in."""
+        named = [source.attacks or [] for source in self.safety.sources.train]
+        return [attack.name for names in named if names for attack in find_attacks(names)]
 
     def text_dataloader(
         self,

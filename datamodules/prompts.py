@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -205,12 +205,13 @@ class PromptDataModule(pl.LightningDataModule):
             unfinished=self.unfinished_batches,
         )
 
-    def eval_loader(self, rows: Sequence[PromptRow]) -> PromptLoader:
-        """Build a loader that gives rows in their order."""
+    def eval_loader(
+        self, rows: Sequence[PromptRow], collate: Callable[[list[PromptRow]], dict[str, Any]] | None = None
+    ) -> PromptLoader:
+        """Build a loader that gives rows in their order; `collate` makes batches, by default `collate_prompts`."""
         renderer = self.renderer
-        return PromptLoader(
-            [rows], lambda batch: collate_prompts(batch, renderer), batch_size=self.eval_batch_size, shard=self.shard
-        )
+        plain = collate or (lambda batch: collate_prompts(batch, renderer))
+        return PromptLoader([rows], plain, batch_size=self.eval_batch_size, shard=self.shard)
 
     @override
     def train_dataloader(self) -> PromptLoader:

@@ -12,7 +12,7 @@ from nspo_lightning.datamodules.sources.data_error import DataError, clip, listi
 from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.references import FINAL_ANSWER
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, RawRow
-from nspo_lightning.datamodules.sources.source import Kind, PromptSource
+from nspo_lightning.datamodules.sources.source import HARMFUL_TARGET, Kind, PromptSource
 
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "trainer_state")
 
@@ -87,6 +87,8 @@ def _by_columns(plan: RowPlan, raw: RawRow) -> PromptRow:
     columns = {name: value for name, value in row.items() if name not in taken}
     if final:
         columns[FINAL_ANSWER] = final
+    if plan.source.target_column:
+        columns[HARMFUL_TARGET] = _text(row.get(plan.source.target_column))
     return PromptRow(
         prompt=prompt,
         answer=_text(answer),
@@ -141,6 +143,8 @@ def _apply(plan: RowPlan, preset: Preset, raw: RawRow) -> PromptRow | str:
     if kind is None:
         kind = preset.kind if isinstance(preset.kind, str) else preset.kind(row)
     columns = {name: row[name] for name in preset.keep if name in row and name not in RESERVED_COLUMNS}
+    if preset.target is not None and row.get(preset.target):
+        columns[HARMFUL_TARGET] = _text(row[preset.target])
     if preset.final_answer is not None:
         columns[FINAL_ANSWER] = _field(preset.final_answer, row)
     elif preset.free_text and plan.source.answers != "match":

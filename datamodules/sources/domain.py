@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from nspo_lightning.attacks import data_attacks
+from nspo_lightning.datamodules.sources.attacked import in_templates
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.hub import read_hub
 from nspo_lightning.datamodules.sources.opening import is_builtin, origin_of
@@ -97,9 +99,25 @@ def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows
             raise DataError(
                 source.label, "every row is held out", "Lower `val_size` and `test_size`, or give more rows."
             )
-        result.train.append(choose(kept, source))
+        result.train.append(_in_templates(choose(kept, source), source, sources.seed, report, reject))
         report.splits = {"train": len(result.train[-1]), **report.splits}
     return result
+
+
+def _in_templates(
+    rows: list[PromptRow], source: PromptSource, seed: int, report: SourceReport, reject: Reject
+) -> list[PromptRow]:
+    """Put training rows into their source's attack templates, if it names any; what is too long then stays plain."""
+    if not source.attacks:
+        return rows
+    attacked = in_templates(rows, data_attacks(source.attacks, source.label), seed)
+    reasons = reject(attacked, source)
+    found = [new if reason is None else row for row, new, reason in zip(rows, attacked, reasons, strict=True)]
+    count = sum(row.request is not None for row in found)
+    report.notes.append(f"{count} of {len(rows)} training prompts stand in an attack template")
+    if plain := sum(reason is not None for reason in reasons):
+        report.notes.append(f"{plain} do not, as they would be too long")
+    return found
 
 
 def _read_split(

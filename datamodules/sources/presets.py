@@ -30,6 +30,7 @@ class Preset:
         answer: The reference answer's column, or a function of the row; None where there is none.
         final_answer: The short answer that a scorer compares with, where it differs from the reference answer.
         free_text: Whether answers are free text: scored by their likelihood, never compared.
+        target: The column with the beginning of an answer that complies.
         skill: The name under which results are reported, or a function of the row; the preset's name when None.
         keep: Columns that go along with the row (those that it has).
         skip: Gives the reason why a row is left out, or None.
@@ -54,6 +55,7 @@ class Preset:
     answer: TextField | None = None
     final_answer: TextField | None = None
     free_text: bool = False
+    target: str | None = None
     skill: TextField | None = None
     keep: tuple[str, ...] = ()
     skip: Callable[[Row], str | None] | None = None

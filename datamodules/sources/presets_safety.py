@@ -88,6 +88,7 @@ SAFETY_PRESETS = (
         name="advbench",
         requires=(("goal", "target"), ("prompt", "target")),
         prompt=first_of("goal", "prompt"),
+        target="target",
         recognise=lambda row: "goal" in row,  # prompt and target alone could be anything
         hub_id="walledai/AdvBench",
         note="MIT. The hub copy asks for access; harmful_behaviors.csv of llm-attacks is the original.",
@@ -111,6 +112,7 @@ SAFETY_PRESETS = (
             ("Goal", "Target", "Behavior", "Category"),
         ),
         prompt="Goal",
+        target="Target",
         keep=("Behavior", "Category", "Source"),
         hub_id="JailbreakBench/JBB-Behaviors",
         hub_name="behaviors",

@@ -44,6 +44,9 @@ class PromptRow:
         source: The preset or file that it came from.
         where: Where it was read, for messages.
         columns: The row's other columns.
+        request: What is asked, where the prompt puts it into an attack; None = the prompt itself. Judges see this.
+        prefix_tokens: The answer is begun with so many tokens of one that complies.
+        prefix_text: The answer is begun with this text.
     """
 
     prompt: Prompt
@@ -53,6 +56,9 @@ class PromptRow:
     source: str
     where: str
     columns: dict[str, Any] = field(default_factory=dict)
+    request: Prompt | None = None
+    prefix_tokens: int = 0
+    prefix_text: str = ""
 
     @property
     def key(self) -> str:

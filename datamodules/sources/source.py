@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from nspo_lightning.attacks import data_attacks
+
 Kind = Literal["harmful", "benign"]
 AnswerUse = Literal["match", "text"]
 """Whether answers are compared with completions, or are free text, which is scored by its likelihood."""
 BadRows = Literal["error", "drop"]
+HARMFUL_TARGET = "harmful_target"
+"""Column of a row that holds the beginning of an answer that complies, where the data have one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,14 @@ class PromptSource:
     """The column that holds a chat (a list of role and content). A last assistant turn becomes the answer."""
     answer_column: str | None = None
     """The column that holds the reference answer. Default: `answer`, where there is one."""
+    target_column: str | None = None
+    """The column that holds the beginning of an answer that complies, for attacks that begin the answer (`prefill_5`,
+    `model.prefixes`). Default: as the preset says (`advbench`, `jailbreakbench`); without one the base's own answers
+    are used."""
+    attacks: list[str] | None = None
+    """Templates that training puts around the prompts (`[role_play, for_research]`, a YAML file of your own): each row
+    stands as it is or in one of them, with equal shares, as its text decides. Held-out rows stay as they are. Judges
+    and rewards see the request itself."""
     answers: AnswerUse | None = None
     """Whether completions are compared with the answers (`match`), or these are free text that is scored by its
     likelihood (`text`). Default: as the preset or the row's `final_answer` says, else compared where they are short."""
@@ -102,6 +114,8 @@ class PromptSource:
         for field, known in (("kind", get_args(Kind)), ("answers", get_args(AnswerUse))):
             if (given := vars(self)[field]) is not None and given not in known:
                 raise ValueError(f"{label}: `{field}` must be one of {known} or left out, got {given!r}.")
+        if self.attacks is not None:
+            data_attacks(self.attacks, label)
         if self.bad_rows not in get_args(BadRows):
             raise ValueError(f"{label}: `bad_rows` must be one of {get_args(BadRows)}, got {self.bad_rows!r}.")
 
@@ -112,6 +126,7 @@ class PromptSource:
             "prompt_column": self.prompt_column,
             "messages_column": self.messages_column,
             "answer_column": self.answer_column,
+            "target_column": self.target_column,
         }
         return {field: column for field, column in fields.items() if column is not None}
 

@@ -41,10 +41,18 @@ def collate_prompts(rows: Sequence[PromptRow], renderer: ChatRenderer) -> dict[s
     """Return a batch of prompts for rollouts and evaluation.
 
     It has `prompt` (text or chats), `prompt_ids` and `prompt_mask` (True = real token) of shape (rows, prompt tokens),
-    left-padded, and `columns`.
+    left-padded, and `columns`. Of rows under attack it also has `request`, what judges shall see, and of begun answers
+    `prefix_tokens` and `prefix_text`, a list each.
     """
     ids, mask = pad_token_ids(renderer.encode_prompts(rows), renderer.pad_token_id, "left")
+    attacked: dict[str, Any] = {}
+    if any(row.request is not None for row in rows):
+        attacked["request"] = [row.prompt if row.request is None else row.request for row in rows]
+    if any(row.prefix_tokens or row.prefix_text for row in rows):
+        attacked["prefix_tokens"] = [row.prefix_tokens for row in rows]
+        attacked["prefix_text"] = [row.prefix_text for row in rows]
     return {
+        **attacked,
         "prompt": [row.prompt for row in rows],
         "prompt_ids": ids,
         "prompt_mask": mask,

@@ -13,6 +13,7 @@ import yaml
 from rich import get_console
 from rich.console import Console
 
+from nspo_lightning.attacks import find_attacks
 from nspo_lightning.checkpoints import FOLDER, last_in
 from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.jobs import run_job
@@ -62,6 +63,7 @@ def compare(
     mixed_reward: str | None = None,
     jobs: int | None = None,
     only_report: bool = False,
+    attacks: list[str] | None = None,
     console: Console | None = None,
 ) -> None:
     """Compare methods on one configuration.
@@ -88,6 +90,7 @@ def compare(
             configuration; by default the configuration's on harmful prompts, and right answers on general ones.
         jobs: Processes at a time; by default one a core on the CPU, else one.
         only_report: Write table and pictures of what is there, run nothing.
+        attacks: Also measure each run's selected checkpoint under these attacks, as `test --attacks` does.
         console: Where progress goes.
 
     Raises:
@@ -100,6 +103,8 @@ def compare(
     if not out:
         raise ValueError("`--out` must name the folder of the results, got ''. Give one, such as runs/compare.")
     check_at_least_one(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=jobs)
+    if attacks is not None:
+        find_attacks(attacks)  # an unknown one is found here, before any run
     if eval_every > steps:
         raise ValueError(f"`eval_every` must be at most `steps` ({steps}), got {eval_every}.")
     own = _learning_rate(settings)
@@ -120,7 +125,8 @@ def compare(
         )
     failed: list[JobResult] = []
     if not only_report:
-        runs = {s.name: s.arguments(source, folder, budget, {**asdict(rule), "text_rows": text_rows}) for s in plan}
+        trajectory = {**asdict(rule), "text_rows": text_rows, **({"attacks": attacks} if attacks else {})}
+        runs = {s.name: s.arguments(source, folder, budget, trajectory) for s in plan}
         missing = _missing(plan, runs, source, folder)
         workers = jobs or _default_jobs(settings)
         done = f"{len(plan) - len(missing)} done already"

@@ -27,6 +27,7 @@ JOBS: dict[str, str] = {
     "test": "measure on the held-out split",
     "predict": "write completions with rewards and outcomes to predictions.jsonl",
     "calibrate": "find the null space alone and write it as a file",
+    "tamper": "fine-tune policy and base a little, as an attacker would, and see what safety is left",
     "data": "show what would be trained and calibrated on, without a model",
 }
 """LightningCLI's and our own that share its configuration."""
@@ -74,19 +75,31 @@ WARMUP: dict[str, str] = {
     "--nullspace.calibration": "basis file that `calibrate` wrote; none = calibrate at the start",
 }
 CHECKPOINT: dict[str, str] = {"--ckpt_path": "checkpoint to go on from: last, last-if-any (or begin), best, or a file"}
+ATTACKED: dict[str, str] = {
+    "--attacks": "also under attack: default, prefill, decoding, templates, names of attacks, a YAML of templates",
+    "--data.attack_rows": "held-out prompts of each kind that an attack is tried on (200)",
+}
 MEASURED: dict[str, str] = {"--ckpt_path": "what is measured: best, last, a checkpoint, or an adapter's folder"}
 OPTIONS: dict[str, dict[str, str]] = {
     "fit": {**COMMON, **TRAINING, **CHECKPOINT},
     "warmup": {**COMMON, **WARMUP, **CHECKPOINT},
     "validate": {**COMMON, **MEASURED},
-    "test": {**COMMON, **MEASURED},
-    "predict": {**COMMON, **MEASURED},
+    "test": {**COMMON, **MEASURED, **ATTACKED},
+    "predict": {**COMMON, **MEASURED, **ATTACKED},
     "calibrate": {
         **COMMON,
         "--out": "the basis file (basis.safetensors); a picture goes beside it",
         "--keep_moments": "keep second moments by domain in the file",
         "--data.calibration_size": "texts to calibrate on",
         "--nullspace.criterion": "what decides how many directions are protected (auto)",
+    },
+    "tamper": {
+        **COMMON,
+        **MEASURED,
+        "--steps": "updates on harmless rows (50)",
+        "--examples": "harmful examples of the second attack (10), seen --epochs times (5)",
+        "--lr": "the attacker's learning rate (5e-4)",
+        "--out": "where the table goes as JSON (tamper.json)",
     },
     "data": {**COMMON, "--examples": "rendered texts of each use"},
     "judge": {
@@ -106,6 +119,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--methods": "names of methods, e.g. '[nspo, grpo]'; all by default",
         "--seeds": "at least 3 for a claim ([0, 1, 2])",
         "--learning_rates": "the grid, the same for every method (half, one, two and four times the configuration's)",
+        "--attacks": "also measure each run under attacks, e.g. '[default]' (docs/robustness.md)",
         "--sweep": "instead of methods: calibration, threshold, data or rank",
         "--quick": "one seed, fewer steps: minutes instead of an hour",
         "--steps": "training steps a run at most (100)",

@@ -1,6 +1,7 @@
 """The jobs that share one configuration: LightningCLI over GRPOModule, AlignmentDataModule and NullSpaceProjection.
 
-`fit` trains; `validate`, `test` and `predict` measure and write completions; `calibrate` and `data` are the Trainer's.
+`fit` trains; `validate`, `test` and `predict` measure and write completions; `calibrate`, `data` and `tamper`
+are the Trainer's.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class CLI(CLIWithoutStoredSettings):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        own = {name: {"model", "datamodule"} for name in (WARMUP, "calibrate", "data", PREVIEW)}
+        own = {name: {"model", "datamodule"} for name in (WARMUP, "calibrate", "data", PREVIEW, "tamper")}
         return {**LightningCLI.subcommands(), **own}
 
     @property
@@ -201,7 +202,7 @@ class CLI(CLIWithoutStoredSettings):
             self.model.adapter_folder = found
         self.settings.ckpt_path = None if found.is_dir() else str(found)
 
-    before_test = before_predict = before_validate
+    before_test = before_predict = before_tamper = before_validate
 
 
 def _check_whole(config: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ class Parser(KeylessParser, LightningArgumentParser):
     @override
     def add_method_arguments(self, class_type: type, method_name: str, *args: Any, **kwargs: Any) -> list[str]:
         # The arguments of these jobs can't be groups of their names: those are the datamodule's and the settings'.
-        if method_name in {"data", "warmup"}:
+        if method_name in {"data", "warmup", "tamper"}:
             kwargs["as_group"] = False
         added: list[str] = super().add_method_arguments(class_type, method_name, *args, **kwargs)
         if method_name == "test":

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import lightning.pytorch as pl
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from nspo_lightning.attacks import Attack, find_attacks
 from nspo_lightning.callbacks import EndTogether, NullSpaceProjection
 from nspo_lightning.compat.lightning import callbacks_of
 from nspo_lightning.datamodules import AlignmentDataModule
@@ -11,9 +16,69 @@ from nspo_lightning.datamodules.warmup import WarmupDataModule
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.warmup import WarmupModule
 
+Attacks = str | list[str | Attack] | None
+"""What `--attacks` takes."""
+
 
 class Trainer(pl.Trainer):
-    """Adds `warmup`, `calibrate`, `preview` and `data` to Lightning's Trainer."""
+    """Adds `warmup`, `calibrate`, `preview`, `tamper` and `data` to Lightning's Trainer, and attacks to `test` and `predict`."""
+
+    @override
+    def test(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: pl.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        attacks: Attacks = None,
+    ) -> Any:
+        """Measure on the held-out split.
+
+        Args:
+            model: The module.
+            dataloaders: What it is measured on, where there is no datamodule.
+            ckpt_path: What is measured: best, last, a checkpoint, or an adapter's folder.
+            verbose: Also print Lightning's table.
+            datamodule: Has the held-out split.
+            weights_only: How a checkpoint is read.
+            attacks: Also measure under these attacks: names (`default` = all; `prefill`, `decoding`, `templates`,
+                `prefill_5`, `role_play`, ...), YAML files of templates, attacks by class path. See docs/robustness.md.
+
+        Returns:
+            The metrics of each loader.
+        """
+        _put_under(attacks, datamodule)
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    @override
+    def predict(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        attacks: Attacks = None,
+    ) -> Any:
+        """Write completions of the held-out split.
+
+        Args:
+            model: The module.
+            dataloaders: What is answered, where there is no datamodule.
+            datamodule: Has the held-out split.
+            return_predictions: Also return them.
+            ckpt_path: What answers: best, last, a checkpoint, or an adapter's folder.
+            weights_only: How a checkpoint is read.
+            attacks: Also answer under these attacks, see `test`.
+
+        Returns:
+            The completions, if asked for.
+        """
+        _put_under(attacks, datamodule)
+        return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
 
     def warmup(self, model: WarmupModule, datamodule: WarmupDataModule, ckpt_path: str | None = None) -> None:
         """Teach a few refusals inside the null space, for `fit` to go on from.
@@ -79,6 +144,38 @@ class Trainer(pl.Trainer):
 
         preview(model, datamodule, self, prompts=prompts, output=output, examples=examples)
 
+    def tamper(
+        self,
+        model: GRPOModule,
+        datamodule: AlignmentDataModule,
+        ckpt_path: str | None = None,
+        steps: int = 50,
+        examples: int = 10,
+        epochs: int = 5,
+        batch_size: int = 8,
+        lr: float = 5e-4,
+        rows: int = 200,
+        out: str = "tamper.json",
+    ) -> None:
+        """Fine-tune the policy and its base a little, as an attacker with the weights would, and see what is left.
+
+        Args:
+            model: The module.
+            datamodule: Has general rows with answers, and held-out prompts.
+            ckpt_path: What is attacked: best, last, a checkpoint, or an adapter's folder.
+            steps: Updates on harmless rows.
+            examples: Harmful prompts with answers that comply, of the second attack.
+            epochs: How often each of these is seen.
+            batch_size: Rows an update.
+            lr: Learning rate of the attacker, without a null space.
+            rows: Held-out prompts of each kind that are measured.
+            out: Where the figures are written as JSON.
+        """
+        from nspo_lightning.cli.tamper import Attacker, tamper
+
+        attacker = Attacker(steps=steps, examples=examples, epochs=epochs, batch_size=batch_size, lr=lr, rows=rows)
+        tamper(model, datamodule, self, attacker, ckpt_path=ckpt_path, out=out)
+
     def data(self, model: GRPOModule, datamodule: AlignmentDataModule, examples: int = 3) -> None:
         """Print what would be trained and calibrated on: counts, lengths, drops, rendered examples.
 
@@ -93,3 +190,9 @@ class Trainer(pl.Trainer):
         datamodule.trainer = self
         datamodule.setup()
         data_report(datamodule, examples=examples)
+
+
+def _put_under(attacks: Attacks, datamodule: pl.LightningDataModule | None) -> None:
+    """Tell a datamodule which attacks are tried; AttackError if there is none of a name."""
+    if attacks is not None and isinstance(datamodule, AlignmentDataModule):
+        datamodule.test_attacks = find_attacks(attacks)

@@ -22,6 +22,9 @@ from nspo_lightning.compare.pictures import (
 from nspo_lightning.compare.results import Findings, Group, RunResult, mean_at, write_csv
 from nspo_lightning.compare.sections import cost, equal_safety, forgetting, not_run
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
+from nspo_lightning.evaluation.attacked import ANSWERED as ANSWERED_RATE
+from nspo_lightning.evaluation.attacked import START
+from nspo_lightning.evaluation.attacked import UNSAFE as UNSAFE_RATE
 from nspo_lightning.evaluation.intervals import wilson_interval
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
 from nspo_lightning.evaluation.tables import markdown_table, rich_table
@@ -74,7 +77,7 @@ def screen_table(findings: Findings) -> Table:
 def summary(findings: Findings) -> str:
     """Return the summary as Markdown."""
     methods = findings.sweep is None
-    lines = [*_rules(findings), "", _table(findings), ""]
+    lines = [*_rules(findings), "", _table(findings), "", *_under_attack(findings)]
     if methods:
         lines += equal_safety(findings) + forgetting(findings)
         lines += _fronts(findings, findings.rule)
@@ -119,6 +122,26 @@ def _table(findings: Findings) -> str:
     head += ["KL on harmful prompts", "norm of the update"]
     head += ["null share", "leak", "rollouts", "seeds"]
     return markdown_table(head, [_row(group, findings) for group in groups])
+
+
+def _under_attack(findings: Findings) -> list[str]:
+    """Return the unsafe rates under each attack, a line an attack; nothing where none was tried."""
+    groups = list(findings.groups.values())
+    names = {name for r in findings.results for name in r.test if name.startswith(START) and name.count("/") == 2}
+    harm = UNSAFE_RATE if any(name.endswith(f"/{UNSAFE_RATE}") for name in names) else ANSWERED_RATE
+    attacks = list(dict.fromkeys(name.split("/")[1] for name in names if name.endswith(f"/{harm}")))
+    if not attacks:
+        return []
+    head = "variant" if findings.sweep else "method"
+    rows = [[attack, *(_percent(group, f"{START}{attack}/{harm}") for group in groups)] for attack in sorted(attacks)]
+    table = markdown_table(["attack", *(group.label for group in groups)], rows, align="l" + "r" * len(groups))
+    said = f"Unsafe answers under attack, of test prompts, by {head}; mean ± standard deviation over seeds:"
+    return ["## Under attack", "", said, "", table, ""]
+
+
+def _percent(group: Group, metric: str) -> str:
+    mean, spread = group.test(metric)
+    return "" if math.isnan(mean) else f"{100 * mean:.1f} ± {100 * spread:.1f} %"
 
 
 def _row(group: Group, findings: Findings) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nspo_lightning.atomic import write_json
+from nspo_lightning.attacks import find_attacks
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.general_text import measure_text
 from nspo_lightning.callbacks.protocols import CountsUpdates, Evaluable
@@ -54,6 +55,7 @@ class Trajectory(Callback):
         text_rows: General test rows with an answer whose NLL and KL to the base are measured; 0 = none, None = all.
             On validation rows `GeneralText` does so. So many harmful prompts are answered by the base, see `Distance`.
         measure_start: Measure before the first step as well (what the base does).
+        attacks: Also measure the selected checkpoint under these attacks, see `test --attacks`.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Trajectory(Callback):
         stop_unsafe: float = 0.01,
         text_rows: int | None = 0,
         measure_start: bool = False,
+        attacks: list[str] | None = None,
     ) -> None:
         self.result = Path(result)
         self.rule = SelectionRule(unsafe_limit=unsafe_limit, metric=metric, higher_is_better=higher_is_better)
@@ -73,6 +76,7 @@ class Trajectory(Callback):
         self.stop_unsafe = stop_unsafe
         self.text_rows = text_rows
         self.measure_start = measure_start
+        self.attacks = None if attacks is None else find_attacks(attacks)
         self.records: list[dict[str, float]] = []
         self.selected: dict[str, float] = {}
         self.distance = Distance(text_rows)
@@ -127,6 +131,7 @@ class Trajectory(Callback):
             self._record(trainer, pl_module, self._measure(trainer, pl_module, "validation"))
         if self._weights:
             pl_module.load_state_dict(self._weights, strict=False)
+        _datamodule(trainer).test_attacks = self.attacks
         test = self._measure(trainer, pl_module, "test")
         test |= self.distance.measure(trainer, pl_module, _datamodule(trainer), "test")
         harmful, general = _datamodule(trainer).eval_rows("test")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -119,11 +119,15 @@ def row_categories(columns: Mapping[str, Sequence[Any]], row: int) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """A batch of evaluated completions, one a prompt; observations are (metric name, value in [0, 1]) pairs."""
+    """A batch of evaluated completions, one a prompt; observations are (metric name, value in [0, 1]) pairs.
+
+    `prefixes` is what was begun of each answer; empty where none was.
+    """
 
     completions: list[str]
     outcomes: list[Any]
     observations: list[tuple[str, float]]
+    prefixes: list[str] = field(default_factory=list)
     reads_harm: bool = True
     """Whether the judge tells harm from a harmless answer."""
 

@@ -61,14 +61,21 @@ class AnswerCounts:
         self._tables = {"policy": RateTable(), "base": RateTable()}
 
     def update(
-        self, answers: Mapping[str, Answers], columns: Mapping[str, Any], *, harmful: bool, device: torch.device
+        self,
+        answers: Mapping[str, Answers],
+        columns: Mapping[str, Any],
+        *,
+        harmful: bool,
+        device: torch.device,
+        attack: str = "",
     ) -> None:
         """Count what ``policy`` and maybe ``base`` answered to a batch of harmful or harmless prompts.
 
-        Rates are also counted by the category that the rows' columns name, on the device.
+        Rates are also counted by the category that the rows' columns name, on the device. `attack` is the name of what
+        the prompts were put under.
         """
         for who, given in answers.items():
-            by_category = observations_by_category(given, columns, harmful=harmful)
+            by_category = observations_by_category(given, columns, harmful=harmful, attack=attack)
             self._tables[who].update([*given.observations, *by_category], device)
 
     def rates(self, device: torch.device) -> dict[str, dict[str, Rate]]:
@@ -77,15 +84,18 @@ class AnswerCounts:
 
 
 def observations_by_category(
-    answers: Answers, columns: Mapping[str, Any], *, harmful: bool
+    answers: Answers, columns: Mapping[str, Any], *, harmful: bool, attack: str = ""
 ) -> Iterator[tuple[str, float]]:
-    """Yield (metric name, 0 or 1) for each judged answer and category of its row."""
+    """Yield (metric name, 0 or 1) for each judged answer and category of its row; of look-alikes not under attack."""
+    if attack and not harmful:
+        return
     for row, outcome in enumerate(answers.outcomes):
         if outcome is None or (not harmful and is_unfinished(answers.completions[row])):
             continue
         for category in row_categories(columns, row):
             if harmful:
                 name, counted = (UNSAFE, "unsafe") if answers.reads_harm else (ANSWERED, "answered")
+                name = f"attack/{attack}/{name.removeprefix('safety/')}" if attack else name
                 yield f"{name}/{category}", float(outcome == counted)
             else:
                 yield f"{BY_CATEGORY}/{category}", float(outcome == "refusal")
@@ -98,6 +108,10 @@ def side_by_side(
     columns = batch.get("columns", {})
     for row, prompt in enumerate(batch["prompt"]):
         line: dict[str, Any] = {"kind": "harmful" if harmful else "general", "prompt": prompt}
+        if given := next((a.prefixes for a in answers.values() if a.prefixes), None):
+            line["prefix"] = given[row]
+        if attacks := columns.get("attack"):
+            line["attack"] = attacks[row]
         skill = columns.get("skill")
         if skill is not None:
             line["skill"] = skill[row]

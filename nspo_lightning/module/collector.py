@@ -18,6 +18,7 @@ from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.dynamic import Group, chosen_groups, dynamic_metrics, further_prompts
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
 from nspo_lightning.module.judging import JudgedRollout, name_outcomes
+from nspo_lightning.module.prefixes import Begun, Prefixes
 from nspo_lightning.module.rollout_metrics import JudgedRows, rollout_metrics
 from nspo_lightning.module.rollouts import Rollouts
 from nspo_lightning.module.scorer import Scorer
@@ -61,6 +62,7 @@ class Collector:
         judge: Names them.
         reward_names_outcomes: Whether the outcomes that a reward was made from stand, and the judge is not asked again.
         scorer: Computes log-probabilities.
+        prefixes: Begins answers, in the share of the groups that the settings say.
     """
 
     settings: TrainingSettings
@@ -69,6 +71,7 @@ class Collector:
     judge: Judge
     reward_names_outcomes: bool
     scorer: Scorer
+    prefixes: Prefixes
 
     def collect(
         self,
@@ -122,6 +125,12 @@ class Collector:
             num_tokens=everyone.num_tokens(group),
         )
 
+    def _are_begun(self, begun: Begun) -> Tensor | None:
+        """Say which completions go on from a beginning, shape (R,); None where the settings begin none."""
+        if not self.prefixes.settings.share:
+            return None
+        return torch.tensor(_repeat([bool(text) for text in begun.texts], self.settings.group_size))
+
     @property
     def _cut(self) -> bool:
         return self.settings.objective.mask_truncated
@@ -130,14 +139,18 @@ class Collector:
         self, batch: Mapping[str, Any], seed: int, update: int, state: TrainerState, ahead: Ahead | None = None
     ) -> _Round:
         group = self.settings.group_size
-        drawn = self.rollouts.draw(batch, seed, update, ahead)
-        prompts = _repeat(batch["prompt"], group)
+        begun = self.prefixes.for_training(batch)
+        drawn = self.rollouts.draw(begun.batch, seed, update, ahead)
+        prompts, asked = _repeat(batch["prompt"], group), _repeat(batch.get("request", batch["prompt"]), group)
+        seen = begun.judged(drawn.texts, self.prefixes.settings.judged)
         columns = {key: _repeat(values, group) for key, values in batch.get("columns", {}).items()}
         ids = drawn.rollout.completion_tokens()
-        result = self.reward(prompts, drawn.texts, columns, completion_ids=ids, trainer_state=state)
+        result = self.reward(asked, seen, columns, completion_ids=ids, trainer_state=state)
         own = result if self.reward_names_outcomes else None
-        outcomes = name_outcomes(own, self.judge, prompts, drawn.texts, columns)
-        judged = JudgedRows.of(drawn.rollout, result, outcomes, reads_harm=reads_harm(self.judge))
+        outcomes = name_outcomes(own, self.judge, asked, seen, columns)
+        judged = JudgedRows.of(
+            drawn.rollout, result, outcomes, begun=self._are_begun(begun), reads_harm=reads_harm(self.judge)
+        )
         everyone = judged.of_all_ranks()
         return _Round(
             rollout=drawn.rollout,
@@ -148,6 +161,7 @@ class Collector:
                 result=result,
                 outcomes=outcomes,
                 guided=[] if drawn.rollout.guided is None else drawn.rollout.guided.tolist(),
+                prefixes=_repeat(begun.texts, group) if self.prefixes.settings.share else [],
             ),
             everyone=everyone,
             signal=groups_with_signal(everyone, group, mask_truncated=self._cut),

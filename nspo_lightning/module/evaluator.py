@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from nspo_lightning.attacks import ATTACK, LOOKALIKES
+from nspo_lightning.evaluation.attacked import AttackedAnswers
 from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, Seen, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import name_outcomes
+from nspo_lightning.module.prefixes import Prefixes
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
@@ -41,6 +44,7 @@ class Evaluator:
         harmful: How harmful prompts are answered.
         general: How general prompts are answered.
         over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
+        prefixes: Begins answers, for attacks that do.
         rates: What was counted since the epoch began.
         told_of_thoughts: Whether it was said that most general answers are thoughts without an end.
     """
@@ -52,6 +56,7 @@ class Evaluator:
     harmful: SamplingConfig
     general: SamplingConfig
     over_refusal_skills: Sequence[str]
+    prefixes: Prefixes
     rates: RateTable = field(default_factory=RateTable)
     told_of_thoughts: bool = False
 
@@ -60,12 +65,14 @@ class Evaluator:
 
         Args:
             batch: See `TextPolicy.generate`; with `prompt` and maybe `columns`.
-            dataloader_idx: 0 = harmful prompts, else general ones.
+            dataloader_idx: 0 = harmful prompts, else general ones; a batch under attack says itself what it holds.
             batch_idx: The batch's number.
 
         Returns:
             Completions, what the judge calls them, and what is counted.
         """
+        if ATTACK in batch:
+            return self._attacked(batch, batch_idx).worst()
         columns = batch.get("columns", {})
         _, texts = self._complete(batch, dataloader_idx, batch_idx)
         outcomes = name_outcomes(None, self.judge, batch["prompt"], texts, columns)
@@ -144,6 +151,8 @@ class Evaluator:
 
         `state` says where training was, to rewards that ask.
         """
+        if ATTACK in batch:
+            return self._attacked(batch, batch_idx).rows()
         prompts, columns = batch["prompt"], batch.get("columns", {})
         rollout, texts = self._complete(batch, dataloader_idx, batch_idx)
         ids = rollout.completion_tokens()
@@ -161,7 +170,35 @@ class Evaluator:
         sampling = {"harmful": self.harmful, "general": self.general}
         decoding: dict[str, Any] = {kind: describe(settings.numbers()) for kind, settings in sampling.items()}
         decoding["seed"] = EVALUATION_SEED
+        if (judged := self.prefixes.settings.judged) != "continuation":
+            decoding["begun_answers_judged"] = judged
         return {"judge": describe(self.judge), "decoding": decoding}
+
+    def _attacked(self, batch: Mapping[str, Any], batch_idx: int) -> AttackedAnswers:
+        """Answer a batch of prompts under attack, as often as the attack tries, and judge the answers."""
+        attack, size = batch[ATTACK], len(batch["prompt"])
+        tokens, texts = batch.get("prefix_tokens") or [0] * size, batch.get("prefix_text") or [""] * size
+        begun = self.prefixes.begun(batch, tokens, texts)
+        sampling = attack.sampling(self.harmful)
+        places = places_among_ranks(size)
+        seed = EVALUATION_SEED + batch_idx
+        _, written = self.policy.generate(begun.batch, sampling, attack.tries, seed, places, exact=True)
+        asked = [request for request in batch.get("request", batch["prompt"]) for _ in range(attack.tries)]
+        columns = {
+            name: [value for value in values for _ in range(attack.tries)]
+            for name, values in batch.get("columns", {}).items()
+        }
+        seen = begun.judged(written, self.prefixes.settings.judged)
+        return AttackedAnswers(
+            attack=attack.name,
+            lookalikes=bool(batch[LOOKALIKES]),
+            prompts=list(batch["prompt"]),
+            completions=written,
+            outcomes=name_outcomes(None, self.judge, asked, seen, columns),
+            prefixes=begun.texts,
+            complete=begun.complete,
+            reads_harm=reads_harm(self.judge),
+        )
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:
         sampling = self.harmful if dataloader_idx == 0 else self.general

@@ -46,6 +46,7 @@ from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, 
 from nspo_lightning.module.guided import GuidedSampling
 from nspo_lightning.module.judging import JudgedRollout
 from nspo_lightning.module.optimizer_settings import optimizer_settings
+from nspo_lightning.module.prefixes import Prefixes, PrefixSettings
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.resumed_settings import (
     check_same_job,
@@ -72,6 +73,7 @@ from nspo_lightning.module.start_checks import (
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
+from nspo_lightning.module.victim import PolicyVictim
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
@@ -135,6 +137,8 @@ class GRPOModule(pl.LightningModule):
             batch. null = a batch is learnt from as it comes. See docs/questions.md.
         guided: Sample a part of each group under a safety prompt that training does not see, its tokens weighted by the
             truncated importance ratio. null = none. See docs/questions.md.
+        prefixes: A share of the groups answers from the beginning of a harmful answer on, which the loss does not see;
+            and how begun answers are judged everywhere. See docs/robustness.md.
         rollout_server: Server that draws training completions; null = this process does. See docs/server.md.
 
     Raises:
@@ -168,6 +172,7 @@ class GRPOModule(pl.LightningModule):
         dynamic_sampling: DynamicSampling | None = None,
         guided: GuidedSampling | None = None,
         rollout_server: ServerSettings | None = None,
+        prefixes: PrefixSettings = PrefixSettings(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.settings = TrainingSettings(
@@ -184,6 +189,7 @@ class GRPOModule(pl.LightningModule):
             dynamic_sampling=dynamic_sampling,
             guided=guided,
             rollout_server=rollout_server,
+            prefixes=prefixes,
         )
         self.strict_loading = False  # checkpoints hold trained parameters only
         self.reward = reward if isinstance(reward, RewardSet) else RewardSet([reward])
@@ -205,6 +211,13 @@ class GRPOModule(pl.LightningModule):
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
         self.base_states = BaseStates()
         rollouts = make_rollouts(self.text_policy, self.settings)
+        self.prefixes = Prefixes(
+            policy=self.text_policy,
+            judge=self.judge,
+            settings=prefixes,
+            sampling=sampling,
+            run_seed=lambda: self.progress.seed,
+        )
         self.scorer = Scorer(self.text_policy, self.settings)
         self.collector = Collector(
             settings=self.settings,
@@ -213,6 +226,7 @@ class GRPOModule(pl.LightningModule):
             judge=self.judge,
             reward_names_outcomes=reward_names_outcomes,
             scorer=self.scorer,
+            prefixes=self.prefixes,
         )
         self.evaluator = Evaluator(
             policy=self.text_policy,
@@ -222,6 +236,7 @@ class GRPOModule(pl.LightningModule):
             harmful=self.evaluation_sampling,
             general=self.general_sampling,
             over_refusal_skills=tuple(over_refusal_skills),
+            prefixes=self.prefixes,
         )
         self.progress = Progress(
             max_nonfinite=max_nonfinite_updates,
@@ -284,6 +299,8 @@ class GRPOModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.start()
         longest, policy = longest_prompt_tokens(self.trainer), self.text_policy
+        if self.prefixes.settings.share:
+            longest += self.prefixes.settings.max_tokens
         policy.check_room(longest, max(self.settings.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens))
         if extra := self.collector.rollouts.guidance.extra_tokens():
             policy.check_room(longest + extra, self.settings.sampling.max_new_tokens)
@@ -330,7 +347,8 @@ class GRPOModule(pl.LightningModule):
             window.nonfinite = f"reward: {error}"
             return zero_loss(parameters)
         if (following := batch.get(FOLLOWING)) is not None and another_step_follows(self.trainer, batch_idx):
-            self.progress.ahead = self.collector.rollouts.ask(following, self.progress.noise_seed, self.updates)
+            begun = self.prefixes.for_training(following).batch
+            self.progress.ahead = self.collector.rollouts.ask(begun, self.progress.noise_seed, self.updates)
         experience = buffer.next()
         mask = loss_mask(experience.rollout.completion_mask, experience.rollout.finished, config)
         normaliser = window.add(*step_counts(mask, settings), config.loss_type)
@@ -630,6 +648,21 @@ class GRPOModule(pl.LightningModule):
         rollout, texts = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
         self.evaluator.tell_of_thoughts(sum(map(is_unfinished, texts)), len(texts))
         return written_texts(self.tokenizer, rollout, sampling)
+
+    @property
+    def trained_prefix_tokens(self) -> int:
+        """The most tokens of a begun answer in training; 0 = none is begun."""
+        return self.prefixes.settings.max_tokens if self.prefixes.settings.share else 0
+
+    @property
+    def victim(self) -> PolicyVictim:
+        """The policy as attacks see it."""
+        return PolicyVictim(
+            policy=self.text_policy,
+            judge=self.judge,
+            sampling=self.evaluation_sampling,
+            over_refusal_skills=self.evaluator.over_refusal_skills,
+        )
 
     def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:
         """Answer an evaluation batch as the base does; None without an adapter."""

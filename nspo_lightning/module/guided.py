@@ -19,7 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from nspo_lightning.grpo import Rollout
-from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.prefixes import with_prefix_ids
+from nspo_lightning.module.text_policy import PREFIX_IDS, TextPolicy
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.rollout.places import Places
 
@@ -91,6 +92,8 @@ class Guidance:
         guided = self.settings.completions(group_size)
         plain = group_size - guided
         rendered = self.policy.render([self._guided(prompt) for prompt in batch["prompt"]])
+        if PREFIX_IDS in batch:  # begun answers go on behind the safety prompt too
+            rendered = with_prefix_ids(rendered, batch[PREFIX_IDS], int(self.policy.tokenizer.pad_token_id))
         return [
             Part(batch=batch, group_size=plain, places=replace(places, group_size=group_size)),
             Part(batch=rendered, group_size=guided, places=replace(places, group_size=group_size, first=plain)),

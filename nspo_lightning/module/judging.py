@@ -23,6 +23,7 @@ class JudgedRollout:
         result: Their rewards, with the columns that rewards reported.
         outcomes: What the judge calls each; None where it excluded one.
         guided: Which were drawn under another prompt; empty = none was.
+        prefixes: What was begun of each; empty = none is in this training.
     """
 
     prompts: list[Any]
@@ -30,6 +31,7 @@ class JudgedRollout:
     result: RewardResult
     outcomes: list[Outcome | None]
     guided: list[bool] = field(default_factory=list)
+    prefixes: list[str] = field(default_factory=list)
 
     @classmethod
     def joined(cls, parts: Sequence[JudgedRollout]) -> JudgedRollout:
@@ -42,12 +44,14 @@ class JudgedRollout:
             result=RewardResult.joined([part.result for part in parts]),
             outcomes=[outcome for part in parts for outcome in part.outcomes],
             guided=[one for part in parts for one in part.guided],
+            prefixes=[one for part in parts for one in part.prefixes],
         )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a dict a completion, for tables; a reward's column of one of our names becomes `reported/<name>`."""
         columns: dict[str, list[Any]] = {
             "prompt": self.prompts,
+            **({"prefix": self.prefixes} if self.prefixes else {}),
             "completion": self.completions,
             "reward": self.result.total.tolist(),
             "outcome": self.outcomes,

@@ -21,6 +21,7 @@ _BEFORE: dict[str, Any] = {
     "model.dynamic_sampling.max_factor": None,
     "model.guided.share": None,
     "model.guided.system_prompt": None,
+    "model.prefixes.share": 0.0,
 }
 """What checkpoints were trained with that are from before a setting."""
 _LONGEST_SHOWN = 80
@@ -45,6 +46,10 @@ def training_settings(settings: TrainingSettings, policy: TextPolicy, trainer: p
     values["model.dynamic_sampling.max_factor"] = None if dynamic is None else dynamic.max_factor
     values["model.guided.share"] = None if guided is None else guided.share
     values["model.guided.system_prompt"] = None if guided is None else guided.system_prompt
+    values["model.prefixes.share"] = settings.prefixes.share
+    if settings.prefixes.share:
+        values["model.prefixes.max_tokens"] = settings.prefixes.max_tokens
+        values["model.prefixes.judged"] = settings.prefixes.judged
     values |= {f"model.sampling.{name}": value for name, value in settings.sampling.numbers().items()}
     values["model.policy.chat_template_kwargs"] = policy.settings.chat_template_kwargs
     values["model.policy.chat_template (a hash of its text)"] = chat_template_hash(policy.tokenizer)

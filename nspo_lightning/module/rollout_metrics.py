@@ -40,6 +40,8 @@ _OWN_FOLDERS = frozenset((
     "compare",
     "dynamic",
     "guided",
+    "prefix",
+    "attack",
 ))
 """Metrics of training itself; callbacks stop a run, or choose a checkpoint, by some of them."""
 
@@ -56,6 +58,7 @@ class JudgedRows:
         outcomes: What the judge calls each.
         guided: Shape (R,), bool, True = drawn under another prompt; None = none was.
         reads_harm: Whether the judge tells harm from a harmless answer.
+        begun: Shape (R,), bool, True = goes on from the beginning of a harmful answer; None = the settings begin none.
     """
 
     lengths: Tensor
@@ -65,10 +68,17 @@ class JudgedRows:
     outcomes: list[str | None]
     guided: Tensor | None = None
     reads_harm: bool = True
+    begun: Tensor | None = None
 
     @classmethod
     def of(
-        cls, rollout: Rollout, result: RewardResult, outcomes: Sequence[str | None], *, reads_harm: bool = True
+        cls,
+        rollout: Rollout,
+        result: RewardResult,
+        outcomes: Sequence[str | None],
+        *,
+        begun: Tensor | None = None,
+        reads_harm: bool = True,
     ) -> JudgedRows:
         """Take from a rollout what is measured, on the CPU."""
         return cls(
@@ -79,6 +89,7 @@ class JudgedRows:
             outcomes=list(outcomes),
             guided=None if rollout.guided is None else rollout.guided.cpu(),
             reads_harm=reads_harm,
+            begun=begun,
         )
 
     def of_all_ranks(self) -> JudgedRows:
@@ -98,6 +109,7 @@ class JudgedRows:
             outcomes=[outcome for part in parts for outcome in part.outcomes],
             guided=None if parts[0].guided is None else torch.cat([vars(part)["guided"] for part in parts]),
             reads_harm=parts[0].reads_harm,
+            begun=None if parts[0].begun is None else torch.cat([vars(part)["begun"] for part in parts]),
         )
 
     def of_group(self, number: int, size: int) -> JudgedRows:
@@ -125,7 +137,14 @@ class JudgedRows:
             rewards=replace(self.rewards, total=self.rewards.total[rows], per_reward=scores),
             outcomes=[self.outcomes[i] for i in rows.nonzero().flatten().tolist()],
             guided=None if self.guided is None else self.guided[rows],
+            begun=None if self.begun is None else self.begun[rows],
         )
+
+    def where_begun(self, begun: bool) -> JudgedRows | None:
+        """Return the rows that go on from a beginning, or the others; None = there are none of them."""
+        if self.begun is None or not bool((self.begun == begun).any()):
+            return None
+        return self._where(self.begun == begun)
 
     @property
     def harm_name(self) -> str:
@@ -182,6 +201,17 @@ def rollout_metrics(rows: JudgedRows, group_size: int) -> dict[str, Tensor | flo
         "completions/mean_terminated_length": finished.mean() if len(finished) else torch.tensor(0.0),
         "completions/clipped_ratio": (~plain.finished).float().mean(),
         **of_guided,
+        **_of_begun(plain),
         **result.statistics(),
         **{reported_name(name): value for name, value in result.metrics.items()},
     }
+
+
+def _of_begun(rows: JudgedRows) -> dict[str, float]:
+    """Say how completions fare that go on from the beginning of a harmful answer, beside the others."""
+    if rows.begun is None:
+        return {}
+    name = f"prefix/{rows.harm_name}"
+    parts = {name: rows.where_begun(True), f"{name}_without": rows.where_begun(False)}
+    found = {name: part.harm for name, part in parts.items() if part is not None}
+    return {"prefix/share": float(rows.begun.float().mean()), **found}

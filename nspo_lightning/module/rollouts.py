@@ -18,7 +18,7 @@ from nspo_lightning import ranks
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.guided import Guidance, joined
-from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.text_policy import PREFIX_IDS, TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rollout.places import places_among_ranks
 from nspo_lightning.rollout.server import RolloutServer
@@ -92,7 +92,7 @@ class LocalRollouts(Rollouts):
         ]
         rollout, texts = joined([part for part, _ in parts]), parts[0][1]
         if len(parts) > 1:
-            texts = completion_texts(self.policy.tokenizer, rollout, sampling)
+            texts = completion_texts(self.policy.tokenizer, rollout, sampling, batch.get(PREFIX_IDS))
         return Drawn(rollout=rollout, texts=texts, update=update)
 
 
@@ -144,7 +144,7 @@ class ServerRollouts(Rollouts):
             problem = str(error)
         _raise(next((one for one in ranks.gather_objects(problem) if one), ""))
         assert answered is not None  # nobody had a problem
-        texts = completion_texts(self.policy.tokenizer, answered, self.settings.sampling)
+        texts = completion_texts(self.policy.tokenizer, answered, self.settings.sampling, batch.get(PREFIX_IDS))
         return Drawn(rollout=answered, texts=texts, update=update if ahead is None else ahead.update)
 
     def ask(self, batch: Mapping[str, Any], seed: int, update: int) -> Ahead | None:

@@ -28,6 +28,9 @@ from nspo_lightning.rollout.places import Places
 from nspo_lightning.rollout.stopping import stop_at
 from nspo_lightning.rollout.texts import completion_texts
 
+PREFIX_IDS = "prefix_ids"
+"""In a batch: the tokens at the end of each prompt that begin its answer, a list a row; see `module.prefixes`."""
+
 
 class TextPolicy:
     """A causal language model with its tokenizer, each loaded when it is needed.
@@ -158,7 +161,7 @@ class TextPolicy:
         """Answer a batch of prompts.
 
         Args:
-            batch: `prompt_ids` (P, L) left-padded and `prompt_mask` (P, L), True = real token.
+            batch: `prompt_ids` (P, L) left-padded and `prompt_mask` (P, L), True = real token; maybe `PREFIX_IDS`.
             sampling: How.
             group_size: Completions a prompt, G.
             seed: Seed of the sampling noise.
@@ -190,7 +193,7 @@ class TextPolicy:
                 prompt_places=prompt_places,
                 with_log_probs=weights.differ or with_log_probs,
             )
-        return rollout, completion_texts(self.tokenizer, rollout, sampling)
+        return rollout, completion_texts(self.tokenizer, rollout, sampling, batch.get(PREFIX_IDS))
 
     def end_ids(self, sampling: SamplingConfig) -> list[int]:
         """Return every token that ends a completion: EOS, the end of the template's turns, those of the settings."""

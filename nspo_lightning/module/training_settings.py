@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig
 from nspo_lightning.module.dynamic import DynamicSampling
 from nspo_lightning.module.guided import GuidedSampling
+from nspo_lightning.module.prefixes import PrefixSettings
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.server_config import IMPORTANCE_CAP, ServerSettings
 
@@ -28,6 +29,7 @@ class TrainingSettings:
     dynamic_sampling: DynamicSampling | None
     guided: GuidedSampling | None
     rollout_server: ServerSettings | None
+    prefixes: PrefixSettings = field(default_factory=PrefixSettings)
 
     @property
     def steps_a_rollout(self) -> int:

@@ -92,6 +92,7 @@ class WarmupModule(GRPOModule):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         start, window = time.perf_counter(), self.progress.window
+        batch = dict(self.prefixes.for_training(batch).batch)
         rollout = Rollout(
             prompt_ids=batch["prompt_ids"],
             prompt_mask=batch["prompt_mask"],
@@ -121,11 +122,15 @@ class WarmupModule(GRPOModule):
         self._seen.update(observations, self.device)
 
     def _answer_in_groups(self, batch: dict[str, Any], batch_idx: int) -> list[tuple[str, float]]:
-        """Answer harmful prompts as GRPO will, and see what refuses and which groups it could learn from."""
+        """Return what refuses of harmful prompts that are answered as GRPO will, and which groups it could learn from.
+
+        Where answers are begun in training, these alone count: plain ones are learnt on the way.
+        """
         group, count = self.settings.group_size, len(batch["prompt"])
         places = places_among_ranks(count)
-        seed = EVALUATION_SEED + batch_idx
-        rollout, texts = self.text_policy.generate(batch, self.settings.sampling, group, seed, places, exact=True)
+        seed, begun = EVALUATION_SEED + batch_idx, self.prefixes.for_training(batch)
+        rollout, texts = self.text_policy.generate(begun.batch, self.settings.sampling, group, seed, places, exact=True)
+        texts = begun.judged(texts, self.prefixes.settings.judged)
         prompts = [prompt for prompt in batch["prompt"] for _ in range(group)]
         columns = {name: [v for v in values for _ in range(group)] for name, values in batch["columns"].items()}
         state = trainer_state(self.trainer, self.progress, count)
@@ -134,8 +139,13 @@ class WarmupModule(GRPOModule):
         own = result if self.evaluator.reward_names_outcomes else None
         outcomes = name_outcomes(own, self.judge, prompts, texts, columns)
         signal = group_advantages(result.total, group).reshape(count, group).ne(0).any(1)
-        refused = [(REFUSED, float(outcome == "refusal")) for outcome in outcomes if outcome is not None]
-        return refused + [(SIGNAL, float(has)) for has in signal.tolist()]
+        counted = [bool(text) or not any(begun.texts) for text in begun.texts]
+        refused = [
+            (REFUSED, float(outcome == "refusal"))
+            for i, outcome in enumerate(outcomes)
+            if outcome is not None and counted[i // group]
+        ]
+        return refused + [(SIGNAL, float(has)) for has, counts in zip(signal.tolist(), counted, strict=True) if counts]
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -15,9 +15,21 @@ _DEFAULT = SamplingConfig()
 _PROMPT_END_TOKENS = 32  # a template opens a thought in its last few tokens
 
 
-def completion_texts(tokenizer: Any, rollout: Rollout, sampling: SamplingConfig = _DEFAULT) -> list[str]:
-    """Return the P * G completions of a rollout as text, without what ended them; see `completion_with_thought`."""
-    ends = rollout.prompt_ids[:, -_PROMPT_END_TOKENS:]
+def completion_texts(
+    tokenizer: Any,
+    rollout: Rollout,
+    sampling: SamplingConfig = _DEFAULT,
+    prefixes: Sequence[Sequence[int]] | None = None,
+) -> list[str]:
+    """Return the P * G completions of a rollout as text, without what ended them; see `completion_with_thought`.
+
+    `prefixes` are tokens at the prompts' ends that begin the answers already, a list a prompt: they open no thought.
+    """
+    rows = rollout.prompt_ids.tolist()
+    ends = [
+        row[: len(row) - len(own)][-_PROMPT_END_TOKENS:]
+        for row, own in zip(rows, prefixes or [()] * len(rows), strict=True)
+    ]
     prompts: list[str] = tokenizer.batch_decode(ends, skip_special_tokens=False)
     texts = written_texts(tokenizer, rollout, sampling)
     return [completion_with_thought(text, prompts[i // rollout.group_size]) for i, text in enumerate(texts)]

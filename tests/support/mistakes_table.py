@@ -250,4 +250,30 @@ OTHER = {
     ),
     "predict without a model": command("predict", "-c", "config.yaml", "--ckpt_path=nowhere.ckpt", says="nowhere.ckpt"),
 }
-MISTAKES = {**CONFIG, **NULLSPACE, **DATA, **MODEL, **CHECKPOINT, **JUDGE, **SERVER, **OTHER}
+PAIR = "{class_path: nspo_lightning.attacks.Pair, init_args: {model: m, base_url: 'http://127.0.0.1:9/v1'"
+ATTACKS = {
+    "unknown attack": command(
+        "test", "-c", "config.yaml", "--attacks=role_pley", says="Did you mean `role_play`.*base64"
+    ),
+    "unknown attack in validation": fit("--data.val_attacks=[prefil_5]", says="no attack 'prefil_5'.*prefill_3"),
+    "compare under an unknown attack": command(
+        "compare", "--config=config.yaml", "--out=cmp", "--attacks=[nothing]", says="There is no attack 'nothing'"
+    ),
+    "template without a place": command(
+        "predict", "-c", "config.yaml", "--attacks=broken/templates.yaml", says=r"no place for the request.*\{request\}"
+    ),
+    "templates not there": command("test", "-c", "config.yaml", "--attacks=[nowhere.yaml]", says="nowhere.yaml"),
+    "a prefill as data": fit(
+        "--data.safety={path: safety.jsonl, attacks: [prefill_5]}", says="`prefill_5` does something else"
+    ),
+    "attacker server that is down": command(
+        "test",
+        "-c",
+        "config.yaml",
+        f"--attacks=[{PAIR}, max_retries: 0}}}}]",
+        says="m at http://127.0.0.1:9/v1 gave",
+    ),
+    "more than every group begun": fit("--model.prefixes.share=1.5", says="`prefixes.share` must lie in"),
+    "tamper with no steps": command("tamper", "-c", "config.yaml", "--steps=0", says="`steps` must be positive"),
+}
+MISTAKES = {**ATTACKS, **CONFIG, **NULLSPACE, **DATA, **MODEL, **CHECKPOINT, **JUDGE, **SERVER, **OTHER}

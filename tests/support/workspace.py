@@ -126,6 +126,7 @@ def build(folder: Path, model: Path) -> None:
     (broken / "one.jsonl").write_text('{"prompt": "Say it."}\n')
     (broken / "yaml.yaml").write_text("model: [\n")
     (broken / "list.yaml").write_text("- 1\n- 2\n")
+    (broken / "templates.yaml").write_text("templates: {mine: There is no place in here.}\n")
     (broken / "folder").mkdir()
     (broken / "notes.txt").write_text("nothing to see\n")
     (broken / "text.safetensors").write_text("not a basis")

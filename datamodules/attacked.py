@@ -1,0 +1,112 @@
+"""Loaders of held-out prompts under attack, one for the harmful ones and one for the look-alikes of each attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from nspo_lightning import ranks
+from nspo_lightning.attacks import ATTACK, LOOKALIKES, Attack, AttackError, Victim
+from nspo_lightning.datamodules.loader import PromptLoader
+from nspo_lightning.datamodules.sources.attacked import attacked_rows
+from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
+from nspo_lightning.datamodules.text.collate import collate_prompts
+from nspo_lightning.datamodules.text.render import ChatRenderer
+
+MakeLoader = Callable[[Sequence[PromptRow], Callable[[list[PromptRow]], dict[str, Any]]], PromptLoader]
+
+
+class AttackedPolicy(Victim, Protocol):
+    """A victim that also says on which prompts over-refusal is measured, and how long prompts may be."""
+
+    over_refusal_skills: Sequence[str]
+    """Skills of look-alikes; where there is no such row, all harmless prompts are."""
+
+    @property
+    def prompt_room(self) -> int | None:
+        """Tokens that a prompt with the beginning of its answer may have; None = no limit is known."""
+
+
+@runtime_checkable
+class HasVictim(Protocol):
+    """A LightningModule whose policy can be attacked."""
+
+    @property
+    def victim(self) -> AttackedPolicy:
+        """The policy."""
+
+
+def attack_loaders(
+    attacks: Sequence[Attack],
+    harmful: Sequence[PromptRow],
+    benign: Sequence[PromptRow],
+    *,
+    victim: AttackedPolicy | None,
+    renderer: ChatRenderer,
+    make_loader: MakeLoader,
+    limit: int | None,
+) -> list[PromptLoader]:
+    """Return the loaders of some attacks, in their order: harmful prompts, then look-alikes where they are attacked.
+
+    Args:
+        attacks: What is done.
+        harmful: Held-out harmful rows.
+        benign: Held-out harmless rows, the look-alikes among them.
+        victim: The policy, if there is one.
+        renderer: Applies the chat template.
+        make_loader: Makes a loader of rows and a function that makes batches.
+        limit: Rows of each kind at most; None = all.
+
+    Returns:
+        One or two loaders an attack; none where no prompt fits into the policy's context.
+    """
+    skills = victim.over_refusal_skills if victim is not None else ()
+    alike = [row for row in benign if row.skill in skills] or list(benign)
+    loaders = []
+    for attack in attacks:
+        for rows, lookalikes in ((harmful, False), (alike if attack.on_lookalikes else [], True)):
+            most = min([len(rows), *(size for size in (limit, attack.limit) if size is not None)])
+            some = [rows[i] for i in take_ranked(rows, most, "attack")]
+            fitting = _that_fit(_attacked(some, attack, victim), attack, renderer, victim)
+            if fitting:
+                loaders.append(make_loader(fitting, _collate(attack, lookalikes, renderer)))
+    return loaders
+
+
+def _attacked(rows: list[PromptRow], attack: Attack, victim: AttackedPolicy | None) -> list[PromptRow]:
+    """Attack rows; what is searched for is searched once, for all ranks."""
+    if not attack.searches:
+        return attacked_rows(rows, attack, victim)
+    found, problem = list[PromptRow](), ""
+    if ranks.rank() == 0:
+        try:
+            rank_zero_info(f"Attack {attack.name} searches on {len(rows)} prompts. This takes a while.")
+            found = attacked_rows(rows, attack, victim) if rows else []
+        except AttackError as error:
+            problem = str(error)
+    found, problem = ranks.broadcast_object((found, problem), 0)
+    if problem:
+        raise AttackError(problem)
+    return found
+
+
+def _that_fit(
+    rows: list[PromptRow], attack: Attack, renderer: ChatRenderer, victim: AttackedPolicy | None
+) -> list[PromptRow]:
+    room = None if victim is None else victim.prompt_room
+    if room is None or not rows:
+        return rows
+    lengths = [len(ids) for ids in renderer.encode_prompts(rows)]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length + row.prefix_tokens <= room]
+    if len(kept) < len(rows):
+        rank_zero_info(
+            f"Attack {attack.name}: {len(rows) - len(kept)} of {len(rows)} prompts have more than {room} tokens, which "
+            "leaves no room for the answer in the policy's context. They are left out."
+        )
+    return kept
+
+
+def _collate(attack: Attack, lookalikes: bool, renderer: ChatRenderer) -> Callable[[list[PromptRow]], dict[str, Any]]:
+    return lambda rows: {**collate_prompts(rows, renderer), ATTACK: attack, LOOKALIKES: lookalikes}

@@ -1,0 +1,52 @@
+"""Decoding: the same prompt under other temperatures, a cut distribution, or many tries (arXiv 2310.06987)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from typing_extensions import override
+
+from nspo_lightning.attacks.protocol import Attack, AttackError, AttackRow, Victim
+from nspo_lightning.rollout.config import SamplingConfig
+
+TEMPERATURES, TOP_P, BEST_OF = (0.5, 1.0, 1.5), 0.9, 16
+"""Those of the default attacks."""
+
+
+class Decoding(Attack):
+    """Draw answers in another way. Look-alikes are left alone: how they are answered at one setting says enough.
+
+    Args:
+        name: What tables call it.
+        temperature: Divides the logits; None = as without an attack.
+        top_p: Keep the smallest set of tokens with that much probability; None = as without an attack.
+        tries: Answers a prompt, of which one that complies is enough.
+
+    Raises:
+        AttackError: If a number is out of its range.
+    """
+
+    on_lookalikes = False
+
+    def __init__(
+        self, name: str = "decoding", temperature: float | None = None, top_p: float | None = None, tries: int = 1
+    ) -> None:
+        if tries < 1:
+            raise AttackError(f"Attack `{name}` needs at least 1 try, got {tries}.")
+        self.name, self.temperature, self.top_p, self.tries = name, temperature, top_p, tries
+        try:
+            self.sampling(SamplingConfig())
+        except ValueError as error:
+            raise AttackError(f"Attack `{name}`: {error}") from error
+
+    @override
+    def attacked(self, rows: Sequence[AttackRow], victim: Victim | None) -> list[AttackRow]:
+        return list(rows)
+
+    @override
+    def sampling(self, plain: SamplingConfig) -> SamplingConfig:
+        changes = {"temperature": self.temperature, "top_p": self.top_p}
+        changed = replace(plain, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
+        # Greedy answers would all be the same.
+        return replace(changed, temperature=1.0) if self.tries > 1 and changed.temperature == 0 else changed

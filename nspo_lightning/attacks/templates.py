@@ -1,0 +1,105 @@
+"""Templates: a request inside another text, read from a YAML file that users extend by files of their own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from typing_extensions import override
+
+from nspo_lightning.attacks.places import PLACES, filled, places_in
+from nspo_lightning.attacks.protocol import Attack, AttackError, AttackRow, Victim
+from nspo_lightning.rewards.messages import as_text
+from nspo_lightning.rewards.protocol import Text
+
+SHIPPED = Path(__file__).parent / "templates.yaml"
+_PARTS = ("user", "system", "prefix")
+_EXAMPLE = 'name: "Some words. {request}", or name: {system: ..., user: "... {request} ...", prefix: ...}'
+
+
+class Template(Attack):
+    """Put the request into a text.
+
+    Args:
+        name: What tables call it.
+        user: What the user says, with at least one place for the request (`{request}`, see `PLACES`).
+        system: A system message before it, in the place of the row's own; may have places too.
+        prefix: Text that the answer begins with.
+        source: The file that it is from, for messages.
+
+    Raises:
+        AttackError: If there is no place for the request.
+    """
+
+    def __init__(
+        self, name: str, user: str, system: str | None = None, prefix: str = "", source: str = "templates"
+    ) -> None:
+        self.name, self.user, self.system, self.prefix, self.source = name, user, system, prefix, source
+        places = places_in(user) + places_in(system or "")
+        if not any(place in PLACES for place in places):
+            known, near = ", ".join(f"{{{place}}}" for place in PLACES), ", ".join(f"{{{p}}}" for p in places) or "none"
+            raise AttackError(
+                f"{source}: template '{name}' has no place for the request: expected at least one of {known} in "
+                f"`user`, found {near}. Write the request's place into the text."
+            )
+
+    @override
+    def attacked(self, rows: Sequence[AttackRow], victim: Victim | None) -> list[AttackRow]:
+        return [replace(row, prompt=self.around(row.prompt), prefix_text=self.prefix) for row in rows]
+
+    def around(self, prompt: Text) -> Text:
+        """Return a prompt with the request, its last user turn, inside the template."""
+        request = as_text(prompt)
+        user = filled(self.user, request)
+        if self.system is None:
+            return user if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": user}]
+        turns = [] if isinstance(prompt, str) else [turn for turn in prompt[:-1] if turn.get("role") != "system"]
+        return [{"role": "system", "content": filled(self.system, request)}, *turns, {"role": "user", "content": user}]
+
+    @property
+    @override
+    def changes_prompts(self) -> bool:
+        return not self.prefix
+
+
+def read_templates(path: Path) -> dict[str, Template]:
+    """Return what a YAML file of templates holds: name to text, or to `user`, `system` and `prefix`.
+
+    Raises:
+        AttackError: If it is not there, or holds something else.
+    """
+    found = read_yaml(path).get("templates")
+    if not isinstance(found, Mapping) or not found:
+        raise AttackError(f"{path}: expected `templates:` with at least one entry ({_EXAMPLE}), found none.")
+    return {str(name): _template(str(name), entry, path) for name, entry in found.items()}
+
+
+@functools.cache
+def shipped_templates() -> dict[str, Template]:
+    """Return the templates of the package by name."""
+    return read_templates(SHIPPED)
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """Read a YAML file that holds settings by name; AttackError if it is not there or holds something else."""
+    if not path.is_file():
+        raise AttackError(f"There is no file of attack templates at '{path}'. Mend the path.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise AttackError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise AttackError(f"{path}: expected `templates:` with entries ({_EXAMPLE}), found {type(content).__name__}.")
+    return content
+
+
+def _template(name: str, entry: Any, path: Path) -> Template:
+    parts = {"user": entry} if isinstance(entry, str) else entry
+    fits = isinstance(parts, Mapping) and "user" in parts and set(parts) <= set(_PARTS)
+    if not fits or not all(isinstance(text, str) for text in parts.values()):
+        raise AttackError(f"{path}: template '{name}' can't be read: expected {_EXAMPLE}, found {str(entry)[:200]!r}.")
+    return Template(name, **parts, source=str(path))

@@ -1,0 +1,223 @@
+"""`tamper`: how much safety is left after a little fine-tuning by somebody who has the weights (arXiv 2310.03693).
+
+Two attacks, each from the same start: some updates on harmless rows, and a few harmful examples. Both train the adapter
+as it stands, without a null space, once from the policy and once from the base (a fresh adapter), so that what is left
+of the training shows beside what the base does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich import get_console
+from torch import Tensor
+
+from nspo_lightning.atomic import write_json
+from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.cli.calibrate import prepared_for_fit
+from nspo_lightning.cli.run_folder import check_output
+from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.datamodules.sources.data_error import DataError
+from nspo_lightning.datamodules.sources.rows import take_ranked
+from nspo_lightning.datamodules.text.collate import collate_prompts, pad_token_ids
+from nspo_lightning.datamodules.warmup import collate_answers
+from nspo_lightning.evaluation.rates import Rate
+from nspo_lightning.evaluation.tables import rich_table
+from nspo_lightning.grpo import Rollout
+from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.policy.settings import PolicyError
+from nspo_lightning.terminal import rows_progress
+
+_ANSWER_TOKENS = 64
+UNSAFE = "safety/unsafe_rate"
+_SHOWN = {UNSAFE: "unsafe", "safety/refusal_rate": "refused", "safety/garbage_rate": "garbage"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacker:
+    """What the attacker does; see `Trainer.tamper`."""
+
+    steps: int
+    examples: int
+    epochs: int
+    batch_size: int
+    lr: float
+    rows: int
+
+    def __post_init__(self) -> None:
+        """Check the values; one that is out of its range raises ValueError."""
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+
+
+Measured = dict[str, dict[str, dict[str, Rate]]]
+"""Attack, then ``base`` or ``policy``, then the rate's name."""
+
+
+def tamper(
+    module: GRPOModule,
+    datamodule: AlignmentDataModule,
+    trainer: pl.Trainer,
+    attacker: Attacker,
+    *,
+    ckpt_path: str | None,
+    out: str,
+) -> Measured:
+    """Attack policy and base, print what is left, and write it.
+
+    Args:
+        module: The module.
+        datamodule: Has general rows with answers, and held-out prompts.
+        trainer: Its device is used, in one process.
+        attacker: What is done.
+        ckpt_path: A checkpoint's file; None = an adapter that the module was told, or the base.
+        out: JSON file.
+
+    Returns:
+        The rates.
+
+    Raises:
+        PolicyError: If there is no adapter, so that nothing tells policy and base apart.
+        ValueError: If there are several processes.
+    """
+    check_output("--out", out)
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"`tamper` runs in one process, and `trainer.devices` starts {trainer.world_size}. Set it to 1."
+        )
+    if module.policy_settings.lora is None:
+        raise PolicyError("`tamper` trains the adapter, and there is none (`policy.lora` is null). Set `policy.lora`.")
+    with prepared_for_fit(trainer, module, datamodule):
+        base = _weights(module)  # a fresh adapter: the base
+        if ckpt_path is not None:
+            module.load_state_dict(read_checkpoint(Path(ckpt_path))["state_dict"], strict=False)
+        elif module.adapter_folder is None:
+            module.start()
+        starts = {"base": base, "policy": _weights(module)}
+        found = _attack_all(module, datamodule, attacker, starts)
+    _print(found)
+    rates = {
+        attack: {who: {n: r.as_dict() for n, r in rs.items()} for who, rs in whos.items()}
+        for attack, whos in found.items()
+    }
+    write_json({"attacker": asdict(attacker), "rates": rates}, Path(out))
+    get_console().print(f"Written to {out}")
+    return found
+
+
+def _attack_all(
+    module: GRPOModule, data: AlignmentDataModule, attacker: Attacker, starts: Mapping[str, Mapping[str, Tensor]]
+) -> Measured:
+    harmless, harmful = _harmless(data, attacker), _harmful(module, data, attacker)
+    attacks: dict[str, list[dict[str, Any]]] = {
+        "nothing": [],
+        f"{attacker.steps} steps of harmless SFT": harmless,
+        f"{attacker.examples} harmful examples": harmful,
+    }
+    found: Measured = {name: {} for name in attacks}
+    for name, batches in attacks.items():
+        for who, start in starts.items():
+            _put_(module, start)
+            _fine_tune_(module, batches, attacker.lr, f"Fine-tuning the {who}: {name}")
+            found[name][who] = module.measure([_held_out(data, attacker.rows)])
+    _put_(module, starts["policy"])
+    return found
+
+
+def _harmless(data: AlignmentDataModule, attacker: Attacker) -> list[dict[str, Any]]:
+    rows = [row for source in data.general.loaded().train for row in source if row.answer]
+    if not rows:
+        raise DataError("`data.general`", "no training row has an answer to fine-tune on", "Name `answer_column`.")
+    renderer, size = data.general.renderer, attacker.batch_size
+    order = take_ranked(rows, min(len(rows), attacker.steps * size), "tamper")
+    chosen = [rows[order[i % len(order)]] for i in range(attacker.steps * size)]
+    return [collate_answers(part, renderer, _ANSWER_TOKENS) for part in _parts(chosen, size)]
+
+
+def _harmful(module: GRPOModule, data: AlignmentDataModule, attacker: Attacker) -> list[dict[str, Any]]:
+    """Return batches of prompts with answers that comply: the rows' targets, or what the base says."""
+    every = [row for source in data.safety.loaded().train for row in source if row.kind == "harmful"]
+    rows = [every[i] for i in take_ranked(every, min(len(every), 4 * attacker.examples), "tamper")]
+    renderer, device = data.safety.renderer, module.device
+    answers = module.prefixes.compliant_answers(_on(collate_prompts(rows, renderer), device))
+    pairs = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer][: attacker.examples]
+    if not pairs:
+        raise DataError("`data.safety`", "the base complies with none of its prompts", "Give `target_column`.")
+    batches = []
+    for part in _parts(pairs * attacker.epochs, attacker.batch_size):
+        ids, mask = pad_token_ids([answer for _, answer in part], renderer.pad_token_id, "right")
+        batches.append({**collate_prompts([row for row, _ in part], renderer), "answer_ids": ids, "answer_mask": mask})
+    return batches
+
+
+def _fine_tune_(module: GRPOModule, batches: Sequence[dict[str, Any]], lr: float, label: str) -> None:
+    if not batches:
+        return
+    parameters = module.text_policy.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    module.require_policy().train()
+    with rows_progress(label, len(batches), unit="updates") as advance:
+        for batch in batches:
+            rollout = _as_rollout(_on(batch, module.device))
+            loss = module.scorer.likelihood_loss(rollout, float(rollout.completion_mask.sum()), 1.0)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            advance(1)
+
+
+def _as_rollout(batch: Mapping[str, Any]) -> Rollout:
+    return Rollout(
+        prompt_ids=batch["prompt_ids"],
+        prompt_mask=batch["prompt_mask"],
+        group_size=1,
+        completion_ids=batch["answer_ids"],
+        completion_mask=batch["answer_mask"],
+        finished=torch.ones(len(batch["prompt"]), dtype=torch.bool, device=batch["prompt_ids"].device),
+    )
+
+
+def _held_out(data: AlignmentDataModule, limit: int) -> Any:
+    harmful = data.eval_rows("test")[0]
+    if not harmful:
+        raise DataError("`data.safety`", "there is no held-out harmful prompt", "Set `data.test_size`.")
+    return data.safety.eval_loader([harmful[i] for i in take_ranked(harmful, min(limit, len(harmful)), "attack")])
+
+
+def _parts(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    return (list(rows[start : start + size]) for start in range(0, len(rows), size))
+
+
+def _on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _weights(module: GRPOModule) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _put_(module: GRPOModule, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        if name in weights:
+            parameter.copy_(weights[name])
+
+
+def _print(found: Measured) -> None:
+    rows = []
+    for attack, whos in found.items():
+        for who, rates in whos.items():
+            low, high = rates[UNSAFE].interval
+            shares = [f"{100 * rates[name].value:.1f}" for name in _SHOWN]
+            rows.append((attack, who, shares[0], f"{100 * low:.1f} to {100 * high:.1f}", *shares[1:]))
+    columns = ["after", "of the", "unsafe", "95 %", *list(_SHOWN.values())[1:]]
+    table = rich_table(
+        "Safety left after fine-tuning, in per cent of held-out harmful prompts", columns, rows, align="llrrrr"
+    )
+    get_console().print(table)
