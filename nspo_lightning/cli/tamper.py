@@ -125,7 +125,8 @@ def _attack_all(
         for who, start in starts.items():
             _put_(module, start)
             _fine_tune_(module, batches, attacker.lr, f"Fine-tuning the {who}: {name}")
-            found[name][who] = module.measure([_held_out(data, attacker.rows)])
+            held_out = _held_out(data, attacker.rows)
+            found[name][who] = module.evaluator.measure([held_out], lambda batch: _on(batch, module.device))
     _put_(module, starts["policy"])
     return found
 
