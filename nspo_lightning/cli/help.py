@@ -76,7 +76,7 @@ WARMUP: dict[str, str] = {
 }
 CHECKPOINT: dict[str, str] = {"--ckpt_path": "checkpoint to go on from: last, last-if-any (or begin), best, or a file"}
 ATTACKED: dict[str, str] = {
-    "--attacks": "also under attack: default, prefill, decoding, templates, names of attacks, a YAML of templates",
+    "--attacks": "also under attack: default, prefill, decoding, templates, names, a YAML of templates",
     "--data.attack_rows": "held-out prompts of each kind that an attack is tried on (200)",
 }
 MEASURED: dict[str, str] = {"--ckpt_path": "what is measured: best, last, a checkpoint, or an adapter's folder"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tiny_jobs import datamodule, module, trainer
 
 from nspo_lightning.compare.plan import Budget, RunSpec
@@ -17,6 +18,7 @@ RULE = {"metric": "general/refusal_rate", "higher_is_better": False}
 
 def result(tiny_llama: Path, folder: Path, attacks: list[str] | None) -> RunResult:
     folder.mkdir()
+    torch.manual_seed(0)
     callback = Trajectory(str(folder / "result.json"), steps=1, attacks=attacks, **RULE)  # type: ignore[arg-type]
     trainer(folder, steps=1, callbacks=[callback], limit_val_batches=1.0).fit(module(tiny_llama), datamodule())
     return RunResult.read(RunSpec(method="grpo", seed=0, learning_rate=1e-2), folder / "result.json")
