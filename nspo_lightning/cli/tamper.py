@@ -34,8 +34,7 @@ from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.terminal import rows_progress
 
 _ANSWER_TOKENS = 64
-UNSAFE = "safety/unsafe_rate"
-_SHOWN = {UNSAFE: "unsafe", "safety/refusal_rate": "refused", "safety/garbage_rate": "garbage"}
+_OTHERS = {"safety/refusal_rate": "refused", "safety/garbage_rate": "garbage"}
 
 
 @dataclass(frozen=True, kw_only=True)

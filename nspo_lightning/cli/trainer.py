@@ -21,7 +21,7 @@ Attacks = str | list[str | Attack] | None
 
 
 class Trainer(pl.Trainer):
-    """Adds `warmup`, `calibrate`, `preview`, `tamper` and `data` to Lightning's Trainer, and attacks to `test` and `predict`."""
+    """Adds `warmup`, `calibrate`, `preview`, `tamper`, `data`, and attacks in `test` and `predict`, to Lightning's."""
 
     @override
     def test(

@@ -43,7 +43,7 @@ class AttackedAnswers:
         outcomes: What the judge calls each; None = could not be judged.
         prefixes: What was begun of each prompt's answer; "" = nothing.
         complete: Whether as much was begun as was asked for.
-        reads_harm: Whether the judge tells harm from a harmless answer; if not, `answered_rate` stands for `unsafe_rate`.
+        reads_harm: Whether the judge tells harm from a harmless answer; if not, `answered_rate` is counted.
     """
 
     attack: str

@@ -29,7 +29,7 @@ def test_a_run_is_measured_under_attack_and_the_summary_says_so(tiny_llama: Path
         result(tiny_llama, tmp_path / name, a) for name, a in (("p", None), ("a", ["prefill_3", "base64"]))
     )
     under = {name: value for name, value in attacked.test.items() if name.startswith("attack/")}
-    assert {"attack/prefill_3/unsafe_rate", "attack/base64/unsafe_rate"} <= set(under)
+    assert {"attack/prefill_3/answered_rate", "attack/base64/answered_rate"} <= set(under)
     assert {name: v for name, v in attacked.test.items() if name not in under} == plain.test
 
     def text(one: RunResult) -> str:
@@ -39,5 +39,5 @@ def test_a_run_is_measured_under_attack_and_the_summary_says_so(tiny_llama: Path
 
     assert "## Under attack" not in text(plain)
     shown = text(attacked)
-    assert f"| prefill_3 | {100 * under['attack/prefill_3/unsafe_rate']:.1f} ± 0.0 % |" in shown
+    assert f"| prefill_3 | {100 * under['attack/prefill_3/answered_rate']:.1f} ± 0.0 % |" in shown
     assert "| attack | GRPO |" in shown
