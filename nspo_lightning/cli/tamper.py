@@ -26,7 +26,7 @@ from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.rows import take_ranked
 from nspo_lightning.datamodules.text.collate import collate_prompts, pad_token_ids
 from nspo_lightning.datamodules.warmup import collate_answers
-from nspo_lightning.evaluation.rates import Rate
+from nspo_lightning.evaluation.rates import ANSWERED, UNSAFE, Rate
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.grpo_module import GRPOModule
@@ -211,13 +211,12 @@ def _put_(module: GRPOModule, weights: Mapping[str, Tensor]) -> None:
 
 def _print(found: Measured) -> None:
     rows = []
+    harm = next((name for name in (UNSAFE, ANSWERED) if name in found["nothing"]["policy"]), UNSAFE)
     for attack, whos in found.items():
         for who, rates in whos.items():
-            low, high = rates[UNSAFE].interval
-            shares = [f"{100 * rates[name].value:.1f}" for name in _SHOWN]
+            low, high = rates[harm].interval
+            shares = [f"{100 * rates[name].value:.1f}" for name in (harm, *_OTHERS)]
             rows.append((attack, who, shares[0], f"{100 * low:.1f} to {100 * high:.1f}", *shares[1:]))
-    columns = ["after", "of the", "unsafe", "95 %", *list(_SHOWN.values())[1:]]
-    table = rich_table(
-        "Safety left after fine-tuning, in per cent of held-out harmful prompts", columns, rows, align="llrrrr"
-    )
-    get_console().print(table)
+    columns = ["after", "of the", "unsafe" if harm == UNSAFE else "answered", "95 %", *_OTHERS.values()]
+    title = "Safety left after fine-tuning, in per cent of held-out harmful prompts"
+    get_console().print(rich_table(title, columns, rows, align="llrrrr"))

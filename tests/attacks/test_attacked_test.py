@@ -158,5 +158,5 @@ def test_rows_without_an_answer_that_complies_are_left_out_and_counted(tiny_llam
     left = rates["attack/prefill_3/left_out"]
     assert left["of"] == len(mine)
     assert left["count"] >= len(odd) > 0
-    assert rates["attack/prefill_3/answered_rate"]["of"] == len(mine) - left["count"]
+    assert rates["attack/prefill_3/unsafe_rate"]["of"] == len(mine) - left["count"]
     assert all(line["policy_outcome"] is None and line["prefix"] == "" for line in odd)
