@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_jobs import datamodule, module, trainer
@@ -16,11 +17,20 @@ from nspo_lightning.compare.trajectory import Trajectory
 RULE = {"metric": "general/refusal_rate", "higher_is_better": False}
 
 
+class Unsafe:
+    """Names every other answer unsafe: `compare` chooses by what tells harm from an answer."""
+
+    def classify(self, prompts: Any, completions: Any, **_: Any) -> list[str]:
+        return ["unsafe" if len(text) % 2 else "refusal" for text in completions]
+
+
 def result(tiny_llama: Path, folder: Path, attacks: list[str] | None) -> RunResult:
     folder.mkdir()
     torch.manual_seed(0)
     callback = Trajectory(str(folder / "result.json"), steps=1, attacks=attacks, **RULE)  # type: ignore[arg-type]
-    trainer(folder, steps=1, callbacks=[callback], limit_val_batches=1.0).fit(module(tiny_llama), datamodule())
+    trainer(folder, steps=1, callbacks=[callback], limit_val_batches=1.0).fit(
+        module(tiny_llama, judge=Unsafe()), datamodule()
+    )
     return RunResult.read(RunSpec(method="grpo", seed=0, learning_rate=1e-2), folder / "result.json")
 
 
@@ -29,7 +39,7 @@ def test_a_run_is_measured_under_attack_and_the_summary_says_so(tiny_llama: Path
         result(tiny_llama, tmp_path / name, a) for name, a in (("p", None), ("a", ["prefill_3", "base64"]))
     )
     under = {name: value for name, value in attacked.test.items() if name.startswith("attack/")}
-    assert {"attack/prefill_3/answered_rate", "attack/base64/answered_rate"} <= set(under)
+    assert {"attack/prefill_3/unsafe_rate", "attack/base64/unsafe_rate"} <= set(under)
     assert {name: v for name, v in attacked.test.items() if name not in under} == plain.test
 
     def text(one: RunResult) -> str:
@@ -39,5 +49,5 @@ def test_a_run_is_measured_under_attack_and_the_summary_says_so(tiny_llama: Path
 
     assert "## Under attack" not in text(plain)
     shown = text(attacked)
-    assert f"| prefill_3 | {100 * under['attack/prefill_3/answered_rate']:.1f} ± 0.0 % |" in shown
+    assert f"| prefill_3 | {100 * under['attack/prefill_3/unsafe_rate']:.1f} ± 0.0 % |" in shown
     assert "| attack | GRPO |" in shown
