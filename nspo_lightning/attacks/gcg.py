@@ -1,7 +1,8 @@
 """GCG: a suffix found by gradients, with nanogcg (arXiv 2307.15043). Slow: minutes a prompt on a GPU, more on a CPU.
 
 nanogcg is no extra of this package: its release 0.3.0 declares `transformers<=4.47.1`, and this package needs 5. It
-works with 5 as it is called here (without its prefix cache): `pip install --no-deps nanogcg scipy`.
+is called without its prefix cache, which is of a kind that 5 has no more, and has not been run with 5 by us yet:
+`pip install --no-deps nanogcg scipy`.
 """
 
 from __future__ import annotations
@@ -95,6 +96,6 @@ def _nanogcg() -> Any:
     except ImportError as error:
         raise AttackError(
             f"Attack `gcg` needs nanogcg ({error}), which can't be an extra: it declares an older transformers than "
-            "this package needs, and works with the newer. Install it with: pip install --no-deps nanogcg scipy"
+            "this package needs. To try it with the newer one: pip install --no-deps nanogcg scipy"
         ) from error
     return nanogcg
