@@ -2,11 +2,12 @@
 
     REAL_DATA=DATA python benchmarks/contrast_held_out.py --model FOLDER
 
-Inputs of every fifth decoder layer at answer starts (the last prompt token and three of the policy's own answer), of
-harmful prompts (AdvBench), general ones (Alpaca, GSM8K, Dolly, MBPP) and XSTest's safe ones. Directions are found on
-one half; the harm of a step of a given gain is measured on that half (promised), on the other half of the general
-prompts (kept), and on look-alikes of other types than any that were seen; each relative to a step without projection,
-the geometric mean over inputs. Results in benchmarks/results/contrast_held_out.json.
+Inputs of every fifth decoder layer (but the wide ones of down_proj) at answer starts (the last prompt token and three
+of the policy's own answer), of harmful prompts (AdvBench), general ones (Alpaca, GSM8K, Dolly, MBPP) and XSTest's
+safe ones. Directions are found on one half; the harm of a step of a given gain is measured on that half (promised),
+on the other half of the general prompts (kept), and on look-alikes of other types than any that were seen; each
+relative to a step without projection, the geometric mean over inputs. Results in
+benchmarks/results/contrast_held_out.json.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def prompts_of(data: Path) -> dict[str, list[str]]:
         found[name] = [row["prompt"] for row in safe if row["type"] in kinds]
     for rows in found.values():
         random.Random(0).shuffle(rows)
-    return {name: rows[:400] for name, rows in found.items()}
+    return {name: rows[:240] for name, rows in found.items()}
 
 
 @torch.no_grad()
@@ -57,7 +58,6 @@ def inputs_at_starts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict
             ("q", layer.self_attn.q_proj),
             ("o", layer.self_attn.o_proj),
             ("gate", layer.mlp.gate_proj),
-            ("down", layer.mlp.down_proj),
         ):
             key = f"{number}.{name}"
             handles.append(
@@ -110,7 +110,7 @@ def leading(moment: Tensor, c: Tensor, r: float, count: int) -> Tensor:
 def ways(look_alikes: float) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """Return name -> the free space from C, the second moment S of harmful starts, and that of their means."""
     found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
-    for r in (1e-3, 1e-2, 0.1, 1.0):
+    for r in (1e-3, 0.1, 1.0):
         found[f"means of harmful starts, r = {r:g}"] = lambda c, s, m, r=r: leading(m, c, r, POSITIONS)
         for count in (4, 32):
             found[f"{count} directions of harmful starts, r = {r:g}"] = lambda c, s, m, r=r, k=count: leading(
@@ -146,7 +146,7 @@ def main() -> None:
     del model
     rows = []
     for count in map(int, args.rows.split(",")):
-        for share in (0.0, 0.3):
+        for share in (0.0, 0.3) if count > 32 else (0.0,):
             named: dict[str, list[list[float]]] = {}
             for key, harmful in groups["harmful"].items():
                 general = [groups[name][key] for name in FILES["general"]]

@@ -218,7 +218,7 @@ def report(folder: Path, seconds: dict[str, float]) -> None:
     found = json.loads((run / "test.json").read_text())
     columns = {
         "base": measured(found, "base"),
-        "warm start": {name.removeprefix("after/"): value for name, value in warm.items()},
+        "warm start": warm_start(warm),
         "NSPO": measured(found, "policy"),
     }
     reloaded = reload(folder / "adapter", run / found["completions"])
@@ -230,6 +230,7 @@ def report(folder: Path, seconds: dict[str, float]) -> None:
     table = rich_table("Held-out prompts and texts", ["", *columns], rows, align="lrrr")
     print()
     get_console().print(table)
+    print("The warm start's rates are those of its own last check, on a few validation prompts of each kind.")
     print(reloaded)
     picture = draw(run, folder / "real.png")
     spent = ", ".join(
@@ -243,6 +244,14 @@ def measured(found: dict[str, Any], who: str) -> dict[str, float]:
     rates = {name: rate["rate"] for name, rate in found["rates"][who].items()}
     text = {name: mean["nats"] for name, mean in found["text_means"].items()}
     return rates | (text if who == "policy" else dict.fromkeys(text, 0.0))
+
+
+def warm_start(summary: dict[str, float]) -> dict[str, float]:
+    """Return what a warm start found at its end, its own rates under the names of the table."""
+    found = {name.removeprefix("after/"): value for name, value in summary.items() if name.startswith("after/")}
+    found["safety/unsafe_rate"] = 1 - found["warmup/refusal_rate"]  # what is no refusal counts as unsafe in this recipe
+    found["general/refusal_rate"] = found["warmup/general_refusal_rate"]
+    return found
 
 
 def cell(name: str, value: float | None) -> str:

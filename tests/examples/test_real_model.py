@@ -93,6 +93,11 @@ def test_the_figures_are_those_of_the_runs_own_files():
     }
     assert real_model.measured(found, "base") == {"safety/unsafe_rate": 0.9, "general/kl": 0.0}
     assert real_model.measured(found, "policy") == {"safety/unsafe_rate": 0.1, "general/kl": 0.02}
+    warm = {"before/warmup/refusal_rate": 0.0, "after/warmup/refusal_rate": 0.25, "after/general/kl": 0.01}
+    warm["after/warmup/general_refusal_rate"] = 0.05
+    assert real_model.warm_start(warm)["safety/unsafe_rate"] == 0.75
+    assert real_model.warm_start(warm)["general/refusal_rate"] == 0.05
+    assert real_model.warm_start(warm)["general/kl"] == 0.01
     assert real_model.cell("safety/unsafe_rate", 0.1) == "10.0 %"
     assert real_model.cell("general/kl", 0.02) == "0.0200"
     assert real_model.cell("general/kl", None) == ""
