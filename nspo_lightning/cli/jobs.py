@@ -175,8 +175,9 @@ class CLI(CLIWithoutStoredSettings):
 
     def after_fit(self) -> None:
         """Describe the adapter that the run has written."""
-        if self.trainer.is_global_zero and not is_fast_dev_run(self.trainer) and self.trainer.log_dir:
-            write_card(Path(self.trainer.log_dir))
+        folder = self.trainer.log_dir  # all ranks must ask together: the first tells the others
+        if self.trainer.is_global_zero and not is_fast_dev_run(self.trainer) and folder:
+            write_card(Path(folder))
 
     def before_warmup(self) -> None:
         """Prepare as for `fit`, with the settings that both sides of a warm start take."""
