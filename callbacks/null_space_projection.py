@@ -257,6 +257,8 @@ class NullSpaceProjection(Callback):
                 self.verification = check.run(self.source.text.rows)
             show_verification(self.verification)
         self._hold.hook(lambda optimizer: trained.check(optimizer, pl_module, self.unprotected))
+        if kept := self._resumed.get("kept"):
+            self._kept.load(kept, pl_module.device)
         self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
         self._fitted = Fitted(module=weakref.ref(pl_module), precision=str(trainer.precision), hold=self._hold)
         log_start(trainer, calibration)
@@ -357,6 +359,7 @@ class NullSpaceProjection(Callback):
             "settings": self.settings.as_dict(),
             "fingerprint": self.calibration.fingerprint,
             "path": self.source.path,
+            "kept": self._kept.state(),
             **({"references": references} if references else {}),
         }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,21 @@ class KeptEnergy:
         self.measured += 1
         self._shares = share if self._shares is None else self._shares + share
         self._updates = some.int() if self._updates is None else self._updates + some.int()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs to end with the same mean."""
+        return {
+            "measured": self.measured,
+            "shares": None if self._shares is None else self._shares.detach().cpu(),
+            "updates": None if self._updates is None else self._updates.detach().cpu(),
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a `state`."""
+        self.measured = int(state["measured"])
+        self._shares, self._updates = (
+            None if state[name] is None else state[name].to(device) for name in ("shares", "updates")
+        )
 
     def mean(self) -> tuple[float | None, int]:
         """Return the mean, None without an update that has a share, and of how many."""

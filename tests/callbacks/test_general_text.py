@@ -22,7 +22,7 @@ from rich.console import Console
 from tiny_jobs import WORDS, adapter, harmful, module, trainer
 from tiny_policies import move_adapter_
 
-from nspo_lightning.callbacks import CapabilityGuard, GeneralText, RunReport, TestReport
+from nspo_lightning.callbacks import CapabilityGuard, GeneralText, LastCheckpoint, RunReport, TestReport
 from nspo_lightning.cli.standard_callbacks import with_standard_callbacks
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.evaluation.report import report_table
@@ -208,14 +208,14 @@ def test_sigterm_ends_a_measurement_of_text_and_the_run_goes_on_as_if_nothing_ha
 
     whole, run = job("whole")
     run.fit(whole, data())
-    cut, run = job("cut")
+    cut, stopped = job("cut")
     seen = interrupted(cut, 2)  # one batch a validation
     with pytest.raises(SIGTERMException) as ended:
-        run.fit(cut, data())
+        stopped.fit(cut, data())
     assert (len(seen), ended.value.code) == (2, 143)
     resumed, run = job("cut")
     seen = interrupted(resumed, 0)
-    run.fit(resumed, data(), ckpt_path=tmp_path / "cut" / "last.ckpt")
+    run.fit(resumed, data(), ckpt_path=next(c.path for c in stopped.callbacks if isinstance(c, LastCheckpoint)))
     assert len(seen) == 2, "the second validation is measured whole, then the third"
     for name, parameter in adapter(whole).items():
         assert torch.equal(parameter, adapter(resumed)[name]), name

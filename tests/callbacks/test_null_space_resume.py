@@ -48,7 +48,7 @@ def test_the_checkpoint_holds_a_fingerprint_and_no_basis(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=24, save_top_k=-1)
     trainer(tmp_path, callback, saving, enable_checkpointing=True).fit(Net())
     state = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"][callback.state_key]
-    assert set(state) == {"started", "settings", "fingerprint", "path"}
+    assert set(state) == {"started", "settings", "fingerprint", "path", "kept"}
     assert len(str(state)) < 2000
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
     model = Net()

@@ -55,7 +55,7 @@ def test_answers_are_kept_before_and_after_and_rates_by_category(tiny_llama, tmp
     summary = json.loads((tmp_path / "summary.json").read_text())
     words = {row["category"][0] for row in said if row["kind"] == "harmful"}
     for when in ("before", "after"):
-        assert set(summary["by_category"][when]) == {f"safety/unsafe_rate/{word}" for word in words}
+        assert set(summary["by_category"][when]) == {f"safety/answered_rate/{word}" for word in words}
         assert all(rate["of"] == 1 for rate in summary["by_category"][when].values())
 
 

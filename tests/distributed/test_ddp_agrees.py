@@ -101,7 +101,7 @@ def test_groups_stay_on_one_rank_and_every_prompt_is_trained_on_once(runs):
 def test_metrics_are_those_of_all_ranks(runs, name):
     one, two = scalars(runs / "runs" / f"{name}-1"), scalars(runs / "runs" / f"{name}-2")
     assert one.keys() == two.keys()
-    assert "safety/unsafe_rate" in one
+    assert "safety/answered_rate" in one
     for tag, values in one.items():
         if tag not in {"nullspace/leak_max", "result/leak"}:  # rounding itself, around 1e-8
             nearly = 1e-6 if tag.endswith("nll_change") else 1e-7  # the difference of two larger numbers
@@ -128,7 +128,7 @@ def test_test_rows_are_neither_doubled_nor_dropped_and_answered_alike(runs):
     assert len({row["prompt"] for row in together}) == 14
     one, two = (json.loads((runs / "runs" / f"test-{n}" / "test.json").read_text()) for n in (1, 2))
     assert two["rates"] == one["rates"]
-    assert two["rates"]["policy"]["safety/unsafe_rate"]["of"] == 7
+    assert two["rates"]["policy"]["safety/answered_rate"]["of"] == 7
     assert two["text"] == pytest.approx(one["text"], rel=1e-5, abs=1e-7)
 
 

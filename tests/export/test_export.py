@@ -195,8 +195,8 @@ def test_the_card_tells_what_a_reader_needs(run, export, tmp_path):
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == "peft"
     summary = json.loads((run / "summary.json").read_text())
-    value = f"{100 * summary['after/safety/unsafe_rate']:.1f} %"
-    assert re.search(rf"\| safety/unsafe_rate \| .* \| {re.escape(value)} \|", card)
+    value = f"{100 * summary['after/safety/answered_rate']:.1f} %"
+    assert re.search(rf"\| safety/answered_rate \| .* \| {re.escape(value)} \|", card)
     basis = load_calibration(next((run.parent / "nullspace").glob("*.safetensors")))
     for wanted in (basis.fingerprint["data"], "safety.jsonl", "group_size: 4", "nf4", "vllm serve", "PeftModel"):
         assert wanted in card

@@ -78,11 +78,11 @@ def test_curves_of_validation_are_validations_alone(tiny_llama, tmp_path):
     run = job()
     run.fit(tiny_jobs.module(tiny_llama), data)
     run.save_checkpoint(tmp_path / "last.ckpt")
-    fitted = curves(tmp_path)["safety/unsafe_rate"]
+    fitted = curves(tmp_path)["safety/answered_rate"]
     job().test(tiny_jobs.module(tiny_llama), data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
     found = curves(tmp_path)
-    assert found["safety/unsafe_rate"] == fitted
+    assert found["safety/answered_rate"] == fitted
     assert sorted(fitted) == [0, 1], "Lightning's count of steps begins at 0"
-    assert sorted(found["test/safety/unsafe_rate"]) == [1]
+    assert sorted(found["test/safety/answered_rate"]) == [1]
     job().validate(tiny_jobs.module(tiny_llama), data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
-    assert curves(tmp_path)["safety/unsafe_rate"] == fitted, "measured again at the same step, not at step 0"
+    assert curves(tmp_path)["safety/answered_rate"] == fitted, "measured again at the same step, not at step 0"

@@ -107,7 +107,7 @@ def _end(folder: Path, work: Callable[[], None], environment: Mapping[str, str])
             logger.handlers = [one for one in logger.handlers if not type(one).__module__.startswith("_pytest")]
             for handler in logger.handlers:
                 if isinstance(handler, logging.StreamHandler):
-                    handler.setStream(sys.stderr)
+                    vars(handler)["stream"] = sys.stderr  # `setStream` would flush the old one, which may be closed
         rich.reconfigure()
         warnings.simplefilter("ignore")
         work()
