@@ -279,7 +279,8 @@ def _room(facts: NullSpaceFacts) -> Iterator[Finding]:
             cure="More calibration text: `data.calibration_size`, `data.calibration_max_tokens`, or more rows in "
             "`data.general`.",
         )
-    tight = [one for one in facts.inputs if one.free < TIGHT * one.width]
+    # `contrast` frees few directions by choice, those that are learnt from.
+    tight = [one for one in facts.inputs if one.free < TIGHT * one.width and facts.criterion != "contrast"]
     if tight and len(tight) >= MANY_TIGHT * len(facts.inputs):
         least = min(tight, key=lambda one: one.free / one.width)
         yield Finding(

@@ -63,6 +63,8 @@ def test_a_run_that_went_well_has_nothing_to_look_at():
     assert diagnose(RunFacts()) == []
     goal_reached = replace(TRAINED, safe=True, skipped=20)
     assert diagnose(RunFacts(training=goal_reached)) == []
+    few = replace(HELD, criterion="contrast", inputs=[replace(WIDE, free=4)] * 4)  # by choice
+    assert diagnose(RunFacts(null_space=few)) == []
 
 
 @pytest.mark.parametrize(
