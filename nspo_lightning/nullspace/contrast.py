@@ -16,8 +16,8 @@ text use the same directions get few, others many; of all t the one with the lea
 in the place of c and s. A channel that carries no input has g = 0: it is no freedom, and stays protected.
 
 r is a tenth of C's mean eigenvalue: of the directions that a few hundred answers' starts leave unused most are used by
-the next ones. On held-out text of a 135M model directions found with a thousandth cost 300 times what they promised.
-See docs/nullspace.md.
+the next ones. On unseen text of a 135M model directions found with a thousandth cost hundreds of times what they
+promised. See docs/nullspace.md.
 """
 
 from __future__ import annotations
