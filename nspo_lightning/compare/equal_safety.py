@@ -86,7 +86,8 @@ def shares_of_best(levels: Sequence[Mapping[str, Reached]]) -> dict[str, float]:
         {'a': 0.75, 'b': 0.75}
     """
     names = list(dict.fromkeys(name for level in levels for name in level))
-    common = set.intersection(*(_seeds(found) for level in levels for found in level.values()))
+    every = [_seeds(found) for level in levels for found in level.values()]
+    common = set[int]().union(*every).intersection(*every)
     counts, total = dict.fromkeys(names, 0), 0
     for seeds in resamples(sorted(common)):
         total += 1

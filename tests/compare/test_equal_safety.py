@@ -70,6 +70,10 @@ def test_the_bootstrap_draws_the_same_seeds_for_all_and_chooses_the_rate_anew() 
     assert shares_of_best([nowhere]) == {"a": 0.0, "b": 0.0}
 
 
+def test_without_a_trained_method_there_is_no_best() -> None:
+    assert shares_of_best([]) == shares_of_best([{}]) == {}
+
+
 def test_few_seeds_are_resampled_in_all_ways_and_many_at_random_but_alike() -> None:
     assert len(set(resamples([0, 1, 2]))) == 27
     many = list(resamples(range(10)))
