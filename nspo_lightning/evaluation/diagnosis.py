@@ -172,9 +172,10 @@ def explain_certificate(facts: NullSpaceFacts) -> list[str]:
     """Return what the figures of a certificate say, a sentence each."""
     said = []
     if facts.leak is not None:
+        where = f" ({facts.leak_layer})" if facts.leak_layer else ""
         said.append(
-            f"Leak {facts.leak:.2g}: the largest share of a layer's update that lies in protected directions "
-            f"({facts.leak_layer}); rounding alone gives about 1e-7."
+            f"Leak {facts.leak:.2g}: the largest share of a layer's update that lies in protected directions{where}; "
+            "rounding alone gives about 1e-7."
         )
     if facts.bound is not None:
         said.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, explain_certificate
 from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
 from nspo_lightning.evaluation.text_means import KL
 from nspo_lightning.report.measurements import ACCURACY
@@ -135,25 +136,11 @@ def standing(run: Run) -> list[str]:
 def certificate_sentences(run: Run) -> list[str]:
     """Return what the certificate says, a sentence for each of its figures."""
     null_space = run.null_space
-    said: list[str] = []
-    leak = run.leak if null_space is None or null_space.leak is None else null_space.leak
-    if leak is not None:
-        said.append(
-            f"Largest leak {leak:.1e}: so much of a layer's update lies in the protected directions (float32 rounding "
-            "alone gives about 1e-7)."
-        )
     if null_space is None:
-        return said
-    if null_space.bound is not None:
-        said.append(
-            f"Largest bound {null_space.bound:.2g}: by so much at most can the update of a single layer have moved its "
-            "outputs on calibration text, relative to their size."
-        )
-    if null_space.output_change is not None:
-        said.append(
-            f"Measured change {null_space.output_change:.2g}: so far the whole model's outputs on a little calibration "
-            "text have moved, relative to their largest; what single layers move adds up in it."
-        )
+        return explain_certificate(NullSpaceFacts(leak=run.leak))
+    leak = run.leak if null_space.leak is None else null_space.leak
+    facts = NullSpaceFacts(leak=leak, bound=null_space.bound, change=null_space.output_change)
+    said = explain_certificate(facts)
     if null_space.checked_change is not None:
         said.append(
             f"Before the first step {null_space.checked_layers} layers were moved at random inside the null space; "

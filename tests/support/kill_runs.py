@@ -8,13 +8,11 @@ validations that fall between them, early stopping, the best two checkpoints, tw
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import yaml
+from forked import end_with, log_to_stderr
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from workspace import write_lines
@@ -206,29 +205,19 @@ def start(folder: Path, *arguments: str, before: Callable[[], None] = lambda: No
     child = os.fork()
     if child:
         return child
-    code = 1
-    try:
+
+    def work() -> None:
         os.chdir(folder)
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch's pool does not survive a fork, and new threads ask for it
         output = os.open("output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # they keep the stream of their import
-            for handler in logging.getLogger(name).handlers:
-                if isinstance(handler, logging.StreamHandler):
-                    handler.setStream(sys.stderr)
+        log_to_stderr()
         before()
         main(["fit", "-c", "config.yaml", *arguments])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:  # `os._exit` would swallow it
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    end_with(work)
 
 
 def wait(child: int) -> int:

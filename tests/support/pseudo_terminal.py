@@ -6,7 +6,6 @@ A fork has everything imported: a run takes seconds. The terminal scrolls; what 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import pty
 import select
@@ -14,7 +13,6 @@ import struct
 import sys
 import termios
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import pyte
 import rich
+from forked import end_with, log_to_stderr
 
 
 @dataclass
@@ -70,7 +69,7 @@ def in_terminal(
     child, terminal = pty.fork()
     if child == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        _end(folder, work, environment or {})
+        end_with(lambda: _start(folder, work, environment or {}))
     screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.5)
     stream, seen, deadline = pyte.ByteStream(screen), Terminal(columns=columns), time.monotonic() + 240
     while time.monotonic() < deadline:
@@ -92,31 +91,16 @@ def in_terminal(
     return seen
 
 
-def _end(folder: Path, work: Callable[[], None], environment: Mapping[str, str]) -> None:
-    """Do the work in this process, with its own streams, and end it."""
-    code = 1
-    try:
-        os.chdir(folder)
-        os.environ |= {"TERM": "xterm-256color", "HF_DEACTIVATE_ASYNC_LOAD": "1"}  # torch's pool survives no fork
-        for name in ("COLUMNS", "LINES", "NO_COLOR"):
-            os.environ.pop(name, None)
-        os.environ |= environment
-        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        vars(sys).update(__stdout__=sys.stdout, __stderr__=sys.stderr)
-        for logger in (logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))):
-            logger.handlers = [one for one in logger.handlers if not type(one).__module__.startswith("_pytest")]
-            for handler in logger.handlers:
-                if isinstance(handler, logging.StreamHandler):
-                    vars(handler)["stream"] = sys.stderr  # `setStream` would flush the old one, which may be closed
-        rich.reconfigure()
-        warnings.simplefilter("ignore")
-        work()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:  # `os._exit` would swallow it
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _start(folder: Path, work: Callable[[], None], environment: Mapping[str, str]) -> None:
+    """Do the work in this process, with its own streams."""
+    os.chdir(folder)
+    os.environ |= {"TERM": "xterm-256color", "HF_DEACTIVATE_ASYNC_LOAD": "1"}  # torch's pool survives no fork
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        os.environ.pop(name, None)
+    os.environ |= environment
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    vars(sys).update(__stdout__=sys.stdout, __stderr__=sys.stderr)
+    log_to_stderr()
+    rich.reconfigure()
+    warnings.simplefilter("ignore")
+    work()
