@@ -79,6 +79,8 @@ class GeneralDataModule(PromptDataModule):
             calibration_batch_size=calibration_batch_size,
             calibration_max_tokens=calibration_max_tokens,
         )
+        if calibration_starts < 0:
+            raise ValueError(f"`calibration_starts` must be at least 0, got {calibration_starts}. 512 is the default.")
         super().__init__(
             train,
             val=val,

@@ -144,6 +144,8 @@ def test_text_is_cut_where_it_is_scored(make):
     assert batch["input_ids"].shape[1] == length - 3
     with pytest.raises(ValueError, match="text_max_tokens"):
         make(text_max_tokens=0)
+    with pytest.raises(ValueError, match="calibration_starts"):
+        make(calibration_starts=-1)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
