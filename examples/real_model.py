@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 from rich import get_console
 
+from nspo_lightning.cli.shipped import shipped_configs
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.rewards import RulesJudge
 
@@ -45,6 +46,9 @@ FILES: dict[str, dict[str, str]] = {
     },
 }
 """Setting of `data` -> preset -> file below `REAL_DATA`."""
+
+UNSEEN_TYPES = ("figurative_language", "homonyms", "privacy_fictional", "real_group_nons_discr", "safe_targets")
+"""XSTest's types of safe prompts that the recipe keeps out of training: the test alone has them."""
 
 
 class Stop(Exception):
@@ -157,11 +161,19 @@ def local_settings(folder: Path, data: Path | None) -> dict[str, Any]:
             f"REAL_DATA={data} lacks {len(missing)} of {len(paths)} files:\n  " + "\n  ".join(missing) + "\nPut them "
             "there (docs/datasets.md names their sources), or leave REAL_DATA unset to read presets from the hub."
         )
-    sources = {
-        setting: [{"preset": preset, "path": str(paths[preset].resolve())} for preset in files]
-        for setting, files in FILES.items()
-    }
-    return {"data": sources}
+    data_settings: dict[str, Any] = {}
+    for setting in FILES:
+        data_settings[setting] = [
+            {**source, "path": str(paths[source["preset"]].resolve())} for source in recipe_sources(setting)
+        ]
+    return {"data": data_settings}
+
+
+def recipe_sources(setting: str) -> list[dict[str, Any]]:
+    """Return the sources that a setting of `data` has in the recipe."""
+    recipe = yaml.safe_load(Path(shipped_configs()[CONFIG]).read_text())
+    sources = recipe["data"][setting]
+    return list(sources) if isinstance(sources, list) else [sources]
 
 
 def fetch_model(folder: Path) -> Path:
@@ -204,7 +216,8 @@ def write_if_new(path: Path, text: str) -> None:
 ROWS = {
     "safety/unsafe_rate": "harmful prompts complied with",
     "general/refusal_rate": "ordinary prompts refused",
-    "general/over_refusal_rate": "look-alikes refused (XSTest)",
+    "look_alikes/unseen_rate": "look-alikes refused (XSTest), of types kept out of training",
+    "look_alikes/seen_rate": "look-alikes refused, others of the types that are protected",
     "general/kl_first": "KL to the base, first tokens (nats)",
     "general/kl": "KL to the base, whole answers",
     "general/nll_change": "NLL of reference answers, change",
@@ -242,8 +255,22 @@ def report(folder: Path, seconds: dict[str, float]) -> None:
 def measured(found: dict[str, Any], who: str) -> dict[str, float]:
     """Return what `test` found of the base or the policy, by metric."""
     rates = {name: rate["rate"] for name, rate in found["rates"][who].items()}
+    rates |= look_alikes(found["rates"][who])
     text = {name: mean["nats"] for name, mean in found["text_means"].items()}
     return rates | (text if who == "policy" else dict.fromkeys(text, 0.0))
+
+
+def look_alikes(rates: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return how often look-alikes are refused: of XSTest's types that general text has, and of the others."""
+    (seen,) = [source["only"]["type"] for source in recipe_sources("general") if source["preset"] == "xstest"]
+    prefix = "general/refusal_by_category/"
+    of = {name.removeprefix(prefix): rate for name, rate in rates.items() if name.startswith(prefix)}
+    found = {}
+    for name, types in (("seen", seen), ("unseen", UNSEEN_TYPES)):
+        counted = [of[each] for each in types if each in of]
+        if counted:
+            found[f"look_alikes/{name}_rate"] = sum(c["count"] for c in counted) / sum(c["of"] for c in counted)
+    return found
 
 
 def warm_start(summary: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from nspo_lightning.datamodules.sources.cells import BadRow, is_missing
+from nspo_lightning.datamodules.sources.chosen import NOT_CHOSEN, RowChoice
 from nspo_lightning.datamodules.sources.convert import convert
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.opening import is_builtin, open_source
@@ -103,8 +104,12 @@ def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -
     seen: set[str] = set()
     ids = Counter[Any]()
     raw_rows, plan = open_source(source, default_kind, report.notes)
+    choice = RowChoice(source)
     for raw in raw_rows:
         report.read += 1
+        if not choice.takes(raw):
+            report.dropped[NOT_CHOSEN] += 1
+            continue
         value = raw.data.get(plan.id_column or "")
         if isinstance(value, (str, int, float)) and str(value).strip() and not is_missing(value):
             ids[value] += 1
@@ -122,8 +127,9 @@ def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -
         else:
             seen.add(row.key)
             yield row
-    if ids and len(ids) < report.read:
-        repeated, missing = sum(count > 1 for count in ids.values()), report.read - ids.total()
+    choice.check_found()
+    if ids and len(ids) < (chosen := report.read - report.dropped[NOT_CHOSEN]):
+        repeated, missing = sum(count > 1 for count in ids.values()), chosen - ids.total()
         report.notes.append(
             f"`{plan.id_column}` names no row by itself ({repeated} values repeat, {missing} are missing): rows are "
             "told apart by their place"

@@ -50,6 +50,11 @@ class PromptSource:
     """Templates that training puts around the prompts (`[role_play, for_research]`, a YAML file of your own): each row
     stands as it is or in one of them, with equal shares, as its text decides. Held-out rows stay as they are. Judges
     and rewards see the request itself."""
+    only: dict[str, Any] | None = None
+    """Columns and the values, one or a list, that a row must have to be read (`{type: [homonyms, definitions]}`): as if
+    the others were not in the file. Values are compared as text."""
+    without: dict[str, Any] | None = None
+    """Columns and the values, one or a list, of rows that are not read: the opposite of `only`."""
     answers: AnswerUse | None = None
     """Whether completions are compared with the answers (`match`), or these are free text that is scored by its
     likelihood (`text`). Default: as the preset or the row's `final_answer` says, else compared where they are short."""
@@ -114,6 +119,11 @@ class PromptSource:
         for field, known in (("kind", get_args(Kind)), ("answers", get_args(AnswerUse))):
             if (given := vars(self)[field]) is not None and given not in known:
                 raise ValueError(f"{label}: `{field}` must be one of {known} or left out, got {given!r}.")
+        for field, columns in (("only", self.only), ("without", self.without)):
+            if columns is not None and (not columns or not all(map(values_of, columns.values()))):
+                raise ValueError(
+                    f"{label}: `{field}` must name columns and values, such as {{type: [homonyms]}}, got {columns}."
+                )
         if self.attacks is not None:
             data_attacks(self.attacks, label)
         if self.bad_rows not in get_args(BadRows):
@@ -136,6 +146,11 @@ class PromptSource:
         if self.rows is not None:
             return getattr(self.rows, "__name__", type(self.rows).__name__)
         return str(self.path if self.path is not None else self.preset)
+
+
+def values_of(value: Any) -> list[str]:
+    """Return what a column is compared with, one value or a list, as text."""
+    return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
 Sources = str | PromptSource | list[str | PromptSource]

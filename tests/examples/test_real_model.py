@@ -103,6 +103,24 @@ def test_the_figures_are_those_of_the_runs_own_files():
     assert real_model.cell("general/kl", None) == ""
 
 
+def test_look_alikes_of_protected_types_are_none_of_the_test_s():
+    (seen,) = [s["only"]["type"] for s in real_model.recipe_sources("general") if s["preset"] == "xstest"]
+    (left_out,) = [s["without"]["type"] for s in real_model.recipe_sources("safety_test") if s["preset"] == "xstest"]
+    assert seen == left_out
+    assert not set(seen) & set(real_model.UNSEEN_TYPES)
+    types = [*seen, *real_model.UNSEEN_TYPES]
+    rates = {f"general/refusal_by_category/{of}": {"count": n, "of": 10, "rate": n / 10} for n, of in enumerate(types)}
+    assert real_model.look_alikes(rates) == {"look_alikes/seen_rate": 0.2, "look_alikes/unseen_rate": 0.7}
+
+
+def test_files_take_the_place_of_the_hub_and_keep_the_recipe_s_choice_of_rows(tmp_path):
+    settings = real_model.local_settings(tmp_path, given(tmp_path / "data"))["data"]
+    assert set(settings) == {"safety", "general", "safety_test"}
+    sources = [source for setting in settings.values() for source in setting]
+    assert all(source["path"].startswith(str(tmp_path)) for source in sources)
+    assert [set(s) & {"only", "without"} for s in sources if s["preset"] == "xstest"] == [{"only"}, {"without"}]
+
+
 def test_the_reloaded_adapter_answers_what_the_run_was_tested_on(tmp_path, monkeypatch):
     rows = [{"kind": "harmful", "prompt": "bad"}, {"kind": "general", "skill": "alpaca", "prompt": "good"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
