@@ -11,6 +11,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from nspo_lightning.compare.distance import UPDATE_NORM
+from nspo_lightning.compare.hero import hero_figure
 from nspo_lightning.compare.hparams import write_hparams
 from nspo_lightning.compare.pictures import (
     FORGETTING_FILES,
@@ -43,6 +44,8 @@ def write_report(folder: Path, findings: Findings, console: Console) -> None:
     if findings.sweep is None:
         tradeoff_figure(findings).savefig(folder / "tradeoff.png", dpi=150)
         curves_figure(findings).savefig(folder / "curves.png", dpi=150)
+        if (hero := hero_figure(findings)) is not None:
+            hero.savefig(folder / "safety_against_ability.png", dpi=150)
         for name, file in FORGETTING_FILES.items():
             if findings.everywhere(KL) and findings.everywhere(name):
                 forgetting_figure(findings, name).savefig(folder / file, dpi=150)
@@ -217,7 +220,7 @@ def _fronts(findings: Findings, rule: SelectionRule) -> list[str]:
 def _shown(ability: float, rule: SelectionRule) -> str:
     if ability == -math.inf:
         return "—"
-    value = ability if rule.higher_is_better else -ability
+    value = (ability if rule.higher_is_better else -ability) + 0.0  # no "-0.0"
     return f"{value:.4f}" if in_nats(rule.metric) else f"{100 * value:.1f} %"
 
 
