@@ -1,12 +1,16 @@
-"""What a warm start is taught and checked with: harmful prompts with refusals, held-out prompts of both kinds."""
+"""What a warm start is taught and checked with.
+
+Harmful prompts with refusals, general prompts whose answers are to stay, held-out prompts of both kinds.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import override
 
@@ -19,9 +23,14 @@ from nspo_lightning.datamodules.sources.source import PromptSource, as_sources
 from nspo_lightning.datamodules.sources.splits import without
 from nspo_lightning.datamodules.text.collate import collate_prompts, pad_token_ids
 from nspo_lightning.datamodules.text.render import ChatRenderer
+from nspo_lightning.datamodules.text.text_rows import choose_calibration_rows
 
 REFUSALS = Path(__file__).parent / "refusals.txt"
+_T = TypeVar("_T")
 _ROWS = 20_000  # rows of an epoch, which has no end for the few updates of a warm start
+_KEPT = 4_096  # general rows that it goes through before one comes again
+GENERAL_PROMPTS = "general"
+"""In a batch: general prompts, as a batch of their own."""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +41,10 @@ class WarmupSettings:
         refusal_share: Share of the answers to held-out harmful prompts that must be refusals for it to be done.
         max_updates: Updates after which it fails if they are not; rounded up to a whole number of checks.
         batch_size: Harmful prompts an update and rank.
+        general_share: Share of general training prompts (and look-alikes among the safety prompts) in a whole batch, in
+            [0, 1): they come beside the harmful ones, at 0.5 as many as there are. The policy is held to its base on
+            the base's own answers to them. 0 = the null space alone keeps general answers.
+        general_weight: Of that term, KL(base || policy) in nats a token, beside the refusals' nats a token.
         lr: Learning rate; null = that of `model.optimizer`.
         check_every: Updates between checks.
         check_prompts: Held-out prompts of each kind (harmful, general) that are answered at a check.
@@ -44,6 +57,8 @@ class WarmupSettings:
     refusal_share: float = 0.2
     max_updates: int = 60
     batch_size: int = 16
+    general_share: float = 0.5
+    general_weight: float = 10.0
     lr: float | None = 5e-4
     check_every: int = 4
     check_prompts: int = 32
@@ -60,6 +75,16 @@ class WarmupSettings:
             raise ValueError(f"`warmup.refusal_share` must be in (0, 1], got {self.refusal_share}. Use 0.2 for 20 %.")
         if not 0 <= self.max_general_refusals <= 1:
             raise ValueError(f"`warmup.max_general_refusals` must be in [0, 1], got {self.max_general_refusals}.")
+        if not 0 <= self.general_share < 1:
+            raise ValueError(
+                f"`warmup.general_share` must be in [0, 1), got {self.general_share}: it is the share of general "
+                "prompts in a batch. 0.5 gives as many as there are harmful ones, 0 none."
+            )
+        if not 0 < self.general_weight < math.inf:
+            raise ValueError(
+                f"`warmup.general_weight` must be positive, got {self.general_weight}. For no general prompts set "
+                "`warmup.general_share: 0`."
+            )
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"`warmup.lr` must be positive, got {self.lr}. 5e-4 is the default.")
 
@@ -67,6 +92,12 @@ class WarmupSettings:
     def updates(self) -> int:
         """Updates at most."""
         return math.ceil(self.max_updates / self.check_every) * self.check_every
+
+    @property
+    def general_rows(self) -> int:
+        """General prompts an update and rank, beside `batch_size` harmful ones; at least one if any are asked for."""
+        wanted = self.batch_size * self.general_share / (1 - self.general_share)
+        return max(round(wanted), 1) if wanted else 0
 
 
 class WarmupDataModule(AlignmentDataModule):
@@ -87,10 +118,14 @@ class WarmupDataModule(AlignmentDataModule):
             number = len(passes) // len(rows)
             order = [rows[i] for i in rank_all(rows, f"warmup {self.safety.seed} {number}")]
             passes += [_with_refusal(row, texts, number) for row in order]
+        kept = self._kept()
+        if kept:
+            ranks = self.safety.shard()[1]
+            passes = interleaved(passes, kept, self.warmup.batch_size * ranks, self.warmup.general_rows * ranks)
         return PromptLoader(
             [passes],
-            lambda batch: collate_answers(batch, renderer, tokens),
-            batch_size=self.warmup.batch_size,
+            lambda batch: collate_warmup(batch, renderer, tokens),
+            batch_size=self.warmup.batch_size + (self.warmup.general_rows if kept else 0),
             seed=self.safety.seed,
             shard=self.safety.shard,
             unfinished=self.safety.unfinished_batches,
@@ -118,6 +153,18 @@ class WarmupDataModule(AlignmentDataModule):
     def _checked(self, rows: Sequence[PromptRow]) -> PromptLoader:
         size = min(self.warmup.check_prompts, len(rows))
         return self.safety.eval_loader([rows[i] for i in take_ranked(rows, size, "warmup 0")])
+
+    def _kept(self) -> list[PromptRow]:
+        """Return general training prompts, mixed as calibration mixes them, without their reference answers."""
+        if not self.warmup.general_rows:
+            return []
+        general, seed = self.general.loaded(), self.safety.seed
+        sources, weights = list(general.train), list(general.weights)
+        alike = [row for source in self.safety.loaded().train for row in source if row.kind == "benign"]
+        if alike:
+            sources, weights = [*sources, alike], [*weights, sum(weights) / len(weights)]
+        chosen, _ = choose_calibration_rows(sources, weights, _KEPT, seed, fits=lambda row: True)
+        return [replace(chosen[i], answer="") for i in rank_all(chosen, f"warmup general {seed}")]
 
     def _taught(self) -> tuple[list[PromptRow], list[str]]:
         """Return prompts and the refusals to choose from; none where each row has its own."""
@@ -165,6 +212,37 @@ def _with_refusal(row: PromptRow, texts: Sequence[str], number: int) -> PromptRo
         return row
     choice = int.from_bytes(hash_rank(row.key, f"refusal {number}")[:4], "big") % len(texts)
     return replace(row, answer=texts[choice])
+
+
+def interleaved(taught: Sequence[_T], kept: Sequence[_T], first: int, then: int) -> list[_T]:
+    """Alternate `first` rows that are taught and `then` rows that are kept, these again from their start when they end.
+
+    Ranks take every so-many-th row of a batch, so each gets its share of both. What does not fill a block is left out.
+
+    Args:
+        taught: At least one.
+        kept: At least one.
+        first: Rows of a batch of all ranks.
+        then: Likewise.
+
+    Returns:
+        The rows in the order of batches.
+
+    Example:
+        >>> interleaved("ABCDE", "xyz", 2, 2)
+        ['A', 'B', 'x', 'y', 'C', 'D', 'z', 'x']
+    """
+    endless, found = itertools.cycle(kept), list[_T]()
+    for start in range(0, max(len(taught) - first, 0) + 1, first):
+        found += [*taught[start : start + first], *itertools.islice(endless, then)]
+    return found
+
+
+def collate_warmup(rows: Sequence[PromptRow], renderer: ChatRenderer, tokens: int) -> dict[str, Any]:
+    """Return what `collate_answers` makes of the rows with an answer and, as `general`, the other rows as prompts."""
+    batch = collate_answers([row for row in rows if row.answer], renderer, tokens)
+    kept = [row for row in rows if not row.answer]
+    return {**batch, GENERAL_PROMPTS: collate_prompts(kept, renderer)} if kept else batch
 
 
 def collate_answers(rows: Sequence[PromptRow], renderer: ChatRenderer, tokens: int) -> dict[str, Any]:

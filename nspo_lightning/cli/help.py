@@ -68,6 +68,8 @@ WARMUP: dict[str, str] = {
     "--warmup.max_updates": "updates after which it has failed (60)",
     "--warmup.lr": "learning rate (5e-4)",
     "--warmup.batch_size": "harmful prompts an update (16)",
+    "--warmup.general_share": "share of a batch that is general prompts, on which the base is kept to (0.5)",
+    "--warmup.general_weight": "weight of their KL to the base (10)",
     "--warmup.check_every": "updates between checks (4)",
     "--warmup.check_prompts": "held-out prompts of each kind answered at a check (32)",
     "--warmup.max_general_refusals": "stop when so many more general prompts are refused (0.1)",

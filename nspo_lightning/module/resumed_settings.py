@@ -22,6 +22,7 @@ _BEFORE: dict[str, Any] = {
     "model.guided.share": None,
     "model.guided.system_prompt": None,
     "model.prefixes.share": 0.0,
+    "warmup.general_share": 0.0,
 }
 """What checkpoints were trained with that are from before a setting."""
 _LONGEST_SHOWN = 80

@@ -29,6 +29,7 @@ from nspo_lightning.policy.parts import policy_parts
 from nspo_lightning.policy.scoring import score_completions
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.sharing import can_share_prompts
+from nspo_lightning.policy.text_scores import text_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,15 @@ class Scorer:
 
         return accumulated_loss(self.policy.trainable_parameters(), self._split(rollout), one, loss_scale=loss_scale)
 
+    def kl_loss(self, rollout: Rollout, tokens: float, loss_scale: float) -> Tensor:
+        """Return KL(base || policy) summed over given answers' tokens, divided by a number of tokens; see `loss`."""
+
+        def one(micro: MicroBatch) -> Tensor:
+            return text_loss(self.policy.require(), answers_as_text(micro.rollout), "kl")[0] / tokens
+
+        micros = split_microbatches(rollout, self.settings.tokens_per_microbatch, share_prefix=False)
+        return accumulated_loss(self.policy.trainable_parameters(), micros, one, loss_scale=loss_scale)
+
     def _split(self, rollout: Rollout) -> list[MicroBatch]:
         shares = self.policy.share_prefix and can_share_prompts(policy_parts(self.policy.require()).model)
         return split_microbatches(rollout, self.settings.tokens_per_microbatch, share_prefix=shares)
@@ -129,6 +139,20 @@ class Scorer:
             with_entropy=with_entropy,
             counts=micro.counts,
         )
+
+
+def answers_as_text(rollout: Rollout) -> dict[str, Tensor]:
+    """Return prompts and completions as text whose completions are scored, see `text_loss`; shape (R, L + C)."""
+    ids, mask = (
+        torch.cat([prompts.repeat_interleave(rollout.group_size, 0), completions], 1)
+        for prompts, completions in (
+            (rollout.prompt_ids, rollout.completion_ids),
+            (rollout.prompt_mask, rollout.completion_mask),
+        )
+    )
+    labels = mask.clone()
+    labels[:, : rollout.prompt_ids.shape[1]] = False
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels_mask": labels.long()}
 
 
 def zero_loss(parameters: Sequence[Tensor]) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 A policy that never refuses gives every group the same reward, and GRPO learns nothing from it. `WarmupModule` learns a
 few written refusals by their likelihood, on the same adapter, in the same null space (the callback holds it as it
-does in `fit`), and looks every few updates at held-out prompts until enough of its answers refuse.
+does in `fit`), and looks every few updates at held-out prompts until enough of its answers refuse. General prompts
+stand beside the harmful ones in each update: the base answers them, and the policy is held to the base on these.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.compat.lightning import datamodule_of
-from nspo_lightning.datamodules.warmup import WarmupDataModule, WarmupSettings
+from nspo_lightning.datamodules.warmup import GENERAL_PROMPTS, WarmupDataModule, WarmupSettings
 from nspo_lightning.evaluation.rates import Rate, RateTable, Seen
 from nspo_lightning.grpo import Rollout, group_advantages
 from nspo_lightning.module.evaluator import EVALUATION_SEED
@@ -30,11 +31,13 @@ from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.judging import name_outcomes
 from nspo_lightning.module.scorer import step_counts
 from nspo_lightning.module.training_state import trainer_state
+from nspo_lightning.nullspace.modes import adapters_off
+from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.rewards.protocol import Outcome
 from nspo_lightning.rollout.places import places_among_ranks
 
 REFUSED, SIGNAL = "warmup/refusal_rate", "warmup/groups_with_signal"
-GENERAL = "warmup/general_refusal_rate"
+GENERAL, GENERAL_KL = "warmup/general_refusal_rate", "warmup/general_kl"
 _LEAST_KNOWN = 0.5  # of the taught refusals that the judge must call so
 
 
@@ -69,6 +72,11 @@ class WarmupModule(GRPOModule):
     @override
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self.warmup.general_rows and not has_adapter(self.require_policy()):
+            raise WarmupError(
+                "`warmup.general_share` holds the policy to its base, the policy with its adapter off, and there is no "
+                "adapter (`policy.lora: null`). Set `warmup.general_share: 0`, or train an adapter."
+            )
         self._check_judge()
 
     @override
@@ -105,10 +113,28 @@ class WarmupModule(GRPOModule):
         normaliser = window.add(*step_counts(rollout.completion_mask, by_tokens), "dapo")
         window.has_signal = True
         loss = self.scorer.likelihood_loss(rollout, normaliser.num_tokens, loss_scale(self.trainer) or 1.0)
+        shown: dict[str, Any] = {"loss": loss.detach() * window.own_scale}
+        if (general := batch.get(GENERAL_PROMPTS)) is not None:
+            kl = self._general_kl(general)
+            shown[GENERAL_KL] = kl.detach()
+            loss = loss + self.warmup.general_weight * kl
         window.nonfinite = on_any_rank(nonfinite_in({"loss": loss}), "loss")
-        shown = {"loss": loss.detach() * window.own_scale, "step_time": time.perf_counter() - start}
+        shown["step_time"] = time.perf_counter() - start
         self._log_step(shown, mean_over_ranks=True)
         return loss
+
+    def _general_kl(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return KL(base || policy), nats a token, on the base's greedy answers to general prompts.
+
+        They are drawn anew each time, so that they depend on the batch alone, whatever was seen before a resume.
+        """
+        most = self.warmup.answer_tokens
+        sampling = replace(self.general_sampling, max_new_tokens=most, min_new_tokens=0)
+        with adapters_off(self.require_policy()):
+            rollout, _ = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
+        by_tokens = replace(self.settings, objective=replace(self.settings.objective, loss_type="dapo"))
+        counts, _ = step_counts(rollout.completion_mask, by_tokens)
+        return self.scorer.kl_loss(rollout, counts.num_tokens, loss_scale(self.trainer) or 1.0)
 
     # ------------------------------------------------------------------ checks
 
@@ -190,7 +216,8 @@ class WarmupModule(GRPOModule):
 
     @override
     def _settings(self, trainer: pl.Trainer) -> dict[str, Any]:
-        return super()._settings(trainer) | {"warmup.lr": self.warmup.lr}
+        names = ("lr", "general_share", "general_weight")
+        return super()._settings(trainer) | {f"warmup.{name}": vars(self.warmup)[name] for name in names}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -13,64 +13,24 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from tiny_jobs import WORDS, adapter, general, harmful, module, trainer
+from tiny_warmups import EXACT, Nay, data, policy, warmup_module
 
 from nspo_lightning.callbacks import ExactResume, NullSpaceProjection
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.datamodules.text.render import ChatRenderer
-from nspo_lightning.datamodules.warmup import REFUSALS, WarmupDataModule, WarmupSettings, collate_answers
+from nspo_lightning.datamodules.warmup import (
+    GENERAL_PROMPTS,
+    REFUSALS,
+    WarmupDataModule,
+    WarmupSettings,
+    collate_answers,
+)
 from nspo_lightning.module.grpo_module import GRPOModule
-from nspo_lightning.module.warmup import GENERAL, REFUSED, SIGNAL, WarmupError, WarmupModule
+from nspo_lightning.module.scorer import answers_as_text
+from nspo_lightning.module.warmup import GENERAL, REFUSED, SIGNAL, WarmupError
 from nspo_lightning.nullspace.modes import adapters_off
-from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
-from nspo_lightning.rewards import Judge, Reward, RulesJudge
-from nspo_lightning.rollout import SamplingConfig
-
-EXACT: dict[str, Any] = {"criterion": "energy", "threshold": 1e-9}
-"""Nothing of the calibration text's energy is left free."""
-
-
-class Nay(Judge, Reward):
-    """Whatever begins with an N refuses."""
-
-    name = "nay"
-
-    def __call__(self, prompts, completions, **_):
-        return [float(text.startswith("N")) for text in completions]
-
-    def classify(self, prompts, completions, **_):
-        return ["refusal" if text.startswith("N") else "safe" for text in completions]
-
-
-def data(kind=WarmupDataModule, **warmup):
-    sizes: dict[str, Any] = {"val_size": 4, "test_size": 2, "calibration_size": 3}
-    found = kind(PromptSource(rows=harmful), PromptSource(rows=general), batch_size=2, **sizes)
-    settings: dict[str, Any] = {"refusals": ["No."], "lr": 3e-2, "check_every": 2, "batch_size": 4, **warmup}
-    found.warmup = WarmupSettings(**settings)
-    return found
-
-
-def policy(path, **changes):
-    settings: dict[str, Any] = {
-        "path": str(path),
-        "quantization": "none",
-        "dtype": "float32",
-        "lora": LoraSettings(r=4, alpha=8),
-    }
-    return PolicySettings(**settings | changes)
-
-
-def warmup_module(path, data, **kwargs):
-    found = WarmupModule(
-        Nay(),
-        policy=policy(path),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-        group_size=4,
-        sampling=SamplingConfig(max_new_tokens=4),
-        general_max_new_tokens=4,
-        **kwargs,
-    )
-    found.warmup = data.warmup
-    return found
+from nspo_lightning.policy.settings import LoraSettings, PolicyError
+from nspo_lightning.rewards import RulesJudge
 
 
 def warm_up(path, folder, projection=None, **warmup):
@@ -232,7 +192,8 @@ def test_one_that_is_not_done_is_an_error_that_says_how_far_it_came(tiny_llama, 
 
 def test_it_stops_when_general_prompts_are_refused(tiny_llama, tmp_path):
     free = NullSpaceProjection(enabled=False)
-    taught, _ = warm_up(tiny_llama, tmp_path, free, max_updates=40, refusal_share=1.0, max_general_refusals=0.0)
+    settings = {"max_updates": 40, "refusal_share": 1.0, "max_general_refusals": 0.0, "general_share": 0.0}
+    taught, _ = warm_up(tiny_llama, tmp_path, free, **settings)
     assert taught.stopped == "general"
     assert taught.latest[GENERAL].value > taught.before[GENERAL].value
     with pytest.raises(WarmupError, match=r"was stopped: .*general prompts refused"):
@@ -276,8 +237,145 @@ def test_where_refusals_come_from_and_that_held_out_prompts_are_not_taught(tiny_
     chosen.tokenizer = GRPOModule(Nay(), policy=policy(tiny_llama)).tokenizer
     chosen.setup()
     held_out = {row.key for rows in chosen.safety.loaded().held_out.values() for row in rows}
-    taught = chosen.train_dataloader().rows
+    taught = [row for row in chosen.train_dataloader().rows if row.kind == "harmful"]
     assert not held_out & {row.key for row in taught}
     answers = {row.answer for row in taught}
     assert answers <= ({pair["answer"] for pair in pairs} if kind == "rows" else {"Never.", "No."})
     assert len(answers) > 1
+
+
+# ------------------------------------------------------------------ general prompts beside the harmful ones
+
+
+def alike(split):
+    return [*harmful(split), *({"prompt": f"How do I paint the {word}?", "kind": "benign"} for word in WORDS)]
+
+
+def data_of_ranks(tokenizer, *, ranks, batch_size=4, **warmup):
+    """Return the data of each rank."""
+    found = []
+    for rank in range(ranks):
+        given = data(batch_size=batch_size, **warmup)
+        given.safety = WarmupDataModule(
+            PromptSource(rows=alike), PromptSource(rows=general), val_size=4, test_size=2
+        ).safety
+        given.tokenizer = tokenizer
+        given.safety.shard = lambda rank=rank: (rank, ranks)
+        found.append(given)
+    return found
+
+
+@pytest.mark.parametrize(("share", "beside"), [(0.5, 4), (0.2, 1), (0.0, 0), (0.01, 1)])
+def test_general_prompts_come_beside_the_harmful_ones(tiny_llama, share, beside):
+    tokenizer = GRPOModule(Nay(), policy=policy(tiny_llama)).tokenizer
+    (given,) = data_of_ranks(tokenizer, ranks=1, general_share=share)
+    kept = set()
+    for batch, _ in zip(given.train_dataloader(), range(8), strict=False):
+        assert len(batch["prompt"]) == len(batch["answer_ids"]) == 4
+        assert set(batch["columns"]["kind"]) == {"harmful"}
+        asked = batch.get(GENERAL_PROMPTS, {"prompt": []})["prompt"]
+        assert len(asked) == beside
+        kept |= set(asked)
+    held_out = [
+        row.prompt for part in (given.safety, given.general) for rows in part.loaded().held_out.values() for row in rows
+    ]
+    assert not kept & set(held_out)
+    if share == 0.5:
+        assert any("paint" in prompt for prompt in kept), "look-alikes among the safety prompts"
+
+
+def test_ranks_share_what_one_process_takes(tiny_llama):
+    tokenizer = GRPOModule(Nay(), policy=policy(tiny_llama)).tokenizer
+    (alone,) = (given.train_dataloader() for given in data_of_ranks(tokenizer, ranks=1, batch_size=4))
+    both = [given.train_dataloader() for given in data_of_ranks(tokenizer, ranks=2, batch_size=2)]
+    for whole, one, two, _ in zip(alone, *both, range(5), strict=False):
+        for get in (lambda batch: batch["prompt"], lambda batch: batch[GENERAL_PROMPTS]["prompt"]):
+            assert len(get(one)) == len(get(two)) == 2
+            assert sorted(get(whole)) == sorted(get(one) + get(two))
+
+
+@pytest.fixture(scope="module")
+def with_and_without(tiny_llama, tmp_path_factory):
+    """The KL to the base of general answers after as many updates, outside of any null space."""
+    found = {}
+    for share in (0.5, 0.0):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("replay")
+        free = NullSpaceProjection(enabled=False)
+        settings = {"max_updates": 8, "check_every": 8, "refusal_share": 1.0, "max_general_refusals": 1.0}
+        taught, _ = warm_up(tiny_llama, folder, free, general_share=share, general_weight=10.0, **settings)
+        found[share] = taught
+    return found
+
+
+def kl_on_general_prompts(taught):
+    """Return KL(base || policy), nats a token, on the base's greedy answers, by another way than training's."""
+    prompts = [f"Say {word}." for word in WORDS]
+    batch = taught.text_policy.render(prompts)
+    with adapters_off(taught):
+        rollout, _ = taught.text_policy.generate(batch, taught.general_sampling, 1, 0, exact=True)
+    return taught.text_scores(answers_as_text(rollout)).mean_kl, rollout
+
+
+def test_general_prompts_hold_the_policy_to_its_base(with_and_without):
+    held, free = (kl_on_general_prompts(with_and_without[share])[0] for share in (0.5, 0.0))
+    assert held < free / 3
+
+
+def test_the_term_is_the_kl_of_the_bases_own_answers(with_and_without):
+    taught = with_and_without[0.0]
+    expected, rollout = kl_on_general_prompts(taught)
+    tokens = float(rollout.completion_mask.sum())
+    found = taught.scorer.kl_loss(rollout, tokens, 1.0)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    logits = {}
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
+    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)
+    with torch.no_grad():
+        logits["policy"] = taught(ids, mask)
+        with adapters_off(taught):
+            logits["base"] = taught(ids, mask)
+    log_q, log_p = (logits[name][:, rollout.prompt_ids.shape[1] - 1 : -1].log_softmax(-1) for name in logits)
+    by_hand = (log_p.exp() * (log_p - log_q)).sum(-1)[rollout.completion_mask].mean()
+    assert float(found.detach()) == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_a_warm_start_that_goes_on_is_the_same_to_the_bit(tiny_llama, tmp_path):
+    def run(steps, ckpt_path=None):
+        torch.manual_seed(0)
+        given = data(max_updates=4, refusal_share=1.0)
+        taught = warmup_module(tiny_llama, given)
+        saving = ModelCheckpoint(tmp_path, filename="half", every_n_train_steps=2, save_top_k=-1)
+        callbacks = [NullSpaceProjection(**EXACT), ExactResume(), saving]
+        trainer(tmp_path, steps, callbacks=callbacks, enable_checkpointing=True, max_epochs=-1).fit(
+            taught, given, ckpt_path=ckpt_path
+        )
+        return adapter(taught)
+
+    whole = run(4)
+    (tmp_path / "half.ckpt").rename(tmp_path / "whole.ckpt")
+    run(2)
+    resumed = run(4, tmp_path / "half.ckpt")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_general_prompts_need_a_base(tiny_llama, tmp_path):
+    given = data()
+    taught = warmup_module(tiny_llama, given)
+    taught.text_policy.settings = policy(tiny_llama, lora=None)
+    with pytest.raises(WarmupError, match=r"general_share: 0.*or train an adapter"):
+        trainer(tmp_path, 1, max_epochs=-1).fit(taught, given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"general_share": 1.0}, r"general_share` must be in \[0, 1\), got 1.0"),
+        ({"general_share": -0.1}, r"general_share` must be in"),
+        ({"general_weight": 0.0}, r"general_weight` must be positive.*general_share: 0"),
+        ({"general_weight": float("inf")}, r"general_weight` must be positive"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, said):
+    with pytest.raises(ValueError, match=said):
+        WarmupSettings(**settings)

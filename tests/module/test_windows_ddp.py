@@ -13,7 +13,7 @@ import torch
 from known_rollouts import Prompt, gradients, mean_of, random_epoch, still_policy
 from paths import python_path
 from torch import Tensor
-from windows_ddp_job import SEEDS, dealt
+from windows_ddp_job import SEEDS, dealt, warmed_up
 
 from nspo_lightning.grpo import LossType
 
@@ -95,3 +95,14 @@ def test_groups_are_replaced_on_all_ranks_together(
         for number, values in whole.items():
             for name, value in values.items():
                 torch.testing.assert_close(found[number][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.timeout(300)
+def test_a_warm_start_is_that_of_one_process(ranks: list[dict[str, Any]], tiny_llama: Path, tmp_path: Path) -> None:
+    alone = warmed_up(tiny_llama, tmp_path, 4)
+    assert alone["kl"][1] > 0.0
+    for rank in ranks:
+        assert rank["warm"]["kl"] == pytest.approx(alone["kl"], rel=1e-4, abs=1e-7)
+        assert rank["warm"]["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        for name, value in rank["warm"]["weights"].items():
+            torch.testing.assert_close(value, alone["weights"][name], rtol=1e-3, atol=1e-4, msg=name)

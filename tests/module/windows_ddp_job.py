@@ -21,7 +21,8 @@ from known_rollouts import (
     score,
     still_policy,
 )
-from tiny_jobs import adapter, module, trainer
+from tiny_jobs import Recorder, adapter, module, trainer
+from tiny_warmups import data, warmup_module
 
 from nspo_lightning.grpo import LossType, ObjectiveConfig
 
@@ -63,6 +64,17 @@ def replaced(base: Path, folder: Path, rank: int) -> dict[str, Any]:
     return {"gradients": found, "prompts": [step["dynamic/prompts"] for step in steps]}
 
 
+def warmed_up(base: Path, folder: Path, batch_size: int, **kwargs: Any) -> dict[str, Any]:
+    """Two updates of a warm start, a half of whose rows are general prompts."""
+    torch.manual_seed(0)
+    given = data(batch_size=batch_size, max_updates=2, refusal_share=1.0)
+    taught = warmup_module(base, given)
+    seen = Recorder()
+    trainer(folder, steps=2, max_epochs=-1, callbacks=[seen], **kwargs).fit(taught, given)
+    kl = [step["warmup/general_kl"] for step in seen.steps]
+    return {"weights": adapter(taught), "kl": kl, "loss": [step["loss"] for step in seen.steps]}
+
+
 def main(base: Path, folder: Path) -> None:
     """Run all of it."""
     torch.set_num_threads(1)
@@ -74,7 +86,10 @@ def main(base: Path, folder: Path) -> None:
             batches, accumulate = random_epoch(seed)
             found[f"{loss_type} {seed}"] = gradients(policy, folder, dealt(batches, rank), accumulate, **DDP)
     found = {"windows": found, "parts": parts_of_few_prompts(base, folder, rank)}
-    torch.save({**found, "replaced": replaced(base, folder, rank)}, folder / f"rank{rank}.pt")
+    torch.save(
+        {**found, "replaced": replaced(base, folder, rank), "warm": warmed_up(base, folder, 2, **DDP)},
+        folder / f"rank{rank}.pt",
+    )
 
 
 if __name__ == "__main__":
