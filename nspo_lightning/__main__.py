@@ -10,6 +10,8 @@ from nspo_lightning.cli.help import help_text
 
 def main() -> None:
     """Answer a call for help, else hand over to the command line proper."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # bars of libraries, read at import: a line a minute in a log
     try:
         text = help_text(sys.argv[1:])
         if text is not None:

@@ -6,6 +6,7 @@ as it is and with its adapter in place; the base is the same model with the adap
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,11 +55,14 @@ def main(arguments: list[str]) -> None:
     _check_tasks(tasks, manager.all_tasks)
     wanted = harness_tasks(tasks, data, manager)
     module = _load(policy_settings(config, source), trained)
-    found = run_harness(module, wanted, manager, options)
+    found = run_harness(
+        module, wanted, manager, options, untrained=trained is None and module.policy_settings.adapter is None
+    )
+    last = found.get("policy") or found["base"]
     result = {
         "identity": {
             **policy_identity(module, None if trained is None else str(trained)),
-            "tasks": {task: _task_identity(found["policy"], task) for task in found["policy"]["results"]},
+            "tasks": {task: _task_identity(last, task) for task in last["results"]},
             "judge": "none: every task scores itself",
             "decoding": {"chat_template": not options.no_chat_template, "generation": "each task's own, see `tasks`"},
             "limit": options.limit,
@@ -71,15 +75,20 @@ def main(arguments: list[str]) -> None:
     if kept := set_aside_other(out, result["identity"]):
         console.print(f"An earlier result of something else stood in {out}; it is now in {kept}.")
     write_json(result, out)
-    rows = _rows(result["results"], found["policy"].get("n-samples", {}))
+    rows = _rows(result["results"], last.get("n-samples", {}))
     console.print(rich_table("General benchmarks: base and policy", _COLUMNS, rows, align="llrrrrr"))
     console.print(f"written to {out}")
 
 
 def run_harness(
-    module: GRPOModule, tasks: Sequence[Any], manager: Any, options: Namespace
+    module: GRPOModule, tasks: Sequence[Any], manager: Any, options: Namespace, *, untrained: bool
 ) -> dict[str, dict[str, Any]]:
-    """Run the harness on the `policy`, and on its `base` if there is an adapter to switch off; return its results."""
+    """Run the harness on the `base` (the adapter off) and the `policy`.
+
+    Returns:
+        Its results, by who was measured. An untrained policy is its base: one run. Trained weights without an adapter
+        have no base here.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -104,10 +113,11 @@ def run_harness(
         return dict(results or {})
 
     found: dict[str, dict[str, Any]] = {}
-    if has_adapter(policy):
-        with adapters_off(policy):
+    if untrained or has_adapter(policy):
+        with adapters_off(policy) if has_adapter(policy) else contextlib.nullcontext():
             found["base"] = one()
-    found["policy"] = one()
+    if not untrained:
+        found["policy"] = one()
     return found
 
 
@@ -156,18 +166,19 @@ def _task_identity(results: Mapping[str, Any], task: str) -> dict[str, Any]:
 def _rows(
     results: Mapping[str, Mapping[str, Mapping[str, float]]], samples: Mapping[str, Any]
 ) -> Iterator[tuple[str, ...]]:
-    for task, metrics in results["policy"].items():
-        for metric, value in metrics.items():
+    whole = {who: results.get(who, {}) for who in ("base", "policy")}
+    for task, metrics in (whole["policy"] or whole["base"]).items():
+        for metric in metrics:
             if metric.endswith(" stderr"):
                 continue
-            before = results.get("base", {}).get(task, {}).get(metric)
+            before, value = (of.get(task, {}).get(metric) for of in whole.values())
             error = metrics.get(f"{metric} stderr")
             yield (
                 task,
                 metric,
                 "" if before is None else f"{before:.4f}",
-                f"{value:.4f}",
-                "" if before is None else f"{value - before:+.4f}",
+                "" if value is None else f"{value:.4f}",
+                "" if before is None or value is None else f"{value - before:+.4f}",
                 "" if error is None else f"{error:.4f}",
                 str(samples.get(task, {}).get("effective", "")),
             )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from nspo_lightning.cli.evaluate import harness_scores, main
 from nspo_lightning.cli.harness_tasks import harness_tasks
 from nspo_lightning.cli.run_config import ConfigError, policy_settings
 from nspo_lightning.policy.loading import load_policy
+from nspo_lightning.policy.settings import LoraSettings, PolicySettings
 from nspo_lightning.policy.tokenizer import load_tokenizer
 
 TASK = """
@@ -74,6 +77,38 @@ def choices(model, tokenizer, rows):
             totals.append(float(log_probs.gather(-1, ids[0, 1:, None])[start - 1 :].sum()))
         chosen.append(totals.index(max(totals)))
     return chosen
+
+
+class Harness:
+    """Counts runs; an adapter that is on shows in the score."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy, self.runs = policy, 0
+
+    def __call__(self, **options: Any) -> dict[str, Any]:
+        self.runs += 1
+        on = any(not layer.disable_adapters for layer in self.policy.modules() if hasattr(layer, "lora_A"))
+        return {"results": {"colours": {"acc,none": float(on)}}}
+
+
+@pytest.mark.parametrize("untrained", [True, False])
+def test_an_untrained_policy_is_measured_once_as_the_base_that_it_is(untrained, tiny_llama, monkeypatch):
+    settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=LoraSettings(r=4))
+    policy = load_policy(settings, torch.device("cpu"))
+    harness = Harness(policy)
+    lm_eval = SimpleNamespace(simple_evaluate=harness)
+    monkeypatch.setitem(sys.modules, "lm_eval", lm_eval)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=lambda **options: None))
+    options = SimpleNamespace(batch_size=1, num_fewshot=None, limit=None, no_chat_template=True, seed=0)
+    options.confirm_run_unsafe_code = False
+    module: Any = SimpleNamespace(require_policy=lambda: policy, tokenizer=None)
+    found = evaluate.run_harness(module, [], None, options, untrained=untrained)
+    assert harness.runs == len(found) == (1 if untrained else 2)
+    scores = {who: result["results"]["colours"]["acc,none"] for who, result in found.items()}
+    assert scores == ({"base": 0.0} if untrained else {"base": 0.0, "policy": 1.0})
+    tables = {who: harness_scores(result) for who, result in found.items()}
+    (row,) = evaluate._rows(tables, {})
+    assert row[2:5] == (("0.0000", "", "") if untrained else ("0.0000", "1.0000", "+1.0000"))
 
 
 def test_base_and_policy_on_a_local_task(job, capsys):
