@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_an_untrained_policy_is_measured_once_as_the_base_that_it_is(untrained, 
     lm_eval = SimpleNamespace(simple_evaluate=harness)
     monkeypatch.setitem(sys.modules, "lm_eval", lm_eval)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=lambda **options: None))
-    options = SimpleNamespace(batch_size=1, num_fewshot=None, limit=None, no_chat_template=True, seed=0)
+    options = Namespace(batch_size=1, num_fewshot=None, limit=None, no_chat_template=True, seed=0)
     options.confirm_run_unsafe_code = False
     module: Any = SimpleNamespace(require_policy=lambda: policy, tokenizer=None)
     found = evaluate.run_harness(module, [], None, options, untrained=untrained)
