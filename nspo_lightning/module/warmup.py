@@ -30,6 +30,7 @@ from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.judging import name_outcomes
 from nspo_lightning.module.scorer import step_counts
+from nspo_lightning.module.start_checks import longest_prompt_tokens
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
@@ -77,6 +78,9 @@ class WarmupModule(GRPOModule):
                 "`warmup.general_share` holds the policy to its base, the policy with its adapter off, and there is no "
                 "adapter (`policy.lora: null`). Set `warmup.general_share: 0`, or train an adapter."
             )
+        if self.warmup.general_rows:
+            longest = longest_prompt_tokens(self.trainer)
+            self.text_policy.check_room(longest, self.warmup.answer_tokens, "warmup.answer_tokens")
         self._check_judge()
 
     @override

@@ -26,6 +26,7 @@ def commands(job, processes):
     guard = ["--trainer.callbacks+=nspo_lightning.callbacks.CapabilityGuard", "--trainer.callbacks.every_n_updates=1"]
     guard += ["--trainer.callbacks.max_kl=3e-4", "--model.optimizer.init_args.lr=0.01"]
     trained = ["--ckpt_path", f"runs/fit-{processes}/checkpoints/last.ckpt"]
+    begun = ["--model.prefixes.share", "0.5", "--model.prefixes.max_tokens", "4"]
     return [
         job.command("calibrate", processes, "--out", f"basis-{processes}.safetensors"),
         job.command("fit", processes, "--name", f"fit-{processes}"),
@@ -34,6 +35,8 @@ def commands(job, processes):
         job.command("predict", processes, "--name", f"predict-{processes}", *trained),
         job.command("fit", processes, "--name", f"window-{processes}", *window),
         job.command("fit", processes, "--name", f"guarded-{processes}", *guard),
+        job.command("fit", processes, "--name", f"begun-{processes}", *begun, "--data.val_attacks", "[prefill_3]"),
+        job.command("test", processes, "--name", f"attacked-{processes}", *trained, "--attacks", "prefill_3"),
     ]
 
 
@@ -73,7 +76,7 @@ def test_gradients_are_those_of_one_process(runs):
     assert difference(one, two) <= AGREE * largest
 
 
-@pytest.mark.parametrize("name", ["fit", "window", "guarded"])
+@pytest.mark.parametrize("name", ["fit", "window", "guarded", "begun"])
 def test_final_adapter_is_that_of_one_process(runs, name):
     one, two = weights(runs, f"{name}-1"), weights(runs, f"{name}-2")
     assert difference(two, weights(runs, f"{name}-2", rank=1)) == 0
@@ -97,7 +100,7 @@ def test_groups_stay_on_one_rank_and_every_prompt_is_trained_on_once(runs):
     assert set(trained.values()) == {1}
 
 
-@pytest.mark.parametrize("name", ["fit", "validate", "window", "guarded"])
+@pytest.mark.parametrize("name", ["fit", "validate", "window", "guarded", "begun"])
 def test_metrics_are_those_of_all_ranks(runs, name):
     one, two = scalars(runs / "runs" / f"{name}-1"), scalars(runs / "runs" / f"{name}-2")
     assert one.keys() == two.keys()
@@ -130,6 +133,18 @@ def test_test_rows_are_neither_doubled_nor_dropped_and_answered_alike(runs):
     assert two["rates"] == one["rates"]
     assert two["rates"]["policy"]["safety/answered_rate"]["of"] == 7
     assert two["text"] == pytest.approx(one["text"], rel=1e-5, abs=1e-7)
+
+
+def test_begun_answers_are_begun_alike_and_counted_over_ranks(runs):
+    one, two = (json.loads((runs / "runs" / f"attacked-{n}" / "test.json").read_text())["rates"] for n in (1, 2))
+    assert two == one
+    rate = one["policy"]["attack/prefill_3/answered_rate"]
+    assert 4 <= rate["of"] <= 7, "rows whose base answers are too short are left out"
+    (alone,), ranks = jsonl(runs / "runs" / "attacked-1"), jsonl(runs / "runs" / "attacked-2")
+    key = json.dumps
+    assert Counter(map(key, (row for rows in ranks for row in rows))) == Counter(map(key, alone))
+    assert any(row.get("prefix") for row in alone)
+    assert "prefix/share" in {tag.removeprefix("training/") for tag in scalars(runs / "runs" / "begun-2")}
 
 
 def test_predictions_are_those_of_one_process(runs):

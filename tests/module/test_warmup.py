@@ -379,3 +379,9 @@ def test_general_prompts_need_a_base(tiny_llama, tmp_path):
 def test_settings_out_of_range_are_named(settings, said):
     with pytest.raises(ValueError, match=said):
         WarmupSettings(**settings)
+
+
+def test_answers_that_would_not_fit_are_refused_before_work(tiny_llama, tmp_path):
+    given = data(answer_tokens=100_000)
+    with pytest.raises(PolicyError, match=r"lower `warmup.answer_tokens`"):
+        trainer(tmp_path, 1, max_epochs=-1).fit(warmup_module(tiny_llama, given), given)
