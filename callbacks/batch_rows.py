@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from nspo_lightning.callbacks.end_together import SIGTERM_EXIT_CODE
+from nspo_lightning import ranks
 from nspo_lightning.callbacks.protocols import KnowsBatchSizes
-from nspo_lightning.terminal import Advance, rows_progress
+from nspo_lightning.callbacks.stopping import stop_if_told
+from nspo_lightning.terminal import rows_progress
 
 
 class BatchRows:
@@ -72,11 +73,16 @@ def batches_of(loader: Any, limit: float, name: str) -> float:
 
 @contextmanager
 def measuring(
-    trainer: pl.Trainer, label: str, loaders: Sequence[Iterable[Any]], limit: float = 1.0, name: str = ""
+    trainer: pl.Trainer,
+    label: str,
+    loaders: Sequence[Iterable[Any]],
+    limit: float = 1.0,
+    name: str = "",
+    ask: Callable[[pl.Trainer], None] = stop_if_told,
 ) -> Iterator[list[Iterable[Any]]]:
     """Give loaders, cut to a limit, that show how far they are gone through; nothing if the Trainer shows no bars.
 
-    SIGTERM ends the run between two batches; where `LastOnException` handles signals, it decides.
+    A signal ends the run after the batch at hand, on all ranks together; they may have different numbers of batches.
 
     Args:
         trainer: Whether bars are wanted.
@@ -84,22 +90,38 @@ def measuring(
         loaders: What is gone through, one after another.
         limit: The Trainer's `limit_test_batches` or its like.
         name: Of that setting.
+        ask: What is asked first and after each batch; by default whether the run is told to stop. All ranks ask
+            together.
 
     Yields:
-        The loaders; each is gone through once.
+        The loaders; each is gone through once, to its end.
     """
+    ask(trainer)
     counts = [batches_of(loader, limit, name) for loader in loaders]
     rows, visible = BatchRows(loaders, counts), trainer.progress_bar_callback is not None
+    turns = [max(of_ranks) for of_ranks in zip(*ranks.gather_objects(counts), strict=True)]
     with rows_progress(label, rows.total, unit=rows.unit, visible=visible) as advance:
-        yield [_counted(trainer, loader, i, counts[i], rows, advance) for i, loader in enumerate(loaders)]
+
+        def passed(index: int, number: int) -> None:
+            advance(rows.of(index, number))
+
+        yield [
+            _counted(loader, counts[i], turns[i], partial(passed, i), partial(ask, trainer))
+            for i, loader in enumerate(loaders)
+        ]
 
 
 def _counted(
-    trainer: pl.Trainer, loader: Iterable[Any], index: int, count: float, rows: BatchRows, advance: Advance
+    loader: Iterable[Any], count: float, turns: float, passed: Callable[[int], None], ask: Callable[[], None]
 ) -> Iterator[Any]:
-    cut = loader if count == float("inf") else itertools.islice(loader, int(count))
-    for number, batch in enumerate(cut):
+    """Give `count` batches of a rank at most; ask `turns` times, as often as all ranks do, never if that is unknown."""
+    asks = turns < float("inf") or ranks.world_size() == 1
+    number = -1
+    for number, batch in enumerate(loader if count == float("inf") else itertools.islice(loader, int(count))):
         yield batch
-        advance(rows.of(index, number))
-        if trainer.received_sigterm:  # as Lightning's own loops do between two batches
-            raise SIGTERMException(SIGTERM_EXIT_CODE)
+        passed(number)
+        if asks:
+            ask()
+    if asks and ranks.world_size() > 1:
+        for _ in range(number + 1, int(turns)):
+            ask()

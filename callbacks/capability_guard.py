@@ -24,9 +24,11 @@ from typing_extensions import override
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.batch_rows import measuring
 from nspo_lightning.callbacks.guard.budget import Budget, Measurement
+from nspo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from nspo_lightning.callbacks.protocols import Evaluable, HasHeldOutText, LimitsContext, ScoresText
 from nspo_lightning.callbacks.resume.last_good import LastGood, scale_learning_rates_
-from nspo_lightning.compat.lightning import datamodule_of, logging_step
+from nspo_lightning.callbacks.stopping import is_told_to_stop, stop_if_told
+from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, logging_step
 from nspo_lightning.evaluation.rates import REFUSAL, TRUNCATED
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, text_means
 from nspo_lightning.nullspace.modes import adapted_models, adapters_off, evaluation_mode
@@ -34,6 +36,16 @@ from nspo_lightning.policy.divergence import TextScores, token_scores
 
 Action = Literal["halve", "stop"]
 ACCURACY = "general/accuracy"
+_MEASURED = ("guard/kl", "guard/kl_first", "guard/perplexity", "guard/over_budget", "guard/score")
+
+
+class _PutOff(Exception):
+    """The run was told to stop: what is due now is measured by the run that goes on."""
+
+
+def _put_off(trainer: pl.Trainer) -> None:
+    if is_told_to_stop(trainer):
+        raise _PutOff
 
 
 class CapabilityGuard(Callback):
@@ -48,7 +60,8 @@ class CapabilityGuard(Callback):
     Logs `guard/kl` and `guard/kl_first` (nats a token), `guard/perplexity`, `guard/accuracy_drop`,
     `guard/refusal_rise`, `guard/unsafe_rate`, `guard/over_budget`, `guard/rescues`, `guard/lr_scale`, `guard/score`.
     Place it behind `EarlyStopping`: a stop that was decided on weights over budget is taken back with them. A
-    checkpoint holds the last good state too: the trained weights and the optimizer's state once more.
+    checkpoint holds the last good state too: the trained weights and the optimizer's state once more. A signal ends a
+    measurement after the batch at hand; after an update it is then made by the run that goes on, before all else.
 
     Args:
         max_kl: Budget in nats a token of whole answers; None = none.
@@ -123,6 +136,10 @@ class CapabilityGuard(Callback):
         self.good = LastGood()
         self._batches: list[Any] = []
         self._last_scores = TextScores()
+        self._scored: int | None = None
+        """Of which update the scores are; None = of weights that are not there any more."""
+        self._checked = -1
+        """Which update was last held to the budget."""
         self._stop_before_validation = False
 
     # ------------------------------------------------------------------ hooks
@@ -154,10 +171,7 @@ class CapabilityGuard(Callback):
                 f"CapabilityGuard has `logits`, but cannot turn {type(pl_module).__name__} into its base. Give "
                 "`without_adapter`, a function of the module to a context manager."
             )
-        if not self._batches:
-            self._batches = list(self._held_out_text(trainer, pl_module))
-            if not ranks.any_rank(bool(self._batches)):
-                raise MisconfigurationException("CapabilityGuard's text is empty: give held-out general rows.")
+        self._read_text(trainer, pl_module)
         if self._wanted_rates and not trainer.enable_validation:
             name = "max_refusal_rise" if self.budget.max_accuracy_drop is None else "max_accuracy_drop"
             raise MisconfigurationException(
@@ -168,6 +182,7 @@ class CapabilityGuard(Callback):
             self.base_rates = self._measure_base_rates(trainer, pl_module)  # raises where there are none
         if self.good.step < 0:
             self._check_start(self._measure(trainer, pl_module, validation=False))
+            self._checked = trainer.global_step
 
     @override
     def on_train_batch_start(
@@ -175,17 +190,28 @@ class CapabilityGuard(Callback):
     ) -> None:
         if self.good.step < 0:  # not earlier: NullSpaceProjection still moves the adapter when training starts
             self.good.take(trainer, pl_module)
+        if self._is_due(trainer):  # the run that this one goes on from put it off
+            self._check(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step and trainer.global_step % self.every_n_updates == 0:
-            self._check(trainer, pl_module)
+        if self._is_due(trainer):
+            try:
+                self._check(trainer, pl_module, ask=_put_off)  # no run can go on from between two hooks
+            except _PutOff:
+                unknown = {name: torch.tensor(math.nan) for name in _MEASURED if name in trainer.callback_metrics}
+                trainer.callback_metrics.update(unknown)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_before_validation = trainer.should_stop
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._score_now(trainer, pl_module)  # here, since a run goes on from here, and not from the hook below
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -196,6 +222,16 @@ class CapabilityGuard(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check(trainer, pl_module)  # what is left in memory is within the budget too
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.good.step < 0 or trainer.global_step == 0 or self._checked == trainer.global_step:
+            return
+        self._read_text(trainer, pl_module)
+        self._check(trainer, pl_module)  # training was over in the checkpoint, and its last check had been put off
+        for callback in callbacks_of(trainer) if self.readings[-1].over else ():
+            if isinstance(callback, LastCheckpoint):
+                callback.write(trainer)
 
     # ------------------------------------------------------------------ decisions
 
@@ -226,11 +262,22 @@ class CapabilityGuard(Callback):
                 "back to. Raise the budget, or start from the base (a fresh adapter)."
             )
 
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, validation: bool = False) -> None:
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        step = trainer.global_step
+        return step > 0 and step % self.every_n_updates == 0 and step != self._checked
+
+    def _check(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        validation: bool = False,
+        ask: Callable[[pl.Trainer], None] = stop_if_told,
+    ) -> None:
         """Measure unless these very weights were measured, keep the state or go back; alike on all ranks."""
-        if not validation and self.readings and self.readings[-1].step == trainer.global_step:
+        if not validation and self._checked == trainer.global_step:
             return
-        found = self._measure(trainer, pl_module, validation)
+        found = self._measure(trainer, pl_module, validation, ask)
+        self._checked = trainer.global_step
         if found.over:
             self._rescue(trainer, pl_module, found, self._stop_before_validation if validation else None)
         elif self.good.step != trainer.global_step and (validation or not self._wanted_rates):
@@ -242,6 +289,7 @@ class CapabilityGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: Measurement, stop_before: bool | None
     ) -> None:
         self.good.put_back_(trainer, pl_module)
+        self._scored = None
         back = f"Guard: {found.over} after update {found.step}; back to the state of update {self.good.step}"
         if self.action == "stop" or self.rescues >= self.max_rescues:
             trainer.should_stop = True
@@ -257,6 +305,11 @@ class CapabilityGuard(Callback):
 
     # ------------------------------------------------------------------ measuring
 
+    def _read_text(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._batches = self._batches or list(self._held_out_text(trainer, pl_module))
+        if not ranks.any_rank(bool(self._batches)):
+            raise MisconfigurationException("CapabilityGuard's text is empty: give held-out general rows.")
+
     def _held_out_text(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Any]:
         if self.text is not None:
             return self.text
@@ -265,10 +318,14 @@ class CapabilityGuard(Callback):
         limit = pl_module.context_tokens if isinstance(pl_module, LimitsContext) else None
         return datamodule.text_dataloader("validation", self.text_rows, limit)
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, validation: bool) -> Measurement:
-        last = self.readings[-1] if self.readings else None
-        if last is None or last.step != trainer.global_step or last.over:
-            self._last_scores = self._score(trainer, pl_module)
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        validation: bool,
+        ask: Callable[[pl.Trainer], None] = stop_if_told,
+    ) -> Measurement:
+        self._score_now(trainer, pl_module, ask)
         means, drop, rise = text_means(self._last_scores), None, None
         kl, kl_first = (means[name].value if name in means else math.nan for name in (KL, KL_FIRST))
         if validation and self._wanted_rates:
@@ -288,10 +345,22 @@ class CapabilityGuard(Callback):
             raise self._no_rate(missing[0], who, metrics)
         return {name: float(metrics[name]) for name in self._wanted_rates}
 
-    def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TextScores:
-        """Return the scores of all ranks' text."""
+    def _score_now(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        ask: Callable[[pl.Trainer], None] = stop_if_told,
+    ) -> None:
+        """Score all ranks' text, unless the weights are those that it was scored with."""
+        if self._scored != trainer.global_step:
+            self._last_scores = self._score(trainer, pl_module, ask)
+            self._scored = trainer.global_step
+
+    def _score(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, ask: Callable[[pl.Trainer], None]
+    ) -> TextScores:
         total = TextScores()
-        shown = measuring(trainer, "Guarding general text", [self._batches])
+        shown = measuring(trainer, "Guarding general text", [self._batches], ask=ask)
         with torch.no_grad(), evaluation_mode(pl_module), shown as [batches]:
             for batch in batches:
                 total += self._score_batch(trainer.strategy.batch_to_device(batch), pl_module)
@@ -375,6 +444,7 @@ class CapabilityGuard(Callback):
             "lr_scale": self.lr_scale,
             "base_rates": self.base_rates,
             "good": self.good.state_dict(),
+            "checked": self._checked,
         }
 
     @override
@@ -385,3 +455,4 @@ class CapabilityGuard(Callback):
         if earlier is not None:
             self.base_rates[self.accuracy_metric] = float(earlier)
         self.good.load_state_dict(state_dict["good"])
+        self._checked = int(state_dict.get("checked", self.good.step))  # earlier checkpoints lack it

@@ -54,8 +54,11 @@ class ExactResume(Callback):
     # ------------------------------------------------------------------ resuming
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.moment = "elsewhere"
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._state:  # the same noise whether a calibration is made now or found in the cache
             self._random = random_state()
 
@@ -124,7 +127,7 @@ class ExactResume(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.moment = "elsewhere"
+        self.moment = "train_end"
 
     # ------------------------------------------------------------------ saving
 

@@ -57,7 +57,7 @@ class GeneralKL(Callback):
                 "GeneralKL has no general text: the datamodule has no `calibration_dataloader()`. Use "
                 "`AlignmentDataModule`, or add that method."
             )
-        self._batches = list(calibration_batches(owner, pl_module, BasisSettings()))
+        self._batches = list(calibration_batches(owner, pl_module, BasisSettings(), trainer))
         if not self._batches:
             raise MisconfigurationException("GeneralKL has no general text: `calibration_dataloader()` gives none.")
 

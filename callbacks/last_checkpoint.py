@@ -83,7 +83,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._is_due(trainer) or (self._has_changed(trainer) and _stops_within_epoch(trainer)):
-            self._save(trainer)
+            self.write(trainer)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -91,19 +91,19 @@ class LastCheckpoint(Checkpoint):
             return
         # A callback may have put earlier weights back, or decided to stop.
         if self._is_due(trainer) or _stops_within_epoch(trainer):
-            self._save(trainer)
+            self.write(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Where a run stops within an epoch the file is there, and says so: this moment is after the epoch's end.
         if self._has_changed(trainer) or trainer.is_last_batch:
-            self._save(trainer)
+            self.write(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         moved = ranks.any_rank(_sums(trainer) != self._sums)  # a callback may have put earlier weights back
         if self._has_changed(trainer) or (moved and trainer.global_step > 0):
-            self._save(trainer)
+            self.write(trainer)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         waited = self.every_minutes is not None and time.monotonic() - self._time >= 60 * self.every_minutes
@@ -117,7 +117,8 @@ class LastCheckpoint(Checkpoint):
     def _has_changed(self, trainer: pl.Trainer) -> bool:
         return trainer.global_step > self._step or _written_by_others(trainer) != self._others
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def write(self, trainer: pl.Trainer) -> None:
+        """Write the file now."""
         if self.path is None or is_fast_dev_run(trainer):
             return
         resume = next((c for c in callbacks_of(trainer) if isinstance(c, ExactResume)), None)

@@ -21,11 +21,12 @@ from nspo_lightning.callbacks.exact_resume import ExactResume
 from nspo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from nspo_lightning.callbacks.protocols import FailsAgain
 from nspo_lightning.checkpoints import LAST_FILE
-from nspo_lightning.compat.lightning import callbacks_of, model_checkpoints
+from nspo_lightning.compat.lightning import callbacks_of, keep_signal_handlers, model_checkpoints
 
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)  # a terminal that is closed; not there on Windows
 _SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number is not None)
-_BUSY = frozenset({"update", "batch_end", "validation_end", "epoch_end"})
+_BUSY = frozenset({"update", "batch_end", "validation_end", "epoch_end", "train_end"})
+_HOW_OLD = {"train_end": "has the end of the training", "elsewhere": "stays as it was"}
 
 
 class LastOnException(Callback):
@@ -33,10 +34,11 @@ class LastOnException(Callback):
 
     Without that callback it is written where the first `ModelCheckpoint` keeps its files.
 
-    ``--ckpt_path last`` finds it. The signals end a run at once while it samples, judges, measures or computes a loss
-    (nothing is lost but that step); while weights change or a file is written they wait until that is done. A second
-    Ctrl-C does not wait. With several processes none may leave alone: a signal to any of them is noted, and all stop
-    together before the next batch or validation; one that comes when training is over changes nothing any more.
+    ``--ckpt_path last`` finds it. The signals end a run at once while it loads, calibrates, samples, judges, validates
+    or computes a loss (nothing is lost but that step); while weights change or a file is written they wait until that
+    is done, and what measures then stops within a batch of it. A second Ctrl-C does not wait. With several processes
+    none may leave alone: a signal to any of them is noted, and all stop together at the next batch of whatever is done.
+    One that comes when all is measured changes nothing any more. `validate`, `test` and `predict` hear them likewise.
 
     Needs `ExactResume` among the callbacks to know where the run is. (Lightning's `OnExceptionCheckpoint` removes its
     file at the end of the next good run, so it can't share that name.)
@@ -46,13 +48,15 @@ class LastOnException(Callback):
         self._handlers: dict[int, Any] = {}
         self._waiting: int | None = None
         self._shared = False
+        self._even = False
+        self._raised = False
 
     # ------------------------------------------------------------------ signals
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release()
-        self._shared, self._waiting = trainer.world_size > 1, None
+        self._shared, self._waiting, self._raised = trainer.world_size > 1, None, False
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -60,9 +64,25 @@ class LastOnException(Callback):
                 continue  # nohup
             self._handlers[number] = signal.getsignal(number)
             signal.signal(number, lambda n, frame: self._on_signal(trainer, n, frame))
+        keep_signal_handlers(trainer, tuple(self._handlers))
+
+    def is_told_to_stop(self, trainer: pl.Trainer) -> bool:
+        """Return whether a signal waits, here or on another rank; see `HearsSignals`."""
+        return ranks.any_rank(self._waiting is not None) if self._shared else self._waiting is not None
+
+    def stop_if_told(self, trainer: pl.Trainer) -> None:
+        """Stop if a signal waits, here or on another rank; see `HearsSignals`."""
+        if self._shared:
+            if not self.is_told_to_stop(trainer):
+                return
+            ended = self._waiting is not None and self._waiting != signal.SIGINT
+            self._waiting = signal.SIGTERM if ranks.any_rank(ended) else signal.SIGINT
+        self._raise(together=self._shared)
 
     def _on_signal(self, trainer: pl.Trainer, number: int, frame: FrameType | None) -> None:
         resume = _resume(trainer)
+        if self._raised and number != signal.SIGINT:
+            return  # its exception is on its way: a second one would get between it and the checkpoint
         again, self._waiting = self._waiting is not None, number
         if self._shared:
             if again and number == signal.SIGINT:
@@ -74,35 +94,64 @@ class LastOnException(Callback):
     def _raise(self, *, together: bool = False) -> None:
         number, self._waiting = self._waiting, None
         if number is not None:
+            self._raised = True
             stop: Any = KeyboardInterrupt() if number == signal.SIGINT else SIGTERMException(128 + number)
             stop.raised_on_all_ranks = together
             raise stop
 
-    def _stop(self, trainer: pl.Trainer) -> None:
-        """Stop if a signal has come, here or on another rank (cross-rank synchronisation, at moments all come to)."""
-        if self._shared:
-            if not ranks.any_rank(self._waiting is not None):
-                return
-            ended = self._waiting is not None and self._waiting != signal.SIGINT
-            self._waiting = signal.SIGTERM if ranks.any_rank(ended) else signal.SIGINT
-        self._raise(together=self._shared)
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop_if_told(trainer)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._stop(trainer)
+        self._raised = False
+        self.stop_if_told(trainer)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._stop(trainer)
+        self._begin(trainer, trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, trainer.num_test_batches)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, trainer.num_predict_batches)
+
+    def _begin(self, trainer: pl.Trainer, batches: list[int | float]) -> None:
+        self.stop_if_told(trainer)
+        # Where ranks have different numbers of batches, they can't ask together before each.
+        alike = all(other == batches for other in ranks.gather_objects(batches))
+        self._even = self._shared and alike and float("inf") not in batches
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._even:
+            self.stop_if_told(trainer)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._even:
+            self.stop_if_told(trainer)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._even:
+            self.stop_if_told(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._shared:  # Lightning's own handlers would cut off on one rank what all still measure together
-            self._release()
-        self._stop(trainer)
+        self.stop_if_told(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -135,9 +184,10 @@ class LastOnException(Callback):
         resume = _resume(trainer)
         if not _is_settled(trainer, resume):
             if path.exists():
-                over = resume is not None and resume.moment == "elsewhere"
-                when = "has the end of the training" if over else "is from before this update"
-                rank_zero_info(f"{name}: {path} {when}. {_how_to_go_on(exception)}")
+                moment = "elsewhere" if resume is None else resume.moment
+                rank_zero_info(
+                    f"{name}: {path} {_HOW_OLD.get(moment, 'is from before this update')}. {_how_to_go_on(exception)}"
+                )
             return
         try:
             with nullcontext() if resume is None else resume.beside_others():

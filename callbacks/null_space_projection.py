@@ -52,6 +52,7 @@ from nspo_lightning.callbacks.null_space.watch import (
     hold_statistics,
     running_statistics,
 )
+from nspo_lightning.callbacks.stopping import stop_if_told
 from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, logs_this_batch
 from nspo_lightning.compat.torch import RunningNorm
 from nspo_lightning.evaluation.diagnosis import NullSpaceFacts
@@ -459,7 +460,7 @@ class NullSpaceProjection(Callback):
             job = self.source.job(pl_module, layers, batches, sharded=sharded, precision=precision)
         shown = trainer is None or trainer.progress_bar_callback is not None
         with (
-            calibration_progress(visible=shown) as report,
+            calibration_progress(visible=shown, ask=lambda: _ask(trainer)) as report,
             inference(trainer, pl_module),
             at_start(job.layers, {}),
         ):
@@ -504,6 +505,11 @@ class NullSpaceProjection(Callback):
             if isinstance(other, NullSpaceProjection) and other is not self and other.enabled:
                 elsewhere |= plan_layers(pl_module, other.target_modules, resumed=True).held()
         return plan_layers(pl_module, self.target_modules, covered_elsewhere=frozenset(elsewhere), resumed=resumed)
+
+
+def _ask(trainer: pl.Trainer | None) -> None:
+    if trainer is not None:
+        stop_if_told(trainer)
 
 
 def _own_folder(trainer: pl.Trainer) -> Path | None:

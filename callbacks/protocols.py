@@ -24,6 +24,17 @@ class FailsAgain(Protocol):
 
 
 @runtime_checkable
+class HearsSignals(Protocol):
+    """A callback that handles signals; all ranks ask it together."""
+
+    def is_told_to_stop(self, trainer: pl.Trainer) -> bool:
+        """Return whether a signal has come to any rank (cross-rank synchronisation)."""
+
+    def stop_if_told(self, trainer: pl.Trainer) -> None:
+        """Raise what ends the run if a signal has come to any rank (cross-rank synchronisation)."""
+
+
+@runtime_checkable
 class Evaluable(Protocol):
     """A module that measures itself and saves what was trained."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -21,6 +21,7 @@ from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.batches import BatchToInputs, tensors_of, to_call
 from nspo_lightning.callbacks.null_space.text_sample import TextSample
 from nspo_lightning.callbacks.protocols import AnswersPrompts, HasCalibrationText
+from nspo_lightning.callbacks.stopping import stop_if_told
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
 from nspo_lightning.nullspace import (
     BasisSettings,
@@ -43,20 +44,31 @@ Source = str | PathLike[str] | Iterable[Any] | None
 _SAMPLED = 4  # batches that are read where text is only looked at
 
 
-def calibration_batches(owner: Any, pl_module: pl.LightningModule, settings: BasisSettings) -> Iterable[Any]:
+def calibration_batches(
+    owner: Any, pl_module: pl.LightningModule, settings: BasisSettings, trainer: pl.Trainer | None = None
+) -> Iterable[Any]:
     """Return the batches of a `HasCalibrationText`.
 
     With the model's answers where it takes ``answer_fn``, and with the prompts that are trained on where it takes
-    ``to_learn`` and the criterion asks for them.
+    ``to_learn`` and the criterion asks for them. A Trainer's run may be told to stop between two batches of answers.
     """
     loader = owner.calibration_dataloader
     taken, wanted = inspect.signature(loader).parameters, dict[str, Any]()
     if "answer_fn" in taken and isinstance(pl_module, AnswersPrompts):
-        wanted["answer_fn"] = pl_module.calibration_answers
+        wanted["answer_fn"] = _answers(pl_module, trainer)
     if "to_learn" in taken and settings.needs_text_to_learn:
         wanted["to_learn"] = True
     batches: Iterable[Any] = loader(**wanted)
     return batches
+
+
+def _answers(module: AnswersPrompts, trainer: pl.Trainer | None) -> Callable[..., list[str]]:
+    def answer(prompts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
+        if trainer is not None:
+            stop_if_told(trainer)
+        return module.calibration_answers(prompts, max_new_tokens)
+
+    return answer
 
 
 def is_sharded(batches: Iterable[Any]) -> bool:
@@ -218,7 +230,7 @@ class BasisSource:
         for owner in (datamodule_of(trainer), pl_module):
             if isinstance(owner, HasCalibrationText):
                 settings = BasisSettings() if protected_alone else self.settings
-                return calibration_batches(owner, pl_module, settings)
+                return calibration_batches(owner, pl_module, settings, trainer)
         raise MisconfigurationException(
             "NullSpaceProjection has nothing to calibrate on: `calibration` is None and neither the datamodule nor the "
             "module has a `calibration_dataloader()`. Pass an iterable of batches, a basis file, or add that method."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from nspo_lightning.nullspace.passes import Report
@@ -10,8 +10,8 @@ from nspo_lightning.terminal import Advance, rows_progress
 
 
 @contextmanager
-def calibration_progress(*, visible: bool) -> Iterator[Report]:
-    """Give what `calibrate_modules` reports to."""
+def calibration_progress(*, visible: bool, ask: Callable[[], None]) -> Iterator[Report]:
+    """Give what `calibrate_modules` reports to; `ask` is asked after each batch and each basis, on all ranks alike."""
     passes, last = 0, 0
     advance: Advance = lambda rows=1, *, note=None: None  # noqa: E731
     with ExitStack() as stack:
@@ -26,5 +26,6 @@ def calibration_progress(*, visible: bool) -> Iterator[Report]:
             elif done > last:
                 advance(done - last)
             last = done
+            ask()
 
         yield report

@@ -14,9 +14,10 @@ import lightning.pytorch as pl
 
 from nspo_lightning.compat.lightning import BATCHES, COUNTERS, OPTIMIZERS, VALIDATION_BATCHES, take_back_step_
 
-Moment = Literal["step", "update", "batch_end", "validation", "validation_end", "epoch_end", "elsewhere"]
+Moment = Literal["step", "update", "batch_end", "validation", "validation_end", "epoch_end", "train_end", "elsewhere"]
 """Where a run is: in a batch before any weight changes; from its backward pass to the end of the optimizer step; in
-the hooks that follow a batch; in a validation; in the hooks that end it; in the hooks that end an epoch."""
+the hooks that follow a batch; in a validation; in the hooks that end it; in the hooks that end an epoch; behind the end
+of training; before its beginning, or in another command."""
 
 
 def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> None:

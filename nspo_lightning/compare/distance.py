@@ -85,8 +85,9 @@ class Distance:
         if split not in self._texts:
             self._texts[split] = list(self._answered(trainer, module, data, split))
         scores = TextScores()
-        for batch in self._texts[split]:
-            scores += module.text_scores(trainer.strategy.batch_to_device(batch))
+        with measuring(trainer, "Scoring the base's answers", [self._texts[split]]) as [batches]:
+            for batch in batches:
+                scores += module.text_scores(trainer.strategy.batch_to_device(batch))
         return scores.over_ranks()
 
     def _answered(

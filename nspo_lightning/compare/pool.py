@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
@@ -50,22 +54,68 @@ def run_all(jobs: Sequence[Job], workers: int, console: Console, run: Run) -> li
     results: list[JobResult] = []
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_die_with, initargs=(os.getpid(),))
-    try:
-        with rows_progress("Comparing", len(jobs), unit="runs", console=console) as advance:
-            for future in as_completed([executor.submit(run_one, job, run) for job in jobs]):
-                result = future.result()
-                results.append(result)
-                state = f"failed: {result.error}" if result.error else f"{result.seconds:.0f} s"
-                console.print(f"{result.name}: {state}", highlight=False)
-                advance()
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # what is finished is on disk; the rest is run again
-        executor.shutdown(wait=False, cancel_futures=True)
-        raise
+    over = context.Event()
+    executor = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(), over))
+    with _ended_by_signals():
+        try:
+            with rows_progress("Comparing", len(jobs), unit="runs", console=console) as advance:
+                for future in as_completed([executor.submit(run_one, job, run) for job in jobs]):
+                    result = future.result()
+                    results.append(result)
+                    state = f"failed: {result.error}" if result.error else f"{result.seconds:.0f} s"
+                    console.print(f"{result.name}: {state}", highlight=False)
+                    advance()
+        except BaseException:
+            over.set()  # a worker begins nothing more
+            executor.shutdown(wait=False, cancel_futures=True)
+            _end([process for process in multiprocessing.active_children() if process not in others], console)
+            raise
     executor.shutdown()
     return results
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """End on SIGTERM, and on SIGHUP where it isn't ignored (nohup), by an exception as Ctrl-C does."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if n is not None]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _end(processes: Sequence[BaseProcess], console: Console) -> None:
+    """Tell workers to stop, and wait: what is finished is on disk, and a run that saves its state goes on from it."""
+    for process in processes:
+        process.terminate()
+    console.print("Stopping: the runs save their state. The same command goes on from it.")
+    try:
+        for process in processes:
+            process.join()
+    except BaseException:  # a second signal does not wait
+        for process in processes:
+            process.kill()
+        raise
+
+
+_over: Event | None = None
+
+
+def _begin_worker(parent: int, over: Event) -> None:
+    global _over
+    _over = over
+    _die_with(parent)
 
 
 def _die_with(parent: int) -> None:
@@ -82,6 +132,8 @@ def _die_with(parent: int) -> None:
 def run_one(job: Job, run: Run) -> JobResult:
     """Run one command line in this process; errors are caught and named in the result."""
     begin = time.monotonic()
+    if _over is not None and _over.is_set():
+        return JobResult(name=job.name, seconds=0.0, error="not begun: the comparison was stopped")
     job.log.parent.mkdir(parents=True, exist_ok=True)
     error = ""
     with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -20,6 +20,7 @@ from typing_extensions import override
 from nspo_lightning.atomic import write_json
 from nspo_lightning.attacks import find_attacks
 from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.callbacks.batch_rows import measuring
 from nspo_lightning.callbacks.general_text import measure_text
 from nspo_lightning.callbacks.protocols import CountsUpdates, Evaluable
 from nspo_lightning.compare.cost import Cost
@@ -84,6 +85,7 @@ class Trajectory(Callback):
         self._weights: dict[str, Tensor] = {}
         self._seconds = 0.0
         self._begin = 0.0
+        self._moved: dict[str, float] = {}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,14 +110,22 @@ class Trajectory(Callback):
         if trainer.fit_loop.total_batch_idx + 1 >= self.steps:
             trainer.should_stop = True  # Lightning validates once more on the way out
 
+    def _is_recorded(self, trainer: pl.Trainer) -> bool:
+        # The last step's validation runs once more on the way out.
+        return bool(self.records) and self.records[-1]["steps"] == trainer.fit_loop.total_batch_idx + 1
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not at the validation's end: a run that a signal ended goes on from its beginning.
+        if not trainer.sanity_checking and not self._is_recorded(trainer):
+            self._moved = self.distance.measure(trainer, pl_module, _datamodule(trainer), "validation")
+
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or self._is_recorded(trainer):
             return
         rates = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(_PREFIXES)}
-        if self.records and self.records[-1]["steps"] == trainer.fit_loop.total_batch_idx + 1:
-            return  # the last step's validation ran already
-        self._record(trainer, pl_module, rates)
+        self._record(trainer, pl_module, rates | self._moved)
         if UNSAFE not in rates:
             raise MisconfigurationException(
                 f"`compare` chooses checkpoints by {UNSAFE}, and nobody tells unsafe answers here: the reward is no "
@@ -128,7 +138,8 @@ class Trajectory(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.measure_start and not self.records:
-            self._record(trainer, pl_module, self._measure(trainer, pl_module, "validation"))
+            moved = self.distance.measure(trainer, pl_module, _datamodule(trainer), "validation")
+            self._record(trainer, pl_module, self._measure(trainer, pl_module, "validation") | moved)
         if self._weights:
             pl_module.load_state_dict(self._weights, strict=False)
         _datamodule(trainer).test_attacks = self.attacks
@@ -174,7 +185,6 @@ class Trajectory(Callback):
             "rollouts": float(_trained(pl_module).rollouts),
             "updates": float(_trained(pl_module).updates),
             **rates,
-            **self.distance.measure(trainer, pl_module, _datamodule(trainer), "validation"),
         }
         if self.rule.metric not in record:
             raise MisconfigurationException(
@@ -191,7 +201,9 @@ class Trajectory(Callback):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: _Split) -> dict[str, float]:
         """Return rates and general text outside of the validation loop."""
         data = _datamodule(trainer)
-        rates = _trained(pl_module).evaluate(data.test_dataloader() if split == "test" else data.val_dataloader())
+        loaders = data.test_dataloader() if split == "test" else data.val_dataloader()
+        with measuring(trainer, f"Measuring on {split} prompts", loaders) as shown:
+            rates = _trained(pl_module).evaluate(shown)
         means = text_means(measure_text(trainer, pl_module, split, self.text_rows))
         return rates | {name: mean.value for name, mean in means.items()}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -106,6 +107,25 @@ def started_processes(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
     """Return the very list of processes that Lightning's script launcher started and watches; empty without any."""
     launcher = trainer.strategy.launcher
     return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def keep_signal_handlers(trainer: pl.Trainer, numbers: Collection[int]) -> None:
+    """Have the Trainer's next run leave the handlers of some signals as they are.
+
+    Lightning sets its own late in a run, over whatever is there, and puts back what it found when training is over.
+    Its handler of SIGTERM sends a collective message from wherever the process is.
+    """
+    connector = trainer._signal_connector
+
+    def register() -> None:
+        del connector.register_signal_handlers  # once
+        kept = {number: signal.getsignal(number) for number in numbers}
+        connector.register_signal_handlers()
+        for number, handler in kept.items():
+            connector._original_handlers.pop(signal.Signals(number), None)
+            signal.signal(number, handler)
+
+    connector.register_signal_handlers = register  # type: ignore[method-assign]
 
 
 def model_checkpoints(trainer: pl.Trainer) -> Sequence[ModelCheckpoint]:

@@ -242,7 +242,7 @@ class _Report:
 
 @contextlib.contextmanager
 def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[None]:
-    """Turn what a reward raises, all but KeyboardInterrupt, into a RewardError that names the reward."""
+    """Turn what a reward raises into a RewardError that names the reward; a signal is none of its doing."""
     try:
         yield
     except RewardError:
@@ -254,6 +254,8 @@ def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[
             name,
         ) from error
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:
+            raise  # a signal came meanwhile (Lightning's SIGTERMException): the reward did not ask for the end
         raise RewardError(
             f"Reward '{name}' raised {type(error).__name__} on a batch of {batch_size} completions: {error}. Mend the "
             f"reward, or have it return None for samples that it can't score.{_hint(error)}{_where(error)}",

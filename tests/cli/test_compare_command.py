@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +14,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pool_jobs
 import pytest
+import torch
 import yaml
+from paths import python_path
 from rich.console import Console
 
 from nspo_lightning.cli import compare as command
@@ -239,6 +244,51 @@ def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
     assert [p["rollouts"] for p in run["trajectory"]] == [1.0, 2.0]
     rule = SelectionRule()
     assert rule.preference(run["selected"]) == max(rule.preference(p) for p in run["trajectory"])
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGINT))],
+)
+def test_a_signal_waits_for_what_runs_save_and_begins_nothing_more(number: int, tmp_path: Path) -> None:
+    script = Path(pool_jobs.__file__)
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    with (tmp_path / "out.txt").open("w") as out:
+        parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stdout=out, stderr=out, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "first").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    parent.send_signal(number)
+    code = parent.wait(120)
+    assert code in ((1, -signal.SIGINT, 130) if number == signal.SIGINT else (128 + number,))
+    assert (tmp_path / "first" / "saved").exists()
+    assert not (tmp_path / "second").exists()
+    assert "the runs save their state" in (tmp_path / "out.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_comparison_that_sigterm_ended_goes_on_in_its_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nspo_lightning", "compare", "--config", str(small_quickstart(tmp_path))]
+    command += ["--out", str(tmp_path / "out"), "--methods", "[nspo]", "--seeds", "[0]", "--learning_rates", "[1e-3]"]
+    command += ["--steps", "6", "--eval_every", "2", "--text_rows", "2", "--jobs", "1", "--stop_unsafe", "0"]
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    run = tmp_path / "out" / "runs" / "nspo-lr0.001-seed0"
+    log = tmp_path / "out" / "logs" / "nspo-lr0.001-seed0.txt"
+    parent = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 1200
+    while not (run / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    parent.terminate()
+    printed, _ = parent.communicate(timeout=600)
+    assert parent.returncode == 128 + signal.SIGTERM, printed
+    assert "state saved to" in log.read_text() or "is from before this update" in log.read_text()
+    assert not (run / "result.json").exists()
+    step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert step >= 1
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    found = json.loads((run / "result.json").read_text())
+    assert [point["steps"] for point in found["trajectory"]] == [2.0, 4.0, 6.0]
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,12 @@ def interrupted(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("what", [bug, interrupted])
+def told_to_stop(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)  # Lightning would only note it
+
+
+@pytest.mark.parametrize("what", [bug, interrupted, told_to_stop])
 @pytest.mark.parametrize("where", ["configure_model", "training_step"])
 def test_a_fit_that_ends_at_its_start_leaves_the_earlier_run_in_its_place(
     done: Path, monkeypatch: pytest.MonkeyPatch, what: Callable[..., None], where: str
@@ -126,7 +133,7 @@ def test_a_fit_that_ends_at_its_start_leaves_the_earlier_run_in_its_place(
         code = run(done, "fit", "-c", "config.yaml").code
     except (IndexError, KeyboardInterrupt):
         code = 1
-    assert code == 1
+    assert code == (128 + signal.SIGTERM if what is told_to_stop else 1)
     assert contents(done) == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -144,3 +145,25 @@ def test_checkpoints_go_where_lightning_puts_them(tmp_path, which):
     trainer = pl.Trainer(accelerator="cpu", logger=logger, callbacks=[keep], default_root_dir=tmp_path)
     keep.setup(trainer, BoringModel(), "fit")
     assert str(compat.checkpoint_folder(trainer)) == str(keep.dirpath), f"{VERSION}: see ModelCheckpoint's dirpath"
+
+
+def test_handlers_of_signals_stay_as_they_are_for_one_run(run):
+    class Own(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            compat.keep_signal_handlers(trainer, (signal.SIGTERM,))
+
+        def on_train_start(self, trainer, pl_module):
+            self.found = signal.getsignal(signal.SIGTERM)
+
+    def mine(*_):
+        pass
+
+    own, before = Own(), signal.signal(signal.SIGTERM, mine)
+    try:
+        trainer = run(own)
+        assert own.found is mine, VERSION
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert not vars(trainer._signal_connector).get("register_signal_handlers"), VERSION
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert isinstance(trainer._signal_connector._original_handlers, dict), VERSION

@@ -88,3 +88,36 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(job, number, 
     for rank in (0, 1):
         whole, stopped = (torch.load(job.folder / "runs" / run / f"weights-{rank}.pt") for run in ("whole", name))
         assert all(torch.equal(value, stopped[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("mark", "saved"),
+    [
+        pytest.param("scores-8", True, id="guard"),
+        pytest.param("passes-2", False, id="calibration", marks=pytest.mark.slow),
+        pytest.param("answers-2", False, id="before", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_one_rank_ends_what_both_measure_within_a_batch(job, mark, saved):
+    """Each rank scores three batches at the start, three before training and three after an update."""
+    what, at = mark.split("-")
+    for old in job.folder.glob("*-*-[01]"):
+        old.unlink()
+    guard = ["--trainer.callbacks+=nspo_lightning.callbacks.CapabilityGuard", "--trainer.callbacks.max_kl=9"]
+    guard += ["--trainer.callbacks.every_n_updates=1"]
+    fit = job.command("fit", 2, "--name", f"stops-{what}", *guard, *probe("SaysWhatItDoes"))
+    fit += ["--data.eval_batch_size", "1", "--trainer.val_check_interval", "4"]
+    process = job.start([fit], f"stops-{what}")
+    deadline = time.time() + 800
+    while not (job.folder / f"{mark}-1").exists():
+        assert time.time() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    code, printed = job.wait(process, f"stops-{what}")
+    assert code == 128 + signal.SIGTERM, printed[-3000:]
+    assert ("state saved to" in printed) == saved
+    done = max(int(file.name.split("-")[1]) for file in job.folder.glob(f"{what}-*-[01]"))
+    assert done <= int(at) + 2
+    if saved:
+        job.run([[*fit, "--ckpt_path", "last"]], "goes-on")

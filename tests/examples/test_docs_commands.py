@@ -188,9 +188,16 @@ def test_the_commands_of_a_real_run_in_the_readme_run_one_after_another(users_fi
     (users_files / "my.yaml").write_text(own_recipe().replace("name: mine", "name: my-run"))
     readme = (ROOT / "README.md").read_text()
     told = commands(readme[readme.index("## A real run") : readme.index("## What a run leaves")])
+    chain = "data judge calibrate fit fit test export".split()
+    jobs = iter(command.split()[0] for command in told)
+    assert all(job in jobs for job in chain), "in this order, with others between them"
     for command in told:
         if command.split()[0] not in ("warmup", "evaluate"):
             run(command)
+    beside = re.search(r"`python -m nspo_lightning (report A B)`", readme)
+    assert beside is not None
+    shutil.copytree(users_files / "runs" / "my-run", users_files / "runs" / "other")
+    run(beside[1].replace("A B", "my-run other"))
     assert (users_files / "runs" / "my-run" / "test.json").is_file()
     assert (users_files / "runs" / "my-run" / "predictions.jsonl").is_file()
     assert (users_files / "adapter" / "README.md").is_file()

@@ -10,7 +10,8 @@ import pytest
 import torch
 from routes import PLANS_OF_RANKS, WIDTH, Routes, calibrated, calls_of
 from torch import Tensor
-from two_ranks import routes_job, spawn
+from two_processes import spawn
+from two_ranks import routes_job
 
 from nspo_lightning.nullspace.budget import peak_bytes
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from two_ranks import Adapted, calibrate_job, calibration, sharded_job, spawn
+from two_processes import spawn
+from two_ranks import Adapted, calibrate_job, calibration, sharded_job
 
 from nspo_lightning.nullspace import plan_layers
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper

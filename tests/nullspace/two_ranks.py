@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +9,8 @@ import torch
 import torch.distributed as dist
 from null_space_problems import LoraLinear
 from torch import nn
-from torch.multiprocessing.spawn import spawn as start_processes
 
 WIDTH, RANK = 24, 5
-
-
-def spawn(job: Callable[[int, Path], Any], folder: Path) -> list[Any]:
-    """Run ``job(rank, folder)`` on two ranks and return what they return."""
-    start_processes(_entry, args=(job, folder), nprocs=2, join=True)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def _entry(rank: int, job: Callable[[int, Path], Any], folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        torch.save(job(rank, folder), folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 class Adapted(LoraLinear):

@@ -97,3 +97,30 @@ class SaysWhere(Callback):
         Path(f"step-{batch_idx}-{trainer.global_rank}").touch()
         if batch_idx == 2:
             time.sleep(2.0)  # long enough for a signal to come in the middle
+
+
+class SaysWhatItDoes(Callback):
+    """Hold up each batch of what measures and calibrates, and leave a mark as it begins, for a test that waits for it.
+
+    Marks are ``<what>-<number>-<rank>``: text scored, answers given, forward passes of the calibration.
+    """
+
+    def setup(self, trainer, pl_module, stage):
+        for what, owner, name in (
+            ("scores", pl_module, "text_scores"),
+            ("answers", pl_module.evaluator, "answer"),
+            ("passes", pl_module, "calibration_forward"),
+        ):
+            if not isinstance(getattr(owner, name), _Marked):
+                setattr(owner, name, _Marked(getattr(owner, name), f"{what}-{{}}-{trainer.global_rank}"))
+
+
+class _Marked:
+    def __init__(self, real, mark):
+        self.real, self.mark, self.calls = real, mark, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        Path(self.mark.format(self.calls)).touch()
+        time.sleep(0.5)
+        return self.real(*args, **kwargs)
