@@ -188,7 +188,7 @@ def test_the_commands_of_a_real_run_in_the_readme_run_one_after_another(users_fi
     (users_files / "my.yaml").write_text(own_recipe().replace("name: mine", "name: my-run"))
     readme = (ROOT / "README.md").read_text()
     told = commands(readme[readme.index("## A real run") : readme.index("## What a run leaves")])
-    chain = "data judge calibrate fit fit test export".split()
+    chain = ["data", "judge", "calibrate", "fit", "fit", "test", "export"]
     jobs = iter(command.split()[0] for command in told)
     assert all(job in jobs for job in chain), "in this order, with others between them"
     for command in told:
