@@ -24,7 +24,7 @@ def spawn(job: Callable[[int, Path], Any], folder: Path, *, forked: bool = False
         What each returned.
     """
     how = "fork" if forked else "spawn"
-    start_processes(_entry, args=(job, folder), nprocs=2, join=True, start_method=how)
+    start_processes(_entry, args=(job, folder), nprocs=2, join=True, start_method=how)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
