@@ -90,12 +90,13 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(job, number, 
         assert all(torch.equal(value, stopped[key]) for key, value in whole.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mark", "saved"),
     [
         pytest.param("scores-8", True, id="guard"),
-        pytest.param("passes-2", False, id="calibration", marks=pytest.mark.slow),
-        pytest.param("answers-2", False, id="before", marks=pytest.mark.slow),
+        pytest.param("passes-2", False, id="calibration"),
+        pytest.param("answers-2", False, id="before"),
     ],
 )
 def test_a_signal_to_one_rank_ends_what_both_measure_within_a_batch(job, mark, saved):
