@@ -148,6 +148,7 @@ class CapabilityGuard(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._scored, self._checked = None, -1  # of an earlier fit
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise MisconfigurationException(
                 f"CapabilityGuard cannot go back to an earlier state under {type(trainer.strategy).__name__}, which "
