@@ -4,10 +4,11 @@
 
 What stands behind `--` goes to `compare`. Writes splits of the public files, makes the warm start (`warmup`, then
 `export --merge`: one base for all methods), writes the configuration and runs `compare`. What is there is kept: the
-same command again goes on. Harmful prompts: AdvBench for training and validation, and in the test with
-SimpleSafetyTests and XSTest's unsafe half. Look-alikes: five of XSTest's ten safe types are general text that may be
-protected (and answered, by the method that mixes general prompts in); the other five types are in the test alone.
-General: Alpaca, GSM8K, Dolly, MBPP.
+same command again goes on. Harmful prompts: AdvBench, SimpleSafetyTests and XSTest's unsafe half in equal shares, each
+for training (`--train advbench`: that set alone), others of them for validation, by which a run ends, and others again
+for the test.
+Look-alikes: five of XSTest's ten safe types are general text that may be protected (and answered, by the method that
+mixes general prompts in); the other five types are in the test alone. General: Alpaca, GSM8K, Dolly, MBPP.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from real_model import CONFIG, FILES, fetch_model, local_settings
 
 TEST_ROWS = 32  # of each harmful set, and of each general one
 LOOK_ALIKES = 15  # of each of the five types in the test
-VALIDATION_ROWS = 24
+HARMFUL_VALIDATION_ROWS = 16  # of each harmful set
+VALIDATION_ROWS = 24  # general ones of all sets, and as many look-alikes
 JUDGE = {"class_path": "nspo_lightning.rewards.RulesJudge"}
 MIXED_REWARD = {  # free text can't be compared: a general prompt's answer only must not refuse
     "class_path": "nspo_lightning.rewards.SafetyAndAnswers",
@@ -58,13 +60,13 @@ def source(folder: Path, name: str, preset: str, rows: Sequence[dict[str, Any]])
     return {"preset": preset, "path": str(path)}
 
 
-def split_data(data: Path, folder: Path) -> dict[str, Any]:
-    """Write the splits and return the settings of `data` that name them."""
+def split_data(data: Path, folder: Path, trained: str) -> dict[str, Any]:
+    """Write the splits and return the settings of `data` that name them; `trained`: which harmful sets, see `main`."""
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"general": [], "general_val": [], "general_test": []}
     advbench = read_rows(data / FILES["safety"]["advbench"])
     random.Random(0).shuffle(advbench)
-    parts = {"": advbench[160:], "_val": advbench[:VALIDATION_ROWS], "_test": advbench[96 : 96 + TEST_ROWS]}
+    parts = {"": advbench[160:], "_val": advbench[:HARMFUL_VALIDATION_ROWS], "_test": advbench[96 : 96 + TEST_ROWS]}
     for part, rows in parts.items():
         found[f"safety{part}"] = [source(folder, f"advbench{part}", "advbench", rows)]
     for name, file in FILES["general"].items():
@@ -89,8 +91,12 @@ def split_data(data: Path, folder: Path) -> dict[str, Any]:
         for row in [r for r in xstest if r["label"] == "safe" and r["type"] == of][:LOOK_ALIKES]
     ]
     found["general_test"].append(source(folder, "look_alikes_test", "xstest", unseen))
-    found["safety_test"].append(source(folder, "simple_test", "simple_safety_tests", simple[:TEST_ROWS]))
-    found["safety_test"].append(source(folder, "xstest_unsafe_test", "xstest", unsafe[:TEST_ROWS]))
+    for name, preset, rows in (("simple", "simple_safety_tests", simple), ("xstest_unsafe", "xstest", unsafe)):
+        end = TEST_ROWS + HARMFUL_VALIDATION_ROWS
+        parts = {"_test": rows[:TEST_ROWS], "_val": rows[TEST_ROWS:end], "": rows[end:]}
+        for part, those in parts.items():
+            if part or trained == "all":
+                found[f"safety{part}"].append(source(folder, f"{name}{part}", preset, those))
     return found
 
 
@@ -140,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of everything that is written")
     parser.add_argument("--data", type=Path, default=os.environ.get("REAL_DATA"), help="default: $REAL_DATA")
+    parser.add_argument("--train", choices=("all", "advbench"), default="all", help="harmful sets that are trained on")
     arguments = parser.parse_args(words[:at])
     if arguments.data is None:
         parser.error("REAL_DATA, or --data, must name the folder of the public files (docs/datasets.md)")
@@ -147,7 +154,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     local_settings(work, arguments.data)  # names files that are missing before anything is made
     model = warm_start(work, arguments.data)
-    config = write_config(work, model, split_data(arguments.data, work / "data"))
+    config = write_config(work, model, split_data(arguments.data, work / "data", arguments.train))
     run = command("compare", "--config", str(config), "--out", str(work / "comparison"))
     run += ["--mixed_reward", str(work / "mixed_reward.yaml"), "--metric", "general/kl", "--higher_is_better", "false"]
     subprocess.run([*run, *words[at + 1 :]], check=True)

@@ -90,6 +90,11 @@ METHODS: dict[str, Method] = {
     "b_only": Method(label="B only", settings={"nullspace.freeze_down": True}),
     "soft": Method(label="soft", settings={"nullspace.form": "soft"}),
     "contrast": Method(label="NSPO, contrast", settings={"nullspace.criterion": "contrast"}),
+    "contrast_mixed": Method(
+        label="NSPO, contrast, general prompts mixed in",
+        settings={"nullspace.criterion": "contrast"},
+        mixes_general=True,
+    ),
     "general_kl": Method(
         label="GRPO + KL on general text",
         settings=_OFF,
@@ -149,8 +154,9 @@ def mixing_settings(config: Mapping[str, Any], reward: Mapping[str, Any] | None 
         held_out = {f"data.safety_{part}": [{**s, "split": split} for s in safety] for part, split in _SPLITS.items()}
     elif not all(held_out.values()):
         raise ValueError(
-            "Method `grpo_mixed` adds general prompts to `data.safety`, and what is held out of it must stay the same: "
-            "give the configuration `data.safety_val` and `data.safety_test`, or leave the method out with `--methods`."
+            "`grpo_mixed` and `contrast_mixed` add general prompts to `data.safety`, and what is held out of it must "
+            "stay the same: give the configuration `data.safety_val` and `data.safety_test`, or leave these methods "
+            "out of `--methods`."
         )
     mixture = [{**source, "weight": 1.0 / len(safety)} for source in safety]
     mixture += [{**source, "kind": "benign", "weight": 1.0 / len(general)} for source in general]

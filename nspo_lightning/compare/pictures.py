@@ -36,6 +36,7 @@ _METHOD_STYLES = {
     "gradient": ("#AA4499", "h"),
     "displacement": ("#999933", "d"),
     "contrast": ("#332288", "o"),
+    "contrast_mixed": ("#6633AA", "D"),
     "weights": ("#661100", "<"),
     "general_kl": ("#009E73", "p"),
     "decay": ("#CC6677", "H"),
