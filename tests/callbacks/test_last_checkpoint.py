@@ -81,6 +81,7 @@ def test_a_callback_that_keeps_the_best_leaves_the_last_alone(tiny_llama: Path, 
     state = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"][best.state_key]
     assert Path(state["best_model_path"]).name == "best-step=2.ckpt"
     assert Path(best.last_model_path) == folder / "last.ckpt"
+    assert not best.save_last, "it would write the file a second time"
 
 
 def test_whatever_another_callback_writes_the_last_is_not_older(tiny_llama: Path, tmp_path: Path) -> None:
