@@ -267,6 +267,7 @@ def test_a_signal_waits_for_what_runs_save_and_begins_nothing_more(number: int, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_comparison_that_sigterm_ended_goes_on_in_its_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nspo_lightning", "compare", "--config", str(small_quickstart(tmp_path))]
     command += ["--out", str(tmp_path / "out"), "--methods", "[nspo]", "--seeds", "[0]", "--learning_rates", "[1e-3]"]
