@@ -282,7 +282,8 @@ def test_a_comparison_that_sigterm_ended_goes_on_in_its_runs(tmp_path: Path) -> 
     parent.terminate()
     printed, _ = parent.communicate(timeout=600)
     assert parent.returncode == 128 + signal.SIGTERM, printed
-    assert "state saved to" in log.read_text() or "is from before this update" in log.read_text()
+    said = printed + log.read_text()
+    assert "state saved to" in said or "is from before this update" in said, said
     assert not (run / "result.json").exists()
     step = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert step >= 1
