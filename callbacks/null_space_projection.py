@@ -101,6 +101,8 @@ class NullSpaceProjection(Callback):
         without_domains: Domains to leave out.
         start_weight: Weight of the starts of answers (the last prompt token and the first three of the answer) in
             what is protected, and with ``contrast`` in what is to be learnt from; None = 0.9 with ``contrast``, else 0.
+        domain_limits: Domain -> the most that ``contrast`` may promise of its harm: what a step of a given gain moves
+            of outputs there (mean square), 1 = without projection. See `nspo_lightning.nullspace.domain_limits`.
         memory_budget_gb: Limit for second moments held at one time; more passes are made, wide inputs are sketched.
             None = one pass on the CPU, on a GPU 60 % of its free memory.
         keep_moments: Store the second moments by domain in the basis file.
@@ -136,6 +138,7 @@ class NullSpaceProjection(Callback):
         domain_weights: dict[str, float] | None = None,
         without_domains: Sequence[str] = (),
         start_weight: float | None = None,
+        domain_limits: dict[str, float] | None = None,
         memory_budget_gb: float | None = None,
         keep_moments: bool = False,
         cache_dir: str | PathLike[str] | None = "auto",
@@ -157,6 +160,7 @@ class NullSpaceProjection(Callback):
             domain_weights=domain_weights,
             without_domains=tuple(without_domains),
             start_weight=start_weight,
+            domain_limits=domain_limits,
             seed=seed,
         )
         self.source = BasisSource(

@@ -26,7 +26,7 @@ from nspo_lightning.datamodules.text.text_rows import (
     mix_batches,
     with_model_answers,
 )
-from nspo_lightning.nullspace.domains import STARTS, TO_LEARN
+from nspo_lightning.nullspace.domains import TO_LEARN, starts_of
 
 
 class GeneralDataModule(PromptDataModule):
@@ -168,7 +168,7 @@ class GeneralDataModule(PromptDataModule):
         """
         rows, renderer = self.calibration_rows(answer_fn), self.renderer
         if to_learn:
-            further = [replace(row, skill=STARTS) for row in self._start_rows(rows)]
+            further = [replace(row, skill=starts_of(row.skill)) for row in self._start_rows(rows)]
             asked = [*further, *(replace(row, skill=TO_LEARN) for row in to_learn)]
             asked.sort(key=lambda row: len(row.key))  # of like length, for less padding
             rows = rows + with_model_answers(asked, answer_fn, self.eval_batch_size, START_TOKENS + 1)

@@ -31,6 +31,8 @@ from nspo_lightning.nullspace import (
     load_calibration,
     save_calibration,
 )
+from nspo_lightning.nullspace.collect import DEFAULT_DOMAIN
+from nspo_lightning.nullspace.domains import STARTS
 from nspo_lightning.nullspace.fingerprint import combined, data_fingerprint, differences, model_fingerprint
 from nspo_lightning.nullspace.store import (
     BrokenBasisError,
@@ -249,8 +251,13 @@ class BasisSource:
         sharded: bool,
         precision: str,
     ) -> CalibrationJob:
-        """Return what is to be done, with the text read."""
+        """Return what is to be done, with the text read.
+
+        Raises:
+            ValueError: If the settings name domains that the text has not (all ranks look together).
+        """
         calls = self.calls(batches)
+        self.settings.shares(set[str]().union(*ranks.gather_objects(_domains(calls))))
         fingerprint = {
             "model": model_fingerprint(pl_module, [layer.name for layer in layers], precision),
             "data": _text_fingerprint(calls),
@@ -318,6 +325,12 @@ def _unmoved(
     free = any(p.requires_grad and id(p) not in held for p in pl_module.parameters())
     moved = {"buffers", "weights"} if free else {"buffers"}
     return {**fingerprint, "model": {key: v for key, v in fingerprint["model"].items() if key not in moved}}
+
+
+def _domains(calls: Sequence[ForwardCall]) -> set[str]:
+    """Return the domains of calibration text, and of answers' starts where they are known."""
+    found = {domain for call in calls for domain in call.domains or (DEFAULT_DOMAIN,)}
+    return found | ({STARTS} if any(call.starts is not None for call in calls) else set())
 
 
 def _text_fingerprint(calls: Sequence[ForwardCall]) -> str:

@@ -20,7 +20,7 @@ from nspo_lightning.evaluation.tables import rich_table, table_text
 from nspo_lightning.nullspace import Calibration, LayerCertificate
 from nspo_lightning.nullspace.basis_set import mean_null_share
 from nspo_lightning.nullspace.keeper import GradientEnergy
-from nspo_lightning.nullspace.overview import DETAILS, overview_rows, remarks, write_details
+from nspo_lightning.nullspace.overview import DETAILS, overview_rows, promise_rows, remarks, write_details
 from nspo_lightning.nullspace.record import null_space_record
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 RECORD = "null_space.json"
 """What is free where, and the certificate; written at the start of a fit, and again at its end."""
 PICTURE = "null_space.png"
+
+
+PROMISED = "Promised, by domain: the mean square change of outputs by a step of a given gain, 1 = without projection"
 
 
 def step_metrics(energy: Sequence[GradientEnergy], certificates: Sequence[LayerCertificate]) -> dict[str, Tensor]:
@@ -53,9 +56,19 @@ def overview_table(calibration: Calibration) -> Table:
     return rich_table("", list(rows[0]), [list(row.values()) for row in rows], align="lrrrr")
 
 
+def promise_table(calibration: Calibration) -> Table | None:
+    """Return a table of what is promised of each domain; None where the criterion promises nothing."""
+    rows = promise_rows(calibration)
+    if not rows:
+        return None
+    return rich_table("", list(rows[0]), [list(row.values()) for row in rows], align="lrrr")
+
+
 def show_bases(calibration: Calibration, folder: Path | None) -> None:
     """Print the table of bases that were just made, and write each of them into a file of the run's folder."""
     lines = [table_text(overview_table(calibration)), *(f"- {remark}" for remark in remarks(calibration))]
+    if (promises := promise_table(calibration)) is not None:
+        lines += [f"{PROMISED}:", table_text(promises)]
     if folder is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         folder.mkdir(parents=True, exist_ok=True)
         write_details(calibration, folder / f"nullspace{DETAILS}")

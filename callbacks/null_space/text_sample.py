@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nspo_lightning import ranks
 from nspo_lightning.nullspace import ForwardCall
-from nspo_lightning.nullspace.domains import APART
+from nspo_lightning.nullspace.domains import is_apart
 
 _MOST_DOMAINS = 8
 _MOST_KINDS = 4
@@ -33,7 +33,7 @@ class TextSample:
     @classmethod
     def of(cls, calls: Sequence[ForwardCall]) -> TextSample:
         """Choose from the calibration batches whose outputs must stay (cross-rank synchronisation)."""
-        calls = [call for call in calls if APART.isdisjoint(call.domains or ())]
+        calls = [call for call in calls if not any(map(is_apart, call.domains or ()))]
         if not calls:
             nothing: tuple[list[ForwardCall], list[ForwardCall]] = ([], [])
             rows, first = ranks.broadcast_object(nothing, 0)

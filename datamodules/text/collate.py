@@ -11,15 +11,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.text.render import ChatRenderer
-from nspo_lightning.nullspace.domains import STARTS, TO_LEARN
+from nspo_lightning.nullspace.domains import TO_LEARN, are_starts
 from nspo_lightning.policy.turns import common_start
 
 CalibrationText = Literal["prompt", "prompt_and_answer", "prompt_and_model_answer"]
 Side = Literal["left", "right"]
 START_TOKENS = 3
 """Tokens of an answer that count as its start: there it is decided whether it is a refusal."""
-STARTS_ALONE = frozenset({STARTS, TO_LEARN})
-"""Skills of rows with the policy's own answer of which nothing but the start is looked at."""
+
+
+def is_start_alone(skill: str) -> bool:
+    """Return whether rows of a skill have the policy's own answer, and nothing but its start is looked at."""
+    return skill == TO_LEARN or are_starts(skill)
 
 
 def pad_token_ids(ids: Sequence[Sequence[int]], pad_token_id: int, side: Side) -> tuple[Tensor, Tensor]:
@@ -79,15 +82,15 @@ def collate_calibration(
     """Return `input_ids`, `attention_mask` (1 = real token) and `answer_starts`, shape (rows, tokens), and `domain`.
 
     `answer_starts` is True at the last token of the prompt and at the first `START_TOKENS` of its answer, if there are
-    any. There is one domain a row, its skill. Rows of a skill in `STARTS_ALONE` end there.
+    any. There is one domain a row, its skill. Rows that are there for it alone (`is_start_alone`) end there.
     """
-    used = ["prompt_and_model_answer" if row.skill in STARTS_ALONE else text for row in rows]
+    used = ["prompt_and_model_answer" if is_start_alone(row.skill) else text for row in rows]
     texts = renderer.encode([calibration_text(row, use, renderer) for row, use in zip(rows, used, strict=True)])
     prompts = renderer.encode_prompts(rows)
     firsts = [max(common_start(whole, prompt) - 1, 0) for whole, prompt in zip(texts, prompts, strict=True)]
     ends = [first + 1 + START_TOKENS for first in firsts]
     texts = [
-        whole[:end] if row.skill in STARTS_ALONE else whole for row, whole, end in zip(rows, texts, ends, strict=True)
+        whole[:end] if is_start_alone(row.skill) else whole for row, whole, end in zip(rows, texts, ends, strict=True)
     ]
     ids, mask = pad_token_ids(texts, renderer.pad_token_id, side)
     starts = torch.zeros_like(mask)

@@ -18,12 +18,12 @@ from rich.console import Console
 
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches, is_sharded
-from nspo_lightning.callbacks.null_space.logs import overview_table
+from nspo_lightning.callbacks.null_space.logs import PROMISED, overview_table, promise_table
 from nspo_lightning.callbacks.protocols import HasCalibrationText
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers
-from nspo_lightning.nullspace.domains import APART
+from nspo_lightning.nullspace.domains import is_apart
 from nspo_lightning.nullspace.overview import DETAILS, remarks, write_details
 from nspo_lightning.nullspace.picture import spectrum_figure
 
@@ -108,7 +108,7 @@ def _keeps(module: pl.LightningModule, callback: NullSpaceProjection, keep_momen
 
 def _domain_means(calibration: Calibration) -> dict[str, dict[str, float]]:
     """Return ``"a -> b"`` -> means over layers of `domain_report`; empty with one domain."""
-    protected = [{d: m for d, m in moments.items() if d not in APART} for moments in calibration.moments.values()]
+    protected = [{d: m for d, m in moments.items() if not is_apart(d)} for moments in calibration.moments.values()]
     reports = [domain_report(moments) for moments in protected if len(moments) > 1]
     if not reports:
         return {}
@@ -125,6 +125,9 @@ def _print(
     console.print(overview_table(calibration))
     for remark in remarks(calibration):
         console.print(f"- {remark}")
+    if (promises := promise_table(calibration)) is not None:
+        console.print(f"{PROMISED}:")
+        console.print(promises)
     if domains:
         apart = sorted(domains.items(), key=lambda found: found[1]["covered"])
         title = "Domains: share of the second's energy inside the first's leading directions (99 %)"

@@ -36,6 +36,8 @@ class Spectrum:
     """Rows that the moment was taken over."""
     outside: float = 0.0
     """What must be added to a value outside the vectors to bound the energy of any direction there (sketches)."""
+    dead: int = 0
+    """Channels without any input, as far as known (not to sketches)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,7 @@ def decompose(
             "The second moment holds NaN or infinite values: likely a forward pass that overflows in half precision "
             "(calibrate in bfloat16 or float32), or an input that is not finite."
         )
+    dead = dead_channels(moment)
     partly = LEAST_WIDTH <= moment.shape[0] <= MOST_WIDTH and moment.dtype == torch.float64
     if find_cut is not None and partly:
         found = leading_eigenpairs(moment, find_cut, count=count)
@@ -159,7 +162,7 @@ def decompose(
         if found is not None:
             noise = resolution * min(float(found[0][0]), rounded_energy)
             if float(found[0][found[1].shape[1] - 1]) > noise:
-                return Spectrum(values=found[0], vectors=found[1], tokens=tokens)
+                return Spectrum(values=found[0], vectors=found[1], tokens=tokens, dead=dead)
     work = moment.to(working_dtype(moment.shape[0], moment.device.type))
     values, vectors = torch.linalg.eigh(work)
     values = values.flip(0).to(device="cpu", dtype=torch.float64)
@@ -168,7 +171,12 @@ def decompose(
     noise = max(resolution * min(largest, rounded_energy), torch.finfo(work.dtype).eps * largest)
     floor = noise if noise > 4 * finest else 0.0
     values = torch.where(values > noise, values, torch.full_like(values, floor))
-    return Spectrum(values=values, vectors=vectors.flip(1), tokens=tokens)
+    return Spectrum(values=values, vectors=vectors.flip(1), tokens=tokens, dead=dead)
+
+
+def dead_channels(moment: Tensor) -> int:
+    """Count the channels without any input; sums of squares that are zero exactly, so nothing is rounded to it."""
+    return int((moment.diagonal() == 0).sum())
 
 
 def build_basis(

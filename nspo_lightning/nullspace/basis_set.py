@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -29,7 +30,16 @@ from nspo_lightning.nullspace.criteria import (
     energy_left,
     value_leaving_one,
 )
-from nspo_lightning.nullspace.domains import APART, STARTS, TO_LEARN, combine, domain_shares, shares_to_learn
+from nspo_lightning.nullspace.domain_limits import Promise, within_limits
+from nspo_lightning.nullspace.domains import (
+    STARTS,
+    TO_LEARN,
+    combine,
+    domain_shares,
+    is_apart,
+    shares_to_learn,
+    starts_of,
+)
 
 CONTRAST_START_WEIGHT = 0.9
 """``contrast`` weighs the starts of answers so where nothing else is asked: whether to answer is decided there."""
@@ -50,9 +60,11 @@ class BasisSettings:
     domain_weights: Mapping[str, float] | None = None
     without_domains: Sequence[str] = ()
     start_weight: float | None = None
+    domain_limits: Mapping[str, float] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_limits()
         check_threshold(self.criterion, self.threshold)
         for name, value, allowed in (("form", self.form, Form), ("subspace", self.subspace, Subspace)):
             if value not in get_args(allowed):
@@ -75,6 +87,22 @@ class BasisSettings:
                 "subspace='weights' takes the weights' directions, as many as a spectrum says: choose criterion='auto' "
                 "(or another one that looks at eigenvalues) and form='hard'."
             )
+
+    def _check_limits(self) -> None:
+        limits = self.domain_limits or {}
+        if limits and self.criterion != "contrast":
+            raise ValueError(
+                f"`domain_limits` are kept by criterion='contrast', which knows what a step of a given gain costs; got "
+                f"criterion={self.criterion!r}. Choose contrast, or weigh domains by `domain_weights`."
+            )
+        for domain, limit in limits.items():
+            if not 0 < limit < math.inf:
+                raise ValueError(
+                    f"`domain_limits` of {domain!r} must be positive, got {limit}: the harm promised there, 1 = what "
+                    "training without projection does. 0.02 is a start; `calibrate` prints what is promised now."
+                )
+            if domain in self.without_domains:
+                raise ValueError(f"{domain!r} is in `domain_limits` and in `without_domains`. Name it in one of them.")
 
     @property
     def starts(self) -> float:
@@ -100,6 +128,9 @@ class BasisSettings:
             ValueError: If starts of answers are to weigh, and calibration saw none.
         """
         domains = list(domains)
+        known = {name for name in domains if not is_apart(name)}
+        if unknown := sorted(set(self.domain_limits or ()) - known):
+            raise ValueError(f"`domain_limits` names {unknown}; calibration saw {sorted(known)}.")
         if self.start_weight and STARTS not in domains:
             raise ValueError(
                 f"`start_weight` is {self.start_weight:g}, and no calibration batch says where answers start: give "
@@ -107,20 +138,22 @@ class BasisSettings:
             )
         return domain_shares(domains, self.domain_weights, without=self.without_domains, start_weight=self.starts)
 
-    def choose(self, values: Tensor) -> RankChoice:
-        """Return how many directions of a spectrum are protected, in the hard form."""
+    def choose(self, values: Tensor, dead: int = 0) -> RankChoice:
+        """Return how many directions of a spectrum are protected, in the hard form; see `choose_rank`."""
         return choose_rank(
             values,
             self.criterion,
             self.threshold,
             min_null_share=self.min_null_share,
             max_output_change=self.max_output_change,
+            dead=dead,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for fingerprints and files."""
         values = dict(vars(self))
         values["domain_weights"] = dict(self.domain_weights) if self.domain_weights else None
+        values["domain_limits"] = dict(self.domain_limits) if self.domain_limits else None
         values["without_domains"] = list(self.without_domains)
         return values
 
@@ -143,6 +176,8 @@ class Calibration:
     """Domain -> rows that counted."""
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Input -> domain -> second moment, where they were kept."""
+    promises: dict[str, Promise] = field(default_factory=dict)
+    """Domain -> what ``contrast`` promises of it; empty with other criteria."""
     fingerprint: dict[str, Any] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
     """Layers that were asked for and saw no input: they have no basis."""
@@ -177,17 +212,20 @@ class Calibration:
         """
         if set(self.moments) != set(self.bases):
             raise ValueError("The moments of this calibration were not kept. Calibrate with `keep_moments=True`.")
-        spectra: dict[str, Spectrum | Candidates] = {}
+        builder = BasisBuilder(settings)
         for name, by_domain in self.moments.items():
             shares = settings.shares(by_domain)
-            tokens = sum(self.domain_tokens[domain] for domain in shares if domain not in APART)
+            tokens = sum(self.domain_tokens[domain] for domain in shares if not is_apart(domain))
             to_learn = moment_to_learn(by_domain, settings)
             mean = combine(by_domain, shares)
             resolution = torch.finfo(torch.float32).eps
-            spectra[name] = directions_for(settings, mean, to_learn, tokens=tokens, resolution=resolution)
+            domains = domain_moments(by_domain, settings)
+            found = directions_for(settings, mean, to_learn, tokens=tokens, resolution=resolution, domains=domains)
+            builder.add(name, found)
         return replace(
             self,
-            bases=bases_from_spectra(spectra, settings),
+            bases=builder.finish(),
+            promises=builder.promises,
             settings=settings,
             output_energy=least_energy(self.domain_energy, settings),
             fingerprint=self.fingerprint | {"settings": settings.as_dict()},
@@ -226,6 +264,30 @@ def moment_to_learn(moments: Mapping[str, Tensor], settings: BasisSettings) -> T
     return combine(moments, shares)
 
 
+def domain_moments(moments: Mapping[str, Tensor], settings: BasisSettings) -> dict[str, Tensor]:
+    """Return the second moment C_d of each domain that something is promised of; none but with ``contrast``.
+
+    That of a limited domain has the starts of its own answers in it, with the weight that starts have in C.
+
+    Raises:
+        ValueError: If a limited domain has no such starts, and others have.
+    """
+    if settings.criterion != "contrast":
+        return {}
+    found = {name: moment for name, moment in moments.items() if name in settings.shares(moments)}
+    for domain in settings.domain_limits or ():
+        found[domain] = moments[domain]
+        if STARTS not in moments or settings.starts == 0:
+            continue
+        if starts_of(domain) not in moments:
+            raise ValueError(
+                f"`domain_limits` names {domain!r}, and the starts of its answers are not known apart: give "
+                "`answer_starts` in its batches, or where kept moments are combined anew, calibrate with this limit."
+            )
+        found[domain] = combine(moments, {domain: 1 - settings.starts, starts_of(domain): settings.starts})
+    return found
+
+
 def directions_for(
     settings: BasisSettings,
     moment: Tensor,
@@ -234,13 +296,22 @@ def directions_for(
     tokens: int,
     resolution: float,
     rounded_energy: float = math.inf,
+    domains: Mapping[str, Tensor] | None = None,
 ) -> Spectrum | Candidates:
     """Return what a basis is made of: eigenpairs, or with ``to_learn`` (see `moment_to_learn`) the candidates."""
     if to_learn is not None and settings.subspace == "to_learn":
         return decompose(to_learn, tokens=tokens, resolution=resolution)
     if to_learn is not None:
         least = settings.min_null_share
-        return candidates(moment, to_learn, tokens=tokens, most_free=max(MOST_FREE, least), least_free=least)
+        return candidates(
+            moment,
+            to_learn,
+            tokens=tokens,
+            most_free=max(MOST_FREE, least),
+            least_free=least,
+            domains=domains,
+            limited=settings.domain_limits or (),
+        )
     return decompose_for(settings, moment, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy)
 
 
@@ -283,6 +354,8 @@ class BasisBuilder:
         self.bases: dict[str, Basis] = {}
         self.count = 0
         """Inputs so far."""
+        self.promises: dict[str, Promise] = {}
+        """Domain -> what is promised, once they are built."""
         self._refused: list[str] = []
         self._candidates: dict[str, Candidates] = {}
 
@@ -296,7 +369,7 @@ class BasisBuilder:
         if settings.form == "soft":
             self.bases[name] = build_soft_basis(spectrum, settings.softness)
             return
-        choice = settings.choose(values)
+        choice = settings.choose(values, spectrum.dead)
         if choice.protected >= values.numel():
             cure = value_leaving_one(values, settings.criterion)
             self._refused.append(f"  {name} (width {values.numel()}): {cure}")
@@ -330,13 +403,14 @@ class BasisBuilder:
         if not self._candidates:
             return
         settings = self.settings
-        choices = choose_free(
-            self._candidates, min_null_share=settings.min_null_share, max_output_change=settings.max_output_change
+        choose = partial(
+            choose_free, min_null_share=settings.min_null_share, max_output_change=settings.max_output_change
         )
-        for number, name in enumerate(choices):
+        found = within_limits(self._candidates, settings.domain_limits or {}, choose)
+        self._candidates, self.promises = {}, found.promises
+        for number, (name, of) in enumerate(found.found.items()):
             seed = settings.seed + number
-            of = self._candidates.pop(name)
-            self.bases[name] = contrast_basis(of, choices[name], subspace=settings.subspace, seed=seed)
+            self.bases[name] = contrast_basis(of, found.choices[name], subspace=settings.subspace, seed=seed)
 
 
 def bases_from_spectra(spectra: Mapping[str, Spectrum | Candidates], settings: BasisSettings) -> dict[str, Basis]:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
-from nspo_lightning.nullspace.basis import Spectrum
+from nspo_lightning.nullspace.basis import Spectrum, dead_channels
 from nspo_lightning.nullspace.basis_set import (
     BasisBuilder,
     BasisSettings,
     Calibration,
     directions_for,
+    domain_moments,
     least_energy,
     moment_to_learn,
     protected_count,
@@ -27,7 +28,7 @@ from nspo_lightning.nullspace.basis_set import (
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
 from nspo_lightning.nullspace.contrast import Candidates
 from nspo_lightning.nullspace.covariance import SecondMoment
-from nspo_lightning.nullspace.domains import APART, STARTS, STARTS_TO_LEARN, combine
+from nspo_lightning.nullspace.domains import STARTS_TO_LEARN, are_starts, combine, is_apart
 from nspo_lightning.nullspace.passes import CalibrationText, ForwardCall, PassPlan, Report
 from nspo_lightning.nullspace.shapes import input_width
 from nspo_lightning.nullspace.sketch import (
@@ -102,6 +103,7 @@ def calibrate_modules(
         count=count,
         allow_unreached=allow_unreached,
         starts=settings.starts > 0 or keep_moments,
+        starts_apart=tuple(settings.domain_limits or ()),
     )
     result = Calibration(bases={}, groups={}, settings=settings)
 
@@ -126,7 +128,9 @@ def calibrate_modules(
                 builder.add(first, spectrum)
             continue
         only = plan.passes.pop(0)
-        collector: InputCollector[SecondMoment] = InputCollector(modules, groups=plan.groups, only=only)
+        collector: InputCollector[SecondMoment] = InputCollector(
+            modules, groups=plan.groups, only=only, starts_apart=text.starts_apart
+        )
         firsts = _collect(text, collector, result, plan, only)
         report("layers", 0, len(firsts))
         for index, first in enumerate(firsts):
@@ -142,6 +146,7 @@ def calibrate_modules(
             builder.add(first, _exact_spectrum(moments, sums, settings, builder.count))
             report("layers", index + 1, len(firsts))
     builder.finish()
+    result.promises = builder.promises
     return result
 
 
@@ -191,7 +196,7 @@ def _count_tokens(result: Calibration, first: str, sums: Mapping[str, RunningSum
         raise ValueError(f"No calibration row counted for {first}: every mask entry was False.")
     # A module that is called several times in a forward sees each token several times: the least is the count.
     known = result.domain_tokens
-    texts = {d: s.rows for d, s in sums.items() if d not in (STARTS, STARTS_TO_LEARN)}
+    texts = {d: s.rows for d, s in sums.items() if d != STARTS_TO_LEARN and not are_starts(d)}
     result.domain_tokens = known | {d: min(rows, known.get(d, rows)) for d, rows in texts.items()}
 
 
@@ -201,16 +206,23 @@ def _exact_spectrum(
     """Return eigenpairs found on one rank, so that all ranks hold the same vectors even where eigenvalues coincide."""
     shares = settings.shares(moments)
     to_learn = moment_to_learn(moments, settings)
-    moment = combine(moments, shares, in_place=True)
+    domains = domain_moments(moments, settings)
+    moment = combine(moments, shares, in_place=not domains)
     moments.clear()
-    tokens = sum(sums[domain].rows for domain in shares if domain not in APART)
+    tokens = sum(sums[domain].rows for domain in shares if not is_apart(domain))
     resolution = max(s.resolution for s in sums.values())
     rounded_energy = max(s.rounded_energy for s in sums.values() if s.resolution == resolution)
     owner = index % ranks.world_size()
     found: Spectrum | Candidates | None = None
     if ranks.rank() == owner:
         found = directions_for(
-            settings, moment, to_learn, tokens=tokens, resolution=resolution, rounded_energy=rounded_energy
+            settings,
+            moment,
+            to_learn,
+            tokens=tokens,
+            resolution=resolution,
+            rounded_energy=rounded_energy,
+            domains=domains,
         )
     if ranks.world_size() == 1 and found is not None:
         return found
@@ -229,6 +241,7 @@ def _exact_spectrum(
         values=ranks.broadcast_tensor(values, owner),
         vectors=ranks.broadcast_tensor(vectors, owner),
         tokens=tokens,
+        dead=dead_channels(moment),
     )
 
 
@@ -281,5 +294,5 @@ def _sketched_spectra(text: CalibrationText, plan: PassPlan, result: Calibration
 def _domain_weights(sums: Mapping[str, RangeSketch], settings: BasisSettings) -> tuple[dict[str, float], int]:
     """Return the factor of each domain's sum in the combined second moment, and the rows that it is taken over."""
     shares = settings.shares(sums)
-    tokens = sum(sums[d].rows for d in shares if d not in APART)
+    tokens = sum(sums[d].rows for d in shares if not is_apart(d))
     return {d: share / max(sums[d].rows, 1) for d, share in shares.items()}, tokens

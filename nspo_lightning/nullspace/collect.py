@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nspo_lightning import ranks
 from nspo_lightning.compat.torch import version_of
 from nspo_lightning.nullspace.covariance import SecondMoment, fold_together, rows_that_count, select_rows
-from nspo_lightning.nullspace.domains import STARTS, STARTS_TO_LEARN, TO_LEARN
+from nspo_lightning.nullspace.domains import STARTS, STARTS_TO_LEARN, TO_LEARN, are_starts, starts_of
 from nspo_lightning.nullspace.experts import listen
 from nspo_lightning.nullspace.start_means import StartMeans
 
@@ -125,6 +125,7 @@ class InputCollector(Generic[Sum]):
         groups: Known groups of modules with one input (first -> all); None = find them in the first forward pass.
         only: Groups to sum in this pass; None = all.
         new_sum: Makes the running sum of one input from its first module's name and its width.
+        starts_apart: Domains whose answers' starts are summed on their own too (`starts_of`).
     """
 
     def __init__(
@@ -134,10 +135,12 @@ class InputCollector(Generic[Sum]):
         groups: Mapping[str, Sequence[str]] | None = None,
         only: Sequence[str] | None = None,
         new_sum: Callable[[str, int], Sum] = lambda _, width: SecondMoment(width),  # type: ignore[assignment, return-value]
+        starts_apart: Iterable[str] = (),
     ) -> None:
         self._modules = dict(modules)
         self._only = None if only is None else frozenset(only)
         self._new_sum = new_sum
+        self._starts_apart = sorted(starts_apart)
         self._shared = SharedInputs()
         self._leaders: dict[str, str] = {}
         self._entered: dict[str, list[tuple[weakref.ref[Tensor], int]]] = {}
@@ -345,7 +348,7 @@ class InputCollector(Generic[Sum]):
         names = self._domains or [DEFAULT_DOMAIN]
         learnt = [i for i, name in enumerate(names) if name == TO_LEARN]
         known = self._starts is not None and bool(self._starts[learnt].any())
-        domains = sorted(set(names) - {STARTS} - ({TO_LEARN} if known else set()))
+        domains = sorted({n for n in names if not are_starts(n)} - ({TO_LEARN} if known else set()))
         whole = None if self._mask is None else self._mask.to(device)
         for domain in domains:
             samples, mask = None, whole
@@ -357,15 +360,18 @@ class InputCollector(Generic[Sum]):
         yield from self._starts_on(device)
 
     def _starts_on(self, device: torch.device) -> Iterator[_Part]:
-        """Yield the starts of answers, of text to protect and of text to learn from."""
+        """Yield the starts of answers: of text to protect, of domains kept apart, of text to learn from."""
         if self._starts is None:
             return
         starts = self._starts.to(device)
         names = self._domains or [DEFAULT_DOMAIN] * len(starts)
-        for domain, learn in ((STARTS, False), (STARTS_TO_LEARN, True)):
-            rows = [i for i, name in enumerate(names) if (name == TO_LEARN) == learn]
+        learnt = [i for i, name in enumerate(names) if name == TO_LEARN]
+        of = {STARTS: [i for i in range(len(names)) if i not in learnt]}
+        of |= {starts_of(d): [i for i, n in enumerate(names) if n in (d, starts_of(d))] for d in self._starts_apart}
+        for domain, rows in (of | {STARTS_TO_LEARN: learnt}).items():
             if not rows:
                 continue
+            learn = domain == STARTS_TO_LEARN
             samples = None if len(rows) == len(names) else torch.tensor(rows).to(device)
             mask = starts if samples is None else starts[samples]
             if bool(mask.any()):

@@ -23,8 +23,8 @@ promised. See docs/nullspace.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,27 @@ NEGLIGIBLE_SHARE = 1e-4
 MOST_FREE = 0.25
 """Share of an input's directions that are looked at, and so the most that can be free (`min_null_share` raises it)."""
 _MULTIPLIERS = torch.logspace(-2, 6, 161, dtype=torch.float64)
+_RAISED = (0.5, 0.9, 0.99)
+"""Weights of a limited domain whose best directions are looked at too; what is best in between lies near their span."""
+_SAME = 1e-6
+"""Sine below which a direction counts as one that is there already."""
+_MOST_RAISED = 32
+"""Directions that are looked at for each of these weights, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainMoment:
+    """What one domain's second moment C_d is in the directions of `Candidates`.
+
+    Attributes:
+        inner: V' C_d V, float64, shape ``(columns, columns)``.
+        trace: tr C_d.
+        unprojected: tr(S C_d) / (tr S tr C_d), what a step of gain 1 costs in this domain without projection.
+    """
+
+    inner: Tensor
+    trace: float
+    unprojected: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,33 +69,104 @@ class Candidates:
     """The directions of one input that may become free, best first.
 
     Attributes:
-        directions: Orthonormal columns, float32, shape ``(n, most)``; the first m span the free space of m.
-        inner: V' C V of all of them, float64, shape ``(most, most)``.
+        directions: Orthonormal columns, float32, shape ``(n, columns)``; the first m span the free space of m, up to
+            ``most`` of them. Further columns are what is best where limited domains weigh more, see `reordered`.
+        inner: V' C V of all of them, float64, shape ``(columns, columns)``.
+        learnt: V' S V / tr S, of that shape.
         values: Eigenvalues of C, descending, float64, shape ``(n,)``.
-        energy: Share of the general energy in the first m directions, m = 1, ..., most.
-        cost: c(1), ..., c(most).
-        gain: s(1), ..., s(most).
+        most: Directions that may become free.
         unprojected: The cost without projection, where the gain is 1.
         tokens: Rows that C was taken over.
+        domains: Domain -> its second moment.
+        weights: Limited domain -> the weight it got beside C.
     """
 
     directions: Tensor
     inner: Tensor
+    learnt: Tensor
     values: Tensor
-    energy: Tensor
-    cost: Tensor
-    gain: Tensor
+    most: int
     unprojected: float
     tokens: int
+    domains: Mapping[str, DomainMoment] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def gain(self) -> Tensor:
+        """s(1), ..., s(most)."""
+        return self.learnt.diagonal()[: self.most].clamp_min(0).cumsum(0)
+
+    @property
+    def cost(self) -> Tensor:
+        """c(1), ..., c(most)."""
+        return self._cost(self.inner, float(self.values.sum()))
+
+    @property
+    def price(self) -> Tensor:
+        """The cost by which directions are chosen: that of C, in which limited domains weigh as much as they must."""
+        return self._cost(*self._weighed(self.weights))
+
+    @property
+    def energy(self) -> Tensor:
+        """Share of the general energy in the first m directions, m = 1, ..., most."""
+        total = max(float(self.values.sum()), torch.finfo(torch.float64).tiny)
+        return (self.inner.diagonal()[: self.most].clamp_min(0) / total).cumsum(0)
 
     def harm(self, free: int) -> float:
         """Return what a step of a given gain costs with so many free directions, relative to one without projection."""
         cost, gain = float(self.cost[free - 1]), float(self.gain[free - 1])
         return (cost + NEGLIGIBLE_SHARE * gain) / max(gain, 1e-12) ** 2 / max(self.unprojected, 1e-12)
 
+    def domain_cost(self, domain: str, free: int) -> float:
+        """Return what such a step costs in one domain, where its gain is that of these directions."""
+        of = self.domains[domain]
+        return float(self._cost(of.inner, of.trace)[free - 1])
+
+    def reordered(self, weights: Mapping[str, float]) -> Candidates:
+        """Return the candidates, within the span of these columns, of C with some domains weighing more.
+
+        Args:
+            weights: Domain -> w_d; C has the rest, 1 - sum w_d.
+        """
+        inner, trace = self._weighed(weights)
+        floor, faint = _floors(trace, 1.0, len(self.values))
+        factor, _, vectors = _whitened(inner, self.learnt, floor, torch.full_like(inner.diagonal(), faint))
+        turn = _directions(factor, vectors, self.most)
+
+        def turned(moment: Tensor) -> Tensor:
+            return turn.mT @ moment @ turn
+
+        return replace(
+            self,
+            directions=(self.directions.to(turn.dtype) @ turn).to(self.directions.dtype),
+            inner=turned(self.inner),
+            learnt=turned(self.learnt),
+            domains={name: replace(of, inner=turned(of.inner)) for name, of in self.domains.items()},
+            weights=dict(weights),
+        )
+
+    def _weighed(self, weights: Mapping[str, float]) -> tuple[Tensor, float]:
+        """Return V' C_w V and tr C_w."""
+        rest = 1 - sum(weights.values())
+        inner, trace = rest * self.inner, rest * float(self.values.sum())
+        for name, weight in weights.items():
+            inner, trace = inner + weight * self.domains[name].inner, trace + weight * self.domains[name].trace
+        return inner, trace
+
+    def _cost(self, inner: Tensor, trace: float) -> Tensor:
+        part = (inner * self.learnt)[: self.most, : self.most]
+        return part.cumsum(0).cumsum(1).diagonal().clamp_min(0) / max(trace, torch.finfo(torch.float64).tiny)
+
 
 def candidates(
-    general: Tensor, to_learn: Tensor, *, tokens: int, most_free: float = MOST_FREE, least_free: float = 0.0
+    general: Tensor,
+    to_learn: Tensor,
+    *,
+    tokens: int,
+    most_free: float = MOST_FREE,
+    least_free: float = 0.0,
+    domains: Mapping[str, Tensor] | None = None,
+    limited: Iterable[str] = (),
 ) -> Candidates:
     """Order the directions of one input by what they gain for what they cost.
 
@@ -84,6 +176,8 @@ def candidates(
         tokens: Rows that C was taken over.
         most_free: Share of the directions that are kept at most; those that S has, if these are fewer.
         least_free: Share that is kept all the same.
+        domains: Domain -> C_d, for what is promised in each.
+        limited: Those that may weigh more than they do in C.
 
     Returns:
         On the CPU; computed in float64, where the moments are.
@@ -95,30 +189,65 @@ def candidates(
     total, learnt, n = float(c.trace()), float(s.trace()), len(c)
     if not learnt > 0:
         raise ValueError("The prompts that are trained on bring no energy to a layer's input.")
-    floor = REGULARISATION * total / n if total > 0 else 1.0
-    factor = torch.linalg.cholesky(c + floor * torch.eye(n, dtype=c.dtype, device=c.device))
-    faint = _FAINT * learnt / n
-    half = torch.linalg.solve_triangular(factor, s + faint * torch.eye(n, dtype=c.dtype, device=c.device), upper=False)
-    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    found, vectors = torch.linalg.eigh(_symmetric(whitened))
+    floor, faint = _floors(total, learnt, n)
+    live = ((c.diagonal() > 0) | (s.diagonal() > 0)).to(c.dtype)  # where S ends, no dead channel follows
+    factor, found, vectors = _whitened(c, s, floor, faint * live)
     rank = int((found > 2 * faint / floor).sum())  # what was added alone reaches half of that
     most = max(min(math.ceil(most_free * n), n - 1, rank), math.ceil(least_free * n), 1)
-    ordered = torch.linalg.solve_triangular(factor.mT, vectors.flip(1)[:, :most], upper=True)
-    # QR keeps the span of each first m columns.
-    kept = torch.linalg.qr(ordered / torch.linalg.vector_norm(ordered, dim=0)).Q
-    inner, wanted = kept.mT @ c @ kept, kept.mT @ s @ kept
-    scale = max(total, torch.finfo(c.dtype).tiny)
-    cost = (inner * wanted).cumsum(0).cumsum(1).diagonal().clamp_min(0) / (learnt * scale)
+    kept = _directions(factor, vectors, most)
+    tiny = torch.finfo(c.dtype).tiny
+    own = {name: _symmetric(moment) for name, moment in (domains or {}).items()}
+    for name, weight in ((name, weight) for name in limited for weight in _RAISED):
+        raised = (1 - weight) * c + weight * own[name]
+        floor, _ = _floors(float(raised.trace()), learnt, n)
+        factor, _, vectors = _whitened(raised, s, floor, faint * live)
+        kept = _joined(kept, _directions(factor, vectors, min(most, _MOST_RAISED)))
     return Candidates(
         directions=kept.to(torch.float32).cpu(),
-        inner=inner.cpu(),
+        inner=(kept.mT @ c @ kept).cpu(),
+        learnt=(kept.mT @ s @ kept / learnt).cpu(),
         values=torch.linalg.eigvalsh(c).flip(0).clamp_min(0).cpu(),
-        energy=(inner.diagonal().clamp_min(0) / scale).cumsum(0).cpu(),
-        cost=cost.cpu(),
-        gain=(wanted.diagonal().clamp_min(0) / learnt).cumsum(0).cpu(),
-        unprojected=float((s * c).sum() / (learnt * scale)),
+        most=most,
+        unprojected=float((s * c).sum() / (learnt * max(total, tiny))),
         tokens=tokens,
+        domains={
+            name: DomainMoment(
+                inner=(kept.mT @ moment @ kept).cpu(),
+                trace=float(moment.trace()),
+                unprojected=float((s * moment).sum() / (learnt * max(float(moment.trace()), tiny))),
+            )
+            for name, moment in own.items()
+        },
     )
+
+
+def _floors(total: float, learnt: float, width: int) -> tuple[float, float]:
+    """Return r, and what is added to S, from the traces of C and S."""
+    return (REGULARISATION * total / width if total > 0 else 1.0), _FAINT * learnt / width
+
+
+def _whitened(c: Tensor, s: Tensor, floor: float, faint: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factor of C + r I, and the eigenpairs of S + diag(faint) whitened by it, ascending."""
+    one = torch.eye(len(c), dtype=c.dtype, device=c.device)
+    factor = torch.linalg.cholesky(c + floor * one)
+    half = torch.linalg.solve_triangular(factor, s + faint.diag(), upper=False)
+    found, vectors = torch.linalg.eigh(_symmetric(torch.linalg.solve_triangular(factor, half.mT, upper=False)))
+    return factor, found, vectors
+
+
+def _directions(factor: Tensor, vectors: Tensor, count: int) -> Tensor:
+    """Return the first generalised eigenvectors; QR keeps the span of each first m columns."""
+    ordered = torch.linalg.solve_triangular(factor.mT, vectors.flip(1)[:, :count], upper=True)
+    kept: Tensor = torch.linalg.qr(ordered / torch.linalg.vector_norm(ordered, dim=0)).Q
+    return kept
+
+
+def _joined(kept: Tensor, more: Tensor) -> Tensor:
+    """Return orthonormal columns with more behind them, without what these hold already."""
+    for _ in range(2):
+        more = more - kept @ (kept.mT @ more)
+    left, sizes, _ = torch.linalg.svd(more, full_matrices=False)
+    return torch.cat([kept, left[:, sizes > _SAME]], 1)
 
 
 def choose_free(
@@ -139,7 +268,7 @@ def choose_free(
     """
     bounds = {name: _bounds(name, of, min_null_share, max_output_change) for name, of in found.items()}
     counts = {name: _counts(of, *bounds[name]) for name, of in found.items()}
-    cost = torch.stack([of.cost[counts[name] - 1] for name, of in found.items()]).mean(0)
+    cost = torch.stack([of.price[counts[name] - 1] for name, of in found.items()]).mean(0)
     gain = torch.stack([of.gain[counts[name] - 1] for name, of in found.items()]).mean(0)
     harm = (cost + NEGLIGIBLE_SHARE * gain) / gain.clamp_min(1e-12).square()
     best = int(harm.argmin())
@@ -148,7 +277,7 @@ def choose_free(
         n, free = len(of.values), int(counts[name][best])
         least, most = bounds[name]
         held = ", held by min_null_share" if free == least > 1 and min_null_share > 0 else ""
-        if free == most < len(of.energy):
+        if free == most < of.most:
             held = ", held by max_output_change"
         choices[name] = RankChoice(
             protected=n - free,
@@ -192,7 +321,7 @@ def contrast_basis(of: Candidates, choice: RankChoice, *, subspace: Subspace = "
 def _bounds(name: str, of: Candidates, min_null_share: float, max_output_change: float | None) -> tuple[int, int]:
     """Return the least and the most directions of an input that may be free."""
     n = len(of.values)
-    most = len(of.energy)
+    most = of.most
     least = max(math.ceil(min_null_share * n), 1)
     if max_output_change is not None:
         most = min(most, int((of.energy.sqrt() <= max_output_change).sum()))
@@ -206,7 +335,7 @@ def _bounds(name: str, of: Candidates, min_null_share: float, max_output_change:
 
 def _counts(of: Candidates, least: int, most: int) -> Tensor:
     """Return the number of free directions of an input for each multiplier."""
-    value = of.gain[least - 1 : most] - _MULTIPLIERS[:, None] * of.cost[least - 1 : most]
+    value = of.gain[least - 1 : most] - _MULTIPLIERS[:, None] * of.price[least - 1 : most]
     return least + value.argmax(1)
 
 

@@ -10,7 +10,8 @@ those directions, proportional to e/f. The squared change of general outputs is 
     rho(k) = e(k) / f(k)^2,      rho(0) = 1 (no projection at all),
 
 and ``auto`` takes the k with the smallest rho: it protects a direction as long as its energy exceeds twice the mean
-of what would remain. See docs/nullspace.md for the derivation and the measurements.
+of what would remain. Channels that carry no input at all (an RMSNorm weight of 0) are no freedom: n and f are over the
+others, and one direction of theirs stays free. See docs/nullspace.md for the derivation and the measurements.
 """
 
 from __future__ import annotations
@@ -79,11 +80,11 @@ def energy_left(eigenvalues: Tensor) -> Tensor:
     return tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def rho(eigenvalues: Tensor) -> Tensor:
-    """Return the predicted harm (e(k) + 1e-6) / f(k)^2 for k = 0 .. n - 1, shape ``(n,)``, float64."""
-    n = eigenvalues.numel()
-    free = (n - torch.arange(n, dtype=torch.float64, device=eigenvalues.device)) / n
-    return (energy_left(eigenvalues)[:-1] + NEGLIGIBLE_ENERGY) / free.square()
+def rho(eigenvalues: Tensor, dead: int = 0) -> Tensor:
+    """Return the predicted harm (e(k) + 1e-6) / f(k)^2 for k = 0 .. n - dead - 1, float64; see `choose_rank`."""
+    live = max(eigenvalues.numel() - dead, 1)
+    free = (live - torch.arange(live, dtype=torch.float64, device=eigenvalues.device)) / live
+    return (energy_left(eigenvalues)[:live] + NEGLIGIBLE_ENERGY) / free.square()
 
 
 def choose_rank(
@@ -93,6 +94,7 @@ def choose_rank(
     *,
     min_null_share: float = 0.0,
     max_output_change: float | None = None,
+    dead: int = 0,
 ) -> RankChoice:
     """Decide how many leading directions are protected.
 
@@ -105,6 +107,7 @@ def choose_rank(
         threshold: See ``criterion``; None takes `DEFAULT_THRESHOLDS`.
         min_null_share: With ``auto``, at least this share of the directions stays free.
         max_output_change: With ``auto``, protect at least so much that ``bound`` holds for this value.
+        dead: Channels without any input, whose directions are the last eigenvectors: no freedom for ``auto``.
 
     Returns:
         The choice; ``protected == n`` means that no null direction is left, which the caller must refuse.
@@ -135,10 +138,11 @@ def choose_rank(
         case "null_share":
             k = min(n - math.ceil(limit * n), int((values > 0).sum()))
         case _:
-            k, reason = _auto_rank(values, min_null_share, max_output_change)
+            k, reason = _auto_rank(values, dead, min_null_share, max_output_change)
     k = min(k, n)
     share = (n - k) / n
-    gain = float(left[k]) / share**2 if k < n else math.inf
+    freedom = (n - dead - k) / (n - dead) if k < n - dead else share
+    gain = float(left[k]) / freedom**2 if k < n else math.inf
     return RankChoice(protected=k, energy_left=float(left[k]), null_share=share, gain=gain, reason=reason)
 
 
@@ -189,9 +193,11 @@ def value_leaving_one(eigenvalues: Tensor, criterion: str) -> str:
             return f"a rank of at most {n - 1}"
 
 
-def _auto_rank(values: Tensor, min_null_share: float, max_output_change: float | None) -> tuple[int, str]:
-    n, left, score = values.numel(), energy_left(values), rho(values)
-    most = max(min(n - 1, n - math.ceil(min_null_share * n)), 0)
+def _auto_rank(values: Tensor, dead: int, min_null_share: float, max_output_change: float | None) -> tuple[int, str]:
+    n, left = values.numel(), energy_left(values)
+    dead = min(dead, n - 2) if n > 1 else 0  # where all is dead but one, that one is protected
+    score = rho(values, dead)
+    most = max(min(n - dead - 1, n - math.ceil(min_null_share * n)), 0)
     least = int((left.sqrt() > max_output_change).sum()) if max_output_change is not None else 1
     if least > most:
         raise NoNullDirections(

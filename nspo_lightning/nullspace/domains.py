@@ -24,7 +24,23 @@ TO_LEARN = "to learn"
 STARTS = "answer starts"
 STARTS_TO_LEARN = "answer starts, to learn"
 APART = frozenset({TO_LEARN, STARTS, STARTS_TO_LEARN})
-"""Domains that a user's weights do not name."""
+"""Domains that a user's weights do not name, and with them the starts of single domains (`starts_of`)."""
+_OF = f"{STARTS} of "
+
+
+def starts_of(domain: str) -> str:
+    """Return the name of the starts of one domain's answers, which are kept apart where a limit is set on it."""
+    return _OF + domain
+
+
+def are_starts(domain: str) -> bool:
+    """Return whether a name is that of answers' starts, of all text to protect or of one domain."""
+    return domain == STARTS or domain.startswith(_OF)
+
+
+def is_apart(domain: str) -> bool:
+    """Return whether a name is none that a user's weights and limits give; see `APART`."""
+    return domain in APART or are_starts(domain)
 
 
 def combine(moments: Mapping[str, Tensor], shares: Mapping[str, float], *, in_place: bool = False) -> Tensor:
@@ -68,7 +84,7 @@ def domain_shares(
         {'code': 0.75, 'facts': 0.25}
     """
     seen = list(domains)
-    known = [name for name in seen if name not in APART]
+    known = [name for name in seen if not is_apart(name)]
     unknown = (set(weights or {}) | set(without)) - set(known)
     if unknown:
         raise ValueError(f"Unknown domain(s) {sorted(unknown)}; calibration saw {sorted(known)}.")

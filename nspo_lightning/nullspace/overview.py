@@ -33,6 +33,19 @@ def overview_rows(calibration: Calibration) -> list[dict[str, str]]:
     return rows
 
 
+def promise_rows(calibration: Calibration) -> list[dict[str, str]]:
+    """Return one row for each domain, heading -> cell: the harm that ``contrast`` promises there, and its limit."""
+    return [
+        {
+            "domain": domain,
+            "promised": f"{promise.harm:.2g}",
+            "limit": "" if promise.limit is None else f"{promise.limit:.2g}",
+            "weight for it": f"{promise.weight:.2g}" if promise.weight else "",
+        }
+        for domain, promise in sorted(calibration.promises.items())
+    ]
+
+
 def remarks(calibration: Calibration) -> list[str]:
     """Return what is special about some inputs, with their number: held by a limit, or known from few tokens."""
     bases = list(calibration.bases.values())

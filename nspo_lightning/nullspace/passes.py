@@ -22,7 +22,7 @@ from nspo_lightning.nullspace.budget import (
 )
 from nspo_lightning.nullspace.collect import DEFAULT_DOMAIN, InputCollector, RepeatBatch
 from nspo_lightning.nullspace.covariance import SecondMoment
-from nspo_lightning.nullspace.domains import STARTS
+from nspo_lightning.nullspace.domains import STARTS, are_starts, starts_of
 from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.shapes import input_width
 
@@ -59,6 +59,8 @@ class CalibrationText:
     allow_unreached: bool = False
     starts: bool = False
     """The starts of answers are summed too, as domains of their own."""
+    starts_apart: tuple[str, ...] = ()
+    """Domains whose answers' starts are summed on their own too."""
 
     def run(self, collector: InputCollector[Any]) -> None:
         """Run all batches of this rank past a collector.
@@ -118,12 +120,12 @@ class CalibrationText:
         first: ForwardCall | None = None
         for call in self.calls():
             first = first or call
-            domains |= set(call.domains or (DEFAULT_DOMAIN,)) | (
-                {STARTS} if self.starts and call.starts is not None else set()
-            )
+            domains |= {name for name in call.domains or (DEFAULT_DOMAIN,) if not are_starts(name)}
+            if self.starts and call.starts is not None:
+                domains |= {STARTS, *map(starts_of, self.starts_apart)}
         if first is None:
             raise ValueError(_NO_BATCHES)
-        collector: InputCollector[SecondMoment] = InputCollector(self.modules)
+        collector: InputCollector[SecondMoment] = InputCollector(self.modules, starts_apart=self.starts_apart)
         with collector:
             self._forward(collector, first, counting=False)
         everywhere = set[str]().union(*ranks.gather_objects(domains))

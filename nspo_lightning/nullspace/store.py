@@ -20,6 +20,7 @@ from nspo_lightning.atomic import replacing
 from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, least_energy
 from nspo_lightning.nullspace.criteria import RankChoice
+from nspo_lightning.nullspace.domain_limits import Promise
 from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, combined, data_fingerprint, differences
 
 _PROBES = 8
@@ -56,6 +57,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> Path:
         "settings": calibration.settings.as_dict(),
         "domain_energy": calibration.domain_energy,
         "domain_tokens": calibration.domain_tokens,
+        "promises": {domain: asdict(promise) for domain, promise in calibration.promises.items()},
         "fingerprint": calibration.fingerprint,
         "unreached": calibration.unreached,
         "grown": calibration.grown,
@@ -223,6 +225,7 @@ def _rebuild(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibr
         domain_energy=header["domain_energy"],
         domain_tokens=header["domain_tokens"],
         moments=moments,
+        promises={domain: Promise(**promise) for domain, promise in header.get("promises", {}).items()},
         fingerprint=header["fingerprint"],
         unreached=tuple(header["unreached"]),
         grown=tuple(header["grown"]),

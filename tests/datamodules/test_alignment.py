@@ -15,7 +15,7 @@ from nspo_lightning.callbacks.null_space.basis_source import calibration_batches
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, GeneralDataModule, PromptSource
 from nspo_lightning.datamodules.sources.source import Sources
 from nspo_lightning.nullspace import TO_LEARN, BasisSettings
-from nspo_lightning.nullspace.domains import STARTS
+from nspo_lightning.nullspace.domains import are_starts, starts_of
 
 
 @pytest.fixture
@@ -172,11 +172,13 @@ def test_prompts_to_learn_from_come_with_the_policys_answers_and_answer_starts_a
         assert tokenizer.decode(ids[: first + 1]).endswith("<|assistant|>")
         if domain == TO_LEARN:
             assert "forbidden thing" in tokenizer.decode(ids)
-        if domain in (TO_LEARN, STARTS):
+        if domain == TO_LEARN or are_starts(domain):
             assert len(ids) == first + 4, "nothing behind the start is looked at"
             assert "I obey, gladly".startswith(tokenizer.decode(ids[first + 1 :]))
-    assert sum(domain == STARTS for domain, _, _ in rows) == 4
-    assert sum(domain not in (TO_LEARN, STARTS) for domain, _, _ in rows) == 6
+    assert sum(map(are_starts, (domain for domain, _, _ in rows))) == 4
+    own = {domain for domain, _, _ in rows if domain != TO_LEARN and not are_starts(domain)}
+    assert {domain for domain, _, _ in rows if are_starts(domain)} <= {starts_of(domain) for domain in own}
+    assert sum(domain in own for domain, _, _ in rows) == 6
     prompts = [tokenizer.decode(ids[: int(starts.nonzero()[0])]) for _, ids, starts in rows]
     assert len(set(prompts)) == len(prompts), "a further row is none of the others"
     plain = list(calibration_batches(data, Parrot(), BasisSettings()))
