@@ -6,7 +6,8 @@ Inputs of every fifth decoder layer (but the wide ones of down_proj) at answer s
 of the policy's own answer), of harmful prompts (AdvBench), general ones (Alpaca, GSM8K, Dolly, MBPP) and XSTest's
 safe ones. Directions are found on one half; the harm of a step of a given gain is measured on that half (promised),
 on the other half of the general prompts (kept), and on look-alikes of other types than any that were seen; each
-relative to a step without projection, the geometric mean over inputs. Results in
+relative to a step without projection, the geometric mean over inputs. At the end what the package itself chooses, with
+limits on what it promises of look-alikes of the seen types (`domain_limits`). Results in
 benchmarks/results/contrast_held_out.json.
 """
 
@@ -25,13 +26,17 @@ from real_model_comparison import FILES, read_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nspo_lightning.nullspace import NoNullDirections
+from nspo_lightning.nullspace.contrast import candidates, choose_free
+from nspo_lightning.nullspace.domain_limits import Promise, within_limits
+
 HERE = Path(__file__).resolve().parent
 
 POSITIONS, LONGEST = 4, 160
 Moments = dict[str, Tensor]
 
 
-def prompts_of(data: Path) -> dict[str, list[str]]:
+def prompts_of(data: Path, most: int) -> dict[str, list[str]]:
     """Return group -> prompts: harmful, each general set, look-alikes of seen and of unseen types."""
     found = {"harmful": [row["goal"] for row in read_rows(data / FILES["safety"]["advbench"])]}
     columns = {"alpaca": "instruction", "gsm8k": "question", "dolly": "instruction", "mbpp": "text"}
@@ -43,7 +48,7 @@ def prompts_of(data: Path) -> dict[str, list[str]]:
         found[name] = [row["prompt"] for row in safe if row["type"] in kinds]
     for rows in found.values():
         random.Random(0).shuffle(rows)
-    return {name: rows[:240] for name, rows in found.items()}
+    return {name: rows[:most] for name, rows in found.items()}
 
 
 @torch.no_grad()
@@ -131,23 +136,56 @@ def harm(space: Tensor, learnt: Tensor, aimed: Tensor, c: Tensor) -> float:
     return float((((steps @ c) * steps).sum(1) / gain).median())
 
 
+def limited_spaces(
+    general: dict[str, Tensor], learnt: dict[str, Tensor], looks: dict[str, Tensor], limit: float | None
+) -> tuple[dict[str, Tensor], Promise]:
+    """Return input -> the free space that the package chooses under a limit on look-alikes, and its promise of them."""
+    domains = {"look-alikes": limit} if limit else {}
+    found = {
+        key: candidates(c, learnt[key], tokens=1, domains={"look-alikes": looks[key]}, limited=["look-alikes"])
+        for key, c in general.items()
+    }
+    held = within_limits(found, domains, choose_free)
+    free = {key: len(of.values) - held.choices[key].protected for key, of in held.found.items()}
+    return {key: of.directions[:, : free[key]].double() for key, of in held.found.items()}, held.promises["look-alikes"]
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a chat model of the Llama family")
     parser.add_argument("--data", type=Path, default=os.environ.get("REAL_DATA"))
     parser.add_argument("--rows", default="32,100", help="general rows of each set that directions are found on")
+    parser.add_argument(
+        "--prompts", type=int, default=240, help="prompts of each group, half of them to find directions"
+    )
+    parser.add_argument("--limits", default="0.02,0.01,0.005", help="on what is promised of look-alikes")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "contrast_held_out.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    groups = {name: inputs_at_starts(model, tokenizer, rows) for name, rows in prompts_of(Path(args.data)).items()}
+    prompts = prompts_of(Path(args.data), args.prompts)
+    groups = {name: inputs_at_starts(model, tokenizer, rows) for name, rows in prompts.items()}
     del model
     rows = []
     for count in map(int, args.rows.split(",")):
         for share in (0.0, 0.3) if count > 32 else (0.0,):
             named: dict[str, list[list[float]]] = {}
+            spaces: dict[str, dict[str, Tensor]] = {}
+            if not share:
+                seen = {key: second_moment(groups["seen look-alikes"][key]) for key in groups["harmful"]}
+                own = [{k: second_moment(groups[n][k][0::2][:count]) for k in seen} for n in FILES["general"]]
+                means = {key: second_moment(groups["harmful"][key][0::2].double().mean(0)) for key in seen}
+                mixed = {key: torch.stack([of[key] for of in own]).mean(0) for key in seen}
+                for limit in (None, *map(float, args.limits.split(","))):
+                    try:
+                        found, promise = limited_spaces(mixed, means, seen, limit)
+                    except NoNullDirections as error:
+                        print(error)
+                        continue
+                    label = f"limit {limit:g}" if limit else "no limit"
+                    spaces[f"chosen, {label}: weight {promise.weight:.2g}, look-alikes {promise.harm:.2g}"] = found
             for key, harmful in groups["harmful"].items():
                 general = [groups[name][key] for name in FILES["general"]]
                 found = torch.stack([second_moment(g[0::2][:count]) for g in general]).mean(0)
@@ -162,6 +200,9 @@ def main() -> None:
                 for name, way in ways(share).items():
                     space = way(c, s, m)
                     ratios = [harm(space, learnt, *a) / p for a, p in zip(against, plain, strict=True)]
+                    named.setdefault(name, []).append(ratios)
+                for name, of in spaces.items():
+                    ratios = [harm(of[key], learnt, *a) / p for a, p in zip(against, plain, strict=True)]
                     named.setdefault(name, []).append(ratios)
             for name, ratios in named.items():
                 means = torch.tensor(ratios).log().mean(0).exp().tolist()
