@@ -156,7 +156,8 @@ class World:
 
     def limited(self, unseen: Calibration, limit: float | None) -> dict[str, float]:
         """Return what is promised of look-alikes under a limit, and of look-alikes and all text that were not seen."""
-        found = self.found.recombined(BasisSettings(criterion="contrast", domain_limits={LOOK_ALIKES: limit or 1e9}))
+        limits = None if limit is None else {LOOK_ALIKES: limit}
+        found = self.found.recombined(BasisSettings(criterion="contrast", domain_limits=limits))
         sums: dict[str, list[float]] = {}
         for name, basis in found.bases.items():
             v, seen = basis.vectors.double(), {d: m.double() for d, m in unseen.moments[name].items()}
@@ -341,7 +342,7 @@ def main() -> None:
     print(f"before: begins a refusal {world.refusing(world.base):.3f}", flush=True)
     if args.limits:
         unseen = world.calibrated(world.unseen_text)
-        for limit in (None, *map(float, args.limits.split(","))):
+        for limit in (None, 1e9, *map(float, args.limits.split(","))):
             found = world.limited(unseen, limit)
             print(f"limit {limit}:", {name: round(value, 5) for name, value in found.items()}, flush=True)
         return

@@ -40,6 +40,9 @@ NEGLIGIBLE_SHARE = 1e-4
 """Share of the general energy that is no harm worth giving up freedom for."""
 MOST_FREE = 0.25
 """Share of an input's directions that are looked at, and so the most that can be free (`min_null_share` raises it)."""
+_LEAST_GAIN = 1e-6
+"""Share of safety's energy, mean over inputs, below which nothing is learnt at all."""
+_ALONE = "limited domains use what safety needs"
 _MULTIPLIERS = torch.logspace(-2, 6, 161, dtype=torch.float64)
 _RAISED = (0.5, 0.9, 0.99)
 """Weights of a limited domain whose best directions are looked at too; what is best in between lies near their span."""
@@ -78,6 +81,9 @@ class Candidates:
         unprojected: The cost without projection, where the gain is 1.
         tokens: Rows that C was taken over.
         domains: Domain -> its second moment.
+        spare: A direction, shape ``(n,)``, that no text uses, for an input in which limited domains need what safety
+            needs; None = there is always something to learn.
+        spare_energy: Its v' C v.
         weights: Limited domain -> the weight it got beside C.
     """
 
@@ -89,6 +95,8 @@ class Candidates:
     unprojected: float
     tokens: int
     domains: Mapping[str, DomainMoment] = field(default_factory=dict)
+    spare: Tensor | None = None
+    spare_energy: float = 0.0
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -202,6 +210,7 @@ def candidates(
         floor, _ = _floors(float(raised.trace()), learnt, n)
         factor, _, vectors = _whitened(raised, s, floor, faint * live)
         kept = _joined(kept, _directions(factor, vectors, min(most, _MOST_RAISED)))
+    spare = _unused([c, s, *own.values()]) if limited else None
     return Candidates(
         directions=kept.to(torch.float32).cpu(),
         inner=(kept.mT @ c @ kept).cpu(),
@@ -218,7 +227,16 @@ def candidates(
             )
             for name, moment in own.items()
         },
+        spare=None if spare is None else spare.to(torch.float32).cpu(),
+        spare_energy=0.0 if spare is None else max(float(spare @ c @ spare), 0.0),
     )
+
+
+def _unused(moments: Iterable[Tensor]) -> Tensor:
+    """Return the direction of the least energy in all these together, each with trace 1."""
+    shares = [moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny) for moment in moments]
+    unused: Tensor = torch.linalg.eigh(torch.stack(shares).sum(0))[1][:, 0]
+    return unused
 
 
 def _floors(total: float, learnt: float, width: int) -> tuple[float, float]:
@@ -268,13 +286,24 @@ def choose_free(
     """
     bounds = {name: _bounds(name, of, min_null_share, max_output_change) for name, of in found.items()}
     counts = {name: _counts(of, *bounds[name]) for name, of in found.items()}
-    cost = torch.stack([of.price[counts[name] - 1] for name, of in found.items()]).mean(0)
-    gain = torch.stack([of.gain[counts[name] - 1] for name, of in found.items()]).mean(0)
+    cost = torch.stack([_from_none(of.price)[counts[name]] for name, of in found.items()]).mean(0)
+    gain = torch.stack([_from_none(of.gain)[counts[name]] for name, of in found.items()]).mean(0)
     harm = (cost + NEGLIGIBLE_SHARE * gain) / gain.clamp_min(1e-12).square()
+    harm[gain < _LEAST_GAIN] = math.inf
     best = int(harm.argmin())
     choices = {}
     for name, of in found.items():
         n, free = len(of.values), int(counts[name][best])
+        if free == 0:
+            choices[name] = RankChoice(
+                protected=n - 1,
+                energy_left=of.spare_energy / max(float(of.values.sum()), 1e-300),
+                null_share=1 / n,
+                gain=0.0,
+                spare=True,
+                reason=f"left alone: {_ALONE}",
+            )
+            continue
         least, most = bounds[name]
         held = ", held by min_null_share" if free == least > 1 and min_null_share > 0 else ""
         if free == most < of.most:
@@ -299,8 +328,13 @@ def contrast_basis(of: Candidates, choice: RankChoice, *, subspace: Subspace = "
     if subspace == "random":
         nothing = Spectrum(values=of.values, vectors=torch.empty(n, 0), tokens=of.tokens)
         return build_basis(nothing, choice, subspace=subspace, seed=seed)
-    energies, rotation = torch.linalg.eigh(_symmetric(of.inner[:free, :free]))
-    vectors = (of.directions[:, :free].to(torch.float64) @ rotation.flip(1)).to(torch.float32).contiguous()
+    if choice.spare:
+        assert of.spare is not None  # what was chosen
+        directions, inner = of.spare[:, None], torch.tensor([[of.spare_energy]], dtype=torch.float64)
+    else:
+        directions, inner = of.directions[:, :free], of.inner[:free, :free]
+    energies, rotation = torch.linalg.eigh(_symmetric(inner))
+    vectors = (directions.to(torch.float64) @ rotation.flip(1)).to(torch.float32).contiguous()
     energies = energies.flip(0).clamp_min(0)
     basis = Basis(
         vectors=vectors,
@@ -336,7 +370,14 @@ def _bounds(name: str, of: Candidates, min_null_share: float, max_output_change:
 def _counts(of: Candidates, least: int, most: int) -> Tensor:
     """Return the number of free directions of an input for each multiplier."""
     value = of.gain[least - 1 : most] - _MULTIPLIERS[:, None] * of.price[least - 1 : most]
-    return least + value.argmax(1)
+    best, counts = value.max(1)
+    counts = counts + least
+    return counts if of.spare is None or least > 1 else torch.where(best > 0, counts, 0)
+
+
+def _from_none(values: Tensor) -> Tensor:
+    """Return values for 0, 1, ... free directions from those for 1, 2, ..."""
+    return torch.cat([values.new_zeros(1), values])
 
 
 def _symmetric(moment: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ class RankChoice:
     """rho(k) = e / f^2: predicted squared change of general outputs, relative to training without projection."""
     reason: str
     """One line for the calibration table."""
+    spare: bool = False
+    """The only free direction is one that nothing uses: nothing can be learnt in this input (see `contrast`)."""
 
 
 class NoNullDirections(ValueError):

@@ -44,12 +44,15 @@ class Limited:
 
 def promised(found: Mapping[str, Candidates], choices: Mapping[str, RankChoice]) -> dict[str, float]:
     """Return domain -> promised harm; costs and gains are means over the inputs, as the choice has it."""
-    free = {name: len(of.values) - choices[name].protected for name, of in found.items()}
-    gain = fmean(float(of.gain[free[name] - 1]) for name, of in found.items())
+    free = {n: 0 if choices[n].spare else len(of.values) - choices[n].protected for n, of in found.items()}
+    gain = fmean(float(of.gain[free[name] - 1]) if free[name] else 0.0 for name, of in found.items())
     domains = {domain: None for of in found.values() for domain in of.domains}
     harms = {}
     for domain in domains:
-        cost = fmean(of.domain_cost(domain, free[name]) if domain in of.domains else 0.0 for name, of in found.items())
+        cost = fmean(
+            of.domain_cost(domain, free[name]) if free[name] and domain in of.domains else 0.0
+            for name, of in found.items()
+        )
         plain = fmean(of.domains[domain].unprojected if domain in of.domains else 0.0 for of in found.values())
         harms[domain] = cost / max(gain, 1e-12) ** 2 / plain if plain > 0 else 0.0
     return harms
@@ -81,10 +84,11 @@ def within_limits(found: Mapping[str, Candidates], limits: Mapping[str, float], 
         return Limited(found=turned, choices=choices, promises=promises)
 
     odds = dict.fromkeys(limits, 0.0)
-    best = tried(odds)
+    best = nearest = tried(odds)
     while over := _over(best):
+        nearest = min(nearest, best, key=_excess)
         if any(odds[domain] >= _MOST_ODDS for domain in over):
-            raise NoNullDirections(_cannot_hold(best, over))
+            raise NoNullDirections(_cannot_hold(nearest))
         odds |= {domain: min(max(2 * odds[domain], _FIRST_ODDS), _MOST_ODDS) for domain in over}
         best = tried(odds)
     for domain in limits:  # no more than it takes, one domain after another
@@ -103,9 +107,15 @@ def _over(found: Limited) -> list[str]:
     return [domain for domain, p in found.promises.items() if p.limit is not None and p.harm > p.limit]
 
 
-def _cannot_hold(found: Limited, over: list[str]) -> str:
+def _excess(found: Limited) -> float:
+    return max(p.harm / p.limit for p in found.promises.values() if p.limit is not None)
+
+
+def _cannot_hold(found: Limited) -> str:
+    """Say what the weights that come nearest to the limits would hold."""
+    over = _over(found)
     lines = [
-        f"  {domain}: limit {p.limit:.3g}, with a weight of {p.weight:.2g} it is {p.harm:.3g} still; a limit of "
+        f"  {domain}: limit {p.limit:.3g}, at best, with a weight of {p.weight:.2g}, it is {p.harm:.3g}; a limit of "
         f"{_rounded_up(p.harm):.3g} can be held"
         for domain, p in found.promises.items()
         if domain in over and p.limit is not None

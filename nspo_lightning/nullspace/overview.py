@@ -66,6 +66,8 @@ def _remarks(basis: Basis) -> list[str]:
     found = re.findall(r"(?:, |; | \()((?:held by|one direction left|flat)[^,;)]*)", basis.choice.reason)
     if basis.choice.reason.startswith("its inputs are all zero"):
         found.append(basis.choice.reason)
+    if basis.choice.spare:
+        found.append(basis.choice.reason)
     few = basis.tokens < basis.width
     return found + (["fewer tokens of text than the input is wide; give more (`data.calibration_size`)"] if few else [])
 

@@ -14,10 +14,11 @@ from nspo_lightning.nullspace import (
     ForwardCall,
     NoNullDirections,
     calibrate_modules,
+    certify,
     load_calibration,
     save_calibration,
 )
-from nspo_lightning.nullspace.contrast import candidates, choose_free
+from nspo_lightning.nullspace.contrast import candidates, choose_free, contrast_basis
 from nspo_lightning.nullspace.domain_limits import promised, within_limits
 from nspo_lightning.nullspace.domains import STARTS, starts_of
 
@@ -80,6 +81,32 @@ def test_a_domain_that_is_over_its_limit_holds_with_it():
     weight = held.promises["look-alikes"].weight
     less = {name: of.reordered({"look-alikes": 0.8 * weight}) for name, of in found.items()}
     assert promised(less, choose_free(less))["look-alikes"] > 0.05
+
+
+def conflicting():
+    """An input in which look-alikes use the very directions that safety needs, as first layers do; and another one."""
+    learnt = torch.diag(torch.tensor([2.0, 1.0] + [0.0] * (WIDTH - 2)).double())
+    found = {}
+    for name, looks in (("first", 3 * learnt + energies()), ("second", energies(d9=2.0))):
+        general = 0.95 * energies(d8=3.0) + 0.05 * looks
+        found[name] = candidates(general, learnt, tokens=99, domains={"looks": looks}, limited=["looks"])
+    return found
+
+
+def test_an_input_in_which_a_limited_domain_needs_the_same_is_left_alone():
+    """No weight makes its directions harmless; a direction that nobody uses is free, and nothing is learnt there."""
+    held = within_limits(conflicting(), {"looks": 0.05}, choose_free)
+    assert held.choices["first"].spare
+    assert not held.choices["second"].spare
+    assert held.promises["looks"].harm <= 0.05
+    basis = contrast_basis(held.found["first"], held.choices["first"])
+    assert basis.null_dims == 1
+    assert float(basis.vectors[:2].abs().max()) < 1e-5
+    learnt = torch.diag(torch.tensor([2.0, 1.0] + [0.0] * (WIDTH - 2)).double())
+    c = 0.95 * energies(d8=3.0) + 0.05 * (3 * learnt + energies())
+    update = (torch.randn(3, 1, generator=torch.Generator().manual_seed(0)) @ basis.vectors.T).double()
+    change = float(((update @ c) * update).sum() / c.trace()) ** 0.5
+    assert 0 < change <= certify("first", basis, update).output_change * (1 + 1e-5)
 
 
 def test_what_is_promised_is_what_steps_do():
