@@ -68,6 +68,8 @@ def _answers(module: AnswersPrompts, trainer: pl.Trainer | None) -> Callable[...
     def answer(prompts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
         if trainer is not None:
             stop_if_told(trainer)
+        if max_new_tokens is None:  # a module of the user's own may know no limit
+            return module.calibration_answers(prompts)
         return module.calibration_answers(prompts, max_new_tokens)
 
     return answer
