@@ -101,7 +101,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--steps": "updates on harmless rows (50)",
         "--examples": "harmful examples of the second attack (10), seen --epochs times (5)",
         "--lr": "the attacker's learning rate (5e-4)",
-        "--out": "where the table goes as JSON (tamper.json)",
+        "--out": "where the table goes as JSON (tamper.json in the run's folder)",
     },
     "data": {**COMMON, "--examples": "rendered texts of each use"},
     "judge": {

@@ -33,6 +33,7 @@ from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.terminal import rows_progress
 
+RESULT = "tamper.json"
 _ANSWER_TOKENS = 64
 _OTHERS = {"safety/refusal_rate": "refused", "safety/garbage_rate": "garbage"}
 
@@ -66,7 +67,7 @@ def tamper(
     attacker: Attacker,
     *,
     ckpt_path: str | None,
-    out: str,
+    out: str | None,
 ) -> Measured:
     """Attack policy and base, print what is left, and write it.
 
@@ -76,7 +77,7 @@ def tamper(
         trainer: Its device is used, in one process.
         attacker: What is done.
         ckpt_path: A checkpoint's file; None = an adapter that the module was told, or the base.
-        out: JSON file.
+        out: JSON file; None = `RESULT` in the run's folder.
 
     Returns:
         The rates.
@@ -85,11 +86,11 @@ def tamper(
         PolicyError: If there is no adapter, so that nothing tells policy and base apart.
         ValueError: If there are several processes.
     """
-    check_output("--out", out)
     if trainer.world_size > 1:
         raise ValueError(
             f"`tamper` runs in one process, and `trainer.devices` starts {trainer.world_size}. Set it to 1."
         )
+    path = Path(trainer.log_dir or ".") / RESULT if out is None else check_output("--out", out)
     if module.policy_settings.lora is None:
         raise PolicyError("`tamper` trains the adapter, and there is none (`policy.lora` is null). Set `policy.lora`.")
     with prepared_for_fit(trainer, module, datamodule):
@@ -105,8 +106,8 @@ def tamper(
         attack: {who: {n: r.as_dict() for n, r in rs.items()} for who, rs in whos.items()}
         for attack, whos in found.items()
     }
-    write_json({"attacker": asdict(attacker), "rates": rates}, Path(out))
-    get_console().print(f"Written to {out}")
+    write_json({"attacker": asdict(attacker), "rates": rates}, path)
+    get_console().print(f"Written to {path}")
     return found
 
 

@@ -155,7 +155,7 @@ class Trainer(pl.Trainer):
         batch_size: int = 8,
         lr: float = 5e-4,
         rows: int = 200,
-        out: str = "tamper.json",
+        out: str | None = None,
     ) -> None:
         """Fine-tune the policy and its base a little, as an attacker with the weights would, and see what is left.
 
@@ -169,7 +169,7 @@ class Trainer(pl.Trainer):
             batch_size: Rows an update.
             lr: Learning rate of the attacker, without a null space.
             rows: Held-out prompts of each kind that are measured.
-            out: Where the figures are written as JSON.
+            out: Where the figures are written as JSON; tamper.json in the run's folder when left out.
         """
         from nspo_lightning.cli.tamper import Attacker, tamper
 

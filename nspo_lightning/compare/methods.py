@@ -95,6 +95,14 @@ METHODS: dict[str, Method] = {
         settings={"nullspace.criterion": "contrast"},
         mixes_general=True,
     ),
+    "contrast_kl": Method(
+        label="NSPO, contrast + KL on general text",
+        settings={"nullspace.criterion": "contrast"},
+        variants={
+            f"NSPO, contrast + {c:g} KL on general text": Extra(callbacks=[_callback("GeneralKL", coefficient=c)])
+            for c in KL_COEFFICIENTS[1:]
+        },
+    ),
     "general_kl": Method(
         label="GRPO + KL on general text",
         settings=_OFF,

@@ -37,6 +37,7 @@ _METHOD_STYLES = {
     "displacement": ("#999933", "d"),
     "contrast": ("#332288", "o"),
     "contrast_mixed": ("#6633AA", "D"),
+    "contrast_kl": ("#3366BB", "p"),
     "weights": ("#661100", "<"),
     "general_kl": ("#009E73", "p"),
     "decay": ("#CC6677", "H"),

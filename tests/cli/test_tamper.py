@@ -20,10 +20,10 @@ def test_policy_and_base_are_attacked_alike_and_left_as_they_were(tiny_llama: Pa
     policy = module(tiny_llama)
     policy.adapter_folder = tmp_path / "adapter"
     run = trainer(tmp_path, kind=Trainer)
-    run.tamper(policy, datamodule(), steps=3, examples=2, epochs=2, batch_size=2, rows=2, out=str(tmp_path / "t.json"))
+    run.tamper(policy, datamodule(), steps=3, examples=2, epochs=2, batch_size=2, rows=2)
     for name, value in adapter(trained).items():
         assert torch.equal(value, adapter(policy)[name]), "the policy is put back"
-    rates = json.loads((tmp_path / "t.json").read_text())["rates"]
+    rates = json.loads(Path(run.log_dir, "tamper.json").read_text())["rates"]
     assert list(rates) == ["nothing", "3 steps of harmless SFT", "2 harmful examples"]
     for whos in rates.values():
         assert {who: found["safety/answered_rate"]["of"] for who, found in whos.items()} == {"base": 2, "policy": 2}

@@ -55,9 +55,10 @@ def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> N
     assert callbacks["Trajectory"].steps == 20
     assert cli.trainer.val_check_interval == 5
     assert ("OGPSA" in callbacks) is (spec.method == "ogpsa")
-    assert ("GeneralKL" in callbacks) is (spec.method == "general_kl")
-    if spec.method == "general_kl":
-        assert spec.label == f"GRPO + {callbacks['GeneralKL'].coefficient:g} KL on general text"
+    trained = {"general_kl": "GRPO", "contrast_kl": "NSPO, contrast"}
+    assert ("GeneralKL" in callbacks) is (spec.method in trained)
+    if spec.method in trained:
+        assert spec.label == f"{trained[spec.method]} + {callbacks['GeneralKL'].coefficient:g} KL on general text"
 
 
 def test_coefficients_are_runs_of_their_own_with_names_of_their_own() -> None:
