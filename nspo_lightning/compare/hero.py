@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS = ("nspo", "contrast")
+_OURS = ("nspo", "contrast", "contrast_kl")
 _PLAIN = "grpo"
 _BASELINES = 2
 _MOST_UNSAFE = 0.5
 """Unsafe rate at which lines begin: before it there is little safety to pay for."""
 _RATES = [_MOST_UNSAFE * i / 200 for i in range(200, -1, -1)]
-_COLOURS = ("#0072B2", "#332288", "#D55E00", "#7A7A7A", "#A88A3C")
+_COLOURS = {"nspo": "#0072B2", "contrast": "#332288", "contrast_kl": "#009E73", "grpo": "#D55E00"}
+_OTHER_COLOURS = ("#7A7A7A", "#A88A3C")
 _LABEL_GAP = 0.075
 """Least distance of two labels, in heights of the axes."""
 
@@ -35,17 +36,17 @@ def hero_methods(findings: Findings) -> list[str]:
 
     The best are those with the smallest KL on general text at the comparison's unsafe rate, one variant a method.
     """
-    by_method = {runs[0].spec.method: label for label, runs in findings.trained.items()}
-    shown = [by_method[name] for name in (*_OURS, _PLAIN) if name in by_method]
     ranked: list[tuple[float, str, str]] = []
     for label, runs in findings.trained.items():
         cut = cut_at(runs, lambda point: -point[KL], findings.rule.unsafe_limit)
-        if cut is not None and label not in shown and not is_projected(runs[0]):
-            ranked.append((cut.mean(KL), label, runs[0].spec.method))
-    best: dict[str, str] = {}
+        ranked.append((math.inf if cut is None else cut.mean(KL), label, runs[0].spec.method))
+    best: dict[str, str] = {}  # method -> label, the best methods first
     for _, label, method in sorted(ranked):
         best.setdefault(method, label)
-    return [*shown, *list(best.values())[:_BASELINES]]
+    free = {runs[0].spec.method for runs in findings.trained.values() if not is_projected(runs[0])} - {_PLAIN}
+    safe = {method for kl, _, method in ranked if kl < math.inf}
+    baselines = [label for method, label in best.items() if method in free & safe]
+    return [*(best[name] for name in (*_OURS, _PLAIN) if name in best), *baselines[:_BASELINES]]
 
 
 def is_projected(run: RunResult) -> bool:
@@ -76,7 +77,9 @@ def hero_figure(findings: Findings) -> Figure | None:
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     axes: Axes = figure.subplots()
     ends: list[tuple[float, float, str, str]] = []
-    for label, colour in zip(hero_methods(findings), _COLOURS, strict=False):
+    others = iter(_OTHER_COLOURS)
+    for label in hero_methods(findings):
+        colour = _COLOURS.get(findings.trained[label][0].spec.method) or next(others)
         front = front_of(findings.trained[label], _RATES)
         drawn = [(100 * rate, kls) for rate, kls in zip(_RATES, front, strict=True) if kls and min(kls) > 0]
         if not drawn:
