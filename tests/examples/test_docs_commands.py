@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -90,6 +91,12 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "my.yaml").write_text(own_recipe())
     (tmp_path / "changes.yaml").write_text("seed_everything: 1\n")
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    (made,) = [line for line in evidence.splitlines() if line.startswith("sed ") and line.endswith("> attention.yaml")]
+    made = made.replace("configs/", f"{ROOT}/configs/")
+    subprocess.run(
+        ["bash", "-c", made], cwd=tmp_path, check=True
+    )  # the configuration that the page has its reader make
     guide = ModuleType("nspo_lightning.callbacks.adapter_norm")  # the file that CONTRIBUTING.md has its reader write
     exec(blocks((ROOT / "CONTRIBUTING.md").read_text(), "python")[0], vars(guide))
     monkeypatch.setitem(sys.modules, guide.__name__, guide)
