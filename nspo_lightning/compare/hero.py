@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from nspo_lightning.compare.equal_safety import cut_at
+from nspo_lightning.compare.pictures import METHOD_STYLES
 from nspo_lightning.compare.results import Findings, RunResult
 from nspo_lightning.evaluation.text_means import KL
 
@@ -25,8 +27,6 @@ _BASELINES = 2
 _MOST_UNSAFE = 0.5
 """Unsafe rate at which lines begin: before it there is little safety to pay for."""
 _RATES = [_MOST_UNSAFE * i / 200 for i in range(200, -1, -1)]
-_COLOURS = {"nspo": "#0072B2", "contrast": "#332288", "contrast_kl": "#009E73", "grpo": "#D55E00"}
-_OTHER_COLOURS = ("#7A7A7A", "#A88A3C")
 _LABEL_GAP = 0.075
 """Least distance of two labels, in heights of the axes."""
 
@@ -43,17 +43,10 @@ def hero_methods(findings: Findings) -> list[str]:
     best: dict[str, str] = {}  # method -> label, the best methods first
     for _, label, method in sorted(ranked):
         best.setdefault(method, label)
-    free = {runs[0].spec.method for runs in findings.trained.values() if not is_projected(runs[0])} - {_PLAIN}
+    free = {runs[0].spec.method for runs in findings.trained.values() if not runs[0].spec.is_projected} - {_PLAIN}
     safe = {method for kl, _, method in ranked if kl < math.inf}
     baselines = [label for method, label in best.items() if method in free & safe]
     return [*(best[name] for name in (*_OURS, _PLAIN) if name in best), *baselines[:_BASELINES]]
-
-
-def is_projected(run: RunResult) -> bool:
-    """Return whether a projection holds a run's updates while it trains."""
-    settings = run.spec.settings
-    steps = ("nullspace.project_gradients", "nullspace.project_displacement")
-    return settings.get("nullspace.enabled") is not False and any(settings.get(step) is not False for step in steps)
 
 
 def front_of(runs: Sequence[RunResult], rates: Sequence[float]) -> list[list[float]]:
@@ -77,17 +70,17 @@ def hero_figure(findings: Findings) -> Figure | None:
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     axes: Axes = figure.subplots()
     ends: list[tuple[float, float, str, str]] = []
-    others = iter(_OTHER_COLOURS)
     for label in hero_methods(findings):
-        colour = _COLOURS.get(findings.trained[label][0].spec.method) or next(others)
-        front = front_of(findings.trained[label], _RATES)
+        runs = findings.trained[label]
+        method = runs[0].spec.method
+        colour, _ = METHOD_STYLES[method]
+        front = front_of(runs, _RATES)
         drawn = [(100 * rate, kls) for rate, kls in zip(_RATES, front, strict=True) if kls and min(kls) > 0]
         if not drawn:
             continue
         xs = [x for x, _ in drawn]
-        means = [math.fsum(kls) / len(kls) for _, kls in drawn]
-        ours = findings.trained[label][0].spec.method in _OURS
-        axes.plot(xs, means, color=colour, linewidth=2.8 if ours else 1.8, drawstyle="steps-post")
+        means = [fmean(kls) for _, kls in drawn]
+        axes.plot(xs, means, color=colour, linewidth=2.8 if method in _OURS else 1.8, drawstyle="steps-post")
         low, high = [min(kls) for _, kls in drawn], [max(kls) for _, kls in drawn]
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0, step="post")
         ends.append((means[-1], xs[-1], label, colour))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_METHOD_STYLES = {
+METHOD_STYLES = {
     "nspo": ("#0072B2", "o"),
     "nspo_kl": ("#88CCEE", "v"),
     "b_only": ("#44AA99", ">"),
@@ -37,7 +37,7 @@ _METHOD_STYLES = {
     "displacement": ("#999933", "d"),
     "contrast": ("#332288", "o"),
     "contrast_mixed": ("#6633AA", "D"),
-    "contrast_kl": ("#3366BB", "p"),
+    "contrast_kl": ("#44BB99", "p"),
     "weights": ("#661100", "<"),
     "general_kl": ("#009E73", "p"),
     "decay": ("#CC6677", "H"),
@@ -217,7 +217,7 @@ def sweep_figure(sweep: Sweep, findings: Findings) -> Figure:
 
 def _style(spec: RunSpec, without: str = "", *, line: bool = True) -> dict[str, Any]:
     """Return colour, marker and line style of a run's method, the same in every picture; its variants in shades."""
-    colour, marker = _METHOD_STYLES.get(spec.method, ("#999999", "o"))
+    colour, marker = METHOD_STYLES.get(spec.method, ("#999999", "o"))
     ours = spec.method == "nspo"
     style: dict[str, Any] = {"color": colour, "marker": marker, "linewidth": 2.6 if ours else 1.4}
     variants = list(METHODS[spec.method].variants)

@@ -52,6 +52,13 @@ class RunSpec:
     """The method's own, as in a configuration."""
 
     @property
+    def is_projected(self) -> bool:
+        """Whether a projection holds the run's updates while it trains."""
+        steps = ("nullspace.project_gradients", "nullspace.project_displacement")
+        enabled = self.settings.get("nullspace.enabled") is not False
+        return enabled and any(self.settings.get(step) is not False for step in steps)
+
+    @property
     def name(self) -> str:
         """Folder of the run."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"

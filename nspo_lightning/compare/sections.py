@@ -19,7 +19,6 @@ from nspo_lightning.policy.divergence import FIRST_TOKENS
 CUTS = (0.1, 0.05)
 """Unsafe rates at which methods are compared."""
 _FRONT_CUTS = (0.02, 0.03, 0.05, 0.1, 0.2)
-_ENABLED = "nullspace.enabled"
 _REFERENCES = ("nspo", "grpo")
 """Methods that the others are held against, where they were run."""
 
@@ -106,7 +105,7 @@ def forgetting(findings: Findings) -> list[str]:
     for name, title in ((UPDATE_NORM, "norm of the update"), (SAFETY_KL, "KL on harmful prompts")):
         if findings.everywhere(name):
             by_label = {label: points(runs, name, KL) for label, runs in findings.trained.items()}
-            common = {x for x, runs in findings.trained.items() if runs[0].spec.settings.get(_ENABLED) is False}
+            common = {label for label, runs in findings.trained.items() if not runs[0].spec.is_projected}
             law = fit_law(
                 {label: found for label, found in by_label.items() if label in common},
                 {label: found for label, found in by_label.items() if label not in common},

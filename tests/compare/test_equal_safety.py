@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from compared_runs import finished_run
 
 from nspo_lightning.compare.equal_safety import cut_at, paired_difference, reached, resamples, shares_of_best
 from nspo_lightning.compare.law import fit_law, points
@@ -16,17 +17,7 @@ def run(method: str, seed: int, rate: float, *points: tuple[float, float]) -> Ru
     trajectory = [
         {"safety/unsafe_rate": unsafe, "general/kl": kl, "steps": 5.0 * i} for i, (unsafe, kl) in enumerate(points)
     ]
-    return RunResult(
-        spec=RunSpec(method=method, seed=seed, learning_rate=rate),
-        selected=trajectory[-1],
-        test=trajectory[-1],
-        prompts={"harmful": 1, "general": 1},
-        trajectory=trajectory,
-        seconds=1.0,
-        leak=None,
-        null_share=None,
-        energy_left=None,
-    )
+    return finished_run(RunSpec(method=method, seed=seed, learning_rate=rate), trajectory)
 
 
 def value(point) -> float:

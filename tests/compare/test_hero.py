@@ -6,8 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
+from compared_runs import finished_run
 
-from nspo_lightning.compare.hero import front_of, hero_figure, hero_methods, is_projected
+from nspo_lightning.compare.hero import front_of, hero_figure, hero_methods
 from nspo_lightning.compare.methods import METHODS
 from nspo_lightning.compare.plan import Budget, RunSpec
 from nspo_lightning.compare.results import Findings, RunResult
@@ -30,17 +31,8 @@ def run(method: str, variant: str, seed: int, kl: float, *, measured: bool = Tru
         | ({"general/kl": kl * share * (1 + 0.1 * seed)} if measured else {})
         for step, unsafe, share in ((5.0, 0.4, 0.5), (10.0, 0.02, 1.0))
     ]
-    return RunResult(
-        spec=RunSpec(method=method, variant=variant, seed=seed, learning_rate=0.1, settings=settings),
-        selected=trajectory[-1],
-        test=trajectory[-1],
-        prompts={"harmful": 1, "general": 1},
-        trajectory=trajectory,
-        seconds=1.0,
-        leak=None,
-        null_share=None,
-        energy_left=None,
-    )
+    spec = RunSpec(method=method, variant=variant, seed=seed, learning_rate=0.1, settings=settings)
+    return finished_run(spec, trajectory)
 
 
 def found(*, measured: bool = True) -> Findings:
@@ -65,7 +57,7 @@ def test_nspo_grpo_and_the_two_best_methods_without_a_projection_are_drawn() -> 
 
 
 def test_a_subspace_is_a_projection_and_a_start_in_one_is_none() -> None:
-    held = {name for name in METHODS if METHODS[name].trains and is_projected(run(name, "", 0, 1.0))}
+    held = {name for name in METHODS if METHODS[name].trains and run(name, "", 0, 1.0).spec.is_projected}
     free = {"grpo", "grpo_kl", "grpo_mixed", "general_kl", "decay", "ogpsa", "init_only", "init_contrast"}
     assert held == {name for name, method in METHODS.items() if method.trains} - free
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from embedded_linear import EmbeddedLinear
 from torch import nn
 
 from nspo_lightning.callbacks.null_space.text_sample import TextSample
@@ -173,15 +174,6 @@ def test_what_the_certificate_bounds_is_never_exceeded(subspace):
         assert float(protected_component(basis, inside.double()).norm()) < 1e-5 * float(inside.norm())
 
 
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.linear = nn.Embedding(11, 6), nn.Linear(6, 4, bias=False)
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.linear(self.embed(input_ids))
-
-
 def calls(side="right"):
     """Two general texts and two to learn from in one batch, padded, and a batch of each."""
     generator = torch.Generator().manual_seed(0)
@@ -200,7 +192,7 @@ def calls(side="right"):
 
 def calibrated(settings, side="right", **options):
     torch.manual_seed(0)
-    model = Pair()
+    model = EmbeddedLinear(11, 6)
     found = calibrate_modules({"linear": model.linear}, model, lambda: calls(side), settings, **options)
     return model, found
 
@@ -253,7 +245,7 @@ def test_where_no_starts_are_known_all_of_the_text_is_learnt_from():
     unmarked = [replace(call, starts=None) for call in calls()]
     for batches in (unmarked, list(calls())):
         torch.manual_seed(0)
-        model = Pair()
+        model = EmbeddedLinear(11, 6)
         found = calibrate_modules({"linear": model.linear}, model, lambda: batches, settings, keep_moments=True)  # noqa: B023
         if batches is unmarked:
             torch.testing.assert_close(
@@ -266,7 +258,7 @@ def test_of_rows_of_answer_starts_nothing_else_counts():
     settings = BasisSettings(criterion="contrast")
     _, found = calibrated(settings, keep_moments=True)
     torch.manual_seed(0)
-    model = Pair()
+    model = EmbeddedLinear(11, 6)
     further = [replace(call, domains=[STARTS if d == "code" else d for d in call.domains]) for call in calls()]
     other = calibrate_modules({"linear": model.linear}, model, lambda: further, settings, keep_moments=True)
     assert "code" not in other.moments["linear"]
@@ -306,7 +298,7 @@ def test_neither_a_spectrum_nor_a_sketch_is_taken_for_it():
 
 def test_without_prompts_to_learn_from_it_says_what_to_give():
     torch.manual_seed(0)
-    model = Pair()
+    model = EmbeddedLinear(11, 6)
     general = list(_without_learning(calls()))
     with pytest.raises(ValueError, match="prompts that are trained on.*to learn"):
         calibrate_modules({"linear": model.linear}, model, lambda: general, BasisSettings(criterion="contrast"))

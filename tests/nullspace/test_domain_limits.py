@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from embedded_linear import EmbeddedLinear
 
 from nspo_lightning.nullspace import (
     TO_LEARN,
@@ -181,15 +181,6 @@ def test_a_dead_channel_stays_no_freedom_under_a_limit():
     assert float(held.found["x"].directions[15, : held.found["x"].most].abs().max()) < 1e-6
 
 
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.linear = nn.Embedding(12, 8), nn.Linear(8, 4, bias=False)
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.linear(self.embed(input_ids))
-
-
 def calls():
     """General text, look-alikes, further look-alikes of which the start alone counts, and what is to be learnt."""
     generator = torch.Generator().manual_seed(0)
@@ -204,7 +195,7 @@ def calls():
 
 def calibrated(settings, **options):
     torch.manual_seed(0)
-    model = Pair()
+    model = EmbeddedLinear(12, 8)
     return model, calibrate_modules({"linear": model.linear}, model, lambda: list(calls()), settings, **options)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch import nn
+from embedded_linear import EmbeddedLinear
 
 from nspo_lightning.nullspace import TO_LEARN, BasisSettings, ForwardCall, calibrate_modules, choose_rank
 from nspo_lightning.nullspace.basis_set import BasisBuilder, directions_for
@@ -144,19 +144,10 @@ def test_auto_on_massive_leaders_and_on_rows_that_are_few():
     assert choose_rank(few).protected == 20
 
 
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.linear = nn.Embedding(23, 12), nn.Linear(12, 4, bias=False)
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.linear(self.embed(input_ids))
-
-
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_order_of_batches_decides_nothing(criterion):
     torch.manual_seed(0)
-    model = Pair()
+    model = EmbeddedLinear(23, 12)
     generator = torch.Generator().manual_seed(1)
     calls: list[ForwardCall] = []
     backwards: list[ForwardCall] = []
