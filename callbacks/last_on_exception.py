@@ -135,19 +135,7 @@ class LastOnException(Callback):
         if self._even:
             self.stop_if_told(trainer)
 
-    @override
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._even:
-            self.stop_if_told(trainer)
-
-    @override
-    def on_predict_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._even:
-            self.stop_if_told(trainer)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
