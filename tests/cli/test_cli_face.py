@@ -100,6 +100,17 @@ def test_help_needs_no_torch():
     assert result.stdout.startswith("usage: ")
 
 
+def test_bars_of_libraries_are_a_line_a_minute_in_a_log():
+    code = (
+        "import sys, time; sys.argv = ['nspo-lightning', '--help']\n"
+        "from nspo_lightning.__main__ import main; main()\n"
+        "import tqdm\nfor _ in tqdm.tqdm(range(100)): time.sleep(0.01)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stderr.replace("\r", "\n").count("\n100%") == 1
+    assert len(told.stderr.replace("\r", "\n").split("\n")) <= 4
+
+
 def test_the_program_has_the_name_it_is_called_by():
     code = (
         "import sys; sys.argv = ['/usr/bin/nspo-lightning', '--help']\nfrom nspo_lightning.__main__ import main; main()"
