@@ -17,6 +17,7 @@ from nspo_lightning.nullspace.covariance import FLOAT64_SUM_WIDTH, fold_rows
 _DEVICE_SHARE = 0.6  # of the free memory of a GPU; the forward passes need the rest
 _MAX_COLUMNS = 4096
 _LEAST_COLUMNS = 16
+_WEIGHED, _WEIGHED_ANEW = 9, 3  # square matrices of an input's width
 
 
 def device_budget(free_bytes: float) -> float:
@@ -47,18 +48,37 @@ def decomposition_bytes(width: int, device_type: str) -> float:
     return (3.0 * dtype.itemsize + (4.0 if copied else 0.0)) * width * width
 
 
-def peak_bytes(widths: Sequence[int], domains: int, device_type: str) -> float:
-    """Return the most that a pass over these inputs takes, while text is read or while sums are decomposed."""
+def weighing_bytes(width: int, limits: int) -> float:
+    """Return what `contrast` takes beside an input's sums: C, S, what whitens them, eigenvectors, all in float64.
+
+    Limits on domains take a matrix each, and what their weights are tried with.
+    """
+    matrices = _WEIGHED + (_WEIGHED_ANEW + limits if limits else 0)
+    return matrices * 8.0 * width * width
+
+
+def peak_bytes(widths: Sequence[int], domains: int, device_type: str, *, limits: int | None = None) -> float:
+    """Return the most that a pass over these inputs takes, while text is read or while sums are decomposed.
+
+    Args:
+        widths: Of the inputs.
+        domains: Sums for each input.
+        device_type: Where the sums are.
+        limits: Domains with limits under `contrast`, which looks at each domain's sum once more when it has chosen
+            directions; None = another criterion.
+    """
     if not widths:
         return 0.0
     reading = sum(collecting_bytes(w, domains) for w in widths) + max(fold_bytes(w) for w in widths)
+    if limits is not None:
+        return max(reading, sum(sum_bytes(w, domains) for w in widths) + max(weighing_bytes(w, limits) for w in widths))
     # An input's domains are united, in the memory of one of them, before it is decomposed.
     more = max(decomposition_bytes(w, device_type) - sum_bytes(w, domains - 1) for w in widths)
     return max(reading, sum(sum_bytes(w, domains) for w in widths) + max(more, 0.0))
 
 
 def plan_passes(
-    widths: Mapping[str, int], domains: int, budget: float, device_type: str
+    widths: Mapping[str, int], domains: int, budget: float, device_type: str, *, limits: int | None = None
 ) -> tuple[list[list[str]], list[str]]:
     """Spread inputs over as few passes as a simple rule finds: the widest first, each where there is room.
 
@@ -67,15 +87,20 @@ def plan_passes(
         domains: Sums for each input.
         budget: Bytes that a pass may take.
         device_type: Where the sums are.
+        limits: See `peak_bytes`.
 
     Returns:
         Inputs of each pass, in the order given; and those that no pass has room for.
     """
     passes: list[list[str]] = []
-    too_wide = [name for name, width in widths.items() if peak_bytes([width], domains, device_type) > budget]
+
+    def peak(names: Sequence[str]) -> float:
+        return peak_bytes([widths[n] for n in names], domains, device_type, limits=limits)
+
+    too_wide = [name for name in widths if peak([name]) > budget]
     for name in sorted(set(widths) - set(too_wide), key=lambda n: (-widths[n], list(widths).index(n))):
         for members in passes:
-            if peak_bytes([widths[n] for n in (*members, name)], domains, device_type) <= budget:
+            if peak((*members, name)) <= budget:
                 members.append(name)
                 break
         else:

@@ -197,20 +197,16 @@ def candidates(
     total, learnt, n = float(c.trace()), float(s.trace()), len(c)
     if not learnt > 0:
         raise ValueError("The prompts that are trained on bring no energy to a layer's input.")
-    floor, faint = _floors(total, learnt, n)
+    _, faint = _floors(total, learnt, n)
     live = ((c.diagonal() > 0) | (s.diagonal() > 0)).to(c.dtype)  # where S ends, no dead channel follows
-    factor, found, vectors = _whitened(c, s, floor, faint * live)
-    rank = int((found > 2 * faint / floor).sum())  # what was added alone reaches half of that
-    most = max(min(math.ceil(most_free * n), n - 1, rank), math.ceil(least_free * n), 1)
-    kept = _directions(factor, vectors, most)
-    tiny = torch.finfo(c.dtype).tiny
-    own = {name: _symmetric(moment) for name, moment in (domains or {}).items()}
+    least = max(math.ceil(least_free * n), 1)
+    kept = _ordered(c, s, faint * live, min(math.ceil(most_free * n), n - 1), least)
+    most, tiny = kept.shape[1], torch.finfo(c.dtype).tiny
+    own = domains or {}
     for name, weight in ((name, weight) for name in limited for weight in _RAISED):
-        raised = (1 - weight) * c + weight * own[name]
-        floor, _ = _floors(float(raised.trace()), learnt, n)
-        factor, _, vectors = _whitened(raised, s, floor, faint * live)
-        kept = _joined(kept, _directions(factor, vectors, min(most, _MOST_RAISED)))
-    spare = _unused([c, s, *own.values()]) if limited else None
+        few = min(most, _MOST_RAISED)
+        kept = _joined(kept, _ordered(torch.lerp(c, _symmetric(own[name]), weight), s, faint * live, few, few))
+    spare = _unused(c, [s, *own.values()]) if limited else None
     return Candidates(
         directions=kept.to(torch.float32).cpu(),
         inner=(kept.mT @ c @ kept).cpu(),
@@ -219,23 +215,38 @@ def candidates(
         most=most,
         unprojected=float((s * c).sum() / (learnt * max(total, tiny))),
         tokens=tokens,
-        domains={
-            name: DomainMoment(
-                inner=(kept.mT @ moment @ kept).cpu(),
-                trace=float(moment.trace()),
-                unprojected=float((s * moment).sum() / (learnt * max(float(moment.trace()), tiny))),
-            )
-            for name, moment in own.items()
-        },
+        domains={name: _of_domain(moment, kept, s, learnt) for name, moment in own.items()},
         spare=None if spare is None else spare.to(torch.float32).cpu(),
         spare_energy=0.0 if spare is None else max(float(spare @ c @ spare), 0.0),
     )
 
 
-def _unused(moments: Iterable[Tensor]) -> Tensor:
-    """Return the direction of the least energy in all these together, each with trace 1."""
-    shares = [moment / moment.trace().clamp_min(torch.finfo(moment.dtype).tiny) for moment in moments]
-    unused: Tensor = torch.linalg.eigh(torch.stack(shares).sum(0))[1][:, 0]
+def _ordered(c: Tensor, s: Tensor, faint: Tensor, most: int, least: int) -> Tensor:
+    """Return the first directions by gain over cost: as many as S has, in these bounds."""
+    floor, _ = _floors(float(c.trace()), 1.0, len(c))
+    factor, found, vectors = _whitened(c, s, floor, faint)
+    rank = int((found > 2 * float(faint.max()) / floor).sum())  # what was added alone reaches half of that
+    return _directions(factor, vectors, max(min(most, rank), least))
+
+
+def _of_domain(moment: Tensor, directions: Tensor, to_learn: Tensor, learnt: float) -> DomainMoment:
+    """Return what a domain's moment is in some directions; ``to_learn`` is S, ``learnt`` its trace."""
+    moment = moment.to(directions.dtype)
+    trace, tiny = float(moment.trace()), torch.finfo(moment.dtype).tiny
+    return DomainMoment(
+        inner=_symmetric(directions.mT @ moment @ directions).cpu(),
+        trace=trace,
+        unprojected=float(to_learn.flatten() @ moment.flatten()) / (learnt * max(trace, tiny)),
+    )
+
+
+def _unused(first: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """Return the direction of the least energy in all these moments together, each with trace 1."""
+    tiny = torch.finfo(first.dtype).tiny
+    energy = first / first.trace().clamp_min(tiny)
+    for moment in others:
+        energy.add_(moment.to(first.dtype), alpha=1 / max(float(moment.trace()), tiny))
+    unused: Tensor = torch.linalg.eigh(energy)[1][:, 0]
     return unused
 
 

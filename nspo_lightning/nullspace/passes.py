@@ -61,6 +61,8 @@ class CalibrationText:
     """The starts of answers are summed too, as domains of their own."""
     starts_apart: tuple[str, ...] = ()
     """Domains whose answers' starts are summed on their own too."""
+    limits: int | None = None
+    """Domains with limits under `contrast`, see `peak_bytes`; None = another criterion."""
 
     def run(self, collector: InputCollector[Any]) -> None:
         """Run all batches of this rank past a collector.
@@ -148,7 +150,7 @@ class PassPlan:
     """
 
     def __init__(self, text: CalibrationText, budget_bytes: float | None) -> None:
-        self._modules, self.domains = text.modules, 1
+        self._modules, self.domains, self._limits = text.modules, 1, text.limits
         self._device = text.device()
         self.budget = budget_bytes
         if budget_bytes is None and (memory := memory_of(self._device)) is not None:
@@ -180,7 +182,9 @@ class PassPlan:
             if firsts:
                 self.passes.append(firsts)
             return
-        passes, too_wide = plan_passes(self._widths(firsts), self.domains, self.budget, self._device.type)
+        passes, too_wide = plan_passes(
+            self._widths(firsts), self.domains, self.budget, self._device.type, limits=self._limits
+        )
         self.passes += passes
         self.too_wide += too_wide
         for width in set(self._widths(too_wide).values()):
@@ -199,7 +203,8 @@ class PassPlan:
         if self.budget is None or self.groups is None:
             return "one pass over the text"
         planned = [self._widths(only or []) for only in self.passes]
-        most = max((peak_bytes(list(w.values()), self.domains, self._device.type) for w in planned), default=0.0)
+        peaks = [peak_bytes(list(w.values()), self.domains, self._device.type, limits=self._limits) for w in planned]
+        most = max(peaks, default=0.0)
         counts = Counter(width for widths in planned for width in widths.values())
         exact = ", ".join(
             f"{count} of width {width} ({str(working_dtype(width, self._device.type)).removeprefix('torch.')})"

@@ -23,7 +23,9 @@ from nspo_lightning.nullspace.budget import (
     sketched_together,
 )
 from nspo_lightning.nullspace.collect import InputCollector
+from nspo_lightning.nullspace.contrast import MOST_FREE
 from nspo_lightning.nullspace.covariance import SecondMoment, fold_rows
+from nspo_lightning.nullspace.domains import TO_LEARN
 from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.passes import CalibrationText, PassPlan
 
@@ -165,10 +167,11 @@ def test_inputs_of_experts_are_planned_for_where_the_experts_are(part):
     assert text.device() == torch.device("meta")
 
 
-@pytest.mark.parametrize("domains", [1, 2])
+@pytest.mark.parametrize("domains", [1, 2, 5])
 @pytest.mark.parametrize("width", [300, 700])
 @pytest.mark.parametrize("at_a_time", [3, 1], ids=["no budget", "a budget for one input"])
-def test_a_calibration_holds_no_more_than_the_plan_says(width, domains, at_a_time):
+@pytest.mark.parametrize("criterion", ["rank", "contrast", "limits"])
+def test_a_calibration_holds_no_more_than_the_plan_says(width, domains, at_a_time, criterion):
     layers = nn.ModuleList([nn.Linear(width, 1, bias=False) for _ in range(3)])
     modules = {str(index): layer for index, layer in enumerate(layers)}
     texts = [torch.randn(500, width) for _ in range(12)]
@@ -178,7 +181,10 @@ def test_a_calibration_holds_no_more_than_the_plan_says(width, domains, at_a_tim
             layer(x + 0)
 
     calls = [ForwardCall(args=(x,), domains=[str(i % domains)] * 500) for i, x in enumerate(texts)]
-    planned = peak_bytes([width] * at_a_time, domains, "cpu")
+    weighed, limited = criterion != "rank", criterion == "limits"
+    if weighed:
+        calls.append(ForwardCall(args=(torch.randn(500, width),), domains=[TO_LEARN] * 500))
+    planned = peak_bytes([width] * at_a_time, domains + weighed, "cpu", limits=int(limited) if weighed else None)
     budget = None if at_a_time == 3 else planned / GB
     passes: list[int] = []
 
@@ -187,10 +193,12 @@ def test_a_calibration_holds_no_more_than_the_plan_says(width, domains, at_a_tim
         return calls
 
     settings = BasisSettings(criterion="rank", threshold=5)
+    if weighed:
+        settings = BasisSettings(criterion="contrast", domain_limits={"0": 10.0} if limited else None)
     with Watched() as watched:
         calibrate_modules(modules, forward, again, settings, memory_budget_gb=budget)
     one_batch = 3 * 500 * width * 4
-    bases = 3 * 6 * width * 4
+    bases = 3 * ((MOST_FREE * width if weighed else 6) + 96 * limited) * width * 4
     assert len(passes) == 1 if budget is None else len(passes) > 2  # the look at who shares inputs is one more
     assert watched.peak <= planned + one_batch + bases
     assert watched.peak >= 0.4 * planned  # and the plan is no empty one
