@@ -35,16 +35,18 @@ class RowChoice:
                     f"`{field}` asks for the column {column!r}; the row has {listing(list(raw.data), 20)}",
                     "Name a column that every row has.",
                 )
-            value = str(raw.data[column])
+            value = str(raw.data[column]).strip()
             self._found.setdefault(column, set()).add(value)
             taken = taken and (value in values) == (field == "only")
         return taken
 
     def check_found(self) -> None:
-        """Check, once all rows were seen, that every value was there: a word that is spelt wrong chooses nothing.
+        """Check, once all rows were seen, that every value was there, and none in another case too.
+
+        A word that is spelt wrong chooses nothing, and one that is spelt in two ways only half of what is meant.
 
         Raises:
-            DataError: With those that were not, and those that are there.
+            DataError: With the values that are wrong, and those that are there.
         """
         for field, column, values in self._values:
             found = self._found.get(column, set())
@@ -53,4 +55,11 @@ class RowChoice:
                     self._label,
                     f"no row has {listing(absent)} in the column {column!r}, which `{field}` names",
                     f"The column holds {listing(sorted(found), 20)}.",
+                )
+            alike = {value.casefold() for value in values}
+            if others := sorted(value for value in found if value.casefold() in alike and value not in values):
+                raise DataError(
+                    self._label,
+                    f"the column {column!r} also holds {listing(others)}, spelt otherwise than `{field}` has it",
+                    "Name every spelling, or mend the file.",
                 )

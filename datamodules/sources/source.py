@@ -52,7 +52,7 @@ class PromptSource:
     and rewards see the request itself."""
     only: dict[str, Any] | None = None
     """Columns and the values, one or a list, that a row must have to be read (`{type: [homonyms, definitions]}`): as if
-    the others were not in the file. Values are compared as text."""
+    the others were not in the file. Values are compared as text, less the white space around it."""
     without: dict[str, Any] | None = None
     """Columns and the values, one or a list, of rows that are not read: the opposite of `only`."""
     answers: AnswerUse | None = None
@@ -149,8 +149,8 @@ class PromptSource:
 
 
 def values_of(value: Any) -> list[str]:
-    """Return what a column is compared with, one value or a list, as text."""
-    return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+    """Return what a column is compared with, one value or a list, as text without white space around it."""
+    return [str(item).strip() for item in value] if isinstance(value, (list, tuple)) else [str(value).strip()]
 
 
 Sources = str | PromptSource | list[str | PromptSource]

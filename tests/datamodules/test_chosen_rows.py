@@ -44,6 +44,17 @@ def test_a_value_that_no_row_has_is_refused(file, field):
     assert "'definitions'" in said
 
 
+@pytest.mark.parametrize("field", ["only", "without"])
+def test_white_space_is_no_other_value_and_another_case_is_refused(tmp_path, field):
+    path = tmp_path / "odd.csv"
+    path.write_text("prompt,type\nOne,homonyms \nTwo, homonyms\nThree,privacy\n")
+    rows, _ = usable_rows(PromptSource(path=str(path), **{field: {"type": "homonyms"}}), "harmful")
+    assert [row.prompt for row in rows] == (["One", "Two"] if field == "only" else ["Three"])
+    path.write_text(path.read_text() + "Four,Homonyms\n")
+    with pytest.raises(DataError, match="also holds 'Homonyms', spelt otherwise"):
+        usable_rows(PromptSource(path=str(path), **{field: {"type": "homonyms"}}), "harmful")
+
+
 def test_a_column_that_a_row_lacks_is_refused(file):
     with pytest.raises(DataError, match="`only` asks for the column 'kind'; the row has 'prompt', 'type', 'id'"):
         chosen(file, only={"kind": "x"})
