@@ -180,6 +180,7 @@ class World:
         """Take the moments of gradients, and the candidates of today's criterion."""
         tokenizer, modules = self.tokenizer, self.modules
         self.auto = self.found.recombined(BasisSettings())
+        self.plain = self.found.recombined(BasisSettings(criterion="contrast"))  # no input is left alone
         general_calls = [c for c in self.text if TO_LEARN not in (c.domains or ())]
         general_ids = [dict(c.kwargs) for c in general_calls]
         self.gradients = two_sided(self.base, modules, general_ids, drawn_labels(0))
@@ -205,7 +206,7 @@ class World:
     def choices(self, form: str) -> dict[str, RankChoice]:
         """Return how many directions of each input are free."""
         if "nats" not in form and "direction" not in form:
-            return {name: basis.choice for name, basis in self.found.bases.items()}
+            return {name: basis.choice for name, basis in self.plain.bases.items()}
         if "direction" in form:
             return {n: choice_of(of, 1 if "one" in form else len(of.energy)) for n, of in self.candidates.items()}
         gains, costs = {}, {}

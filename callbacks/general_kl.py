@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches
 from nspo_lightning.callbacks.protocols import HasCalibrationText
-from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, trained_by
+from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, rows_of, trained_by
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.nullspace import BasisSettings
+from nspo_lightning.nullspace.domains import are_starts, is_apart
+
+_TOGETHER = 8
+"""Starts in one forward pass."""
 
 
 class GeneralKL(Callback):
@@ -27,25 +35,35 @@ class GeneralKL(Callback):
     so to the bit. Updates that are skipped for want of a signal pull nowhere either. Logs `general_kl/train`, nats a
     token.
 
+    Whether to answer or to refuse is decided in an answer's first tokens, one position in a hundred of the text. With
+    `start_weight` they have that share of the mean, as in the criterion `contrast`: (1 - w) times the mean over the
+    text plus w times the mean over the starts of the policy's own answers to further prompts (the datamodule's
+    `calibration_starts`), as many rows of them.
+
     Args:
         coefficient: Of the KL, in units of the loss for a nat a token.
-        rows: Calibration rows an update, rounded up to whole batches.
+        rows: Calibration rows an update, rounded up to whole batches; and as many starts of answers.
+        start_weight: Share of the starts of answers in the mean, from 0 to 1.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, coefficient: float = 1.0, rows: int = 64) -> None:
+    def __init__(self, coefficient: float = 1.0, rows: int = 64, start_weight: float = 0.0) -> None:
         if not (coefficient > 0 and math.isfinite(coefficient)) or rows < 1:
             raise ValueError(
                 f"`coefficient` must be positive and `rows` at least 1, got {coefficient} and {rows}. To train without "
                 "the penalty, leave the callback out."
             )
+        if not 0 <= start_weight <= 1:
+            raise ValueError(f"`start_weight` must be a share in [0, 1], got {start_weight}. 0.5 is a good start.")
         self.coefficient = coefficient
         self.rows = rows
+        self.start_weight = start_weight
         self.kl: float | None = None
         """On the rows of the last update; None before the first."""
         self._batches: list[Any] = []
+        self._starts: list[Any] = []
         self._logged = True
 
     @override
@@ -57,26 +75,42 @@ class GeneralKL(Callback):
                 "GeneralKL has no general text: the datamodule has no `calibration_dataloader()`. Use "
                 "`AlignmentDataModule`, or add that method."
             )
-        self._batches = list(calibration_batches(owner, pl_module, BasisSettings(), trainer))
+        settings = BasisSettings(criterion="contrast") if self.start_weight else BasisSettings()
+        self._batches, self._starts = split_starts(calibration_batches(owner, pl_module, settings, trainer))
         if not self._batches:
             raise MisconfigurationException("GeneralKL has no general text: `calibration_dataloader()` gives none.")
+        if self.start_weight and not self._starts:
+            raise MisconfigurationException(
+                f"GeneralKL's `start_weight` is {self.start_weight:g}, and the calibration text has no starts of answers. "
+                "Use `AlignmentDataModule` with `calibration_starts` above 0, or leave `start_weight` out."
+            )
 
     def batches_of(self, update: int) -> list[Any]:
         """List the batches of an update: the calibration text in turn, and again from its beginning."""
-        size = len(self._batches[0]["input_ids"])
-        count = min(-(-self.rows // size), len(self._batches))
-        return [self._batches[(update * count + i) % len(self._batches)] for i in range(count)]
+        return in_turn(self._batches, -(-self.rows // len(self._batches[0]["input_ids"])), update)
+
+    def starts_of(self, update: int) -> list[Any]:
+        """List an update's batches of starts of answers, likewise; `labels_mask` is 1 at what is scored."""
+        return _together(in_turn(self._starts, self.rows, update))
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer | LightningOptimizer
     ) -> None:
         parameters, module = trained_by(optimizer), check_takes_text(pl_module, "GeneralKL")
-        batches = self.batches_of(trainer.global_step)
-        gradients, self.kl = mean_gradients(module, batches, "kl", parameters, pl_module.device)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            pull = gradient.mul_(self.coefficient)
-            parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+        self.kl = 0.0
+        for of, share in (
+            (self.batches_of, 1 - self.start_weight),
+            (self.starts_of, self.start_weight),
+        ):
+            if not share:
+                continue
+            batches = of(trainer.global_step)
+            gradients, kl = mean_gradients(module, batches, "kl", parameters, pl_module.device)
+            self.kl += share * kl
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                pull = gradient.mul_(self.coefficient * share)
+                parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
         self._logged = False
 
     @override
@@ -89,5 +123,49 @@ class GeneralKL(Callback):
 
     def held_bytes(self) -> int:
         """Return the bytes of the text."""
-        tensors = (part for batch in self._batches for part in batch.values() if hasattr(part, "nbytes"))
+        tensors = (
+            part for batch in (*self._batches, *self._starts) for part in batch.values() if hasattr(part, "nbytes")
+        )
         return sum(int(part.nbytes) for part in tensors)
+
+
+def in_turn(items: Sequence[Any], count: int, update: int) -> list[Any]:
+    """List `count` items of an update; all are taken in turn, none twice in one update."""
+    count = min(count, len(items))
+    return [items[(update * count + i) % len(items)] for i in range(count)]
+
+
+def split_starts(batches: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the batches of text, and one row each the starts of answers among them; what is to be learnt is left out.
+
+    The starts come in an order that is random and always the same (the datamodule has them by length), with a
+    `labels_mask` that is 1 at the first `START_TOKENS` tokens of the answer, shape (1, tokens), without padding.
+    """
+    text: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
+    for batch in batches:
+        names = batch.get("domain")
+        known = names if isinstance(names, (list, tuple)) else [names or ""] * len(batch["input_ids"])
+        if plain := [n for n, domain in enumerate(known) if not is_apart(domain)]:
+            text.append(rows_of(batch, plain))
+        starts += [_start(batch, n) for n, domain in enumerate(known) if are_starts(domain)]
+    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0)).tolist()
+    return text, [starts[n] for n in order]
+
+
+def _start(batch: Mapping[str, Any], row: int) -> dict[str, Any]:
+    real = batch["attention_mask"][row].bool()
+    labels = torch.nn.functional.pad(batch["answer_starts"][row][real][:-1], (1, 0))
+    return {"input_ids": batch["input_ids"][row][real], "labels_mask": labels}
+
+
+def _together(rows: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return rows in batches of `_TOGETHER`, shortest first, padded on the right."""
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    batches = []
+    for start in range(0, len(ordered), _TOGETHER):
+        part = ordered[start : start + _TOGETHER]
+        ids, labels = (pad_sequence([row[k] for row in part], batch_first=True) for k in ("input_ids", "labels_mask"))
+        mask = pad_sequence([torch.ones_like(row["input_ids"]) for row in part], batch_first=True)
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels_mask": labels.long()})
+    return batches

@@ -121,6 +121,15 @@ class LearnsFromText(Protocol):
 
 
 @runtime_checkable
+class BoundsMicrobatches(Protocol):
+    """A module that says how many tokens may be in one forward and backward pass."""
+
+    @property
+    def tokens_per_microbatch(self) -> int | None:
+        """Most tokens, padding included; None = no bound."""
+
+
+@runtime_checkable
 class HasTextToLearnFrom(Protocol):
     """A datamodule with general text that may be trained on."""
 

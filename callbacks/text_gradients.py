@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nspo_lightning import ranks
-from nspo_lightning.callbacks.protocols import LearnsFromText
+from nspo_lightning.callbacks.protocols import BoundsMicrobatches, LearnsFromText
 from nspo_lightning.policy.divergence import TextLoss
 
 
@@ -44,6 +44,8 @@ def mean_gradients(
 ) -> tuple[list[Tensor], float]:
     """Return the gradient of the mean over tokens, one batch's graph at a time, and that mean; the same on all ranks.
 
+    A batch of more tokens than the module's `tokens_per_microbatch` is taken in parts.
+
     Args:
         module: Takes text.
         batches: The same on all ranks, which share them out.
@@ -59,7 +61,8 @@ def mean_gradients(
     """
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     counts = torch.zeros(2, device=device)
-    for number, batch in enumerate(batches):
+    limit = module.tokens_per_microbatch if isinstance(module, BoundsMicrobatches) else None
+    for number, batch in enumerate(part for whole in batches for part in microbatches(whole, limit)):
         if number % ranks.world_size() != ranks.rank():
             continue
         moved = {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
@@ -79,3 +82,23 @@ def mean_gradients(
             "not finite. Lower the learning rate (or the coefficient), or look for tokens that the base rules out."
         )
     return [total / max(tokens_of_all, 1.0) for total in sums], value / max(tokens_of_all, 1.0)
+
+
+def microbatches(batch: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
+    """Return a batch in parts of at most `limit` tokens, padding included; a row that is longer is a part alone.
+
+    Example:
+        >>> [part["input_ids"].tolist() for part in microbatches({"input_ids": torch.tensor([[1, 2], [3, 4]])}, 3)]
+        [[[1, 2]], [[3, 4]]]
+    """
+    rows, width = batch["input_ids"].shape
+    size = rows if limit is None else max(1, min(rows, limit // max(width, 1)))
+    return [rows_of(batch, range(start, min(start + size, rows))) for start in range(0, rows, size)]
+
+
+def rows_of(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Return some rows of a batch of tensors and lists, each of as many rows."""
+    if len(rows) == len(batch["input_ids"]):
+        return dict(batch)
+    chosen = list(rows)
+    return {k: v[chosen] if isinstance(v, Tensor) else [v[n] for n in chosen] for k, v in batch.items()}

@@ -74,6 +74,7 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.module.victim import PolicyVictim
+from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
@@ -640,14 +641,31 @@ class GRPOModule(pl.LightningModule):
         record.write(Path(folder))
 
     def calibration_answers(self, prompts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
-        """Continue rendered texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it."""
+        """Continue rendered texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it.
+
+        It is the base that answers: what is calibrated on is the same before training, after a warm start, and where a
+        run goes on.
+
+        Args:
+            prompts: As `TextPolicy.render` takes them.
+            max_new_tokens: Of an answer, at most; None = as `general_sampling` says.
+
+        Returns:
+            The answers, one a prompt.
+        """
         batch, sampling = self.text_policy.render(prompts), self.general_sampling
         if max_new_tokens is not None:
             most = min(max_new_tokens, sampling.max_new_tokens)
             sampling = replace(sampling, max_new_tokens=most, min_new_tokens=min(most, sampling.min_new_tokens))
-        rollout, texts = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
+        with adapters_off(self.require_policy()):
+            rollout, texts = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
         self.evaluator.tell_of_thoughts(sum(map(is_unfinished, texts)), len(texts))
         return written_texts(self.tokenizer, rollout, sampling)
+
+    @property
+    def tokens_per_microbatch(self) -> int | None:
+        """Most tokens in one forward and backward pass; None = no bound."""
+        return self.settings.tokens_per_microbatch
 
     @property
     def trained_prefix_tokens(self) -> int:

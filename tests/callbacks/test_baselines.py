@@ -5,12 +5,17 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_jobs import adapter, datamodule, module, trainer
+from tiny_jobs import adapter, datamodule, general, harmful, module, trainer
 
 from nspo_lightning.callbacks import OGPSA, ExactResume, GeneralKL
+from nspo_lightning.callbacks.general_kl import split_starts
 from nspo_lightning.callbacks.ogpsa import by_skill, orthonormal, remove_
 from nspo_lightning.callbacks.text_gradients import mean_gradients
+from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
+from nspo_lightning.nullspace import TO_LEARN
+from nspo_lightning.nullspace.domains import starts_of
 
 
 class Watched(pl.Callback):
@@ -24,11 +29,18 @@ class Watched(pl.Callback):
         self.seen.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
 
 
-def fit(path, folder, callbacks, steps, checkpoint=None, **options):
+def with_starts():
+    """Data of which some general rows are not calibrated on: the starts of the policy's answers to them can be."""
+    return AlignmentDataModule(
+        PromptSource(rows=harmful), PromptSource(rows=general), calibration_size=4, calibration_starts=3, batch_size=2
+    )
+
+
+def fit(path, folder, callbacks, steps, checkpoint=None, data=datamodule, **options):
     pl.seed_everything(3)
     policy = module(path)
     run = trainer(folder, steps, callbacks=callbacks, **options)
-    run.fit(policy, datamodule(), ckpt_path=checkpoint, weights_only=checkpoint is not None)
+    run.fit(policy, data(), ckpt_path=checkpoint, weights_only=checkpoint is not None)
     return run, policy
 
 
@@ -79,6 +91,70 @@ def test_the_rows_are_taken_in_turn(penalised):
     assert taken == [[0, 1], [2, 0], [1, 2]]
 
 
+def test_with_a_weight_the_penalty_sees_the_starts_of_the_policys_own_answers(tiny_llama, tmp_path):
+    before, after, penalty = Watched(), Watched(), GeneralKL(coefficient=2.0, rows=4, start_weight=0.25)
+    _, policy = fit(tiny_llama, tmp_path, [before, penalty, after], 2, data=with_starts)
+    named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    policy.load_state_dict(after.weights[1], strict=False)
+    # What is to be learnt is in neither, and no row of text is a start.
+    assert {d for batch in penalty._batches for d in batch["domain"]} == {"say"}
+    assert len(penalty._starts) == 3
+    # Scored is what stands behind the prompt alone: three tokens of an answer, by the scores of their rows.
+    scores = [policy.text_scores(batch) for batch in penalty.starts_of(1)]
+    assert {row.tokens for found in scores for row in found.rows} == {3}
+    text = mean_gradients(policy, penalty.batches_of(1), "kl", list(named.values()), policy.device)
+    starts = mean_gradients(policy, penalty.starts_of(1), "kl", list(named.values()), policy.device)
+    assert starts[1] == pytest.approx(sum(found.kl for found in scores) / sum(found.tokens for found in scores))
+    assert penalty.kl == pytest.approx(0.75 * text[1] + 0.25 * starts[1], rel=1e-3)
+    for name, of_text, of_starts in zip(named, text[0], starts[0], strict=True):
+        added = after.seen[1][name] - before.seen[1][name]
+        assert torch.allclose(added, 2.0 * (0.75 * of_text + 0.25 * of_starts), rtol=1e-3, atol=1e-6)
+
+
+def test_a_text_of_many_tokens_is_taken_in_parts(tiny_llama):
+    """As the module bounds them for its own loss: the same gradient, in less memory."""
+    found = {}
+    for limit in (None, 24):
+        pl.seed_everything(3)
+        job = module(tiny_llama, tokens_per_microbatch=limit)
+        job.load(torch.device("cpu"))
+        batch = {"input_ids": torch.arange(48).reshape(4, 12), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
+        sizes = Sizes(job.text_loss)
+        job.text_loss = sizes
+        parameters = [p for p in job.parameters() if p.requires_grad]
+        found[limit] = (*mean_gradients(job, [batch], "nll", parameters, job.device), sizes.seen)
+    whole, parts = found[None], found[24]
+    assert len(whole[2]) == 1
+    assert len(parts[2]) > 1
+    assert max(parts[2]) <= 24
+    assert parts[1] == pytest.approx(whole[1], rel=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole[0], parts[0], strict=True))
+
+
+def test_text_without_starts_is_refused_where_they_are_to_be_weighed(tiny_llama, tmp_path):
+    with pytest.raises(MisconfigurationException, match="has no starts of answers"):  # all rows are calibrated on
+        fit(tiny_llama, tmp_path, [GeneralKL(start_weight=0.5)], 1)
+    with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
+        GeneralKL(start_weight=1.5)
+
+
+def test_starts_are_split_from_text_row_by_row():
+    ids = torch.arange(12).reshape(4, 3)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(4, 3, dtype=torch.long),
+        "answer_starts": torch.tensor([[0, 1, 1]] * 4).bool(),
+        "domain": ["a", starts_of("a"), TO_LEARN, "b"],
+    }
+    text, starts = split_starts([batch])
+    assert [part["input_ids"].tolist() for part in text] == [[[0, 1, 2], [9, 10, 11]]]
+    assert text[0]["domain"] == ["a", "b"]
+    assert [part["input_ids"].tolist() for part in starts] == [[3, 4, 5]]
+    assert starts[0]["labels_mask"].tolist() == [0, 0, 1]  # what position 1 predicts; nothing stands behind the last
+    plain = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    assert [part["input_ids"].tolist() for part in split_starts([plain])[0]] == [ids.tolist()]
+
+
 def test_ogpsa_leaves_no_part_of_the_gradient_in_the_span_of_the_general_ones(tiny_llama, tmp_path):
     before, after, projection = Watched(), Watched(), OGPSA(rows=6, every_n_updates=2)
     _, policy = fit(tiny_llama, tmp_path, [before, projection, after], 3)
@@ -115,11 +191,20 @@ def test_rows_are_sorted_by_skill():
     assert [part["input_ids"].tolist() for part in texts["b"]] == [[[0, 1], [4, 5]]] * 2
 
 
-@pytest.mark.parametrize("make", [lambda: GeneralKL(coefficient=1.0, rows=2), lambda: OGPSA(rows=4, every_n_updates=3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GeneralKL(coefficient=1.0, rows=2),
+        lambda: GeneralKL(coefficient=1.0, rows=2, start_weight=0.5),
+        lambda: OGPSA(rows=4, every_n_updates=3),
+    ],
+)
 def test_a_run_that_goes_on_has_the_weights_of_one_that_was_never_interrupted(make, tiny_llama, tmp_path):
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    _, whole = fit(tiny_llama, tmp_path, [make(), ExactResume(), keep], 4, enable_checkpointing=True)
-    _, resumed = fit(tiny_llama, tmp_path, [make(), ExactResume()], 4, checkpoint=str(tmp_path / "step=2.ckpt"))
+    more = {"data": with_starts}
+    _, whole = fit(tiny_llama, tmp_path, [make(), ExactResume(), keep], 4, enable_checkpointing=True, **more)
+    last = str(tmp_path / "step=2.ckpt")
+    _, resumed = fit(tiny_llama, tmp_path, [make(), ExactResume()], 4, checkpoint=last, **more)
     for name, value in adapter(whole).items():
         assert torch.equal(value, adapter(resumed)[name]), name
 
@@ -136,6 +221,17 @@ def test_a_module_that_knows_of_no_text_is_refused_before_training(tmp_path):
     for callback in (GeneralKL(), OGPSA()):
         with pytest.raises(Exception, match="has no `text_loss`"):
             trainer(tmp_path, 1, callbacks=[callback]).fit(Plain(), [torch.ones(2, 1)])
+
+
+class Sizes:
+    """Notes how many tokens each text has."""
+
+    def __init__(self, text_loss):
+        self.text_loss, self.seen = text_loss, []
+
+    def __call__(self, batch, kind):
+        self.seen.append(batch["input_ids"].numel())
+        return self.text_loss(batch, kind)
 
 
 class Plain(pl.LightningModule):

@@ -47,12 +47,11 @@ def test_a_value_that_no_row_has_is_refused(file, field):
 @pytest.mark.parametrize("field", ["only", "without"])
 def test_white_space_is_no_other_value_and_another_case_is_refused(tmp_path, field):
     path = tmp_path / "odd.csv"
-    path.write_text("prompt,type\nOne,homonyms \nTwo, homonyms\nThree,privacy\n")
-    rows, _ = usable_rows(PromptSource(path=str(path), **{field: {"type": "homonyms"}}), "harmful")
-    assert [row.prompt for row in rows] == (["One", "Two"] if field == "only" else ["Three"])
-    path.write_text(path.read_text() + "Four,Homonyms\n")
+    path.write_text("prompt,type\nRequest 1,homonyms \nRequest 2, homonyms\nRequest 3,privacy\n")
+    assert chosen(str(path), **{field: {"type": "homonyms"}})[0] == (["1", "2"] if field == "only" else ["3"])
+    path.write_text(path.read_text() + "Request 4,Homonyms\n")
     with pytest.raises(DataError, match="also holds 'Homonyms', spelt otherwise"):
-        usable_rows(PromptSource(path=str(path), **{field: {"type": "homonyms"}}), "harmful")
+        chosen(str(path), **{field: {"type": "homonyms"}})
 
 
 def test_a_column_that_a_row_lacks_is_refused(file):

@@ -8,6 +8,7 @@ import pytest
 import tiny_jobs
 import torch
 from chat_templates import FAMILIES, family_tokenizer
+from tiny_policies import move_adapter_
 from transformers import AutoTokenizer
 
 from nspo_lightning.callbacks import NullSpaceProjection
@@ -132,3 +133,16 @@ def test_calibration_answers_are_what_was_written_and_not_what_the_prompt_opened
     assert shown == f"<think>\n{answer}"
     (ids,) = rollout.completion_tokens()
     assert answer == job.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_it_is_the_base_that_answers_calibration_prompts(tiny_llama):
+    """So a warm start's adapter, and a run that goes on, are calibrated on the text that the first one was."""
+    job = tiny_jobs.module(tiny_llama)
+    job.load(torch.device("cpu"))
+    prompts = [f"Say {word}." for word in tiny_jobs.WORDS]
+    before = job.calibration_answers(prompts)
+    move_adapter_(job.require_policy(), 0.5)
+    assert job.calibration_answers(prompts) == before
+    batch = job.text_policy.render(prompts)
+    _, moved = job.text_policy.generate(batch, job.general_sampling, 1, 0, exact=True)
+    assert moved != before
