@@ -81,8 +81,8 @@ class GeneralKL(Callback):
             raise MisconfigurationException("GeneralKL has no general text: `calibration_dataloader()` gives none.")
         if self.start_weight and not self._starts:
             raise MisconfigurationException(
-                f"GeneralKL's `start_weight` is {self.start_weight:g}, and the calibration text has no starts of answers. "
-                "Use `AlignmentDataModule` with `calibration_starts` above 0, or leave `start_weight` out."
+                f"GeneralKL's `start_weight` is {self.start_weight:g}, and the calibration text has no starts of "
+                "answers. Use `AlignmentDataModule` with `calibration_starts` above 0, or leave `start_weight` out."
             )
 
     def batches_of(self, update: int) -> list[Any]:

@@ -75,7 +75,7 @@ from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.module.victim import PolicyVictim
 from nspo_lightning.nullspace.modes import adapters_off
-from nspo_lightning.policy.adapter import load_adapter_
+from nspo_lightning.policy.adapter import has_adapter, load_adapter_
 from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
 from nspo_lightning.policy.parts import causal_model
@@ -211,6 +211,7 @@ class GRPOModule(pl.LightningModule):
         self._loaded_step: int | None = None  # at which the checkpoint stands that is measured
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
         self.base_states = BaseStates()
+        self._base_answers: dict[tuple[tuple[str, ...], int], list[str]] = {}
         rollouts = make_rollouts(self.text_policy, self.settings)
         self.prefixes = Prefixes(
             policy=self.text_policy,
@@ -644,7 +645,7 @@ class GRPOModule(pl.LightningModule):
         """Continue rendered texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it.
 
         It is the base that answers: what is calibrated on is the same before training, after a warm start, and where a
-        run goes on.
+        run goes on. Its answers are kept: a null space and a penalty beside it read the same text.
 
         Args:
             prompts: As `TextPolicy.render` takes them.
@@ -657,10 +658,16 @@ class GRPOModule(pl.LightningModule):
         if max_new_tokens is not None:
             most = min(max_new_tokens, sampling.max_new_tokens)
             sampling = replace(sampling, max_new_tokens=most, min_new_tokens=min(most, sampling.min_new_tokens))
+        key = (tuple(map(str, prompts)), sampling.max_new_tokens)
+        if (known := self._base_answers.get(key)) is not None:
+            return known
         with adapters_off(self.require_policy()):
             rollout, texts = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
         self.evaluator.tell_of_thoughts(sum(map(is_unfinished, texts)), len(texts))
-        return written_texts(self.tokenizer, rollout, sampling)
+        answers = written_texts(self.tokenizer, rollout, sampling)
+        if has_adapter(self.require_policy()):  # full weights move: there the base is gone
+            self._base_answers[key] = answers
+        return answers
 
     @property
     def tokens_per_microbatch(self) -> int | None:
