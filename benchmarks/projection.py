@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from nspo_lightning.nullspace import BasisSettings, ForwardCall, Spectrum, calibrate_modules, choose_rank, plan_layers
 from nspo_lightning.nullspace.basis import build_basis
-from nspo_lightning.nullspace.basis_set import decompose_for
+from nspo_lightning.nullspace.basis_builder import decompose_for
 from nspo_lightning.nullspace.budget import peak_bytes, plan_passes, sketch_columns
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper
 from nspo_lightning.nullspace.projection import apply

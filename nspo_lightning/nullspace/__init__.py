@@ -1,7 +1,9 @@
 """The null space of general ability: second moments, what to protect, and how to stay out of it. Torch only."""
 
 from nspo_lightning.nullspace.basis import Basis, Spectrum, build_basis, build_soft_basis, decompose
-from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, bases_from_spectra
+from nspo_lightning.nullspace.basis_builder import bases_from_spectra
+from nspo_lightning.nullspace.basis_set import Calibration
+from nspo_lightning.nullspace.basis_settings import BasisSettings
 from nspo_lightning.nullspace.calibration import UnheldLayersError, calibrate_modules
 from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.criteria import CRITERIA, NoNullDirections, RankChoice, choose_rank, energy_left

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from nspo_lightning import ranks
 from nspo_lightning.nullspace.basis import Spectrum, dead_channels
-from nspo_lightning.nullspace.basis_set import (
+from nspo_lightning.nullspace.basis_builder import (
     BasisBuilder,
-    BasisSettings,
-    Calibration,
     directions_for,
     domain_moments,
-    least_energy,
     moment_to_learn,
     protected_count,
 )
+from nspo_lightning.nullspace.basis_set import Calibration, least_energy
+from nspo_lightning.nullspace.basis_settings import BasisSettings
 from nspo_lightning.nullspace.collect import InputCollector, RunningSum
 from nspo_lightning.nullspace.contrast import Candidates
 from nspo_lightning.nullspace.covariance import SecondMoment
@@ -93,13 +92,12 @@ def calibrate_modules(
         ValueError: If there are no batches or no rows that count.
         UnheldLayersError: If there are layers that were never called, and they are not allowed.
     """
-    report = progress or (lambda *_: None)
     text = CalibrationText(
         modules=modules,
         forward=forward,
         calls=calls,
         sharded=sharded,
-        report=report,
+        report=progress or (lambda *_: None),
         count=count,
         allow_unreached=allow_unreached,
         starts=settings.starts > 0 or keep_moments,
@@ -124,31 +122,38 @@ def calibrate_modules(
                 f"inputs (the first: {plan.too_wide[0]}) do not fit into `memory_budget_gb`. Raise it, or choose "
                 "criterion='auto'."
             )
-        if not plan.passes:
+        if plan.passes:
+            _sum_in_one_pass(text, plan, result, builder, keep_moments=keep_moments)
+        else:
             for first, spectrum in _sketched_spectra(text, plan, result):
                 builder.add(first, spectrum)
-            continue
-        only = plan.passes.pop(0)
-        collector: InputCollector[SecondMoment] = InputCollector(
-            modules, groups=plan.groups, only=only, starts_apart=text.starts_apart
-        )
-        firsts = _collect(text, collector, result, plan, only)
-        report("layers", 0, len(firsts))
-        for index, first in enumerate(firsts):
-            sums = collector.over_ranks(first)
-            collector.moments.pop(first, None)
-            _count_tokens(result, first, sums)
-            moments = {domain: s.take() for domain, s in sums.items()}
-            if (means := collector.start_means_over_ranks(first)) is not None:
-                moments[STARTS_TO_LEARN] = means.second_moment()
-            if keep_moments:
-                kept = {d: m.to(device="cpu", dtype=torch.float32, copy=True) for d, m in moments.items()}
-                result.moments[first] = kept
-            builder.add(first, _exact_spectrum(moments, sums, settings, builder.count))
-            report("layers", index + 1, len(firsts))
     builder.finish()
     result.promises = builder.promises
     return result
+
+
+def _sum_in_one_pass(
+    text: CalibrationText, plan: PassPlan, result: Calibration, builder: BasisBuilder, *, keep_moments: bool
+) -> None:
+    """Make the next planned pass, and hand the spectrum of each input that it summed to the builder."""
+    only = plan.passes.pop(0)
+    collector: InputCollector[SecondMoment] = InputCollector(
+        text.modules, groups=plan.groups, only=only, starts_apart=text.starts_apart
+    )
+    firsts = _collect(text, collector, result, plan, only)
+    text.report("layers", 0, len(firsts))
+    for index, first in enumerate(firsts):
+        sums = collector.over_ranks(first)
+        collector.moments.pop(first, None)
+        _count_tokens(result, first, sums)
+        moments = {domain: s.take() for domain, s in sums.items()}
+        if (means := collector.start_means_over_ranks(first)) is not None:
+            moments[STARTS_TO_LEARN] = means.second_moment()
+        if keep_moments:
+            kept = {d: m.to(device="cpu", dtype=torch.float32, copy=True) for d, m in moments.items()}
+            result.moments[first] = kept
+        builder.add(first, _exact_spectrum(moments, sums, result.settings, builder.count))
+        text.report("layers", index + 1, len(firsts))
 
 
 def _collect(

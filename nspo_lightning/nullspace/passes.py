@@ -113,10 +113,10 @@ class CalibrationText:
     def look(self) -> tuple[dict[str, list[str]], int]:
         """Return who shares inputs, from one forward pass, and how many domains there are.
 
+        Both are the same on all ranks (cross-rank synchronisation).
+
         Raises:
             ValueError: If there are no batches.
-
-        Both are the same on all ranks (cross-rank synchronisation).
         """
         domains: set[str] = set()
         first: ForwardCall | None = None

@@ -63,6 +63,11 @@ class RangeSketch:
             self._sum = torch.zeros_like(self._test)
         return self._sum
 
+    def take(self) -> Tensor:
+        """Return Z, which this sketch lets go of."""
+        total, self._sum = self.total(), None
+        return total
+
     @property
     def trace(self) -> float:
         """Sum of ||x||^2."""
@@ -81,12 +86,11 @@ def random_test_matrix(width: int, columns: int, seed: int) -> Tensor:
 
 
 def combined_image(sketches: Mapping[str, RangeSketch], weights: Mapping[str, float]) -> Tensor:
-    """Return the weighted sum of the domains' Z (they share Q, so Z is linear in C), and let go of the parts."""
+    """Return the weighted sum of the domains' Z, which the sketches let go of (they share Q, so Z is linear in C)."""
     total: Tensor | None = None
     for name, weight in weights.items():
-        part = sketches[name].total().mul_(weight)
+        part = sketches[name].take().mul_(weight)
         total = part if total is None else total.add_(part)
-        sketches[name]._sum = None
     assert total is not None
     return total
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nspo_lightning.atomic import replacing
 from nspo_lightning.nullspace.basis import Basis
-from nspo_lightning.nullspace.basis_set import BasisSettings, Calibration, least_energy
+from nspo_lightning.nullspace.basis_set import Calibration, least_energy
+from nspo_lightning.nullspace.basis_settings import BasisSettings
 from nspo_lightning.nullspace.criteria import RankChoice
 from nspo_lightning.nullspace.domain_limits import Promise
 from nspo_lightning.nullspace.fingerprint import FORMAT_VERSION, combined, data_fingerprint, differences

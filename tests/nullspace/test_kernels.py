@@ -16,7 +16,7 @@ from nspo_lightning.callbacks.null_space.inference import plain_outputs
 from nspo_lightning.compat.torch import float32_backends, full_precision_products
 from nspo_lightning.nullspace import ForwardCall, apply, build_basis, calibrate_modules, choose_rank, plan_layers
 from nspo_lightning.nullspace.basis import Basis, Spectrum
-from nspo_lightning.nullspace.basis_set import BasisSettings
+from nspo_lightning.nullspace.basis_settings import BasisSettings
 from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.keeper import NullSpaceKeeper
 from nspo_lightning.nullspace.sketch import RangeSketch, sketch_spectrum

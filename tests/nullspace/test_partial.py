@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nspo_lightning.nullspace import BasisSettings, basis, choose_rank, partial
-from nspo_lightning.nullspace.basis_set import bases_from_spectra, decompose_for
+from nspo_lightning.nullspace.basis_builder import bases_from_spectra, decompose_for
 from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.partial import leading_eigenpairs, with_tail
 

@@ -14,7 +14,7 @@ import torch
 from embedded_linear import EmbeddedLinear
 
 from nspo_lightning.nullspace import TO_LEARN, BasisSettings, ForwardCall, calibrate_modules, choose_rank
-from nspo_lightning.nullspace.basis_set import BasisBuilder, directions_for
+from nspo_lightning.nullspace.basis_builder import BasisBuilder, directions_for
 from nspo_lightning.nullspace.contrast import NEGLIGIBLE_SHARE, REGULARISATION, candidates, choose_free
 from nspo_lightning.nullspace.projection import apply
 
