@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -139,16 +138,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(
-        self, path: _PATH, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        # weights_only, whatever the caller asks.
+        # As data alone, also if the caller asks for `weights_only=False`.
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         self._tidy(Path(path).parent)
         return read_checkpoint(path, map_location)
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -164,7 +163,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             remove_leftovers(folder)
 
 
-def read_checkpoint(path: _PATH, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint as data: tensors (nowhere, if `map_location` is meta) and plain values, never code."""
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
@@ -188,7 +187,7 @@ def write_checkpoint(content: bytes | memoryview, path: Path) -> None:
         raise CheckpointError(_unwritable(error, len(content), path, had_one)) from error
 
 
-def _unreadable(path: _PATH, error: Exception) -> str:
+def _unreadable(path: str | Path, error: Exception) -> str:
     planted = re.search(r"GLOBAL (\S+)", str(error))
     if planted:
         found = f"it holds code ({planted[1]}) besides tensors and plain values, and that is never run"

@@ -64,6 +64,18 @@ def any_rank(flag: bool) -> bool:
     return bool(all_reduce_sum(torch.tensor(float(flag))) > 0)
 
 
+def any_nonzero(tensor: Tensor) -> bool:
+    """Return whether any entry is not zero, NaN included; of a sharded tensor on any rank (cross-rank synchronisation).
+
+    False for a tensor on the meta device, which has no entries.
+    """
+    plain = tensor.detach()
+    if plain.device.type == "meta":
+        return False
+    local = local_part(plain)
+    return bool(local.any()) if local is plain else any_rank(bool(local.any()))
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor (a DTensor, under FSDP2), any other tensor as it is."""
     if dist.is_available():

@@ -76,15 +76,7 @@ def _has_effect(name: str, parameters: Mapping[str, Tensor]) -> bool:
     if not _ADAPTER.search(name):
         return True
     pair = [parameters.get(_PAIR.sub(rf"\1_{side}.", name)) for side in "AB"]
-    return all(parameter is None or _nonzero(parameter) for parameter in pair)
-
-
-def _nonzero(parameter: Tensor) -> bool:
-    plain = parameter.detach()
-    if plain.device.type == "meta":
-        return False
-    local = ranks.local_part(plain)
-    return bool(local.any()) if local is plain else ranks.any_rank(bool(local.any()))
+    return all(parameter is None or ranks.any_nonzero(parameter) for parameter in pair)
 
 
 def _plain_name(name: str) -> str:

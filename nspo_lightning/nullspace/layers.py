@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning import ranks
 from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.shapes import Adapter, base_of, is_conv1d, weight_of
 
@@ -252,7 +253,7 @@ def _adapter_obstacle(
         )
     if adapter.in_features not in (None, down.weight.shape[1]):
         return ("A acts on a transformed input", "Use vanilla LoRA or rsLoRA")
-    if not resumed and up.weight.requires_grad and _nonzero(up.weight):
+    if not resumed and up.weight.requires_grad and ranks.any_nonzero(up.weight):
         return (
             "B is not zero: projecting A would change what the model does, and leaving A as it is would leak with each "
             "change of B",
@@ -260,12 +261,6 @@ def _adapter_obstacle(
             "(`requires_grad_(False)`)",
         )
     return None
-
-
-def _nonzero(parameter: Tensor) -> bool:
-    if parameter.device.type == "meta":
-        return False
-    return bool(parameter.detach().abs().max() > 0)
 
 
 def _dense_layer(
