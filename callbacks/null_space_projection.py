@@ -31,6 +31,7 @@ from nspo_lightning.callbacks.null_space.hold import Hold, at_start
 from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference, ready
 from nspo_lightning.callbacks.null_space.logs import (
     log_start,
+    own_folder,
     show_bases,
     show_certificate,
     show_verification,
@@ -499,7 +500,7 @@ class NullSpaceProjection(Callback):
             self.calibration = found
             return found
         made = self.calibrate(pl_module, found, trainer=trainer)
-        show_bases(made, _own_folder(trainer))
+        show_bases(made, own_folder(trainer))
         self.source.keep(trainer, found, made)
         return made
 
@@ -514,9 +515,3 @@ class NullSpaceProjection(Callback):
 def _ask(trainer: pl.Trainer | None) -> None:
     if trainer is not None:
         stop_if_told(trainer)
-
-
-def _own_folder(trainer: pl.Trainer) -> Path | None:
-    """Return where loggers write; None without any (all ranks ask together)."""
-    folder = trainer.log_dir if trainer.loggers else None
-    return None if folder is None else Path(folder)
