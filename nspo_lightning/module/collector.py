@@ -17,15 +17,13 @@ from nspo_lightning.grpo import Rollout, group_advantages
 from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.dynamic import Group, chosen_groups, dynamic_metrics, further_prompts
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
-from nspo_lightning.module.judging import JudgedRollout, name_outcomes
+from nspo_lightning.module.judging import JudgedRollout, Judging
 from nspo_lightning.module.prefixes import Begun, Prefixes
 from nspo_lightning.module.rollout_metrics import JudgedRows, rollout_metrics
 from nspo_lightning.module.rollouts import Rollouts
 from nspo_lightning.module.scorer import Scorer
 from nspo_lightning.module.signal import groups_with_signal
 from nspo_lightning.module.training_settings import TrainingSettings
-from nspo_lightning.rewards import Judge, RewardSet
-from nspo_lightning.rewards.rules.refusal import reads_harm
 from nspo_lightning.rewards.trainer_state import TrainerState
 
 _ROUND = 32
@@ -58,18 +56,14 @@ class Collector:
     Attributes:
         settings: Of the training.
         rollouts: Draws completions.
-        reward: Scores them.
-        judge: Names them.
-        reward_names_outcomes: Whether the outcomes that a reward was made from stand, and the judge is not asked again.
+        judging: Scores and names them.
         scorer: Computes log-probabilities.
         prefixes: Begins answers, in the share of the groups that the settings say.
     """
 
     settings: TrainingSettings
     rollouts: Rollouts
-    reward: RewardSet
-    judge: Judge
-    reward_names_outcomes: bool
+    judging: Judging
     scorer: Scorer
     prefixes: Prefixes
 
@@ -144,12 +138,9 @@ class Collector:
         prompts, asked = _repeat(batch["prompt"], group), _repeat(batch.get("request", batch["prompt"]), group)
         seen = begun.judged(drawn.texts, self.prefixes.settings.judged)
         columns = {key: _repeat(values, group) for key, values in batch.get("columns", {}).items()}
-        ids = drawn.rollout.completion_tokens()
-        result = self.reward(asked, seen, columns, completion_ids=ids, trainer_state=state)
-        own = result if self.reward_names_outcomes else None
-        outcomes = name_outcomes(own, self.judge, asked, seen, columns)
+        result, outcomes = self.judging.score(asked, seen, columns, drawn.rollout.completion_tokens(), state)
         judged = JudgedRows.of(
-            drawn.rollout, result, outcomes, begun=self._are_begun(begun), reads_harm=reads_harm(self.judge)
+            drawn.rollout, result, outcomes, begun=self._are_begun(begun), reads_harm=self.judging.reads_harm
         )
         everyone = judged.of_all_ranks()
         return _Round(

@@ -14,14 +14,12 @@ from nspo_lightning.attacks import ATTACK, LOOKALIKES
 from nspo_lightning.evaluation.attacked import AttackedAnswers
 from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, Seen, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
-from nspo_lightning.module.judging import name_outcomes
+from nspo_lightning.module.judging import Judging
 from nspo_lightning.module.prefixes import Prefixes
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.identity import describe
-from nspo_lightning.rewards import Judge, RewardSet
-from nspo_lightning.rewards.rules.refusal import reads_harm
 from nspo_lightning.rewards.trainer_state import TrainerState
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import places_among_ranks
@@ -38,9 +36,7 @@ class Evaluator:
 
     Attributes:
         policy: Answers.
-        reward: Scores answers in `predict`.
-        judge: Names the answers.
-        reward_names_outcomes: Whether the outcomes that a reward was made from stand, and the judge is not asked again.
+        judging: Names the answers, and scores them in `predict`.
         harmful: How harmful prompts are answered.
         general: How general prompts are answered.
         over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
@@ -50,9 +46,7 @@ class Evaluator:
     """
 
     policy: TextPolicy
-    reward: RewardSet
-    judge: Judge
-    reward_names_outcomes: bool
+    judging: Judging
     harmful: SamplingConfig
     general: SamplingConfig
     over_refusal_skills: Sequence[str]
@@ -75,9 +69,9 @@ class Evaluator:
             return self._attacked(batch, batch_idx).worst()
         columns = batch.get("columns", {})
         _, texts = self._complete(batch, dataloader_idx, batch_idx)
-        outcomes = name_outcomes(None, self.judge, batch["prompt"], texts, columns)
+        outcomes = self.judging.name(batch["prompt"], texts, columns)
         if dataloader_idx == 0:
-            known = reads_harm(self.judge)
+            known = self.judging.reads_harm
             seen = safety_outcomes(outcomes, reads_harm=known)
             return Answers(completions=texts, outcomes=outcomes, observations=seen, reads_harm=known)
         refused = [outcome == "refusal" for outcome in outcomes]
@@ -155,10 +149,7 @@ class Evaluator:
             return self._attacked(batch, batch_idx).rows()
         prompts, columns = batch["prompt"], batch.get("columns", {})
         rollout, texts = self._complete(batch, dataloader_idx, batch_idx)
-        ids = rollout.completion_tokens()
-        result = self.reward(prompts, texts, columns, completion_ids=ids, trainer_state=state)
-        own = result if self.reward_names_outcomes else None
-        outcomes = name_outcomes(own, self.judge, prompts, texts, columns)
+        result, outcomes = self.judging.score(prompts, texts, columns, rollout.completion_tokens(), state)
         rewards = [None if math.isnan(reward) else reward for reward in result.total.tolist()]
         return [
             {"prompt": prompt, "completion": text, "reward": reward, "outcome": outcome}
@@ -172,7 +163,7 @@ class Evaluator:
         decoding["seed"] = EVALUATION_SEED
         if (judged := self.prefixes.settings.judged) != "continuation":
             decoding["begun_answers_judged"] = judged
-        return {"judge": describe(self.judge), "decoding": decoding}
+        return {"judge": describe(self.judging.judge), "decoding": decoding}
 
     def _attacked(self, batch: Mapping[str, Any], batch_idx: int) -> AttackedAnswers:
         """Answer a batch of prompts under attack, as often as the attack tries, and judge the answers."""
@@ -194,10 +185,10 @@ class Evaluator:
             lookalikes=bool(batch[LOOKALIKES]),
             prompts=list(batch["prompt"]),
             completions=written,
-            outcomes=name_outcomes(None, self.judge, asked, seen, columns),
+            outcomes=self.judging.name(asked, seen, columns),
             prefixes=begun.texts,
             complete=begun.complete,
-            reads_harm=reads_harm(self.judge),
+            reads_harm=self.judging.reads_harm,
         )
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:

@@ -44,7 +44,7 @@ from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
 from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
 from nspo_lightning.module.guided import GuidedSampling
-from nspo_lightning.module.judging import JudgedRollout
+from nspo_lightning.module.judging import JudgedRollout, Judging
 from nspo_lightning.module.optimizer_settings import optimizer_settings
 from nspo_lightning.module.prefixes import Prefixes, PrefixSettings
 from nspo_lightning.module.progress import Progress
@@ -196,7 +196,11 @@ class GRPOModule(pl.LightningModule):
         self.reward = reward if isinstance(reward, RewardSet) else RewardSet([reward])
         rewards_judge = judge_in(self.reward)
         self.judge = judge or rewards_judge or RefusalPatterns()
-        reward_names_outcomes = judge is None or judge is rewards_judge
+        judging = Judging(
+            reward=self.reward,
+            judge=self.judge,
+            reward_names_outcomes=judge is None or judge is rewards_judge,
+        )
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.evaluation_sampling = (evaluation_sampling or sampling).with_stops_of(sampling)
@@ -224,17 +228,13 @@ class GRPOModule(pl.LightningModule):
         self.collector = Collector(
             settings=self.settings,
             rollouts=rollouts,
-            reward=self.reward,
-            judge=self.judge,
-            reward_names_outcomes=reward_names_outcomes,
+            judging=judging,
             scorer=self.scorer,
             prefixes=self.prefixes,
         )
         self.evaluator = Evaluator(
             policy=self.text_policy,
-            reward=self.reward,
-            judge=self.judge,
-            reward_names_outcomes=reward_names_outcomes,
+            judging=judging,
             harmful=self.evaluation_sampling,
             general=self.general_sampling,
             over_refusal_skills=tuple(over_refusal_skills),

@@ -1,4 +1,4 @@
-"""Judged completions: how all ranks ask a judge together, and what is shown of them."""
+"""Judged completions: how all ranks ask rewards and judge together, and what is shown of the answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nspo_lightning.evaluation.thoughts import answer_of
-from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult
+from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult, RewardSet
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.outcomes import checked_outcomes
 from nspo_lightning.rewards.rules.refusal import reads_harm
+from nspo_lightning.rewards.trainer_state import TrainerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,54 @@ class JudgedRollout:
             if len(values) == len(self.prompts):
                 columns[name if name not in columns else f"reported/{name}"] = values
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """Scores completions and names what they are; all ranks ask together.
+
+    Attributes:
+        reward: Scores them.
+        judge: Names them.
+        reward_names_outcomes: True = outcomes that the reward was made from stand, and the judge is not asked again.
+    """
+
+    reward: RewardSet
+    judge: Judge
+    reward_names_outcomes: bool
+
+    @property
+    def reads_harm(self) -> bool:
+        """Whether the judge tells harm from a harmless answer."""
+        return reads_harm(self.judge)
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        texts: list[str],
+        columns: Mapping[str, Any],
+        token_ids: list[list[int]],
+        state: TrainerState,
+    ) -> tuple[RewardResult, list[Outcome | None]]:
+        """Return the rewards of completions, and what each is.
+
+        Args:
+            prompts: One for each completion.
+            texts: The completions.
+            columns: Other columns of the data, a value for each completion.
+            token_ids: The completions as tokens.
+            state: Says where training is, to rewards that ask.
+
+        Raises:
+            RewardError: If a reward or the judge fails on any rank.
+        """
+        result = self.reward(prompts, texts, columns, completion_ids=token_ids, trainer_state=state)
+        own = result if self.reward_names_outcomes else None
+        return result, name_outcomes(own, self.judge, prompts, texts, columns)
+
+    def name(self, prompts: Sequence[Any], texts: list[str], columns: Mapping[str, Any]) -> list[Outcome | None]:
+        """Return what the judge calls each completion, without a reward; see `name_outcomes`."""
+        return name_outcomes(None, self.judge, prompts, texts, columns)
 
 
 def name_outcomes(

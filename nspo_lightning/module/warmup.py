@@ -28,9 +28,9 @@ from nspo_lightning.grpo import Rollout, group_advantages
 from nspo_lightning.module.evaluator import EVALUATION_SEED
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank
 from nspo_lightning.module.grpo_module import GRPOModule
-from nspo_lightning.module.judging import name_outcomes
 from nspo_lightning.module.scorer import step_counts
 from nspo_lightning.module.start_checks import longest_prompt_tokens
+from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
@@ -113,8 +113,7 @@ class WarmupModule(GRPOModule):
             completion_mask=batch["answer_mask"],
             finished=torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device),
         )
-        by_tokens = replace(self.settings, objective=replace(self.settings.objective, loss_type="dapo"))
-        normaliser = window.add(*step_counts(rollout.completion_mask, by_tokens), "dapo")
+        normaliser = window.add(*step_counts(rollout.completion_mask, self._by_tokens), "dapo")
         window.has_signal = True
         loss = self.scorer.likelihood_loss(rollout, normaliser.num_tokens, loss_scale(self.trainer) or 1.0)
         shown: dict[str, Any] = {"loss": loss.detach() * window.own_scale}
@@ -127,6 +126,11 @@ class WarmupModule(GRPOModule):
         self._log_step(shown, mean_over_ranks=True)
         return loss
 
+    @property
+    def _by_tokens(self) -> TrainingSettings:
+        """The settings with the loss type that averages over tokens, which a warm start always does."""
+        return replace(self.settings, objective=replace(self.settings.objective, loss_type="dapo"))
+
     def _general_kl(self, batch: Mapping[str, Any]) -> Tensor:
         """Return KL(base || policy), nats a token, on the base's greedy answers to general prompts.
 
@@ -136,8 +140,7 @@ class WarmupModule(GRPOModule):
         sampling = replace(self.general_sampling, max_new_tokens=most, min_new_tokens=0)
         with adapters_off(self.require_policy()):
             rollout, _ = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
-        by_tokens = replace(self.settings, objective=replace(self.settings.objective, loss_type="dapo"))
-        counts, _ = step_counts(rollout.completion_mask, by_tokens)
+        counts, _ = step_counts(rollout.completion_mask, self._by_tokens)
         return self.scorer.kl_loss(rollout, counts.num_tokens, loss_scale(self.trainer) or 1.0)
 
     # ------------------------------------------------------------------ checks
@@ -164,10 +167,7 @@ class WarmupModule(GRPOModule):
         prompts = [prompt for prompt in batch["prompt"] for _ in range(group)]
         columns = {name: [v for v in values for _ in range(group)] for name, values in batch["columns"].items()}
         state = trainer_state(self.trainer, self.progress, count)
-        ids = rollout.completion_tokens()
-        result = self.reward(prompts, texts, columns, completion_ids=ids, trainer_state=state)
-        own = result if self.evaluator.reward_names_outcomes else None
-        outcomes = name_outcomes(own, self.judge, prompts, texts, columns)
+        result, outcomes = self.evaluator.judging.score(prompts, texts, columns, rollout.completion_tokens(), state)
         signal = group_advantages(result.total, group).reshape(count, group).ne(0).any(1)
         counted = [bool(text) or not any(begun.texts) for text in begun.texts]
         refused = [
@@ -200,7 +200,7 @@ class WarmupModule(GRPOModule):
         if not isinstance(datamodule, WarmupDataModule):
             return
         prompts, answers = datamodule.taught_answers()
-        outcomes: Sequence[Outcome | None] = name_outcomes(None, self.judge, prompts, answers, {})
+        outcomes: Sequence[Outcome | None] = self.evaluator.judging.name(prompts, answers, {})
         known = sum(outcome == "refusal" for outcome in outcomes)
         if known < _LEAST_KNOWN * len(answers):
             odd = next(text for text, said in zip(answers, outcomes, strict=True) if said != "refusal")

@@ -102,8 +102,8 @@ def test_one_judge_names_completions_everywhere(tiny_llama: Path, tmp_path: Path
 
 def test_the_rewards_own_judge_given_again_is_not_asked_twice() -> None:
     judge = AlwaysUnsafe()
-    assert GRPOModule(OutcomeReward(judge), judge=judge).collector.reward_names_outcomes
-    assert not GRPOModule(OutcomeReward(judge), judge=AlwaysUnsafe()).collector.reward_names_outcomes
+    assert GRPOModule(OutcomeReward(judge), judge=judge).collector.judging.reward_names_outcomes
+    assert not GRPOModule(OutcomeReward(judge), judge=AlwaysUnsafe()).collector.judging.reward_names_outcomes
 
 
 BAD: list[Any] = [["UNSAFE", "safe"], ["safe"], None, "safe", [True, "safe"], ["safe"] * 3, [math.nan, "safe"]]

@@ -188,7 +188,7 @@ def length(prompts: Any, completions: Any, **_: Any) -> list[float]:
 def test_the_judge_is_that_of_the_first_reward_that_has_one():
     judge = RulesJudge()
     assert GRPOModule(RewardSet({"length": length, "safety": OutcomeReward(judge)})).judge is judge
-    assert GRPOModule(OutcomeReward(judge)).evaluator.judge is judge
+    assert GRPOModule(OutcomeReward(judge)).evaluator.judging.judge is judge
     assert not reads_harm(GRPOModule(length).judge)
     assert reads_harm(judge)
     other = RulesJudge()
