@@ -107,22 +107,12 @@ def compare(
         find_attacks(attacks)  # an unknown one is found here, before any run
     if eval_every > steps:
         raise ValueError(f"`eval_every` must be at most `steps` ({steps}), got {eval_every}.")
-    own = _learning_rate(settings)
     if quick:
         seeds, steps, eval_every = seeds[:1], min(steps, 60), max(eval_every, 5)
-        learning_rates = learning_rates or [2 * own]
+        learning_rates = learning_rates or [2 * _learning_rate(settings)]
     budget = Budget(steps=steps, eval_every=eval_every, stop_unsafe=stop_unsafe)
     rule = SelectionRule(unsafe_limit=unsafe_limit, metric=current_name(metric), higher_is_better=higher_is_better)
-    asked: Sweep | None = None
-    if sweep is not None:
-        asked = make_sweep(sweep, settings, calibration_domains(settings) if sweep == "calibration" else [])
-        plan = asked.plan(seeds, (learning_rates or [own])[0])
-    else:
-        reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
-        check_no_key(str(mixed_reward), reward)
-        plan = main_grid(
-            settings, methods or list(METHODS), seeds, learning_rates or [r * own for r in LEARNING_RATES], reward
-        )
+    plan, asked = _plan(settings, methods, seeds, learning_rates, sweep, mixed_reward)
     failed: list[JobResult] = []
     if not only_report:
         trajectory = {**asdict(rule), "text_rows": text_rows, **({"attacks": attacks} if attacks else {})}
@@ -132,20 +122,42 @@ def compare(
         done = f"{len(plan) - len(missing)} done already"
         console.print(f"{len(plan)} runs, {done}; {workers} at a time; logs in {folder / 'logs'}")
         failed = [job for job in run_all(missing, workers, console, run_job) if job.error]
-    found = ((spec, folder / "runs" / spec.name / RESULT) for spec in plan)
-    results = [RunResult.read(spec, path) for spec, path in found if path.is_file()]
+    results = _complete(plan, folder)
     if not results and not failed:
         raise ValueError(f"No run is complete in {folder}: nothing to report. Leave `--only_report` out.")
     if results:
         there = {result.spec.name for result in results}
-        missing_names = [spec.name for spec in plan if spec.name not in there]
-        findings = Findings(
-            results=results, rule=rule, budget=budget, sweep=asked, planned=len(plan), missing=missing_names
-        )
+        absent = [spec.name for spec in plan if spec.name not in there]
+        findings = Findings(results=results, rule=rule, budget=budget, sweep=asked, planned=len(plan), missing=absent)
         write_report(folder, findings, console)
     if failed:  # a variant that can't be trained is an answer too: the others are reported first
         listing = "\n".join(f"  {o.name}: {o.error}" for o in failed)
         raise ValueError(f"{len(failed)} of {len(plan)} runs failed; the others are kept and reported:\n{listing}")
+
+
+def _plan(
+    settings: Mapping[str, Any],
+    methods: list[str] | None,
+    seeds: list[int],
+    learning_rates: list[float] | None,
+    sweep: SweepName | None,
+    mixed_reward: str | None,
+) -> tuple[list[RunSpec], Sweep | None]:
+    """Return the runs to make, and the sweep that they are of; None where they are the grid of methods."""
+    own = _learning_rate(settings)
+    if sweep is not None:
+        asked = make_sweep(sweep, settings, calibration_domains(settings) if sweep == "calibration" else [])
+        return asked.plan(seeds, (learning_rates or [own])[0]), asked
+    reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
+    check_no_key(str(mixed_reward), reward)
+    rates = learning_rates or [r * own for r in LEARNING_RATES]
+    return main_grid(settings, methods or list(METHODS), seeds, rates, reward), None
+
+
+def _complete(plan: Sequence[RunSpec], folder: Path) -> list[RunResult]:
+    """Return the results of a plan that are there."""
+    found = ((spec, folder / "runs" / spec.name / RESULT) for spec in plan)
+    return [RunResult.read(spec, path) for spec, path in found if path.is_file()]
 
 
 def calibration_domains(config: Mapping[str, Any]) -> list[str]:
