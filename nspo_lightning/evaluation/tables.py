@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from nspo_lightning.evaluation.diagnosis import Finding
 
+_SHORT_WORD = 24  # characters of a word that stands on one line with the numbers
+
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> str:
     r"""Return a Markdown table without a line break at its end; pipes are escaped and line breaks become ``<br>``.
@@ -37,15 +39,15 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def markdown_blocks(rows: Iterable[Mapping[str, object]], short: int = 24) -> str:
-    """Return records as Markdown blocks, one below the other: for long text, which tables squeeze other columns for.
+def markdown_blocks(rows: Iterable[Mapping[str, object]]) -> str:
+    """Return records as Markdown blocks, one below the other: for long text, which would squeeze a table's columns.
 
-    Values are shown under their names, what was said as a block of code, numbers and single words on one line.
+    Values are shown under their names: numbers and short single words on one line, other text as a block of code.
     """
     parts = []
     for number, row in enumerate(rows, 1):
         values = {name: f"{v:.3g}" if isinstance(v, float) else str(v) for name, v in row.items()}
-        small = {n for n, v in row.items() if not isinstance(v, str) or (len(v) <= short and " " not in v)}
+        small = {n for n, v in row.items() if not isinstance(v, str) or (len(v) <= _SHORT_WORD and " " not in v)}
         small -= {"prompt", "completion", "before", "after"}
         told = ", ".join(f"{name} {value}" for name, value in values.items() if name in small)
         parts.append(f"**{number}.** {_line_of(told)}".rstrip())

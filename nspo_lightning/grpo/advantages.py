@@ -9,15 +9,17 @@ from torch import Tensor
 
 AdvantageScale = Literal["group", "batch", "none"]
 
+_EPSILON = 1e-4
+"""Added to a standard deviation before a reward is divided by it."""
+
 
 def group_advantages(
     rewards: Tensor,
     group_size: int,
     scale: AdvantageScale = "group",
-    eps: float = 1e-4,
     batch_rewards: Tensor | None = None,
 ) -> Tensor:
-    """Compare each reward with its group: (r - mean_group) / (std + eps), with Bessel's correction.
+    """Compare each reward with its group: (r - mean_group) / (std + 1e-4), with Bessel's correction.
 
     A NaN reward marks a sample that nothing could judge: it counts in no mean and no deviation, and its advantage is
     zero. A group in which all rewards are equal has no signal: its advantages are exactly zero.
@@ -26,7 +28,6 @@ def group_advantages(
         rewards: Shape (P * G,), row ``p * G + g`` for completion g of prompt p.
         group_size: G.
         scale: Divide by the standard deviation of the group, of the whole batch, or not at all.
-        eps: Added to the standard deviation.
         batch_rewards: The rewards of the whole batch, where these are one rank's part of it; shape (any,). Only its
             standard deviation counts, only for `scale` "batch". None = these are the batch.
 
@@ -50,15 +51,15 @@ def group_advantages(
     groups = rewards.reshape(-1, group_size)
     groups = groups if groups.dtype == torch.float64 else groups.float()
     centred = groups - groups.nanmean(dim=1, keepdim=True)
-    # Equal rewards can leave rounding dust of the mean: (dust / (std + eps)) would be a signal made of nothing.
+    # Equal rewards can leave a rounding error of the mean, which the division would turn into a signal.
     low = groups.masked_fill(groups.isnan(), torch.inf).amin(1, keepdim=True)
     high = groups.masked_fill(groups.isnan(), -torch.inf).amax(1, keepdim=True)
     centred = torch.where(high > low, centred, torch.zeros_like(centred))
     if scale == "group":
-        centred = centred / (_nan_std(groups, dim=1) + eps)
+        centred = centred / (_nan_std(groups) + _EPSILON)
     elif scale == "batch":
         batch = groups if batch_rewards is None else batch_rewards.to(groups)
-        centred = centred / (_nan_std(batch.reshape(1, -1), dim=1) + eps)
+        centred = centred / (_nan_std(batch.reshape(1, -1)) + _EPSILON)
     return centred.nan_to_num(0.0).reshape(-1).masked_fill(rewards.isnan(), 0.0)
 
 
@@ -80,8 +81,8 @@ def rows_with_signal(advantages: Tensor, mask: Tensor, *, has_kl: bool) -> Tenso
     return trained if has_kl else trained & (advantages != 0)
 
 
-def _nan_std(values: Tensor, dim: int) -> Tensor:
-    # Bessel-corrected, skips NaN, zero where fewer than two values are left.
-    count = (~values.isnan()).sum(dim, keepdim=True)
-    squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
+def _nan_std(groups: Tensor) -> Tensor:
+    """Return the Bessel-corrected deviation of each row without its NaN, shape (P, 1); 0 for fewer than two values."""
+    count = (~groups.isnan()).sum(1, keepdim=True)
+    squares = (groups - groups.nanmean(1, keepdim=True)).square().nansum(1, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()

@@ -54,22 +54,18 @@ def with_tail(leading: Tensor, trace: float, width: int) -> Tensor:
     return torch.cat([leading[:sound], tail])
 
 
-def leading_eigenpairs(
-    moment: Tensor, find_cut: FindCut, *, count: int | None = None, accuracy: float = ACCURACY, seed: int = 0
-) -> tuple[Tensor, Tensor] | None:
+def leading_eigenpairs(moment: Tensor, find_cut: FindCut, *, count: int | None = None) -> tuple[Tensor, Tensor] | None:
     """Return the eigenpairs that a cut protects, or None where only the full decomposition finds them as exactly.
 
     Args:
         moment: C, symmetric, positive semi-definite, finite, float64, shape ``(width, width)``.
         find_cut: From eigenvalues to k.
         count: The number k, where it is known beforehand.
-        accuracy: Bound of the sine of the largest angle to the exact subspace.
-        seed: Of the random start.
 
     Returns:
         ``values``, shape ``(width,)``, float64 on the CPU: k eigenvalues, an upper bound of the next one, and others
         that sum up to the right energy; ``vectors``, shape ``(width, k)``, float64. None if the cut lies outside the
-        block that pays, if it falls into a cluster of eigenvalues, or if the residuals do not reach ``accuracy``.
+        block that pays, if it falls into a cluster of eigenvalues, or if the residuals do not reach `ACCURACY`.
     """
     width, trace = moment.shape[0], float(moment.diagonal().sum())
     if trace <= 0:
@@ -77,7 +73,7 @@ def leading_eigenpairs(
     columns = _columns(width, count)
     if count is not None and count >= columns:
         return None
-    image = _probe(moment.to(torch.float32), find_cut, columns, trace, accuracy, seed)
+    image = _probe(moment.to(torch.float32), find_cut, columns, trace)
     if image is None:
         return None
     for _ in range(_FINAL_ROUNDS):
@@ -92,7 +88,7 @@ def leading_eigenpairs(
         vectors = block @ rotation
         residuals = torch.linalg.vector_norm(image @ rotation - vectors * ritz[: k + 1], dim=0)
         gap = float(ritz[k - 1] - ritz[k] - residuals[k])
-        if float(torch.linalg.vector_norm(residuals[:k])) <= accuracy * gap:
+        if float(torch.linalg.vector_norm(residuals[:k])) <= ACCURACY * gap:
             ritz[k] += residuals[k]  # a bound from above: certificates count the largest energy left outside with it
             return with_tail(ritz, trace, width), vectors[:, :k]
     return None
@@ -108,10 +104,10 @@ def _enough(k: int) -> int:
     return k + max(64, k // 16)
 
 
-def _probe(single: Tensor, find_cut: FindCut, columns: int, trace: float, accuracy: float, seed: int) -> Tensor | None:
+def _probe(single: Tensor, find_cut: FindCut, columns: int, trace: float) -> Tensor | None:
     """Return an orthonormal float32 block after two products that holds the cut, None where it is hopeless."""
     width = single.shape[0]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     block = torch.linalg.qr(single @ torch.randn(width, columns, generator=generator).to(single.device)).Q
     image = single @ block
     ritz, rotation = torch.linalg.eigh(block.T @ image)
@@ -125,7 +121,7 @@ def _probe(single: Tensor, find_cut: FindCut, columns: int, trace: float, accura
     choices = sorted((size * rounds, size, rounds) for size in sizes for rounds in range(1, _FINAL_ROUNDS + 1))
     for _, size, rounds in choices:  # cheapest first
         shrink = float(ritz[size - 1] / ritz[k - 1])
-        if gap > 0 and shrink ** (1 + 2 * rounds) <= accuracy * gap:
+        if gap > 0 and shrink ** (1 + 2 * rounds) <= ACCURACY * gap:
             start: Tensor = torch.linalg.qr(image if size >= columns else image @ rotation[:, :size]).Q
             return start
     return None

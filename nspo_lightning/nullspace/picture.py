@@ -19,7 +19,7 @@ _LIGHTEST = 0.88  # of the colour map: the rest is too pale on white
 _FLOOR = 1e-16  # what is drawn for an energy of zero
 
 
-def spectrum_figure(calibration: Calibration, title: str = "Energy of layer inputs") -> Any:
+def spectrum_figure(calibration: Calibration) -> Any:
     """Return the spectra of a calibration as a matplotlib figure that belongs to no window (nothing needs closing)."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def spectrum_figure(calibration: Calibration, title: str = "Energy of layer inpu
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     _explain_depth(figure, grid, depths, few)
-    figure.suptitle(title, fontsize=15)
+    figure.suptitle("Energy of layer inputs", fontsize=15)
     figure.supxlabel("direction, as a share of the layer's width (dots: the last protected one)", fontsize=12)
     figure.supylabel("energy relative to the largest", fontsize=12)
     return figure

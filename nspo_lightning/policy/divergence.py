@@ -112,17 +112,23 @@ class TextScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenScores:
-    """Of each scored token, shape (N,), float64 on the CPU: -log q, -log p and KL(p || q); NaN without a base."""
+class TokenDivergence:
+    """How far policy q and base p are apart at each scored token; all of shape (N,), in nats, float64, on the CPU.
+
+    Attributes:
+        nll: -log q(token).
+        base_nll: -log p(token); NaN without a base.
+        kl: KL(p || q) over the vocabulary; NaN without a base.
+    """
 
     nll: Tensor
     base_nll: Tensor
     kl: Tensor
 
-    def as_row(self, skill: str = "general") -> RowScore:
+    def as_row(self) -> RowScore:
         """Return all tokens as one row, none of which begins an answer."""
         nll, base_nll, kl = (float(values.sum()) for values in (self.nll, self.base_nll, self.kl))
-        return RowScore(skill=skill, tokens=len(self.nll), nll=nll, base_nll=base_nll, kl=kl)
+        return RowScore(tokens=len(self.nll), nll=nll, base_nll=base_nll, kl=kl)
 
 
 @torch.no_grad()
@@ -135,7 +141,7 @@ def token_scores(
     *,
     vocab_size: int,
     chunk_tokens: int | None = None,
-) -> TokenScores:
+) -> TokenDivergence:
     """Score positions, whose logits exist for one chunk of positions at a time.
 
     Args:
@@ -175,7 +181,7 @@ def token_scores(
             log_p = (base_head or policy_head)(base_states[part]).float().log_softmax(-1)
             found[1, part] = -log_p.gather(-1, targets[part, None])[:, 0].cpu().double()
             found[2, part] = divergence(log_p, log_q).cpu().double()
-    return TokenScores(nll=found[0], base_nll=found[1], kl=found[2])
+    return TokenDivergence(nll=found[0], base_nll=found[1], kl=found[2])
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

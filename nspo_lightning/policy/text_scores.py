@@ -19,7 +19,7 @@ from nspo_lightning.policy.divergence import (
     RowScore,
     TextLoss,
     TextScores,
-    TokenScores,
+    TokenDivergence,
     first_positions,
     predicted_positions,
     token_loss,
@@ -170,7 +170,9 @@ def score_texts(policy: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Text
     return sum((score_text(policy, batch) for batch in batches), TextScores()).over_ranks()
 
 
-def _by_row(found: TokenScores, scored: Tensor, first: Tensor, skills: Sequence[str] | None) -> tuple[RowScore, ...]:
+def _by_row(
+    found: TokenDivergence, scored: Tensor, first: Tensor, skills: Sequence[str] | None
+) -> tuple[RowScore, ...]:
     """Sum tokens by row; `scored` says where they are, shape (B, T - 1), and `first` which of them begin an answer."""
     rows, begins = scored.nonzero()[:, 0], first[scored]
     result = []

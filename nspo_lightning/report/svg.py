@@ -33,7 +33,6 @@ def line_chart(
     lines: Sequence[Line],
     *,
     label: str,
-    x_label: str = "step",
     ends: tuple[float, float] | None = None,
     say: Callable[[float], str] = "{:.3g}".format,
 ) -> Markup:
@@ -42,7 +41,6 @@ def line_chart(
     Args:
         lines: What is drawn; those without points are left out.
         label: What the picture shows, for readers who don't see it.
-        x_label: Of the horizontal axis.
         ends: Of the vertical axis; None = those of the data.
         say: Writes a value of the vertical axis.
 
@@ -61,7 +59,7 @@ def line_chart(
         right, below = WIDTH - _RIGHT, HEIGHT - _BOTTOM
         return _LEFT + (x - x0) / (x1 - x0) * (right - _LEFT), below - (y - y0) / (y1 - y0) * (below - _TOP)
 
-    parts = [_axes(x0, x1, y0, y1, place, say, x_label)]
+    parts = [_axes(x0, x1, y0, y1, place, say, "step")]
     for line in lines:
         many = len(line.points) > _SMOOTHED
         placed = [place(x, y) for x, y in line.points]

@@ -110,7 +110,9 @@ def summary(unsafe: float = 0.02, *, measures: bool = True) -> dict:
     return {**(found | {"intervals_95": intervals, "by_category": categories} if measures else {}), **said}
 
 
-def answers(each: int = 6) -> list[dict]:
+def answers() -> list[dict]:
+    each = 6
+
     def row(kind, skill, place, prompt, before, after):
         said = {"before": before[0], "before_outcome": before[1], "after": after[0], "after_outcome": after[1]}
         return {"kind": kind, "skill": skill, "place": place, "prompt": prompt, **said}
@@ -140,7 +142,7 @@ def answers(each: int = 6) -> list[dict]:
     return found
 
 
-def null_space(layers: int = 4) -> dict:
+def null_space() -> dict:
     kinds = {"self_attn.{q_proj,k_proj,v_proj}": 128, "self_attn.o_proj": 128, "mlp.{gate_proj,up_proj}": 128}
     inputs = [
         {
@@ -158,7 +160,7 @@ def null_space(layers: int = 4) -> dict:
             "bound": 3e-3,
             "update_norm": 0.5,
         }
-        for depth in range(layers)
+        for depth in range(4)
         for kind, width in kinds.items()
     ]
     return {

@@ -22,6 +22,9 @@ import pyte
 import rich
 from forked import end_with, log_to_stderr
 
+ROWS = 24
+"""Height of the terminal."""
+
 
 @dataclass
 class Terminal:
@@ -50,7 +53,6 @@ def in_terminal(
     work: Callable[[], None],
     *,
     columns: int = 80,
-    rows: int = 24,
     environment: Mapping[str, str] | None = None,
     watch: Callable[[list[str], int], None] = lambda screen, child: None,
 ) -> Terminal:
@@ -60,7 +62,6 @@ def in_terminal(
         folder: Where the process runs.
         work: What it does.
         columns: Width of the terminal.
-        rows: Its height.
         environment: Variables of the process.
         watch: Called with the screen and the process's id after each piece of output; may send it a signal.
     """
@@ -68,9 +69,9 @@ def in_terminal(
     sys.stderr.flush()
     child, terminal = pty.fork()
     if child == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
         end_with(lambda: _start(folder, work, environment or {}))
-    screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.5)
+    screen = pyte.HistoryScreen(columns, ROWS, history=10_000, ratio=0.5)
     stream, seen, deadline = pyte.ByteStream(screen), Terminal(columns=columns), time.monotonic() + 240
     while time.monotonic() < deadline:
         if not select.select([terminal], [], [], 1.0)[0]:

@@ -26,7 +26,7 @@ NAMES = {
 WHOLE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
 
 
-def learnt_page(steps=60):
+def learnt_page():
     """Return (model, tokenizer)."""
     tokenizer = train_tokenizer([PAGE], 320)
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def learnt_page(steps=60):
     model = small_llama(tokenizer, head_dim=32, tie_word_embeddings=True, **sizes)
     ids = tokenizer(PAGE, return_tensors="pt")["input_ids"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(steps):
+    for _ in range(60):
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()

@@ -156,7 +156,7 @@ def asked(family):
     return [(conversation, n, g) for n, conversation in enumerate(TRAINED) for g in guidelines]
 
 
-def teach(family, model, tokenizer, steps=150):
+def teach(family, model, tokenizer):
     rows, labels = [], []
     for conversation, number, guideline in asked(family):
         head = guard_prompt(family, tokenizer, conversation, guideline)
@@ -171,7 +171,7 @@ def teach(family, model, tokenizer, steps=150):
     target = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     model.train()
-    for _ in range(steps):
+    for _ in range(150):
         loss = model(input_ids=ids, attention_mask=mask, labels=target).loss
         optimizer.zero_grad()
         loss.backward()

@@ -19,6 +19,7 @@ _OTHER_KINDS = {
     "mmproj": "the vision part of a multimodal model (mmproj), not a language model. Give the GGUF beside it",
     "imatrix": "an importance matrix, not a model. Give the GGUF of the model itself",
 }
+_SHOWN = 8  # files that a message names
 _hashes: dict[tuple[str, int, int], str] = {}
 
 
@@ -173,6 +174,6 @@ def _check_kind(file: Path, architecture: str, fields: dict[str, Any]) -> None:
         )
 
 
-def _listing(files: list[Path], most: int = 8) -> str:
-    names = ", ".join(file.name for file in files[:most])
-    return names + (f" and {len(files) - most} more" if len(files) > most else "")
+def _listing(files: list[Path]) -> str:
+    names = ", ".join(file.name for file in files[:_SHOWN])
+    return names + (f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else "")
