@@ -125,6 +125,6 @@ def test_a_checkpoint_is_read_as_weights_and_nothing_else(tmp_path: Path) -> Non
             return (Path.touch, (tmp_path / "planted",))
 
     torch.save({"state_dict": {}, "x": Planted()}, tmp_path / "bad.ckpt")
-    with pytest.raises(Exception, match="holds code"):
+    with pytest.raises(CheckpointError, match="holds code"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "planted").exists()

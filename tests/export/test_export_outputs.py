@@ -176,7 +176,8 @@ def test_the_card_says_how_far_the_loaded_folder_is_from_base_and_adapter(tied, 
     far = distance(logits(merged), logits(policy))
     assert (far < 1e-5) == (dtype == "float32")
     said_far = float(line.split(" by ")[1].split()[0])
-    assert said_far == pytest.approx(far, rel=3, abs=1e-6)  # of another text: the same size
+    # Measured on another text, so only the size is the same; float32 differs by rounding alone.
+    assert far / 4 <= said_far <= 4 * far if dtype == "bfloat16" else said_far < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -198,7 +198,8 @@ def test_four_bits_keep_the_head(tmp_path):
     kinds = {type(module).__name__ for module in reward._model.backbone.modules()}
     assert "Linear4bit" in kinds
     assert reward._model.head.weight.dtype == torch.float32
-    assert scores == pytest.approx(by_hand(*made), abs=2.0)  # NF4 is coarse, but it is the same model
+    # NF4 moves these scores (-0.7 to 2.2) by up to 0.44; constant scores, or those of other rows, are further off.
+    assert scores == pytest.approx(by_hand(*made), abs=0.6)
 
 
 def test_pickles_without_the_model(tmp_path):

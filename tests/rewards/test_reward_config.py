@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from nspo_lightning.rewards import Judge, Reward, RewardSet
 
@@ -85,7 +85,7 @@ judge: {{class_path: {__name__}.DuckJudge, init_args: {{answer: refusal}}}}
 
 
 def test_a_class_that_is_no_judge_is_refused():
-    with pytest.raises(Exception, match="Judge"):
+    with pytest.raises(ArgumentError, match="Judge"):
         build(f"""
 rewards: {{class_path: RewardSet, init_args: {{rewards: [{__name__}.plain_function]}}}}
 judge: {{class_path: {__name__}.OwnReward}}

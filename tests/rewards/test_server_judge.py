@@ -351,10 +351,11 @@ def test_what_is_sent(server):
 
 
 def test_completions_endpoint(server):
-    name = items(1)[0]
+    names = items(12)
+    assert {truth(name) for name in names} == {"safe", "unsafe"}
     found = judge(server, reply_format="safe_unsafe", template="{prompt}|{completion}")
-    assert ask(found, [name]) == [truth(name)] or truth(name) == "safe"
-    assert found.metrics()["answered"] == 1
+    assert ask(found, names) == [truth(name) for name in names]
+    assert found.metrics()["answered"] == len(names)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.policy.tokenizer import end_of_turn_id
 from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout.server_client import RolloutServerError
 from nspo_lightning.rollout.server_reply import as_rollout, completion_request, read_completions
 from nspo_lightning.rollout.stopping import stop_at
 from nspo_lightning.rollout.texts import completion_texts, written_texts
@@ -172,5 +173,5 @@ def test_a_server_is_asked_to_stop_there_too():
     rows = read_completions(reply, request, [5], 10)
     rollout = as_rollout(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), [rows], [5], 0)
     assert rollout.finished.tolist() == [True]
-    with pytest.raises(Exception, match="ended after 2 of 8 tokens"):
+    with pytest.raises(RolloutServerError, match="ended after 2 of 8 tokens"):
         read_completions({"model": "m", "choices": [{**choice, "stop_reason": "other"}]}, request, [5], 10)

@@ -7,6 +7,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from nspo_lightning.toy.judge import TownJudge
 from nspo_lightning.toy.train_tokenizer import ASSISTANT, END, train_tokenizer
@@ -125,5 +126,5 @@ def test_chat_template_knows_roles():
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     text = TOKENIZER.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == f"<|system|>s{END}<|user|>u{END}{ASSISTANT}"
-    with pytest.raises(Exception, match="role"):
+    with pytest.raises(TemplateError, match="got tool"):
         TOKENIZER.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
