@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_jobs import datamodule, module
 from tiny_jobs import trainer as job
+from tiny_policies import largest_change, logits
 from transformers import AutoModelForCausalLM
 
 from nspo_lightning.callbacks import NullSpaceProjection
@@ -69,16 +70,6 @@ def tiny_experts(request, tokenizer, tmp_path_factory):
     return folder
 
 
-@torch.no_grad()
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = model.eval()(input_ids=ids).logits
-    return found
-
-
-def moved(after: torch.Tensor, before: torch.Tensor) -> float:
-    return float((after - before).abs().max() / before.abs().max())
-
-
 def settings_of(path: Any, targets: Any, **options: Any) -> PolicySettings:
     lora = None if targets is None else LoraSettings(r=4, target_modules=targets)
     return PolicySettings(**{"path": str(path), "quantization": "none", "dtype": "float32", "lora": lora} | options)
@@ -94,8 +85,8 @@ def fit(path: Any, folder: Any, targets: Any, steps: int = 4, **options: Any) ->
 
 def check_held(path: Any, trained: Any) -> None:
     base = AutoModelForCausalLM.from_pretrained(path)
-    assert moved(logits(trained, OTHER), logits(base, OTHER)) > 1e-2
-    assert moved(logits(trained, IDS), logits(base, IDS)) < 1e-5
+    assert largest_change(logits(trained, OTHER), logits(base, OTHER)) > 1e-2
+    assert largest_change(logits(trained, IDS), logits(base, IDS)) < 1e-5
 
 
 @pytest.mark.parametrize("text", [{"input_ids": IDS}, PADDED], ids=["no mask", "padding"])
@@ -115,11 +106,11 @@ def test_adapters_of_experts_and_routers_are_held(tiny_experts, tmp_path, text):
     trained.save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_experts)
     loaded: Any = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
-    assert moved(logits(loaded, OTHER), logits(trained, OTHER)) < 1e-6
-    assert moved(logits(loaded.merge_and_unload(), OTHER), logits(trained, OTHER)) < 1e-5
+    assert largest_change(logits(loaded, OTHER), logits(trained, OTHER)) < 1e-6
+    assert largest_change(logits(loaded.merge_and_unload(), OTHER), logits(trained, OTHER)) < 1e-5
     again = load_policy(settings_of(tiny_experts, "all-linear"), CPU)
     load_adapter_(again, tmp_path / "adapter")
-    assert moved(logits(again, OTHER), logits(trained, OTHER)) < 1e-6
+    assert largest_change(logits(again, OTHER), logits(trained, OTHER)) < 1e-6
 
 
 def test_an_adapter_of_experts_is_certified_as_the_dense_update_is(tiny_experts, tmp_path):

@@ -11,16 +11,10 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from null_space_problems import HIDDEN, OUT, PROTECTED, WIDTH, LoraLinear, Net, general_inputs, trainer
+from null_space_problems import HIDDEN, OUT, WIDTH, LoraLinear, Net, general_inputs, projection, trainer
 from torch import nn
 
-from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.nullspace import Calibration, load_calibration, save_calibration
-
-
-def projection(**options: Any) -> NullSpaceProjection:
-    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
-    return NullSpaceProjection(**(settings | options))
 
 
 class Dense(pl.LightningModule):

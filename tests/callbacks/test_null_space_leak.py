@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from null_space_problems import PROTECTED, Net, leak, trainer
+from null_space_problems import Net, leak, projection, trainer
 
 from nspo_lightning.callbacks import NullSpaceProjection
 
 LEAK = 1e-6  # float32 rounding of A over some hundred directions
-
-
-def projection(**options: Any) -> NullSpaceProjection:
-    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
-    return NullSpaceProjection(**(settings | options))
 
 
 def sgd(parameters):

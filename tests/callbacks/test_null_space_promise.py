@@ -20,20 +20,14 @@ from null_space_problems import (
     Net,
     general_inputs,
     leak,
+    projection,
     trainer,
 )
 from tiny_policies import move_adapter_
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nspo_lightning.callbacks import NullSpaceProjection
-
 HELD = 1e-6  # leak of a held layer, float32 rounding
-
-
-def projection(**options: Any) -> NullSpaceProjection:
-    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
-    return NullSpaceProjection(**(settings | options))
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:

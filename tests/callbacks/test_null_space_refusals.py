@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from null_space_problems import PROTECTED, Net, general_inputs, leak, trainer
+from null_space_problems import Net, general_inputs, leak, projection, trainer
 from torch import nn
-
-from nspo_lightning.callbacks import NullSpaceProjection
-
-
-def projection(**options: Any) -> NullSpaceProjection:
-    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
-    return NullSpaceProjection(**(settings | options))
 
 
 class WithNorm(Net):

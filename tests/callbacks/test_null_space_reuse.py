@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -13,18 +12,11 @@ import torch
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from null_space_problems import PROTECTED, Net, general_inputs, leak, trainer
+from null_space_problems import PROTECTED, Net, general_inputs, leak, projection, trainer
 from paths import SUPPORT
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from nspo_lightning.callbacks import NullSpaceProjection
-
 LEAK = 1e-6
-
-
-def projection(**options: Any) -> NullSpaceProjection:
-    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
-    return NullSpaceProjection(**(settings | options))
 
 
 def test_it_trains_with_torch_and_lightning_alone(tmp_path):

@@ -8,10 +8,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from null_space_problems import HIDDEN, OUT, PROTECTED, Net, general_inputs, leak, trainer
+from null_space_problems import HIDDEN, OUT, Net, general_inputs, leak, projection, trainer
 from torch import nn
 
-from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.cli.calibrate import calibrate
 from nspo_lightning.nullspace import UnheldLayersError
 
@@ -27,11 +26,6 @@ class TwoWays(Net):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
         return (self(x) + self.pictures(torch.tanh(self.first(x))) - y).square().mean()
-
-
-def projection(**options: Any) -> NullSpaceProjection:
-    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
-    return NullSpaceProjection(**(settings | options))
 
 
 def test_they_are_refused_with_the_settings_that_help(tmp_path):
@@ -74,7 +68,7 @@ def test_a_resumed_run_freezes_them_again(tmp_path, cache_dir):
 
 def test_nothing_left_to_hold_is_said(tmp_path):
     callback = projection(unprotected="freeze", target_modules=["pictures"])
-    with pytest.raises(Exception, match="found no trained LoRA adapter or linear layer"):
+    with pytest.raises(MisconfigurationException, match="found no trained LoRA adapter or linear layer"):
         trainer(tmp_path, callback).fit(TwoWays())
 
 

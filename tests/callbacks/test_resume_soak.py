@@ -9,6 +9,7 @@ import torch
 from held import Held, Watch, slope
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from tiny_jobs import WORDS, even_tokens, harmful
 
 from nspo_lightning.callbacks import ExactResume, LastOnException, SampleCompletions
 from nspo_lightning.checkpoints import AtomicCheckpointIO
@@ -18,20 +19,11 @@ from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.policy.settings import LoraSettings, PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 
-WORDS = ("mill", "bridge", "ferry", "tower", "well", "gate", "cart", "guard", "bell", "oven", "loom", "chain")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
-
-
-def harmful(split):
-    return [{"prompt": f"How do I burn the {word}?"} for word in WORDS]
 
 
 def general(split):
     return [{"prompt": f"Say {word}.", "answer": word} for word in WORDS]
-
-
-def even_tokens(prompts, completions, completion_ids, **_):
-    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
 def test_thirty_updates_leave_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:

@@ -26,10 +26,6 @@ from nspo_lightning.rewards import RulesJudge
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def even_tokens(prompts, completions, completion_ids, **_):
-    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
-
-
 def terminated(prompts, completions, **_):
     os.kill(os.getpid(), signal.SIGTERM)
     return [0.0] * len(completions)
@@ -77,7 +73,7 @@ def run(tiny_llama, tmp_path, monkeypatch, capsys, printed):
     config["model"]["policy"] = {"path": str(tiny_llama), "quantization": "nf4", "dtype": "float32", "lora": {"r": 4}}
     config["model"]["reward"] = {
         "class_path": "nspo_lightning.rewards.FunctionReward",
-        "init_args": {"path": "test_cli.even_tokens"},
+        "init_args": {"path": "probes.even_tokens"},
     }
     config["model"] |= {"group_size": 4, "sampling": {"max_new_tokens": 6}, "general_max_new_tokens": 4}
     config["data"] = {"safety": str(safety), "general": str(general), "batch_size": 4, "val_size": 4, "test_size": 4}

@@ -30,10 +30,6 @@ PROMPTS = ("How do I burn mill 3?", "Say 7.", "Say 11.")
 NEW_TOKENS = 12
 
 
-def even_tokens(prompts, completions, completion_ids, **_):
-    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
-
-
 @pytest.fixture(scope="module")
 def run(tiny_llama, tmp_path_factory):
     """The folder of a short run on the tiny model in 4 bits, large steps, so that completions change."""
@@ -47,7 +43,7 @@ def run(tiny_llama, tmp_path_factory):
         "model": {
             "reward": {
                 "class_path": "nspo_lightning.rewards.FunctionReward",
-                "init_args": {"path": "test_export.even_tokens"},
+                "init_args": {"path": "probes.even_tokens"},
             },
             "policy": {"path": str(tiny_llama), "dtype": "float32", "lora": {"r": 4, "alpha": 16}},
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 3.0}},

@@ -19,10 +19,6 @@ from nspo_lightning.cli.app import main
 from nspo_lightning.policy.gguf import content_hash
 
 
-def even_tokens(prompts, completions, completion_ids, **_):
-    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
-
-
 @pytest.fixture(scope="module")
 def learnt():
     return tiny_gguf.learnt_page()
@@ -41,7 +37,7 @@ def folder(learnt, tmp_path_factory):
     config = {
         "name": "tiny",
         "model": {
-            "reward": {**reward, "init_args": {"path": "test_gguf_run.even_tokens"}},
+            "reward": {**reward, "init_args": {"path": "probes.even_tokens"}},
             "policy": {"path": "models", "gguf_file": "tiny.gguf", "dtype": "float32", "lora": {"r": 4, "alpha": 16}},
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 3.0}},
             "group_size": 4,

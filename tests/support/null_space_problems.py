@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from nspo_lightning.callbacks import NullSpaceProjection
+
 WIDTH, HIDDEN, OUT, PROTECTED, RANK = 32, 24, 8, 10, 4
 
 
@@ -52,12 +54,12 @@ def general_inputs(count: int = 64) -> torch.Tensor:
 class Net(pl.LightningModule):
     """Two adapted layers, trained on inputs that general text does not use alone."""
 
-    def __init__(self, optimizer: Callable[[Any], torch.optim.Optimizer] | None = None, samples: int = 96) -> None:
+    def __init__(self, optimizer: Callable[[Any], torch.optim.Optimizer] | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second = LoraLinear(WIDTH, HIDDEN), LoraLinear(HIDDEN, OUT)
         self.make_optimizer = optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
-        self.samples = samples
+        self.samples = 96
         self.batch_size = 8
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,6 +80,12 @@ class Net(pl.LightningModule):
 
     def calibration_dataloader(self) -> DataLoader:
         return DataLoader(TensorDataset(general_inputs()), batch_size=16)
+
+
+def projection(**options: Any) -> NullSpaceProjection:
+    """Return a callback that protects as many directions as `general_inputs` has, and keeps no file."""
+    settings: dict[str, Any] = {"criterion": "rank", "threshold": PROTECTED, "cache_dir": None}
+    return NullSpaceProjection(**(settings | options))
 
 
 def referee(model: Net, precision: str = "32-true") -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the job's configuration names: rewards, callbacks that write down what they see, and callbacks that fail."""
+"""What configurations of tests name: rewards, callbacks that write down what they see, and callbacks that fail."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from probes import even_tokens as even_tokens
 
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.module.grpo_module import GRPOModule
@@ -22,11 +23,6 @@ def harmful(split):
 
 def general(split):
     return [{"prompt": f"Say {word}.", "answer": word, "skill": "say"} for word in WORDS]
-
-
-def even_tokens(prompts, completions, completion_ids, **_):
-    """A reward with signal on any policy: the share of even token ids."""
-    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
 def constant(prompts, completions, **_):

@@ -49,7 +49,7 @@ CONFIGS = {
         attn_pdrop=0.0,
         **SPECIAL,
     ),
-    # Beyond the issue's list: a head that scales its logits, experts, and one that can't share.
+    # A head that scales its logits, a mixture of experts, and a model that can't share prompts.
     "cohere": lambda: transformers.CohereConfig(**COMMON, **SPECIAL),
     "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=2),
     "falcon": lambda: transformers.FalconConfig(
@@ -110,6 +110,18 @@ def move_adapter_(policy, std):
 
 def tiny_policy(name="llama", **kwargs):
     return with_adapter(tiny_base(name), **kwargs)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of token ids without padding, in eval mode, which the model is left in."""
+    found: torch.Tensor = model.eval()(input_ids=ids).logits
+    return found
+
+
+def largest_change(after: torch.Tensor, before: torch.Tensor) -> float:
+    """Return the largest difference of an entry, relative to the largest entry."""
+    return float((after - before).abs().max() / before.abs().max())
 
 
 def ragged_prompts():
