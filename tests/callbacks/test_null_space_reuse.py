@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -12,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
 from null_space_problems import PROTECTED, Net, general_inputs, leak, projection, trainer
 from paths import SUPPORT
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -116,6 +119,39 @@ def test_two_instances_on_different_modules(tmp_path):
     assert first.calibration.basis_of("first").protected == 10
     assert second.calibration.basis_of("second").protected == 6
     assert len(torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]) == 3
+
+
+class SharedLogger(Logger):
+    """Writes where other runs write too, as wandb's logger does."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    @property
+    def name(self) -> str:
+        return "shared"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def test_files_of_a_fit_go_into_a_folder_of_its_own_alone(tmp_path):
+    trainer(tmp_path, projection(), logger=SharedLogger(tmp_path / "all"), max_steps=1).fit(Net())
+    assert not list(tmp_path.rglob("*null*space*"))
+    trainer(tmp_path, projection(), logger=CSVLogger(tmp_path, name="run", version=""), max_steps=1).fit(Net())
+    assert {"nullspace.layers.csv", "null_space.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_datamodule_provides_the_text(tmp_path):
