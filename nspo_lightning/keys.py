@@ -62,13 +62,13 @@ def looks_secret(name: str) -> bool:
 
 
 def mask_keys(text: str) -> str:
-    """Blot out values of options that are called like credentials, and whatever looks like a key.
+    """Replace values of options that are named like credentials, and whatever looks like a key, by ``***``.
 
     Args:
         text: A message, which may repeat what a user gave.
 
     Returns:
-        It, with `***` in their place.
+        The message without them.
 
     Examples:
         >>> mask_keys("Key 'api_key' is not expected. Given: {'api_key': 'sk-123', 'model': 'm'}")

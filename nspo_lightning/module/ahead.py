@@ -16,13 +16,13 @@ from nspo_lightning.grpo import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """Completions that were asked for before their batch came.
+    """A rollout that was requested before its batch is trained on.
 
     Attributes:
         prompt_ids: Shape (P, L), left-padded.
-        seed: Of the noise.
-        update: Updates that the policy that draws them has behind it.
-        answer: What comes of it, with the log-probabilities under the policy that drew it, or the error.
+        seed: Of the sampling noise.
+        update: Updates that the policy had taken when the rollout was requested.
+        answer: The rollout once it is there, with log-probabilities under the policy that drew it; or the error.
     """
 
     prompt_ids: Tensor
@@ -45,7 +45,7 @@ class Ahead:
         return cls(prompt_ids=prompt_ids, seed=seed, update=update, answer=answer)
 
     def is_of(self, batch: Mapping[str, Any], seed: int, update: int) -> bool:
-        """Tell whether it was asked for this batch with this noise, of weights that stand where `update` updates do."""
+        """Return whether it was requested for this batch, with this seed, by a policy of at most `update` updates."""
         return self.update <= update and seed == self.seed and torch.equal(self.prompt_ids, batch["prompt_ids"])
 
     def state_dict(self, *, wait: bool) -> dict[str, Any] | None:
@@ -60,7 +60,7 @@ class Ahead:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> Ahead:
-        """Make it again, answered, on a device; earlier checkpoints hold the log-probabilities beside the rollout."""
+        """Rebuild it, answered, on a device; earlier checkpoints hold the log-probabilities beside the rollout."""
         answer: Future[Rollout] = Future()
         rollout = Rollout(**{"log_probs": state.get("log_probs"), **state["rollout"]}).to(device)
         answer.set_result(rollout)

@@ -35,11 +35,11 @@ class Collected:
     """What came of one batch of prompts.
 
     Attributes:
-        buffer: To learn from.
-        judged: To show.
-        rows: Of all ranks.
-        metrics: To log; of all ranks.
-        num_tokens: Of all ranks, each completion with its own prompt.
+        buffer: This rank's experience, which training steps learn from.
+        judged: This rank's completions as text, for tables and logs.
+        rows: Lengths, rewards and outcomes of all completions of all ranks.
+        metrics: What is logged, by name; over all ranks.
+        num_tokens: Tokens of all ranks, where each completion counts with its own prompt.
     """
 
     buffer: ExperienceBuffer
@@ -164,11 +164,11 @@ class _Round:
     """A batch of prompts, answered and judged.
 
     Attributes:
-        rollout: This rank's.
-        update: Updates that the policy that drew them had behind it.
-        judged: The same as text.
-        everyone: Of all ranks, rank by rank.
-        signal: Which groups of all ranks have one, shape (all P,), bool, rank by rank.
+        rollout: This rank's completions.
+        update: Updates that the policy that drew them had taken.
+        judged: This rank's completions as text, with rewards and outcomes.
+        everyone: The completions of all ranks, rank by rank.
+        signal: Shape (P of all ranks,), bool, rank by rank, True = the rewards of this group differ.
     """
 
     rollout: Rollout
@@ -178,7 +178,7 @@ class _Round:
     signal: Tensor
 
     def of_group(self, group: Group, size: int) -> JudgedRows:
-        """Return the rows of one group of any rank."""
+        """Return the rows of one group, whichever rank drew it."""
         return self.everyone.of_group(group.rank * (len(self.signal) // ranks.world_size()) + group.prompt, size)
 
 

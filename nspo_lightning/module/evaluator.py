@@ -42,7 +42,7 @@ class Evaluator:
         over_refusal_skills: General skills whose refusals count as over-refusal; empty = all.
         prefixes: Begins answers, for attacks that do.
         rates: What was counted since the epoch began.
-        told_of_thoughts: Whether it was said that most general answers are thoughts without an end.
+        told_of_thoughts: Whether the warning of `tell_of_thoughts` was given.
     """
 
     policy: TextPolicy
@@ -121,13 +121,18 @@ class Evaluator:
         return self.finished(table)
 
     def finished(self, table: RateTable) -> dict[str, Rate]:
-        """Return what was counted as rates over ranks, and begin anew."""
+        """Return the rates of a table, over ranks, and empty it."""
         found = table.compute_counts(self.policy.device)
         self.tell_of_thoughts(found[TRUNCATED].value if TRUNCATED in found else 0.0, 1)
         return found
 
     def tell_of_thoughts(self, cut: float, of: int) -> None:
-        """Warn once if most of some general answers are thoughts that were cut."""
+        """Warn once if most answers to general prompts are thoughts (reasoning before the answer) that were cut.
+
+        Args:
+            cut: How many of them are, or the mean share of several batches.
+            of: Of how many; 1 for a share.
+        """
         share = cut / max(of, 1)
         if share <= 0.5 or self.told_of_thoughts:
             return

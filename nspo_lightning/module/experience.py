@@ -1,4 +1,4 @@
-"""What one rollout hands to the training steps that learn from it.
+"""What training steps learn from: a judged rollout, cut into minibatches.
 
 Notation as in `nspo_lightning.grpo.batch`: P prompts, G completions each, R = P * G rows of C tokens.
 """
@@ -103,9 +103,9 @@ class ExperienceBuffer:
 
     @property
     def wants_log_probs(self) -> bool:
-        """Whether the step at hand, over the whole rollout, must leave its log-probabilities for later passes.
+        """Whether the step that was handed out last must keep its log-probabilities for later passes.
 
-        It is on-policy and scores them anyway; a later pass will see a policy that is no longer the one that sampled.
+        That step is on-policy and computes them anyway; in later passes the policy is no longer the one that sampled.
         """
         return self.num_minibatches == 1 and self.num_iterations > 1 and self.experience.old_log_probs is None
 

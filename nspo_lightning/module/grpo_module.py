@@ -211,8 +211,8 @@ class GRPOModule(pl.LightningModule):
         self.adapter_folder: Path | None = None  # a trained adapter to measure
         self.warm_start: WarmStart | None = None  # what training goes on from
         self._has_started = False
-        self._asked: dict[str, Any] | None = None  # of the optimizer
-        self._loaded_step: int | None = None  # at which the checkpoint stands that is measured
+        self._asked: dict[str, Any] | None = None  # settings of the optimizer and its schedule
+        self._loaded_step: int | None = None  # global step of the checkpoint that is measured
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
         self.base_states = BaseStates()
         self._base_answers: dict[tuple[tuple[str, ...], int], list[str]] = {}

@@ -36,7 +36,7 @@ class Drawn:
     Attributes:
         rollout: R = P * G completions; with log-probabilities if another program or a merged copy drew them.
         texts: The same as text.
-        update: Updates that the policy that drew them had behind it.
+        update: Updates that the policy that drew them had taken.
     """
 
     rollout: Rollout
@@ -45,13 +45,13 @@ class Drawn:
 
 
 class Rollouts(Protocol):
-    """Draws training completions; all ranks call it together. Where nothing can be wrong there is nothing to check."""
+    """Draws training completions; all ranks call it together. The checks do nothing unless a class overrides them."""
 
     guidance: Guidance
     """Says which part of each group is drawn under another prompt."""
 
     def check_start(self, strategy: Strategy) -> None:
-        """See at the start of a run that completions can be drawn, before any work is done."""
+        """Check at the start of a run that completions can be drawn, before any long work."""
         return
 
     def draw(self, batch: Mapping[str, Any], seed: int, update: int, ahead: Ahead | None = None) -> Drawn:
@@ -66,11 +66,11 @@ class Rollouts(Protocol):
         return None
 
     def stop(self) -> None:
-        """End what is under way: nobody will want it."""
+        """Cancel requests that are under way: their completions will not be used."""
         return
 
     def check_means(self, means: Mapping[str, Tensor]) -> None:
-        """Look at a step's metrics, whether the completions can have been this policy's."""
+        """Check by a step's metrics that the completions were drawn by this policy."""
         return
 
 

@@ -47,20 +47,20 @@ def groups_with_signal(rows: JudgedRows, group_size: int, *, mask_truncated: boo
 
 @dataclass(kw_only=True)
 class Stretch:
-    """What the rollouts since the last one with a signal have come to.
+    """Counts over the rollouts since the last one with a signal.
 
     Attributes:
-        rollouts: Their number.
-        groups: Prompts.
+        rollouts: Number of these rollouts.
+        groups: Groups in them, one a prompt.
         left_out: Groups whose rewards differ, but only in completions that `mask_truncated` leaves out.
-        completions: With a reward.
+        completions: Completions with a reward.
         judged: Completions with an outcome.
         reads_harm: Whether the judge tells harm from a harmless answer.
-        unsafe: Of those with an outcome.
-        answered: Of those, where nobody reads harm.
-        refused: Of those.
-        garbage: Of those.
-        reward: Sum over the completions with one.
+        unsafe: Judged completions that are unsafe.
+        answered: Judged completions that answer, where the judge does not read harm.
+        refused: Judged completions that refuse.
+        garbage: Judged completions that are garbage.
+        reward: Sum of the rewards.
         low: The lowest reward; None = none yet.
     """
 
@@ -116,14 +116,14 @@ class Signal:
     Attributes:
         max_without: Rollouts in a row without a signal, before a run ends; None = it never does.
         cures: What may give a signal, as a sentence's end.
-        with_signal: Rollouts of this run with one.
-        groups: Prompts that were answered, in all rollouts of this run with a score.
-        groups_with_signal: Of those.
-        completions: Answers to them.
-        cut: Of those, answers that ran to the length limit.
+        with_signal: Rollouts of this run with a signal.
+        groups: Groups in all rollouts of this run with a score, one a prompt.
+        groups_with_signal: Groups among them whose rewards differ.
+        completions: Completions in these groups.
+        cut: Completions among them that ran to the length limit.
         low: The lowest reward of the run; None = none yet.
         high: The highest.
-        told: Whether it was said that the policy is safe already.
+        told: Whether the warning was given that the policy is safe already.
         stretch: The rollouts since the last signal.
     """
 

@@ -1,4 +1,4 @@
-"""What is seen at the start of a run: that ranks can work apart and wait long enough, and how long prompts are."""
+"""Checks at the start of a run: strategy, accumulation, data loader and optimizer must suit the settings."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def longest_prompt_tokens(trainer: pl.Trainer) -> int:
 
 
 def check_strategy(trainer: pl.Trainer, reward: RewardSet) -> None:
-    """See at the start of a run that ranks can work apart and wait long enough for their rewards.
+    """Check that each rank can sample on its own, and that the others wait long enough for its rewards.
 
     Raises:
-        MisconfigurationException: If weights are sharded, or a rank with a slow reward would be given up by the others.
+        MisconfigurationException: If weights are sharded, or if a slow reward would exceed the strategy's timeout.
     """
     strategy = trainer.strategy
     if _shards_weights(strategy):

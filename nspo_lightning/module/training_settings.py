@@ -1,4 +1,4 @@
-"""How a module is told to learn, checked once."""
+"""The settings of training, checked once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nspo_lightning.rollout.server_config import IMPORTANCE_CAP, ServerSettings
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Arguments of `GRPOModule` by their names, which are described there."""
+    """Arguments of `GRPOModule` under the same names; they are described there."""
 
     group_size: int
     sampling: SamplingConfig
@@ -38,7 +38,7 @@ class TrainingSettings:
 
     @property
     def importance_cap(self) -> float:
-        """Most that a token counts for which others than the policy itself drew: a server, or a merged copy."""
+        """Upper bound of the importance ratio of tokens that a server or a merged copy drew, not the policy itself."""
         return IMPORTANCE_CAP if self.rollout_server is None else self.rollout_server.importance_cap
 
     def __post_init__(self) -> None:

@@ -39,11 +39,11 @@ from nspo_lightning.rollout.places import places_among_ranks
 
 REFUSED, SIGNAL = "warmup/refusal_rate", "warmup/groups_with_signal"
 GENERAL, GENERAL_KL = "warmup/general_refusal_rate", "warmup/general_kl"
-_LEAST_KNOWN = 0.5  # of the taught refusals that the judge must call so
+_LEAST_KNOWN = 0.5  # share of the taught answers that the judge must call refusals
 
 
 class WarmupError(ValueError):
-    """A warm start that did not come to what was asked for, or can't."""
+    """A warm start that did not reach its goal, or can't reach it."""
 
     raised_on_all_ranks = True
 
@@ -52,9 +52,9 @@ class WarmupModule(GRPOModule):
     """Supervised refusals on the policy of a `GRPOModule`, whose arguments it takes.
 
     Attributes:
-        warmup: How.
-        before: Rates before the first update.
-        latest: Those of the last check.
+        warmup: The settings of the warm start.
+        before: Rates before the first update, by name.
+        latest: Rates of the last check, by name.
         stopped: Why no update follows: "reached", "general", or "" while it goes on.
     """
 
@@ -155,9 +155,11 @@ class WarmupModule(GRPOModule):
         self._seen.update(observations, self.device)
 
     def _answer_in_groups(self, batch: dict[str, Any], batch_idx: int) -> list[tuple[str, float]]:
-        """Return what refuses of harmful prompts that are answered as GRPO will, and which groups it could learn from.
+        """Answer harmful prompts in groups, as GRPO will.
 
-        Where answers are begun in training, these alone count: plain ones are learnt on the way.
+        Returns:
+            Observations of which answers refuse and which groups have a signal. Where answers are begun in training,
+            only these count: plain ones are learnt on the way.
         """
         group, count = self.settings.group_size, len(batch["prompt"])
         places = places_among_ranks(count)
@@ -195,7 +197,11 @@ class WarmupModule(GRPOModule):
         self.stopped, self.trainer.should_stop = why, True
 
     def _check_judge(self) -> None:
-        """See that what is taught counts as a refusal."""
+        """Check that the judge calls the taught answers refusals.
+
+        Raises:
+            WarmupError: If it calls fewer than half of them so.
+        """
         datamodule = datamodule_of(self.trainer)
         if not isinstance(datamodule, WarmupDataModule):
             return

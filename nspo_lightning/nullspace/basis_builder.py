@@ -123,7 +123,7 @@ def decompose_for(
 
 
 class BasisBuilder:
-    """Makes the basis of one input after another, and refuses together those that keep no null direction.
+    """Builds the bases of a model, input by input; inputs that keep no null direction are refused together.
 
     Args:
         settings: What decides the bases.
@@ -142,7 +142,7 @@ class BasisBuilder:
         self._candidates: dict[str, Candidates] = {}
 
     def add(self, name: str, spectrum: Spectrum | Candidates) -> None:
-        """Choose how much of an input is protected, and build its basis; candidates wait for the others' (`finish`)."""
+        """Choose how much of an input is protected and build its basis; candidates are chosen among in `finish`."""
         self.count += 1
         if isinstance(spectrum, Candidates):
             self._candidates[name] = spectrum

@@ -23,7 +23,7 @@ _CHUNK_ELEMENTS = 2**24
 """Logits of one chunk: 64 MiB in float32, and there are two of them."""
 
 FIRST_TOKENS = 3
-"""So many tokens of an answer are its beginning, where it is decided whether to refuse; the first one counts."""
+"""Tokens at the start of an answer, the first one included: whether to refuse is decided there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,13 @@ class RowScore:
     """Sums over the scored tokens of one row of text.
 
     Attributes:
-        skill: What the row is among, for results by skill.
-        tokens: How many are scored.
-        nll: Of -log q(token), nats.
-        base_nll: Of -log p(token), nats; NaN where there is no base to compare with.
-        kl: Of KL(p || q), nats; NaN likewise.
-        first_tokens: How many of them begin an answer: `FIRST_TOKENS` at most, 0 in text without a prompt before it.
-        first_kl: Of KL(p || q) at those, nats.
+        skill: The skill that the row belongs to, for results by skill.
+        tokens: Number of scored tokens.
+        nll: Sum of -log q(token), nats.
+        base_nll: Sum of -log p(token), nats; NaN where there is no base to compare with.
+        kl: Sum of KL(p || q), nats; NaN where there is no base to compare with.
+        first_tokens: Scored tokens at the start of an answer: at most `FIRST_TOKENS`, 0 in text without a prompt.
+        first_kl: Sum of KL(p || q) over those, nats.
     """
 
     skill: str = "general"
