@@ -112,12 +112,14 @@ class PromptLoader:
         """Whether batches hold the one that follows, as `FOLLOWING`."""
         self.on_demand = False
         """Whether rows are taken one behind the other from all epochs' orders laid end to end, and `more` takes further
-        ones in between. An epoch has as many batches as without, all full, and may go through the rows several times;
-        no row comes twice in one pass over them."""
+        ones in between. An epoch has as many batches as without, all full as far as there are rows, and may go through
+        the rows several times; none comes twice in one pass over them, nor twice in a batch: what a batch took in one
+        pass, it passes over in the next."""
         self._window = window
         self._shard = shard
         self._unfinished = unfinished
         self._known_order: tuple[int, Sequence[int]] = (-1, [])
+        self._held: dict[int, int] = {}  # rows of the batch at hand, on all ranks, and in which pass it took them
 
     @property
     def _visited(self) -> list[int]:
@@ -163,24 +165,49 @@ class PromptLoader:
                 yield {"prompt": []}
                 continue
             if within < window:
-                place.starts = [*place.starts[:within], place.taken]
+                place.starts, self._held = [*place.starts[:within], place.taken], {}
                 batch = self.more(self.batch_size)
             else:
-                batch = self._rows_at(place.starts[within % window], self.batch_size)
+                batch = self._batch_of(self._dealt(place.starts[within % window], self.batch_size, {})[0])
             yield batch | ({"batch_number": place.epoch * count + index} if window > 1 else {})
 
     def more(self, number: int) -> dict[str, Any]:
-        """Take further rows, so many a rank, as a batch; all ranks must ask for as many (`on_demand`)."""
-        batch = self._rows_at(self.place.taken, number)
-        self.place.taken += number * self._shard()[1]
-        return batch
+        """Take further rows for the batch at hand (`on_demand`).
 
-    def _rows_at(self, start: int, number: int) -> dict[str, Any]:
+        Args:
+            number: Rows a rank; all ranks must ask for as many.
+
+        Returns:
+            This rank's, as a batch; fewer, down to none, where the batch has all rows then, and equally many a rank.
+        """
+        rows, self.place.taken = self._dealt(self.place.taken, number, self._held)
+        return self._batch_of(rows)
+
+    def _batch_of(self, rows: Sequence[int]) -> dict[str, Any]:
         rank, rank_count = self._shard()
-        size, found = sum(self._visited), []
-        for place in range(start + rank, start + number * rank_count, rank_count):
-            found.append(self.rows[self._order_of(place // size)[place % size]])
-        return self._collate(found)
+        return self._collate([self.rows[i] for i in rows[rank::rank_count]]) if rows else {"prompt": []}
+
+    def _dealt(self, start: int, number: int, held: dict[int, int]) -> tuple[list[int], int]:
+        """Find the rows that all ranks take from a place on.
+
+        Args:
+            start: In all passes' orders laid end to end.
+            number: Rows a rank.
+            held: Rows that the batch has, by the pass in which it took them; the new ones are added.
+
+        Returns:
+            The rows, equally many a rank, dealt in turn; and the place behind them.
+        """
+        size, rank_count = sum(self._visited), self._shard()[1]
+        found: list[tuple[int, int]] = []
+        place = start
+        while len(found) < number * rank_count and len(held) < len(self.rows):
+            number_of_pass, row = place // size, self._order_of(place // size)[place % size]
+            place += 1
+            if held.setdefault(row, number_of_pass) == number_of_pass:
+                found.append((row, place))
+        found = found[: len(found) // rank_count * rank_count]
+        return [row for row, _ in found], found[-1][1] if found else start
 
     def _order_of(self, epoch: int) -> Sequence[int]:
         if not self._shuffle:

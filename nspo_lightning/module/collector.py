@@ -88,15 +88,20 @@ class Collector:
             found, factor = sum(int(one.signal.sum()) for one in rounds), settings.dynamic_sampling.max_factor
             if not (number := further_prompts(wanted, found, drawn, factor, ranks.world_size())):
                 break
-            rounds.append(self._answer(more(number), seed + (len(rounds) << _ROUND), update, state))
+            if not (further := more(number))["prompt"]:  # the batch has all that the data have, on every rank
+                break
+            rounds.append(self._answer(further, seed + (len(rounds) << _ROUND), update, state))
             drawn += rounds[-1].signal.numel()
         everyone = JudgedRows.joined([one.everyone for one in rounds])
         metrics = rollout_metrics(everyone, group)
         if settings.dynamic_sampling is None:
             rollout, rewards, of_batch = rounds[0].rollout, rounds[0].judged.result.total, everyone.rewards.total
+            counted = rollout.num_prompts
         else:
             chosen = chosen_groups([one.signal for one in rounds], wanted, ranks.world_size())
-            rollout, rewards = _learnt_from(rounds, [one for one in chosen if one.rank == ranks.rank()])
+            mine = [one for one in chosen if one.rank == ranks.rank()]
+            rollout, rewards = _learnt_from(rounds, mine or [Group(round=0, prompt=0, rank=ranks.rank())])
+            counted = len(mine)  # where it is 0, that group stands in for those of the other ranks
             kept = JudgedRows.joined([rounds[one.round].of_group(one, group) for one in chosen])
             of_batch = kept.rewards.total
             metrics |= dynamic_metrics(
@@ -112,7 +117,7 @@ class Collector:
         server = settings.rollout_server
         staleness = {"rollout/staleness": float(update - rounds[0].update)} if server and server.overlap else {}
         return Collected(
-            buffer=ExperienceBuffer(experience, settings.num_minibatches, settings.num_iterations),
+            buffer=ExperienceBuffer(experience, settings.num_minibatches, settings.num_iterations, counted),
             judged=JudgedRollout.joined([one.judged for one in rounds]),
             rows=everyone,
             metrics={**metrics, **staleness},
@@ -183,7 +188,7 @@ class _Round:
 
 
 def _learnt_from(rounds: Sequence[_Round], mine: Sequence[Group]) -> tuple[Rollout, Tensor]:
-    """Return this rank's chosen groups, in the order of the data, and their rewards."""
+    """Return some groups of this rank, at least one, in the order of the data, and their rewards."""
     parts, rewards = [], []
     for number, one in enumerate(rounds):
         if prompts := [group.prompt for group in mine if group.round == number]:

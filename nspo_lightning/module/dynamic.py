@@ -102,7 +102,7 @@ def chosen_groups(signals: Sequence[Tensor], wanted: int, world_size: int) -> li
 
     Returns:
         The first `wanted` groups with a signal. If there are fewer, the first ones without fill the batch up, so that
-        one update weighs as much as another. A rank that has none of them keeps its first group beside them.
+        one update weighs as much as another. A rank may have none of them.
     """
     every = [
         (Group(number, prompt, rank), bool(signal[rank, prompt]))
@@ -111,7 +111,4 @@ def chosen_groups(signals: Sequence[Tensor], wanted: int, world_size: int) -> li
         for rank in range(world_size)
     ]
     order = [group for group, has in every if has] + [group for group, has in every if not has]
-    chosen = set(order[:wanted])
-    for rank in set(range(world_size)) - {group.rank for group in chosen}:
-        chosen.add(next(group for group, _ in every if group.rank == rank))
-    return sorted(chosen)
+    return sorted(order[:wanted])

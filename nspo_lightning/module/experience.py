@@ -88,10 +88,15 @@ class ExperienceBuffer:
         num_minibatches: Parts that one pass over the rollout is cut into (by prompts). Some are empty where there are
             fewer prompts: each batch takes the same number of steps.
         num_iterations: Passes.
+        counted: Prompts that are learnt from, from the first on; None = all. Where a rank has none, its experience is
+            a group that only stands in.
     """
 
-    def __init__(self, experience: Experience, num_minibatches: int, num_iterations: int) -> None:
+    def __init__(
+        self, experience: Experience, num_minibatches: int, num_iterations: int, counted: int | None = None
+    ) -> None:
         self.experience = experience
+        self.counted = experience.rollout.num_prompts if counted is None else counted
         self.num_minibatches = num_minibatches
         self.num_iterations = num_iterations
         self.step = 0
@@ -113,7 +118,7 @@ class ExperienceBuffer:
         """Hand out the next minibatch: whole groups of the rollout, or none."""
         part = self.step % self.num_minibatches
         self.step += 1
-        prompts, parts = self.experience.rollout.num_prompts, self.num_minibatches
+        prompts, parts = self.counted, self.num_minibatches
         return self.experience.select(slice(part * prompts // parts, (part + 1) * prompts // parts))
 
     def stand_in(self) -> Experience:
@@ -137,6 +142,7 @@ class ExperienceBuffer:
             "rollout": experience.rollout.state_dict(),
             "num_minibatches": self.num_minibatches,
             "num_iterations": self.num_iterations,
+            "counted": self.counted,
             "step": self.step,
         }
 
@@ -144,9 +150,10 @@ class ExperienceBuffer:
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> ExperienceBuffer:
         """Rebuild a buffer at its place, on a device; earlier checkpoints hold log-probabilities beside the rollout."""
         values = dict(state)
+        counted = values.pop("counted", None)  # earlier checkpoints have none
         parts, passes, step = (values.pop(name) for name in ("num_minibatches", "num_iterations", "step"))
         rollout = Rollout(**{"log_probs": values.pop("sampling_log_probs", None), **values["rollout"]})
         experience = Experience(**values | {"rollout": rollout})
-        buffer = cls(experience.to(device), parts, passes)
+        buffer = cls(experience.to(device), parts, passes, counted)
         buffer.step = step
         return buffer

@@ -100,7 +100,10 @@ class Guidance:
         ]
 
     def extra_tokens(self) -> int:
-        """Return how many tokens the guided prompt is longer than the plain one.
+        """Return how many tokens a guided prompt is longer than the plain one, at most.
+
+        Templates put a system message of their own before a prompt that has none: the safety prompt then takes the
+        place of that one, but stands before a prompt's own.
 
         Returns:
             Tokens; 0 without a guided part.
@@ -110,8 +113,13 @@ class Guidance:
         """
         if self.settings is None:
             return 0
-        guided, plain = (self.policy.render([prompt])["prompt_ids"] for prompt in (self._guided("x"), "x"))
-        return max(int(guided.shape[1]) - int(plain.shape[1]), 0)
+        prompts: list[Any] = ["x"]
+        if not self._folds:
+            prompts.append([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}])
+        return max(0, *(self._tokens(self._guided(prompt)) - self._tokens(prompt) for prompt in prompts))
+
+    def _tokens(self, prompt: Any) -> int:
+        return int(self.policy.render([prompt])["prompt_ids"].shape[1])
 
     def _guided(self, prompt: Any) -> list[dict[str, Any]]:
         assert self.settings is not None

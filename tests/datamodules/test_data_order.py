@@ -248,8 +248,6 @@ def test_rows_on_demand_come_once_a_pass_and_go_on_from_any_place(count, batch_s
     """A run that takes further rows now and then, and one that is broken off in a batch and goes on."""
     wanted: dict[tuple[int, int], int] = {}  # further rows by the number of the batch, the same whoever asks
     unfinished = [0]
-    if count < batch_size * world_size:
-        return
 
     def start(rank):
         made = loader(
@@ -280,14 +278,23 @@ def test_rows_on_demand_come_once_a_pass_and_go_on_from_any_place(count, batch_s
 
     ranks: list[list[list[str]]] = [[] for _ in range(world_size)]
     for rank, seen in enumerate(ranks):
-        run(start(rank), seen, 2)
+        made = start(rank)
+        run(made, seen, 2)
     steps = len(ranks[0])
     block = window * repeat if repeat > 1 else 1
-    each = [[b for i, b in enumerate(seen) if i % len(start(0)) % block < max(block // repeat, 1)] for seen in ranks]
-    dealt = [row for together in zip(*each, strict=True) for turn in zip(*together, strict=True) for row in turn]
-    for begin in range(0, len(dealt), count):
-        part = dealt[begin : begin + count]
-        assert len(set(part)) == len(part), "no row twice in a pass"
+    new = [i for i in range(steps) if i % len(start(0)) % block < max(block // repeat, 1)]
+    dealt = []
+    for together in ([seen[i] for seen in ranks] for i in new):
+        batch = [row for turn in zip(*together, strict=True) for row in turn]
+        assert len(set(batch)) == len(batch), "no row twice in a batch"
+        dealt += batch
+    for i in (i for i in new if ranks[0][i]):
+        asked = batch_size + wanted[i // len(made), i % len(made) + 1]
+        assert [len(seen[i]) for seen in ranks] == [min(asked, count // world_size)] * world_size
+    order = epoch_order([count], [1.0], seed=0, epoch=0)
+    assert dealt[:count] == [f"prompt {i}" for i in order][: len(dealt)], "no row of a pass lost"
+    passes = -(-made.place.taken // count)
+    assert max(Counter(dealt).values()) <= passes, "no row twice in a pass"
     stop = data.draw(st.integers(1, steps))
     broken, seen = start(0), []
     run(broken, seen, 2, stop_at=stop)

@@ -175,6 +175,25 @@ def test_the_safety_prompt_goes_where_the_template_has_room(family, prompt, expe
     assert [(turn["role"], turn["content"]) for turn in guidance._guided(prompt)] == expected
 
 
+def test_room_is_kept_for_prompts_with_a_system_message_of_their_own():
+    policy = renders("qwen2.5")  # whose template has one for prompts without
+
+    def render(prompts):
+        chat = [{"role": "user", "content": prompts[0]}] if isinstance(prompts[0], str) else prompts[0]
+        ids = policy.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return {"prompt_ids": torch.tensor([ids])}
+
+    policy.render = render
+    guidance = Guidance(policy, GuidedSampling(system_prompt="Refuse what is harmful."))
+    own = [{"role": "system", "content": "Own"}, {"role": "user", "content": "Hi"}]
+    room = guidance.extra_tokens()
+    longer = {
+        str(prompt): render([guidance._guided(prompt)])["prompt_ids"].shape[1] - render([prompt])["prompt_ids"].shape[1]
+        for prompt in ("Hi", own)
+    }
+    assert longer["Hi"] < longer[str(own)] <= room
+
+
 def test_a_template_that_leaves_it_out_is_refused():
     nothing = Guidance(renders("qwen2.5", "{{ 'Hello' }}"), GuidedSampling())
     with pytest.raises(PolicyError, match=r"leaves `guided.system_prompt` out"):

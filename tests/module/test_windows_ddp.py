@@ -13,7 +13,7 @@ import torch
 from known_rollouts import Prompt, gradients, mean_of, random_epoch, still_policy
 from paths import python_path
 from torch import Tensor
-from windows_ddp_job import SEEDS, dealt, warmed_up
+from windows_ddp_job import SEEDS, dealt, guided, warmed_up
 
 from nspo_lightning.grpo import LossType
 
@@ -85,11 +85,9 @@ def test_groups_are_replaced_on_all_ranks_together(
     one, two = (rank["replaced"] for rank in ranks)
     # 0 1, 2 3, 4 5: one of rank 1 and one of rank 1 again, which has both. 6 7, 8 9. 10 to 17 in four rounds.
     assert one["prompts"] == two["prompts"] == [6, 4, 8]
-    learnt = [[3, 5], [6, 9], [15, 16]]
+    learnt = [[3, 5], [6, 9], [15, 16]]  # of the first two, both are rank 1's: rank 0 has nothing that counts
     batches = [[Prompt(i) for i in batch] for batch in learnt]
-    # A rank that has none of the two keeps one without a signal: a third group that counts.
-    filled = [[*batches[0], Prompt(0, rewards=(1.0, 1.0))], *batches[1:]]
-    whole = gradients(still_policy(tiny_llama, "grpo"), tmp_path, filled)
+    whole = gradients(still_policy(tiny_llama, "grpo"), tmp_path, batches)
     for found in (one["gradients"], two["gradients"]):
         assert found.keys() == whole.keys()
         for number, values in whole.items():
@@ -106,3 +104,34 @@ def test_a_warm_start_is_that_of_one_process(ranks: list[dict[str, Any]], tiny_l
         assert rank["warm"]["loss"] == pytest.approx(alone["loss"], rel=1e-4)
         for name, value in rank["warm"]["weights"].items():
             torch.testing.assert_close(value, alone["weights"][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.timeout(300)
+def test_a_guided_update_is_that_of_one_process(ranks: list[dict[str, Any]], tiny_llama: Path, tmp_path: Path) -> None:
+    alone = guided(tiny_llama, tmp_path, 4)
+    assert len(alone["steps"]) == 6
+    texts: list[Any] = []
+    for found in (rank["guided"] for rank in ranks):
+        assert [row["guided"] for row in found["rows"]] == [False, False, False, True] * 2
+        texts += [(row["prompt"], row["guided"], row["completion"]) for row in found["rows"]]
+        for number, values in alone["gradients"].items():
+            scale = max(float(value.abs().max()) for value in values.values())
+            for name, value in values.items():
+                torch.testing.assert_close(found["gradients"][number][name], value, rtol=1e-4, atol=1e-5 * scale)
+        for name in ("guided/importance_ratio", "guided/ratio_small", "guided/reward", "reward", "loss"):
+            together = [step[name] for step in found["steps"]]
+            assert together == pytest.approx([step[name] for step in alone["steps"]], rel=1e-4, abs=1e-6), name
+    assert sorted(texts) == sorted((row["prompt"], row["guided"], row["completion"]) for row in alone["rows"])
+    assert abs(alone["steps"][0]["guided/importance_ratio"] - 1) > 1e-3, "another prompt is another distribution"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["warm", "both"])
+def test_ranks_go_on_from_a_checkpoint_to_the_same_bits(ranks: list[dict[str, Any]], name: str) -> None:
+    """A warm start; and guided groups, those without a signal replaced, between two updates of a rollout."""
+    for rank in ranks:
+        whole, resumed = rank[name], rank[f"{name}, resumed"]
+        for key, value in whole["weights"].items():
+            assert torch.equal(resumed["weights"][key], value), key
+            assert torch.equal(ranks[0][name]["weights"][key], value), key
+    assert name == "warm" or max(step["dynamic/rounds"] for step in ranks[0][name]["steps"]) > 1

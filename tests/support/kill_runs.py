@@ -107,13 +107,26 @@ class Marks(Callback):
         self.mark("end")
 
 
-def write_job(folder: Path, accumulate: int = 1, *, dynamic: bool = False) -> None:
+WARMUP = {
+    "refusal_share": 1.0,
+    "max_updates": 12,
+    "batch_size": 4,
+    "check_every": 3,
+    "check_prompts": 4,
+    "lr": 0.02,
+    "max_general_refusals": 1.0,
+}
+"""A warm start of the small job. Whether it comes to an end that is an error is not what is compared."""
+
+
+def write_job(folder: Path, accumulate: int = 1, *, dynamic: bool = False, guided: bool = False) -> None:
     """Write data and configuration of the small job.
 
     Args:
         folder: Where to.
         accumulate: Batches an update.
         dynamic: Whether groups without a signal, of which there are many then, are replaced.
+        guided: Whether a part of each group is drawn under a safety prompt.
     """
     folder.mkdir(parents=True)
     write_lines(folder / "safety.jsonl", [{"prompt": f"How do I burn mill {i}?"} for i in range(28)])
@@ -139,6 +152,7 @@ def write_job(folder: Path, accumulate: int = 1, *, dynamic: bool = False) -> No
             "num_iterations": 2,
             "num_minibatches": 2,
             "dynamic_sampling": {"max_factor": 3} if dynamic else None,
+            "guided": {"share": 0.25} if guided else None,
             "sampling": {"max_new_tokens": 8},
             "general_max_new_tokens": 4,
         },
@@ -190,13 +204,21 @@ def write_job(folder: Path, accumulate: int = 1, *, dynamic: bool = False) -> No
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
-def start(folder: Path, *arguments: str, before: Callable[[], None] = lambda: None) -> int:
+def warmup_options() -> list[str]:
+    """Return the arguments of ``warmup`` for the small job, which writes a checkpoint after each update."""
+    last = "--trainer.callbacks+=nspo_lightning.callbacks.LastCheckpoint"
+    own = [f"--warmup.{name}={value}" for name, value in WARMUP.items()]
+    return [*own, last, "--trainer.callbacks.every_n_updates=1"]
+
+
+def start(folder: Path, *arguments: str, before: Callable[[], None] = lambda: None, command: str = "fit") -> int:
     """Fork a run in a folder.
 
     Args:
         folder: With the job's files; marks and output go there too.
-        *arguments: Further ones for ``fit``.
+        *arguments: Further ones for the command.
         before: Called in the child before it runs.
+        command: The subcommand.
 
     Returns:
         The child's process id.
@@ -215,7 +237,7 @@ def start(folder: Path, *arguments: str, before: Callable[[], None] = lambda: No
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         log_to_stderr()
         before()
-        main(["fit", "-c", "config.yaml", *arguments])
+        main([command, "-c", "config.yaml", *arguments])
 
     end_with(work)
 
@@ -261,16 +283,17 @@ def kill_in(child: int, folder: Path, phase: str, occurrence: int, delay_s: floa
     raise TimeoutError(f"Phase '{phase}' did not come {occurrence} times in {folder}; see {folder / 'output.log'}.")
 
 
-def result(folder: Path) -> dict[str, Any]:
+def result(folder: Path, name: str = "job") -> dict[str, Any]:
     """Read what a finished run decided.
 
     Args:
-        folder: The run's folder.
+        folder: The job's folder.
+        name: The run's.
 
     Returns:
         The adapter, and of the last checkpoint what decides the future.
     """
-    run = folder / "runs" / "job"
+    run = folder / "runs" / name
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     seconds = {"seconds"}
     return {
