@@ -135,12 +135,12 @@ def test_weights_that_a_callback_puts_back_at_the_end_are_the_last(tiny_llama: P
 def test_an_exception_writes_the_same_file(tiny_llama: Path, tmp_path: Path) -> None:
     class Fails(Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-            if trainer.global_step == 4:
+            if trainer.global_step == 3:  # within an epoch: at its end the file is written anyway
                 raise RuntimeError("out of paper")
 
     with pytest.raises(RuntimeError, match="out of paper"):
         fit(tiny_llama, tmp_path, Fails(), steps=6)
-    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 4
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 3
 
 
 @pytest.mark.parametrize("given", [{"every_n_updates": 0}, {"every_minutes": -1.0}])
