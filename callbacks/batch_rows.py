@@ -34,7 +34,7 @@ class BatchRows:
         if loaders and all(isinstance(loader, KnowsBatchSizes) for loader in loaders):
             sizes = [loader.batch_sizes() for loader in loaders]
             self._sizes = [s[: int(min(n, len(s)))] for s, n in zip(sizes, batches, strict=True)]
-        self.unit = "batches" if self._sizes is None else "rows"
+        self.unit = "batch" if self._sizes is None else "row"
         count = float(sum(batches)) if self._sizes is None else float(sum(map(sum, self._sizes)))
         self.total = int(count) if count != float("inf") else None
 

@@ -50,7 +50,7 @@ class RunProgress(ProgressBar):
         steps, self._step = trainer.estimated_stepping_batches, trainer.global_step
         total = int(steps) if math.isfinite(steps) and steps > 0 else None
         self._trained = self._training.enter_context(
-            rows_progress("Training", total, unit="steps", done=self._step, visible=self._enabled)
+            rows_progress("Training", total, unit="step", done=self._step, visible=self._enabled)
         )
 
     @override

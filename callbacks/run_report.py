@@ -45,6 +45,7 @@ from nspo_lightning.evaluation.rates import (
 from nspo_lightning.evaluation.report import observations_by_category
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.evaluation.text_means import TEXT_NAMES, in_nats, text_means
+from nspo_lightning.terminal import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -337,6 +338,6 @@ def _print(table: Table, summary: Mapping[str, Any], folder: Path) -> None:
     promise = "no projection" if leak is None else f"largest leak into the protected space {leak:.1e}"
     updates, skipped, undone = (summary[name] for name in ("updates", "updates_skipped", "updates_undone"))
     others = [f"{count} more {what}" for count, what in ((skipped, "skipped"), (undone, "taken back")) if count]
-    taken = f"{updates} updates" if updates else "NO UPDATE IS LEFT" if undone else "NO UPDATE WAS TAKEN"
+    taken = counted(updates, "update") if updates else "NO UPDATE IS LEFT" if undone else "NO UPDATE WAS TAKEN"
     taken += f" ({', '.join(others)})" if others and (updates or undone) else ""
     console.print(f"{promise}; {taken} in {summary['seconds']:.0f} s; written to {folder}")

@@ -14,6 +14,7 @@ from nspo_lightning.datamodules.sources.attacked import attacked_rows
 from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.text.collate import collate_prompts
 from nspo_lightning.datamodules.text.render import ChatRenderer
+from nspo_lightning.terminal import counted
 
 MakeLoader = Callable[[Sequence[PromptRow], Callable[[list[PromptRow]], dict[str, Any]]], PromptLoader]
 
@@ -82,7 +83,7 @@ def _attacked(rows: list[PromptRow], attack: Attack, victim: AttackedPolicy | No
     found, problem = list[PromptRow](), ""
     if ranks.rank() == 0:
         try:
-            rank_zero_info(f"Attack {attack.name} searches on {len(rows)} prompts. This takes a while.")
+            rank_zero_info(f"Attack {attack.name} searches on {counted(len(rows), 'prompt')}. This takes a while.")
             found = attacked_rows(rows, attack, victim) if rows else []
         except AttackError as error:
             problem = str(error)

@@ -27,6 +27,7 @@ from nspo_lightning.datamodules.text.text_rows import (
     with_model_answers,
 )
 from nspo_lightning.nullspace.domains import TO_LEARN, starts_of
+from nspo_lightning.terminal import counted
 
 
 class GeneralDataModule(PromptDataModule):
@@ -131,9 +132,9 @@ class GeneralDataModule(PromptDataModule):
             )
         if self.calibration_text == "prompt_and_answer":
             if missing := sum(not row.answer for row in chosen):
-                report.notes.append(f"{missing} rows have no answer: their prompt alone is used")
+                report.notes.append(counted(missing, "row has", "rows have") + " no answer: the prompt alone is used")
             if cut := sum(is_cut_by_template(row, self.renderer) for row in chosen if row.answer):
-                report.notes.append(f"of {cut} answers the chat template drops a part, such as a thought")
+                report.notes.append(f"of {counted(cut, 'answer')} the chat template drops a part, such as a thought")
         self.calibration_report = report
         return mix_batches(chosen, self.calibration_batch_size, self.seed)
 

@@ -24,6 +24,7 @@ from nspo_lightning.datamodules.sources.splits import without
 from nspo_lightning.datamodules.text.collate import collate_prompts, pad_token_ids
 from nspo_lightning.datamodules.text.render import ChatRenderer
 from nspo_lightning.datamodules.text.text_rows import choose_calibration_rows
+from nspo_lightning.terminal import counted
 
 REFUSALS = Path(__file__).parent / "refusals.txt"
 _T = TypeVar("_T")
@@ -194,7 +195,7 @@ class WarmupDataModule(AlignmentDataModule):
         if not rows:
             raise DataError(
                 source.label,
-                f"none of its {len(read)} rows has an answer and a prompt that is not held out",
+                f"none of its {counted(len(read), 'row')} has an answer and a prompt that is not held out",
                 "Name the column with the refusals as `answer_column`.",
             )
         return rows

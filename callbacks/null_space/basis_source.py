@@ -41,6 +41,7 @@ from nspo_lightning.nullspace.store import (
     model_differences,
     refuse,
 )
+from nspo_lightning.terminal import counted
 
 Source = str | PathLike[str] | Iterable[Any] | None
 _SAMPLED = 4  # batches that are read where text is only looked at
@@ -177,8 +178,8 @@ class BasisSource:
         missing = set(held) - known
         if missing:
             raise MisconfigurationException(
-                f"The basis file {path} has no basis for {len(missing)} trained layers: {sorted(missing)[:5]}. "
-                "Calibrate with the same `target_modules`.",
+                f"The basis file {path} has no basis for {counted(len(missing), 'trained layer')}: "
+                f"{sorted(missing)[:5]}. Calibrate with the same `target_modules`.",
             )
         if earlier is not None:
             check_fingerprint(calibration.fingerprint, earlier["fingerprint"], str(path))

@@ -27,6 +27,7 @@ from nspo_lightning.nullspace.keeper import (
     start_layers_,
     whole_reference,
 )
+from nspo_lightning.terminal import counted
 
 LEAK_OF_THE_HELD = 1e-4
 """What was held sits at about 1e-7; anything above this was trained without this basis."""
@@ -185,10 +186,10 @@ class Hold:
         if leaking:
             worst, layers = max(leaking, key=lambda c: c.leak), len({c.name for c in leaking})
             raise MisconfigurationException(
-                f"What was trained before does not lie in the null space of this basis: {layers} layers leak, "
-                f"{worst.name} by {worst.leak:.2g}. It was trained with other text, another basis or no projection. "
-                "Give `calibration` the basis file of that run, warm up again in this null space, or merge the adapter "
-                "and start a new one."
+                "What was trained before does not lie in the null space of this basis: "
+                f"{counted(layers, 'layer leaks', 'layers leak')}, {worst.name} by {worst.leak:.2g}. It was trained "
+                "with other text, another basis or no projection. Give `calibration` the basis file of that run, "
+                "warm up again in this null space, or merge the adapter and start a new one."
             )
 
     @property

@@ -22,6 +22,7 @@ from nspo_lightning.nullspace.basis_set import mean_null_share
 from nspo_lightning.nullspace.keeper import GradientEnergy
 from nspo_lightning.nullspace.overview import DETAILS, overview_rows, promise_rows, remarks, write_details
 from nspo_lightning.nullspace.record import null_space_record
+from nspo_lightning.terminal import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,14 +83,14 @@ def show_verification(found: Verification) -> None:
         rank_zero_warn("Null space not checked: there is no calibration text at hand to look at outputs on.")
         return
     rank_zero_info(
-        f"Null space checked: outputs on {found.calls} calibration text(s) change by {found.change:.1g} (relative) "
-        f"when {found.layers} layers are moved inside it."
+        f"Null space checked: outputs on {counted(found.calls, 'calibration text')} change by {found.change:.1g} "
+        f"(relative) when {counted(found.layers, 'layer is', 'layers are')} moved inside it."
     )
     if found.without_room:
         shown = ", ".join(found.without_room[:3]) + (" ..." if len(found.without_room) > 3 else "")
         rank_zero_warn(
-            f"{len(found.without_room)} layers could not be checked: the inputs of a single text leave them no "
-            f"direction to move in ({shown})."
+            f"{counted(len(found.without_room), 'layer')} could not be checked: the inputs of a single text leave "
+            f"them no direction to move in ({shown})."
         )
 
 
@@ -97,7 +98,7 @@ def show_certificate(facts: NullSpaceFacts, layers: int) -> None:
     """Print a fit's certificate, a sentence for each figure, and a warning where what should be held has leaked."""
     if facts.leak is None:
         return
-    rank_zero_info("\n  ".join([f"Null-space certificate: {layers} layers.", *explain_certificate(facts)]))
+    rank_zero_info("\n  ".join([f"Null-space certificate: {counted(layers, 'layer')}.", *explain_certificate(facts)]))
     if facts.held and facts.leak > LEAKED:
         rank_zero_warn(
             f"The update of {facts.leak_layer} left the null space (leak {facts.leak:.2g}): something else than an "

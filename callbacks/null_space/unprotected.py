@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from nspo_lightning.nullspace import Calibration, LayerPlan, UnheldLayersError
+from nspo_lightning.terminal import counted
 
 Unprotected = Literal["error", "warn", "freeze"]
 _SHOWN = 12  # parameters that a message names
@@ -29,7 +30,7 @@ def report_unprotected(
     if plan.refusals:
         lines = "\n  ".join(str(refusal) for refusal in plan.refusals[:_SHOWN])
         more = f"\n  ... and {len(plan.refusals) - _SHOWN} more" if len(plan.refusals) > _SHOWN else ""
-        text = f"{len(plan.refusals)} trained parameter(s) cannot be held in the null space:\n  {lines}{more}"
+        text = f"{counted(len(plan.refusals), 'trained parameter')} cannot be held in the null space:\n  {lines}{more}"
         if mode == "error":
             raise MisconfigurationException(
                 f"{text}\nOr set `unprotected='freeze'` (they do not train) or 'warn' (they train freely)."
@@ -61,8 +62,10 @@ def without_unreached(
         raise UnheldLayersError([layer.name for layer in gone], len(plan.layers))
     rest = LayerPlan(layers=tuple(layer for layer in plan.layers if layer not in gone), refusals=())
     shown = ", ".join(layer.name for layer in gone[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
-    fate = "do not train" if mode == "freeze" else "train freely and may move general outputs"
-    rank_zero_warn(f"{len(gone)} layers have no basis (no calibration text reaches them) and {fate}: {shown}")
+    fate = "frozen" if mode == "freeze" else "free to train, which may move general outputs"
+    rank_zero_warn(
+        f"{counted(len(gone), 'layer has', 'layers have')} no basis (no calibration text reaches them), {fate}: {shown}"
+    )
     report_unprotected(rest, mode, None)
     parameters = [p for layer in gone for p in (layer.matrix, layer.output) if p is not None and p.requires_grad]
     return rest, parameters if mode == "freeze" else []
@@ -95,8 +98,8 @@ def require_float32(plan: LayerPlan) -> None:
     low = [layer for layer in plan.layers if layer.matrix.dtype not in (torch.float32, torch.float64)]
     if low:
         raise MisconfigurationException(
-            f"{len(low)} trained matrices are in {low[0].matrix.dtype} (first: {low[0].name}); rounding to it alone "
-            "leaks about 4e-3 of an update into what is protected. Keep trained weights in float32: "
-            "precision='bf16-mixed' or '32-true' instead of 'bf16-true' or '16-true' (peft: "
-            "`autocast_adapter_dtype=True`)."
+            f"{counted(len(low), 'trained matrix is', 'trained matrices are')} in {low[0].matrix.dtype} (first: "
+            f"{low[0].name}); rounding to it alone leaks about 4e-3 of an update into what is protected. Keep "
+            "trained weights in float32: precision='bf16-mixed' or '32-true' instead of 'bf16-true' or '16-true' "
+            "(peft: `autocast_adapter_dtype=True`)."
         )

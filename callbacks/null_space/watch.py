@@ -17,6 +17,7 @@ from nspo_lightning.callbacks.null_space.inference import inference, plain_outpu
 from nspo_lightning.callbacks.null_space.unprotected import Unprotected
 from nspo_lightning.compat.torch import RunningNorm
 from nspo_lightning.nullspace import ForwardCall
+from nspo_lightning.terminal import counted
 
 _SHOWN = 8
 _MOVED = 1e-6  # relative change of outputs that a buffer makes; rounding of an equal buffer makes none
@@ -47,7 +48,7 @@ class TrainedParameters:
             self._known |= new.keys()  # another model's, which this one's outputs need not depend on
             return
         names = names or ["(not among the module's own)"]
-        text = f"{len(new)} parameter(s) began to train during fit: {', '.join(names[:_SHOWN])}"
+        text = f"{counted(len(new), 'parameter')} began to train during fit: {', '.join(names[:_SHOWN])}"
         if mode == "error":
             raise MisconfigurationException(
                 f"{text}. Nothing was calibrated for them, so they cannot be held in the null space. Make them "
@@ -89,7 +90,7 @@ def hold_statistics(pl_module: nn.Module, mode: Unprotected) -> list[RunningNorm
     if not found:
         return []
     names = ", ".join(list(found)[:_SHOWN])
-    text = f"{len(found)} normalisation(s) gather running statistics while they train ({names}), which moves outputs"
+    text = f"{counted(len(found), 'normalisation')} with running statistics in training ({names}), which moves outputs"
     if mode == "error":
         raise MisconfigurationException(
             f"{text} on general inputs whatever the weights do. Put them in eval mode (`module.eval()`, "
@@ -143,7 +144,7 @@ class Buffers:
         if not ranks.any_rank(bool(names)):
             return
         shown = ", ".join(names[:_SHOWN])
-        text = f"{len(names)} buffer(s) changed in training and moved outputs on general text: {shown}"
+        text = f"{counted(len(names), 'buffer')} changed in training and moved outputs on general text: {shown}"
         if mode != "warn":
             raise MisconfigurationException(
                 f"{text}. No projection of weights can hold them. Let them be (eval mode, no updates in training), or "

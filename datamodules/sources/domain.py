@@ -14,6 +14,7 @@ from nspo_lightning.datamodules.sources.read import Reject, SourceReport, keep_a
 from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
 from nspo_lightning.datamodules.sources.splits import HeldOutName, choose, held_out_size, hold_out, without
+from nspo_lightning.terminal import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def _in_templates(
     reasons = reject(attacked, source)
     found = [new if reason is None else row for row, new, reason in zip(rows, attacked, reasons, strict=True)]
     count = sum(row.request is not None for row in found)
-    report.notes.append(f"{count} of {len(rows)} training prompts stand in an attack template")
+    report.notes.append(f"{count} of {counted(len(rows), 'training prompt')} stand in an attack template")
     if plain := sum(reason is not None for reason in reasons):
         report.notes.append(f"{plain} do not, as they would be too long")
     return found

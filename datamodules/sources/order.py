@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from nspo_lightning.terminal import counted
+
 Stop = Literal["shortest", "longest"]
 """When an epoch of several sources ends: before the first repeats a row, or when every source was seen whole."""
 
@@ -69,7 +71,9 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
         ValueError: If there are fewer rows than ranks.
     """
     if 0 < len(order) < world_size:
-        raise ValueError(f"{len(order)} rows cannot feed {world_size} ranks. Use fewer devices or more rows.")
+        raise ValueError(
+            f"{counted(len(order), 'row')} cannot feed {world_size} ranks. Use fewer devices or more rows."
+        )
     step = batch_size * world_size
     full, rest = divmod(len(order), step)
     batches = [list(order[i * step + rank : (i + 1) * step : world_size]) for i in range(full)]

@@ -18,7 +18,7 @@ from nspo_lightning.datamodules.sources.opening import is_builtin, open_source
 from nspo_lightning.datamodules.sources.references import with_final_answers
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Kind, PromptSource
-from nspo_lightning.terminal import rows_progress
+from nspo_lightning.terminal import counted, rows_progress
 
 _CHUNK_ROWS = 512
 
@@ -50,7 +50,7 @@ class SourceReport:
         """Say it in one line, such as ``a.csv: 520 rows read, 4 left out (4 longer than 64 tokens); 516 train``."""
         left_out = f"{self.dropped.total()} left out ({self.reasons})" if self.dropped else "none left out"
         splits = [f"{count} {name}" for name, count in self.splits.items()]
-        return "; ".join([f"{self.label}: {self.read} rows read, {left_out}", *splits, *self.notes])
+        return "; ".join([f"{self.label}: {counted(self.read, 'row')} read, {left_out}", *splits, *self.notes])
 
 
 Reject = Callable[[list[PromptRow], PromptSource], "list[str | None]"]
@@ -88,12 +88,12 @@ def usable_rows(
                     report.dropped[reason] += 1
             advance(len(chunk))
             if source.streaming and len(rows) == source.count:
-                report.notes.append(f"stream stopped after {source.count} usable rows")
+                report.notes.append(f"stream stopped after {counted(source.count, 'usable row')}")
                 break
     if not rows:
         raise DataError(
             source.label,
-            f"none of its {report.read} rows is usable: {report.reasons}",
+            f"none of its {counted(report.read, 'row')} is usable: {report.reasons}",
             "Raise `max_prompt_tokens`, or choose other data.",
         )
     # What a built-in world's code says is exact.
@@ -131,8 +131,8 @@ def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -
     if ids and len(ids) < (chosen := report.read - report.dropped[NOT_CHOSEN]):
         repeated, missing = sum(count > 1 for count in ids.values()), chosen - ids.total()
         report.notes.append(
-            f"`{plan.id_column}` names no row by itself ({repeated} values repeat, {missing} are missing): rows are "
-            "told apart by their place"
+            f"`{plan.id_column}` names no row by itself ({counted(repeated, 'value repeats', 'values repeat')}, "
+            f"{counted(missing, 'is', 'are')} missing): rows are told apart by their place"
         )
 
 

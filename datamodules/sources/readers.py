@@ -19,6 +19,7 @@ from nspo_lightning.datamodules.sources.data_error import DataError, clip, listi
 from nspo_lightning.datamodules.sources.json_rows import read_json, read_jsonl
 from nspo_lightning.datamodules.sources.lines import MAX_LINE_BYTES, numbered_lines
 from nspo_lightning.datamodules.sources.rows import RawRow
+from nspo_lightning.terminal import counted
 
 _WHOLE = re.compile("-?[0-9]+")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
@@ -80,7 +81,7 @@ def _read_csv(path: Path, header: Sequence[str] | None, delimiter: str, notes: l
             if len(fields) != len(names):
                 raise DataError(
                     where,
-                    f"{len(fields)} fields, but {len(names)} columns ({listing(names)})",
+                    f"{counted(len(fields), 'field')}, but {counted(len(names), 'column')} ({listing(names)})",
                     "Quote fields that hold the separator, or set the preset whose columns these are.",
                 )
             if not names[0] and not _WHOLE.fullmatch(fields[0].strip()):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import AnswerUse
 from nspo_lightning.evaluation.answers import after_hashes, is_short
+from nspo_lightning.terminal import counted
 
 FINAL_ANSWER = "final_answer"
 """The column with what a completion is compared with; empty where the answer is free text."""
@@ -32,9 +33,9 @@ def with_final_answers(rows: Sequence[PromptRow], use: AnswerUse | None, notes: 
     for skill in sorted({row.skill for row in benign}):
         waiting = [row for row in benign if row.skill == skill and not row.columns.get(FINAL_ANSWER)]
         if missing := sum(not row.answer for row in waiting):
-            notes.append(f"{missing} rows of skill {skill} have an empty answer and are not scored")
+            notes.append(f"{counted(missing, 'row')} of skill {skill} with an empty answer: not scored")
         if free := len(waiting) - missing:
-            notes.append(f"{free} answers of skill {skill} are free text: scored by likelihood, not compared")
+            notes.append(f"{counted(free, 'answer')} of skill {skill} in free text: scored by likelihood, not compared")
     return done
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.order import shares
 from nspo_lightning.datamodules.sources.rows import PromptRow, hash_rank, rank_all, take_ranked
-from nspo_lightning.terminal import rows_progress
+from nspo_lightning.terminal import counted, rows_progress
 
 AnswerFn = Callable[..., list[str]]
 """Answers a list of prompts with the policy. It may be asked with a second argument, the most tokens of an answer, as
@@ -95,7 +95,9 @@ def with_model_answers(
             answers = answer_fn(prompts) if max_new_tokens is None else answer_fn(prompts, max_new_tokens)
             if len(answers) != len(part):
                 raise DataError(
-                    "`answer_fn`", f"it gave {len(answers)} answers to {len(part)} prompts", "Give one answer a prompt."
+                    "`answer_fn`",
+                    f"it gave {counted(len(answers), 'answer')} to {counted(len(part), 'prompt')}",
+                    "Give one answer a prompt.",
                 )
             answered += [replace(row, answer=answer) for row, answer in zip(part, answers, strict=True)]
             advance(len(part))

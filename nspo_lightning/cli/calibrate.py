@@ -26,6 +26,7 @@ from nspo_lightning.nullspace import Calibration, domain_report, plan_layers
 from nspo_lightning.nullspace.domains import is_apart
 from nspo_lightning.nullspace.overview import DETAILS, remarks, write_details
 from nspo_lightning.nullspace.picture import spectrum_figure
+from nspo_lightning.terminal import counted
 
 _SHOWN = 12  # layers and pairs of domains that are named
 _KEPT_MOMENTS_BYTES = 256e6  # second moments by domain go into the file up to this size, unless asked for or refused
@@ -137,10 +138,10 @@ def _print(
         ]
         console.print(rich_table(title, ("domains", "covered", "mean cosine", "angle"), angles, align="lrrr"))
         if len(apart) > _SHOWN:
-            console.print(f"({len(apart)} pairs in all; these {_SHOWN} are furthest apart)")
+            console.print(f"({counted(len(apart), 'pair')} in all; these {_SHOWN} are furthest apart)")
     if missed := calibration.unreached:
         console.print(
-            f"No calibration text reaches {len(missed)} layers: {', '.join(missed[:_SHOWN])}"
+            f"No calibration text reaches {counted(len(missed), 'layer')}: {', '.join(missed[:_SHOWN])}"
             f"{' ...' if len(missed) > _SHOWN else ''}. They have no basis: they are frozen, or train freely with "
             "`unprotected: warn`.",
             soft_wrap=True,

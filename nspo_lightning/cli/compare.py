@@ -30,6 +30,7 @@ from nspo_lightning.datamodules.prompts import check_at_least_one
 from nspo_lightning.datamodules.sources.domain import DomainSources, load_domain
 from nspo_lightning.keys import check_no_key
 from nspo_lightning.policy.base_record import gguf_identity
+from nspo_lightning.terminal import counted
 
 SweepName = Literal["calibration", "threshold", "data", "rank"]
 
@@ -120,7 +121,7 @@ def compare(
         missing = _missing(plan, runs, source, folder)
         workers = jobs or _default_jobs(settings)
         done = f"{len(plan) - len(missing)} done already"
-        console.print(f"{len(plan)} runs, {done}; {workers} at a time; logs in {folder / 'logs'}")
+        console.print(f"{counted(len(plan), 'run')}, {done}; {workers} at a time; logs in {folder / 'logs'}")
         failed = [job for job in run_all(missing, workers, console, run_job) if job.error]
     results = _complete(plan, folder)
     if not results and not failed:
@@ -132,7 +133,9 @@ def compare(
         write_report(folder, findings, console)
     if failed:  # a variant that can't be trained is an answer too: the others are reported first
         listing = "\n".join(f"  {o.name}: {o.error}" for o in failed)
-        raise ValueError(f"{len(failed)} of {len(plan)} runs failed; the others are kept and reported:\n{listing}")
+        raise ValueError(
+            f"{len(failed)} of {counted(len(plan), 'run')} failed; the others are kept and reported:\n{listing}"
+        )
 
 
 def _plan(

@@ -19,6 +19,7 @@ from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.sources.read import SourceReport
 from nspo_lightning.datamodules.text.collate import calibration_text
 from nspo_lightning.datamodules.text.render import ChatRenderer
+from nspo_lightning.terminal import counted
 
 _EXAMPLE_CHARS = 1200
 _MOST_DOMAINS = 8
@@ -160,5 +161,5 @@ def _spread(rows: Sequence[Rendered], count: int) -> list[Rendered]:
 def _example(use: str, row: Rendered) -> Panel:
     shown, size = row.text, len(row.text)
     if size > _EXAMPLE_CHARS:
-        shown = f"{shown[:_EXAMPLE_CHARS]}… ({size:,} characters in all)"
+        shown = f"{shown[:_EXAMPLE_CHARS]}… ({counted(size, 'character')} in all)"
     return Panel(Text(shown), title=Text(f"{use} · {row.domain} · {row.kind}"), title_align="left")

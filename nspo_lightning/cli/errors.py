@@ -26,6 +26,7 @@ from nspo_lightning.cli.run_folder import RUN_FOLDER
 from nspo_lightning.cli.shipped import UnknownConfigError, WrongOptionsError
 from nspo_lightning.compat.jsonargparse import told_reason
 from nspo_lightning.keys import mask_keys
+from nspo_lightning.terminal import counted
 
 TRACEBACK_VARIABLE = "NSPO_LIGHTNING_TRACEBACK"
 
@@ -106,7 +107,7 @@ def message_for(error: BaseException) -> str:
         told = located(told_reason(str(error)))
     lines = mask_keys(told).splitlines()
     if len(lines) > _LINES:
-        lines = [*lines[:_LINES], f"... and {len(lines) - _LINES} lines more"]
+        lines = [*lines[:_LINES], f"... and {counted(len(lines) - _LINES, 'line')} more"]
     return whole("\n".join(line if len(line) <= _LINE else f"{line[:_LINE]}..." for line in lines))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.rewards.rules.labels import LabelAgreement
+from nspo_lightning.terminal import counted
 
 
 def scores_table(total: Tensor, per_reward: dict[str, Tensor], metrics: dict[str, float]) -> Table:
@@ -20,7 +21,7 @@ def scores_table(total: Tensor, per_reward: dict[str, Tensor], metrics: dict[str
         rows.append(_figures("total", total))
     rows += [(name, f"{value:g}", "", "", "", "") for name, value in metrics.items()]
     headings = ("reward", "mean", "std", "min", "max", "excluded")
-    return rich_table(f"Rewards of {len(total)} completions", headings, rows, align="lrrrrr")
+    return rich_table(f"Rewards of {counted(len(total), 'completion')}", headings, rows, align="lrrrrr")
 
 
 def _figures(name: str, scores: Tensor) -> tuple[str, ...]:
@@ -35,7 +36,7 @@ def _figures(name: str, scores: Tensor) -> tuple[str, ...]:
 def agreement_table(agreement: LabelAgreement, threshold: float) -> Table:
     """Show how they agree with labels."""
     figures = asdict(agreement)
-    title = f"Agreement with {figures.pop('count')} labels (unsafe = reward below {threshold:g})"
+    title = f"Agreement with {counted(figures.pop('count'), 'label')} (unsafe = reward below {threshold:g})"
     rows = [(name.replace("_", " "), _figure(value)) for name, value in figures.items()]
     return rich_table(title, ("figure", "value"), rows, align="lr")
 

@@ -38,7 +38,7 @@ from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.module.update_window import UpdateWindow
 from nspo_lightning.rewards.messages import transcript
 from nspo_lightning.rewards.protocol import prepare
-from nspo_lightning.terminal import rows_progress
+from nspo_lightning.terminal import counted, rows_progress
 
 _SHOWN_CHARS = 300
 
@@ -220,7 +220,7 @@ def preview_table(found: Preview) -> Table:
     totals = rows.rewards.total
     scored = totals[totals.isfinite()]
     lines: list[tuple[str, str, str]] = [
-        ("answers", f"{len(totals):,}", f"to {found.prompts:,} prompts, {found.group_size} each"),
+        ("answers", f"{len(totals):,}", f"to {counted(found.prompts, 'prompt')}, {found.group_size} each"),
     ]
     if len(scored):
         different = len(set(scored.tolist()))
@@ -247,7 +247,7 @@ def preview_table(found: Preview) -> Table:
     learnt = "" if found.learning is None else f", learning {duration(found.learning * found.epoch_prompts)}"
     without = "" if found.learning is not None else "; no group to time learning by"
     lines.append((
-        f"time, {found.batches:,} steps",
+        f"time, {counted(found.batches, 'step')}",
         duration(found.epoch_seconds),
         f"an epoch: answers and rewards {duration(of_answers)}{learnt}{without}",
     ))

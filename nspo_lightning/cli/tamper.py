@@ -31,7 +31,7 @@ from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.policy.settings import PolicyError
-from nspo_lightning.terminal import rows_progress
+from nspo_lightning.terminal import counted, rows_progress
 
 RESULT = "tamper.json"
 _ANSWER_TOKENS = 64
@@ -117,8 +117,8 @@ def _attack_all(
     harmless, harmful = _harmless(data, attacker), _harmful(module, data, attacker)
     attacks: dict[str, list[dict[str, Any]]] = {
         "nothing": [],
-        f"{attacker.steps} steps of harmless SFT": harmless,
-        f"{attacker.examples} harmful examples": harmful,
+        f"{counted(attacker.steps, 'step')} of harmless SFT": harmless,
+        counted(attacker.examples, "harmful example"): harmful,
     }
     found: Measured = {name: {} for name in attacks}
     for name, batches in attacks.items():
@@ -163,7 +163,7 @@ def _fine_tune_(module: GRPOModule, batches: Sequence[dict[str, Any]], lr: float
     parameters = module.text_policy.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     module.require_policy().train()
-    with rows_progress(label, len(batches), unit="updates") as advance:
+    with rows_progress(label, len(batches), unit="update") as advance:
         for batch in batches:
             rollout = _as_rollout(_on(batch, module.device))
             loss = module.scorer.likelihood_loss(rollout, float(rollout.completion_mask.sum()), 1.0)

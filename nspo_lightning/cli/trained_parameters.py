@@ -7,6 +7,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from nspo_lightning.terminal import counted
+
 
 class TrainedParameters(Callback):
     """Say how many parameters are trained. `--trainer.enable_model_summary true` shows Lightning's table instead."""
@@ -14,4 +16,7 @@ class TrainedParameters(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trained = [p for p in pl_module.parameters() if p.requires_grad]
-        rank_zero_info(f"Training {sum(p.numel() for p in trained):,} parameters in {len(trained)} matrices.")
+        rank_zero_info(
+            f"Training {counted(sum(p.numel() for p in trained), 'parameter')} in "
+            f"{counted(len(trained), 'matrix', 'matrices')}."
+        )

@@ -22,6 +22,7 @@ from nspo_lightning.datamodules.sources.rows import take_ranked
 from nspo_lightning.evaluation.text_means import SAFETY_KL, SAFETY_KL_FIRST
 from nspo_lightning.nullspace.movement import Movement
 from nspo_lightning.policy.divergence import TextScores
+from nspo_lightning.terminal import counted
 
 UPDATE_NORM = "weights/change"
 """||D||_F, see `Movement`."""
@@ -44,7 +45,9 @@ class Distance:
         """Note where the weights are, unless that is known from the run that goes on here."""
         self._movement = Movement(module, self._start)
         if missing := self._movement.uncounted:
-            rank_zero_warn(f"`{UPDATE_NORM}` leaves out {len(missing)} trained parameters, the first {missing[0]}.")
+            rank_zero_warn(
+                f"`{UPDATE_NORM}` leaves out {counted(len(missing), 'trained parameter')}, the first {missing[0]}."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the weights began; {} before that."""

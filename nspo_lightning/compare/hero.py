@@ -16,6 +16,7 @@ from nspo_lightning.compare.equal_safety import cut_at
 from nspo_lightning.compare.pictures import METHOD_STYLES
 from nspo_lightning.compare.results import Findings, RunResult
 from nspo_lightning.evaluation.text_means import KL
+from nspo_lightning.terminal import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +94,7 @@ def hero_figure(findings: Findings) -> Figure | None:
     seeds = len({run.spec.seed for runs in findings.trained.values() for run in runs})
     axes.set_xlabel("harmful prompts still answered, % (safer to the right)")
     axes.set_ylabel("how far general answers moved\n(KL to the base, nats a token; lower is better)")
-    axes.set_title(f"What safety costs in ability ({seeds} seed{'s' if seeds > 1 else ''})", loc="left")
+    axes.set_title(f"What safety costs in ability ({counted(seeds, 'seed')})", loc="left")
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     return figure

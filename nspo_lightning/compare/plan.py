@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nspo_lightning.compare.methods import METHODS, as_arguments, mixing_settings
+from nspo_lightning.terminal import counted
 
 LEARNING_RATE = "model.optimizer.init_args.lr"
 RESULT = "result.json"
@@ -31,7 +32,7 @@ class Budget:
         """Say the rule."""
         return (
             f"a run ends at an unsafe rate of at most {self.stop_unsafe:g} on validation prompts, or after "
-            f"{self.steps} training steps; evaluated every {self.eval_every} steps"
+            f"{counted(self.steps, 'training step')}; evaluated every {counted(self.eval_every, 'step')}"
         )
 
 

@@ -58,7 +58,7 @@ def run_all(jobs: Sequence[Job], workers: int, console: Console, run: Run) -> li
     executor = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(), over))
     with _ended_by_signals():
         try:
-            with rows_progress("Comparing", len(jobs), unit="runs", console=console) as advance:
+            with rows_progress("Comparing", len(jobs), unit="run", console=console) as advance:
                 for future in as_completed([executor.submit(run_one, job, run) for job in jobs]):
                     result = future.result()
                     results.append(result)

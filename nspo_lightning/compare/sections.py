@@ -15,6 +15,7 @@ from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
 from nspo_lightning.evaluation.tables import markdown_table
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, SAFETY_KL
 from nspo_lightning.policy.divergence import FIRST_TOKENS
+from nspo_lightning.terminal import counted
 
 CUTS = (0.1, 0.05)
 """Unsafe rates at which methods are compared."""
@@ -33,8 +34,8 @@ def equal_safety(findings: Findings) -> list[str]:
         "",
         f"Validation prompts. For each method the learning rate, and for each seed the checkpoint, with the best "
         f"{chosen_by} among those that are at most so unsafe; steps: the fewest that any rate needs. Differences are "
-        f"taken seed by seed, mean ± standard deviation over {len(seeds)} seeds. P: share of the bootstrap resamples "
-        "of the seeds in which the method's mean is the best (there are few with few seeds).",
+        f"taken seed by seed, mean ± standard deviation over {counted(len(seeds), 'seed')}. P: share of the "
+        "bootstrap resamples of the seeds in which the method's mean is the best (there are few with few seeds).",
         "",
     ]
     for cut in CUTS:

@@ -31,6 +31,7 @@ from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
 from nspo_lightning.evaluation.tables import markdown_table, rich_table
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, SAFETY_KL, in_nats
 from nspo_lightning.policy.divergence import FIRST_TOKENS
+from nspo_lightning.terminal import counted
 
 _ABILITY = {"general/accuracy": "accuracy", NLL: "NLL"}
 _LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
@@ -105,7 +106,7 @@ def _rules(findings: Findings) -> list[str]:
     if sweep:
         lines += [f"{sweep.question}.", ""]
     if len(results) < findings.planned:
-        lines += [f"**Incomplete: {len(results)} of {findings.planned} runs are done.**", ""]
+        lines += [f"**Incomplete: {len(results)} of {counted(findings.planned, 'run')} done.**", ""]
     return [
         *lines,
         f"Stopping rule, the same for all: {findings.budget.sentence()}.",

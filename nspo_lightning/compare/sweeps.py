@@ -8,6 +8,7 @@ from typing import Any
 
 from nspo_lightning.compare.methods import METHODS, as_dicts
 from nspo_lightning.compare.plan import RunSpec
+from nspo_lightning.terminal import counted
 
 Variant = tuple[str, str, str, dict[str, Any]]
 """Method, group, label, settings beside the method's own."""
@@ -64,7 +65,7 @@ def _calibration(config: Mapping[str, Any], domains: Sequence[str]) -> Sweep:
             settings["data.general"] = [{"rows": "nspo_lightning.toy.world.many_general_rows", "kind": "benign"}]
             for part, split in (("val", "validation"), ("test", "test")):
                 settings[f"data.general_{part}"] = {"path": "toy/general", "split": split}
-        variants.append(("nspo", "samples", f"{size} samples", settings))
+        variants.append(("nspo", "samples", counted(size, "sample"), settings))
     variants += [
         ("nspo", "text", "prompt alone", {"data.calibration_text": "prompt"}),
         ("nspo", "text", "prompt + model's answer", {"data.calibration_text": "prompt_and_model_answer"}),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
+from nspo_lightning.terminal import counted
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -210,7 +211,8 @@ def _signal(facts: TrainingFacts) -> Iterator[Finding]:
         yield Finding(
             severity="error",
             title="No group had a signal",
-            text=f"All answers to a prompt got the same reward, for each of {groups:,} prompts: nothing was learnt.",
+            text=f"All answers to a prompt got the same reward, for each of {counted(groups, 'prompt')}: nothing "
+            "was learnt.",
             cure=SIGNAL_CURES,
         )
     elif with_signal < FEW_SIGNALS * groups and not facts.safe:
@@ -228,8 +230,8 @@ def _updates(facts: TrainingFacts) -> Iterator[Finding]:
         yield Finding(
             severity="error" if not facts.updates else "warning",
             title="Updates that were not finite",
-            text=f"{facts.nonfinite:,} of {steps:,} steps were skipped, since a loss, a gradient or a reward was NaN "
-            f"or infinite; {facts.updates:,} updates stand.",
+            text=f"{facts.nonfinite:,} of {counted(steps, 'step')} skipped, since a loss, a gradient or a reward was "
+            f"NaN or infinite; {_stand(facts.updates)}.",
             cure="`trainer.precision: bf16-mixed` or `32-true`, a lower `lr`, or `trainer.gradient_clip_val: 1.0`.",
         )
     if facts.skipped >= MOST_SKIPPED * steps > 0:
@@ -239,17 +241,21 @@ def _updates(facts: TrainingFacts) -> Iterator[Finding]:
         yield Finding(
             severity="note" if facts.safe or not facts.with_signal else "warning",
             title="Most steps were no updates",
-            text=f"{facts.skipped:,} of {steps:,} steps moved no weight, since no group had a signal; "
-            f"{facts.updates:,} updates stand.",
+            text=f"{facts.skipped:,} of {counted(steps, 'step')} moved no weight, since no group had a signal; "
+            f"{_stand(facts.updates)}.",
             cure=end if facts.safe else "More prompts a step (`data.batch_size`), or `model.dynamic_sampling`.",
         )
     if facts.undone:
         yield Finding(
             severity="note",
             title="Updates were taken back",
-            text=f"{facts.undone:,} of {steps:,} updates went over the guard's budget; {facts.updates:,} stand.",
+            text=f"{facts.undone:,} of {steps:,} updates went over the guard's budget; {_stand(facts.updates)}.",
             cure="A lower `lr`, or a larger budget of `CapabilityGuard`.",
         )
+
+
+def _stand(updates: int) -> str:
+    return counted(updates, "update stands", "updates stand")
 
 
 def _cut(facts: TrainingFacts) -> Iterator[Finding]:
@@ -301,8 +307,8 @@ def _kept(facts: NullSpaceFacts) -> Iterator[Finding]:
     yield Finding(
         severity="warning",
         title="The projection leaves next to nothing of the gradient",
-        text=f"It kept {100 * facts.kept_energy:.2g} % of the gradient's energy (mean of {facts.kept_updates} "
-        "updates): what the objective wants to change is almost all protected.",
+        text=f"It kept {100 * facts.kept_energy:.2g} % of the gradient's energy (mean of "
+        f"{counted(facts.kept_updates, 'update')}): what the objective wants to change is almost all protected.",
         cure="`nullspace.criterion contrast`, a higher `nullspace.min_null_share`, or calibration text that is nearer "
         "to what shall be kept and further from what shall be learnt.",
     )

@@ -18,6 +18,7 @@ from nspo_lightning.policy.base_record import gguf_identity
 from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.loading import loadable_folder
 from nspo_lightning.policy.settings import TOY
+from nspo_lightning.terminal import counted
 
 DATA_FIELDS = ("safety", "general", "system_prompt", "calibration_size", "calibration_text", "mixture", "seed")
 RECIPE_FIELDS = (
@@ -194,7 +195,7 @@ def _recipe(source: ExportSource) -> str:
     names = reward if isinstance(reward, list) else [reward]
     recipe["reward"] = [entry["class_path"] for entry in names if isinstance(entry, Mapping) and "class_path" in entry]
     recipe["batch_size"] = (source.config.get("data") or {}).get("batch_size")
-    counts = f"{source.updates} optimizer steps, checkpoint `{source.checkpoint.name}`"
+    counts = f"{counted(source.updates, 'optimizer step')}, checkpoint `{source.checkpoint.name}`"
     return f"{counts}.\n\n{_yaml(recipe, tuple(recipe))}"
 
 
@@ -217,7 +218,7 @@ def _null_space(source: ExportSource, certificates: Sequence[LayerCertificate], 
     lines: list[str] = []
     if certificates:
         lines.append(
-            f"Certificate of the adapter against its basis, in float64: {len(certificates)} layers, "
+            f"Certificate of the adapter against its basis, in float64: {counted(len(certificates), 'layer')}, "
             f"{leak_sentence(certificates)}; bound on a layer's relative output change on general text: at most "
             f"{max(c.output_change for c in certificates):.2g}."
         )

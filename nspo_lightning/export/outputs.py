@@ -15,6 +15,7 @@ from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.adapter import add_adapter
 from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.settings import PolicyError
+from nspo_lightning.terminal import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ class MergedOutputs:
         """Say it, for the terminal and the card."""
         return (
             f"Logits of this model, loaded from the folder, differ from those of base and trained update by "
-            f"{self.change:.2g} of their norm, on {self.tokens} tokens of text; training moved them by "
+            f"{self.change:.2g} of their norm, on {counted(self.tokens, 'token')} of text; training moved them by "
             f"{self.trained:.2g}, and {100 * self.share:.3g} % of that is in this model."
         )
 

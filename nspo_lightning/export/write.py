@@ -30,7 +30,7 @@ from nspo_lightning.policy.loading import loadable_folder
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer
 from nspo_lightning.policy.warm_start import WarmStart
-from nspo_lightning.terminal import rows_progress
+from nspo_lightning.terminal import counted, rows_progress
 
 WARNING = "WARNING:"
 
@@ -62,7 +62,11 @@ def export_adapter(source: ExportSource, out: Path) -> list[str]:
             leak=max((certificate.leak for certificate in found), default=None),
         ).write(folder)
     leak = f"Certificate: {leak_sentence(found)}." if found else no_basis_sentence(source)
-    return [f"Adapter of {len(source.adapter())} layers after {source.updates} updates: {out}", leak, *notes]
+    return [
+        f"Adapter of {counted(len(source.adapter()), 'layer')} after {counted(source.updates, 'update')}: {out}",
+        leak,
+        *notes,
+    ]
 
 
 def _write_adapter(source: ExportSource, folder: Path) -> None:
@@ -95,7 +99,7 @@ def export_merged(source: ExportSource, out: Path, dtype: Dtype) -> list[str]:
         What to tell the user; what is to be warned of comes last and begins with `WARNING`.
     """
     tokenizer = load_tokenizer(source.settings)
-    with rows_progress("Merging", 5, unit="steps") as advance, replacing_folder(out) as folder:
+    with rows_progress("Merging", 5, unit="step") as advance, replacing_folder(out) as folder:
         base = unquantised_base(source)
         advance(note="running base and adapter")
         wanted = OutputsBefore(base, source, tokenizer)
@@ -113,5 +117,9 @@ def export_merged(source: ExportSource, out: Path, dtype: Dtype) -> list[str]:
         warning, name = broken_promise(layers, dtype), out.absolute().name
         text = card(source, certificates=certificates(source), merged=said, dtype=dtype, name=name, warning=warning)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    told = [f"Model with {len(layers)} merged matrices in {dtype} after {source.updates} updates: {out}", *said]
+    told = [
+        f"Model with {counted(len(layers), 'merged matrix', 'merged matrices')} in {dtype} after "
+        f"{counted(source.updates, 'update')}: {out}",
+        *said,
+    ]
     return told if warning is None else [*told, f"{WARNING} {warning}"]

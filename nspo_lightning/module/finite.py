@@ -11,13 +11,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
+from nspo_lightning.terminal import counted
 
 LARGEST_GRADIENT = 1e19
 """Adam keeps the square of a gradient in float32, which is infinite from 1.8e19 on."""
 
 
 class NonFiniteError(ValueError):
-    """Too many updates in a row were skipped because something in them was not finite."""
+    """Too many updates in a row were skipped because something was not finite."""
 
     fails_again = True
     raised_on_all_ranks = True
@@ -66,11 +67,11 @@ def scale_gradients_(parameters: Iterable[nn.Parameter], factor: float) -> None:
 def nonfinite_message(seen: str, in_a_row: int, update: int) -> str:
     """Say what ended a run, what was `seen` last, and why that may be."""
     return (
-        f"{in_a_row} updates in a row were skipped because something in them was not finite (update {update}, last "
-        f"seen: {seen}). No weight and no optimizer state has taken any of it. Likely causes, the likeliest first: a "
-        "learning rate that is too high (look at `loss`, `kl` and `entropy` before it began); overflow in 16-bit "
-        "floating point (`--trainer.precision bf16-mixed` instead of 16-mixed); a reward that divides by zero or "
-        "takes a logarithm of zero; many steps on one rollout, which let ratios explode (`num_iterations`, "
-        "`num_minibatches`); a damaged base model. Change what it was and go on from an earlier checkpoint, or allow "
-        "more by `--model.max_nonfinite_updates`."
+        f"{counted(in_a_row, 'update was', 'updates in a row were')} skipped because something was not "
+        f"finite (update {update}, last seen: {seen}). No weight and no optimizer state has taken any of it. Likely "
+        "causes, the likeliest first: a learning rate that is too high (look at `loss`, `kl` and `entropy` before it "
+        "began); overflow in 16-bit floating point (`--trainer.precision bf16-mixed` instead of 16-mixed); a reward "
+        "that divides by zero or takes a logarithm of zero; many steps on one rollout, which let ratios explode "
+        "(`num_iterations`, `num_minibatches`); a damaged base model. Change what it was and go on from an earlier "
+        "checkpoint, or allow more by `--model.max_nonfinite_updates`."
     )

@@ -17,6 +17,7 @@ from nspo_lightning.module.open_rollouts import OpenRollouts
 from nspo_lightning.module.scores import Scores
 from nspo_lightning.module.signal import Signal
 from nspo_lightning.module.update_window import UpdateWindow
+from nspo_lightning.terminal import counted
 
 COUNTERS = (
     *("rollouts", "num_tokens"),
@@ -86,7 +87,7 @@ class Progress:
             if self.updates_undone:
                 what, undone = "is left after", f", {self.updates_undone} taken back"
             rank_zero_warn(
-                f"No update {what} {steps} steps ({self.updates_skipped} without a signal, "
+                f"No update {what} {counted(steps, 'step')} ({self.updates_skipped} without a signal, "
                 f"{self.updates_nonfinite} not finite{undone}): the policy is what it was before."
             )
 

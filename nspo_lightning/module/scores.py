@@ -12,6 +12,7 @@ from torch import Tensor
 from nspo_lightning import ranks
 from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.rewards import RewardError
+from nspo_lightning.terminal import counted
 
 COUNTERS = ("rollouts_scored", "unscored_in_a_row")
 _CURE = (
@@ -75,14 +76,15 @@ class Scores:
         told = ", ".join(f"'{name}'" for name in names)
         if self.unscored_in_a_row >= self.max_unscored:
             raise UnscoredError(
-                f"Reward {told} gave None for all completions of {self.unscored_in_a_row} rollouts in a row "
+                f"Reward {told} gave None for all completions of "
+                f"{counted(self.unscored_in_a_row, 'rollout', 'rollouts in a row')} "
                 f"(`max_unscored_rollouts` is {self.max_unscored}), so nothing was learnt from them. "
                 f"{self._cure}"
             )
         if self.unscored_in_a_row == 1:
             rank_zero_warn(
                 f"Reward {told} gave None for all {len(rewards)} completions of rollout {rollout}: nothing is "
-                f"learnt from it. After {self.max_unscored} such rollouts in a row the run ends "
+                f"learnt from it. After {counted(self.max_unscored, 'such rollout')} in a row the run ends "
                 f"(`max_unscored_rollouts`). {self._cure}"
             )
 
@@ -97,8 +99,8 @@ class Scores:
         """
         if self.unscored_in_a_row and not self.rollouts_scored:
             raise UnscoredError(
-                f"Nothing was learnt: not one completion of {rollouts} rollouts was scored, the rewards gave None "
-                f"for all. {self._cure}"
+                f"Nothing was learnt: not one completion of {counted(rollouts, 'rollout')} was scored, the rewards "
+                f"gave None for all. {self._cure}"
             )
 
     def to_counters(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nspo_lightning.evaluation.diagnosis import SIGNAL_CURES
 from nspo_lightning.grpo import group_advantages
 from nspo_lightning.module.rollout_metrics import JudgedRows
+from nspo_lightning.terminal import counted
 
 WARNED_AFTER = 3
 """Rollouts from the start of a run without one signal, after which it is warned of."""
@@ -99,13 +100,17 @@ class Stretch:
     def describe(self) -> str:
         """Say the rates that were seen."""
         judged = max(self.judged, 1)
-        harm = f"{self.unsafe / judged:.1%} of {self.judged} answers unsafe"
+        harm = f"{self.unsafe / judged:.1%} of {counted(self.judged, 'answer')} unsafe"
         if not self.reads_harm:
-            harm = f"{self.answered / judged:.1%} of {self.judged} prompts answered"
-        cut = f"; {self.left_out} groups differ only where `mask_truncated` leaves out" if self.left_out else ""
+            harm = f"{self.answered / judged:.1%} of {counted(self.judged, 'prompt')} answered"
+        cut = (
+            f"; {counted(self.left_out, 'group differs', 'groups differ')} only where `mask_truncated` leaves out"
+            if self.left_out
+            else ""
+        )
         return (
-            f"{self.groups} groups without spread, mean reward {self.reward / max(self.completions, 1):.3g}, "
-            f"{harm}, {self.refused / judged:.1%} refused{cut}"
+            f"{counted(self.groups, 'group')} without spread, mean reward "
+            f"{self.reward / max(self.completions, 1):.3g}, {harm}, {self.refused / judged:.1%} refused{cut}"
         )
 
 
@@ -171,9 +176,9 @@ class Signal:
         number, limit = self.stretch.rollouts, self.max_without
         if limit is not None and number >= limit and not self.is_safe:
             raise NoSignalError(
-                f"No group had a signal in {number} rollouts in a row (`max_rollouts_without_signal`): all answers to "
-                f"a prompt got the same reward, and nothing was learnt from them ({self.stretch.describe()}). "
-                f"The last checkpoint stands. {self.cures}"
+                f"No group had a signal in {counted(number, 'rollout', 'rollouts in a row')} "
+                "(`max_rollouts_without_signal`): all answers to a prompt got the same reward, and nothing was "
+                f"learnt from them ({self.stretch.describe()}). The last checkpoint stands. {self.cures}"
             )
         first = self.with_signal == 0 and number == WARNED_AFTER
         if self.is_safe and not self.told and (first or (limit is not None and number >= limit)):
@@ -182,12 +187,12 @@ class Signal:
             if not self.stretch.reads_harm:
                 reached = "reward is the best that the run has seen"
             rank_zero_warn(
-                f"No group had a signal in {number} rollouts in a row, and there is little left to learn: the "
-                f"{reached} ({self.stretch.describe()}). The run goes on; a step without a "
+                f"No group had a signal in {counted(number, 'rollout', 'rollouts in a row')}, and there is little "
+                f"left to learn: the {reached} ({self.stretch.describe()}). The run goes on; a step without a "
                 "signal moves no weight (`updates_skipped`). `model.dynamic_sampling` looks for prompts that have one."
             )
         elif first and not self.is_safe:
-            ends_after = f" After {limit} such rollouts in a row the run ends." if limit is not None else ""
+            ends_after = f" After {counted(limit, 'such rollout')} in a row the run ends." if limit is not None else ""
             rank_zero_warn(
                 f"No group had a signal in the first {number} rollouts: all answers to a prompt got the same reward "
                 f"({self.stretch.describe()}), so there was no update (`updates_skipped`).{ends_after} {self.cures}"

@@ -22,6 +22,7 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.rewards import RewardSet
 from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.terminal import counted
 
 
 @runtime_checkable
@@ -80,8 +81,8 @@ def check_repetitions(trainer: pl.Trainer, settings: TrainingSettings) -> None:
     loader, steps = trainer.train_dataloader, settings.steps_a_rollout
     if isinstance(loader, PromptLoader) and loader.repeat_batches != steps:
         rank_zero_warn(
-            f"Each batch comes {loader.repeat_batches} times (`repeat_batches`), and a rollout feeds {steps} training "
-            "steps (`num_iterations` x `num_minibatches`): "
+            f"Each batch comes {counted(loader.repeat_batches, 'time')} (`repeat_batches`), and a rollout feeds "
+            f"{counted(steps, 'training step')} (`num_iterations` x `num_minibatches`): "
             + ("some prompts are never answered" if loader.repeat_batches < steps else "prompts are answered again")
             + f". Set `repeat_batches={steps}` of the datamodule."
         )
@@ -136,8 +137,9 @@ def take_on_demand(trainer: pl.Trainer, settings: TrainingSettings) -> None:
     loader.on_demand = True
     rank_zero_info(
         "`dynamic_sampling`: a batch takes up to "
-        f"{settings.dynamic_sampling.max_factor} times {loader.batch_size} prompts a process from the data in its own "
-        f"order. An epoch has {len(loader)} batches, as without, and may go through the prompts several times."
+        f"{settings.dynamic_sampling.max_factor} times {counted(loader.batch_size, 'prompt')} a process from the "
+        f"data in its own order. An epoch has {counted(len(loader), 'batch')}, as without, and may go through the "
+        "prompts several times."
     )
 
 

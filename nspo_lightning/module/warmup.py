@@ -36,6 +36,7 @@ from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.rewards.protocol import Outcome
 from nspo_lightning.rollout.places import places_among_ranks
+from nspo_lightning.terminal import counted
 
 REFUSED, SIGNAL = "warmup/refusal_rate", "warmup/groups_with_signal"
 GENERAL, GENERAL_KL = "warmup/general_refusal_rate", "warmup/general_kl"
@@ -250,9 +251,9 @@ class WarmupModule(GRPOModule):
             WarmupError: If it is no warm start, with what to change.
         """
         said = (
-            f"after {self.updates} updates, answers to held-out harmful prompts that refuse: {self._change(REFUSED)}; "
-            f"groups of {self.settings.group_size} with a signal for GRPO: {self._change(SIGNAL)}; general prompts "
-            f"refused: {self._change(GENERAL)}"
+            f"after {counted(self.updates, 'update')}, answers to held-out harmful prompts that refuse: "
+            f"{self._change(REFUSED)}; groups of {self.settings.group_size} with a signal for GRPO: "
+            f"{self._change(SIGNAL)}; general prompts refused: {self._change(GENERAL)}"
         )
         if self.stopped == "general":
             raise WarmupError(

@@ -87,7 +87,7 @@ def domain_shares(
     known = [name for name in seen if not is_apart(name)]
     unknown = (set(weights or {}) | set(without)) - set(known)
     if unknown:
-        raise ValueError(f"Unknown domain(s) {sorted(unknown)}; calibration saw {sorted(known)}.")
+        raise ValueError(f"Unknown domains {sorted(unknown)}; calibration saw {sorted(known)}.")
     asked = {name: 1.0 if weights is None else float(weights.get(name, 0.0)) for name in known if name not in without}
     total = sum(asked.values())
     if total <= 0:

@@ -25,6 +25,7 @@ from nspo_lightning.nullspace.covariance import SecondMoment
 from nspo_lightning.nullspace.domains import STARTS, are_starts, starts_of
 from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.shapes import input_width
+from nspo_lightning.terminal import counted
 
 Report = Callable[[str, int, "int | None"], None]
 """Told of a stage (``batches`` of a pass, ``layers``), how many are done (0 as it begins), and of how many if known."""
@@ -210,9 +211,8 @@ class PassPlan:
             f"{count} of width {width} ({str(working_dtype(width, self._device.type)).removeprefix('torch.')})"
             for width, count in sorted(counts.items())
         )
-        line = (
-            f"{len(planned)} pass(es) over the text on {self._device}, at most {most / 1e9:.2g} GB: {exact or 'none'}"
-        )
+        times = counted(len(planned), "pass")
+        line = f"{times} over the text on {self._device}, at most {most / 1e9:.2g} GB: {exact or 'none'}"
         wide = Counter(self._widths(self.too_wide).values())
         sketched = ", ".join(f"{count} of width {width}" for width, count in sorted(wide.items()))
         return line + (f"; sketched in further passes: {sketched}" if sketched else "")

@@ -10,6 +10,7 @@ from torch import nn
 
 from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
+from nspo_lightning.terminal import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +81,7 @@ def check_vocabulary(policy: nn.Module, tokenizer: PreTrainedTokenizerBase, sett
         shown = ", ".join(f"{token!r} ({index})" for index, token in list(missing.items())[:5])
         raise PolicyError(
             f"The tokenizer of '{where}' has {len(tokenizer)} tokens, and the embedding of '{settings.path}' has "
-            f"{rows} rows: {len(missing)} tokens have none: {shown}{', ...' if len(missing) > 5 else ''}. {cure}"
+            f"{rows} rows: {counted(len(missing), 'token has', 'tokens have')} none: "
+            f"{shown}{', ...' if len(missing) > 5 else ''}. {cure}"
         )
     return Vocabulary(rows=rows, beyond=beyond, owner=settings.path, cure=cure)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from nspo_lightning.atomic import whole
 from nspo_lightning.evaluation.kept_answers import evenly, read_answers
 from nspo_lightning.report.records import Answer, Answers, Exchange
+from nspo_lightning.terminal import counted
 
 SHOWN = 32
 """Exchanges of each kind on a page."""
@@ -78,7 +79,7 @@ def _answer(row: Mapping[str, Any], who: str) -> Answer | None:
 def _text(text: str) -> str:
     """Return text that any page holds: control characters are shown as what they are, and what is long is cut."""
     seen = "".join(_shown(sign) for sign in whole(text[:LONGEST]))
-    return seen if len(text) <= LONGEST else f"{seen} [... {len(text) - LONGEST} characters more]"
+    return seen if len(text) <= LONGEST else f"{seen} [... {counted(len(text) - LONGEST, 'character')} more]"
 
 
 def _shown(sign: str) -> str:

@@ -9,6 +9,7 @@ from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNS
 from nspo_lightning.evaluation.text_means import KL
 from nspo_lightning.report.measurements import ACCURACY
 from nspo_lightning.report.records import Answers, Curve, Measure, Measurement, Run, Unit, Value
+from nspo_lightning.terminal import counted
 
 _STAYED = {"share": 0.0005, "nats": 5e-5, "number": 0.0}
 """What a change is below that no digit shows."""
@@ -111,7 +112,7 @@ def reward_moved(curve: Curve | None) -> str:
     few = min(_FEW, len(curve.points) // 2)
     values = [value for _, value in curve.points]
     first, last = sum(values[:few]) / few, sum(values[-few:]) / few
-    return f"the mean reward went from {first:.3g} to {last:.3g} (first and last {few} logged steps)"
+    return f"the mean reward went from {first:.3g} to {last:.3g} (first and last {counted(few, 'logged step')})"
 
 
 def standing(run: Run) -> list[str]:
@@ -143,8 +144,8 @@ def certificate_sentences(run: Run) -> list[str]:
     said = explain_certificate(facts)
     if null_space.checked_change is not None:
         said.append(
-            f"Before the first step {null_space.checked_layers} layers were moved at random inside the null space; "
-            f"outputs changed by {null_space.checked_change:.1g}."
+            f"Before the first step {counted(null_space.checked_layers, 'layer was', 'layers were')} moved at "
+            f"random inside the null space; outputs changed by {null_space.checked_change:.1g}."
         )
     return said
 
@@ -185,7 +186,7 @@ def lede(run: Run) -> str:
     if run.updates is not None:
         skipped = f" ({run.skipped} more skipped)" if run.skipped else ""
         took = duration(run.seconds)
-        said.append(f"{run.updates} updates{skipped}{f' in {took}' if took else ''}")
+        said.append(f"{counted(run.updates, 'update')}{skipped}{f' in {took}' if took else ''}")
     if run.leak is not None:
         said.append(f"largest leak into the protected space {run.leak:.1e}")
     elif run.finished and run.null_space is None:

@@ -29,6 +29,7 @@ from nspo_lightning.rewards.part import RewardPart
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Text
 from nspo_lightning.rewards.runner import DeadlineError, RewardRunner
 from nspo_lightning.rewards.trainer_state import TrainerState
+from nspo_lightning.terminal import counted
 
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 """Columns that the arguments proper replace, as in TRL."""
@@ -249,16 +250,18 @@ def _explained(name: str, batch_size: int, timeout_s: float | None) -> Iterator[
         raise
     except DeadlineError as error:
         raise RewardError(
-            f"Reward '{name}' took longer than `timeout_s` = {timeout_s:g} s for {batch_size} completions and was "
-            f"given up. Raise `timeout_s`, or look for an endless loop, a dead server or a lock in it.",
+            f"Reward '{name}' took longer than `timeout_s` = {timeout_s:g} s for "
+            f"{counted(batch_size, 'completion')} and was given up. Raise `timeout_s`, or look for an endless loop, "
+            "a dead server or a lock in it.",
             name,
         ) from error
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and type(error) is not SystemExit:
             raise  # a signal came meanwhile (Lightning's SIGTERMException): the reward did not ask for the end
         raise RewardError(
-            f"Reward '{name}' raised {type(error).__name__} on a batch of {batch_size} completions: {error}. Mend the "
-            f"reward, or have it return None for samples that it can't score.{_hint(error)}{_where(error)}",
+            f"Reward '{name}' raised {type(error).__name__} on a batch of {counted(batch_size, 'completion')}: "
+            f"{error}. Mend the reward, or have it return None for samples that it can't "
+            f"score.{_hint(error)}{_where(error)}",
             name,
         ) from error
 
@@ -294,8 +297,8 @@ def _arguments(
     for key, values in arguments.items():
         if len(values) != size:
             raise RewardError(
-                f"Every column must have one value a completion: '{key}' has {len(values)} for {size} completions. "
-                f"Repeat each prompt's columns group_size times."
+                f"Every column must have one value a completion: '{key}' has {len(values)} for "
+                f"{counted(size, 'completion')}. Repeat each prompt's columns group_size times."
             )
     arguments["completions"] = [match_format(p, c) for p, c in zip(arguments["prompts"], completions, strict=True)]
     if trainer_state is not None:

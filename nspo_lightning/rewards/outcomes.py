@@ -21,6 +21,7 @@ from nspo_lightning.rewards.protocol import (
     Text,
     metrics_of,
 )
+from nspo_lightning.terminal import counted
 
 
 class JudgedReward(Reward):
@@ -120,7 +121,7 @@ def checked_outcomes(outcomes: Any, size: int, also: Sequence[Outcome] = ()) -> 
     """Return what a judge said, if it is one of `OUTCOMES` (or `also`) or None for each of `size` completions."""
     if not isinstance(outcomes, (list, tuple)) or len(outcomes) != size:
         found = f"{len(outcomes)}" if isinstance(outcomes, (list, tuple)) else type(outcomes).__name__
-        raise RewardError(f"A judge must return a list of {size} outcomes, one a completion, got {found}.")
+        raise RewardError(f"A judge must return a list of {counted(size, 'outcome')}, one a completion, got {found}.")
     for i, outcome in enumerate(outcomes):
         if outcome is not None and outcome not in (*OUTCOMES, *also):
             raise RewardError(

@@ -30,6 +30,7 @@ from nspo_lightning.rewards.protocol import (
     metrics_of,
     prepare,
 )
+from nspo_lightning.terminal import counted
 
 _LARGEST = 1e30  # float32 holds little more, and weighted sums and deviations must fit too
 
@@ -96,8 +97,8 @@ class RewardPart:
             scores = scores.detach().cpu()
         if isinstance(scores, (str, bytes, dict)) or not isinstance(scores, Iterable):
             raise RewardError(
-                f"Reward '{self.name}' must return a list of {batch_size} numbers or None (one a completion), got "
-                f"{_shown(scores)} of type {type(scores).__name__}. Return `[score, ...]` from it.",
+                f"Reward '{self.name}' must return a list of {counted(batch_size, 'number')} or None (one a "
+                f"completion), got {_shown(scores)} of type {type(scores).__name__}. Return `[score, ...]` from it.",
                 self.name,
             )
         values = scores.tolist() if isinstance(scores, _Array) else list(scores)
@@ -105,8 +106,9 @@ class RewardPart:
             values = [values]
         if len(values) != batch_size:
             raise RewardError(
-                f"Reward '{self.name}' must return {batch_size} numbers, one a completion in their order, got "
-                f"{len(values)}. Return None for a completion that it can't score instead of leaving it out.",
+                f"Reward '{self.name}' must return {counted(batch_size, 'number')}, one a completion in their "
+                f"order, got {len(values)}. Return None for a completion that it can't score instead of leaving it "
+                "out.",
                 self.name,
             )
         numbers_ = [self._number(i, value) for i, value in enumerate(values)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nspo_lightning.policy.parts import text_setting
+from nspo_lightning.terminal import counted
 
 
 class RolloutMemoryError(ValueError):
@@ -87,9 +88,9 @@ def too_large(size: RolloutSize, reason: str) -> str:
     logits = f"{'logits' if cache else 'Logits take'} {_gb(size.logit_bytes)}"
     return (
         f"The device ran out of memory while completions were sampled: {reason}\n"
-        f"The rollout: {size.rows} completions ({size.prompts} prompts x {size.group_size}), prompts of up to "
-        f"{size.prompt_tokens} tokens, up to {size.new_tokens} new ones. {cache}{logits}, and the weights come on "
-        "top.\n"
+        f"The rollout: {counted(size.rows, 'completion')} ({counted(size.prompts, 'prompt')} x {size.group_size}), "
+        f"prompts of up to {counted(size.prompt_tokens, 'token')}, up to {size.new_tokens} new ones. "
+        f"{cache}{logits}, and the weights come on top.\n"
         f"Lower one of these{' (keys and values then)' if cache else ''}: {'; '.join(halves)} (while evaluating: "
         "`data.eval_batch_size`). "
         "`policy.sampling_weights: quantized` holds no second copy of the weights. The last checkpoint stands: "

@@ -21,6 +21,7 @@ from nspo_lightning.rollout.server_adapters import AdapterShelf
 from nspo_lightning.rollout.server_client import AdapterGoneError, RolloutServerError, ServerClient
 from nspo_lightning.rollout.server_config import ServerSettings
 from nspo_lightning.rollout.server_reply import ServedCompletion, as_rollout, completion_request, read_completions
+from nspo_lightning.terminal import counted
 
 _SEEDS_A_CALL = 2**20  # prompts and completions of one call count up from its seed
 
@@ -132,6 +133,7 @@ class RolloutServer:
             except AdapterGoneError:  # the server has restarted: it shall have the adapter again
                 self.shelf.load(request["model"])
         raise RolloutServerError(
-            f"The rollout server loaded the adapter '{request['model']}' {self.settings.retries + 1} times and did not "
-            "know it afterwards. Several API processes share nothing: run one (`--api-server-count 1`)."
+            f"The rollout server loaded the adapter '{request['model']}' "
+            f"{counted(self.settings.retries + 1, 'time')} and did not know it afterwards. Several API processes "
+            "share nothing: run one (`--api-server-count 1`)."
         )

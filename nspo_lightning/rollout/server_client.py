@@ -10,6 +10,7 @@ from typing import Any
 
 from nspo_lightning.rewards.judges.judge_retry import RETRYABLE_STATUS, RetryPolicy, retry_after_s
 from nspo_lightning.rollout.server_config import ServerSettings
+from nspo_lightning.terminal import counted
 
 LONGEST_WAIT_S = 30.0
 
@@ -123,11 +124,12 @@ class ServerClient:
         if isinstance(error, openai.APITimeoutError):
             return RolloutServerError(
                 f"The rollout server at {where} gave no answer within `rollout_server.timeout_s` = "
-                f"{self.settings.timeout_s:g} s ({tries} tries). Raise it, or look whether the server is overloaded."
+                f"{self.settings.timeout_s:g} s ({counted(tries, 'try', 'tries')}). Raise it, or look whether the "
+                "server is overloaded."
             )
         cause = self.without_key(str(error.__cause__ or error))[:200]
         return RolloutServerError(
-            f"No rollout server answers at {where} ({cause}; {tries} tries). Start it, or mend "
+            f"No rollout server answers at {where} ({cause}; {counted(tries, 'try', 'tries')}). Start it, or mend "
             "`rollout_server.base_url`."
         )
 

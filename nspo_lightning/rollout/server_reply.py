@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nspo_lightning.grpo.batch import Rollout
 from nspo_lightning.rollout.config import SamplingConfig
 from nspo_lightning.rollout.server_client import RolloutServerError
+from nspo_lightning.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def read_completions(
     choices = sorted(choices, key=lambda choice: int(choice.get("index", 0)))
     if len(choices) != request["n"]:
         raise RolloutServerError(
-            f"{request['n']} completions were asked for, and {len(choices)} came back. The server must honour `n`."
+            f"{counted(request['n'], 'completion was', 'completions were')} asked for, and {len(choices)} came "
+            "back. The server must honour `n`."
         )
     return [_read(choice, request, frozenset(stop_ids), vocab_size) for choice in choices]
 
@@ -89,8 +91,8 @@ def _read(choice: dict[str, Any], request: dict[str, Any], stop: frozenset[int],
     prompt = choice.get("prompt_token_ids")
     if prompt is not None and prompt != request["prompt"]:
         raise RolloutServerError(
-            f"The rollout server completed another prompt ({len(_list(prompt))} tokens) than the one it was sent "
-            f"({len(request['prompt'])} tokens): it must take token ids as they are."
+            f"The rollout server completed another prompt ({counted(len(_list(prompt)), 'token')}) than the one it "
+            f"was sent ({counted(len(request['prompt']), 'token')}): it must take token ids as they are."
         )
     scored = choice.get("logprobs")
     scored = scored if isinstance(scored, dict) else {}

@@ -1,4 +1,5 @@
 """What a person sees while something long is under way."""
 
+from nspo_lightning.terminal.counted import counted as counted
 from nspo_lightning.terminal.progress import Advance as Advance
 from nspo_lightning.terminal.progress import rows_progress as rows_progress

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from nspo_lightning import ranks
+from nspo_lightning.terminal.counted import counted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -43,7 +44,7 @@ class Work:
     Attributes:
         label: What is done, as "Measuring before training".
         total: Rows in all; None = unknown.
-        unit: What is counted.
+        unit: What is counted, as "row".
         clock: Seconds.
         done: Rows done; what was done before the start says nothing about the speed.
         note: Shown behind the time left.
@@ -86,12 +87,12 @@ class Work:
     def counted(self) -> str:
         """Say how many rows are done."""
         if self.total is None:
-            return f"{self.done:,} {self.unit}" if self.done else ""
-        return f"{self.done:,} of {self.total:,} {self.unit}"
+            return counted(self.done, self.unit) if self.done else ""
+        return f"{self.done:,} of {counted(self.total, self.unit)}"
 
     def begun(self) -> str:
         """Say what begins."""
-        return self.label + ("" if self.total is None else f": {self.total:,} {self.unit}") + " ..."
+        return self.label + ("" if self.total is None else f": {counted(self.total, self.unit)}") + " ..."
 
     def line(self) -> str:
         """Say how far it is."""
@@ -110,8 +111,8 @@ class Work:
 
     def ended(self) -> str:
         """Say that it is over."""
-        counted = f"{self.done:,} {self.unit} in" if self.done else "took"
-        return f"{self.label}: {counted} {duration(self.elapsed)}"
+        taken = f"{counted(self.done, self.unit)} in" if self.done else "took"
+        return f"{self.label}: {taken} {duration(self.elapsed)}"
 
 
 def duration(seconds: float) -> str:
@@ -126,7 +127,7 @@ def rows_progress(
     label: str,
     total: int | None = None,
     *,
-    unit: str = "rows",
+    unit: str = "row",
     done: int = 0,
     announced: bool = True,
     visible: bool = True,
@@ -141,7 +142,7 @@ def rows_progress(
     Args:
         label: What is done, as "Measuring before training".
         total: Rows in all; None = unknown.
-        unit: What is counted, as "updates".
+        unit: What is counted, as "update".
         done: Rows that were done before, by a run that goes on.
         announced: Whether a log gets the first line.
         visible: Whether anything is shown; other ranks than the first never show anything.

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from null_space_problems import HIDDEN, OUT, WIDTH, LoraLinear, Net, general_inputs, projection, trainer
 from torch import nn
 
+from nspo_lightning.cli.errors import is_users_mistake, message_for
 from nspo_lightning.nullspace import Calibration, load_calibration, save_calibration
 
 
@@ -74,6 +75,12 @@ class Renamed(Net):
         self.first.base_layer = layer
 
 
+def is_on_one_screen(error: Exception) -> bool:
+    """Whether the command line says it without a traceback, in 24 lines of 80 characters."""
+    lines = message_for(error).splitlines()
+    return is_users_mistake(error) and sum(max(1, -(-len(line) // 80)) for line in lines) <= 22
+
+
 FOREIGN = {
     "a held layer's weights": (lambda: moved(Net(), "first.base_layer.weight"), "model.weights"),
     "another layer's weights": (lambda: moved(Net(), "second.base_layer.weight"), "model.weights"),
@@ -91,8 +98,9 @@ def test_a_foreign_basis_is_refused_also_for_a_part_of_its_layers(
     build, message = FOREIGN[what]
     for unprotected in ("warn", "freeze") if targets else ("error",):
         callback = projection(calibration=basis, target_modules=targets, unprotected=unprotected)
-        with pytest.raises(ValueError, match=rf"does not belong to this run:(?s:.*){message}"):
+        with pytest.raises(ValueError, match=rf"does not belong to this run:(?s:.*){message}") as caught:
             trainer(tmp_path, callback, max_steps=1).fit(build())
+        assert is_on_one_screen(caught.value)
 
 
 def test_buffers_and_precision_count_for_a_part_of_the_layers_too(tmp_path: Path) -> None:
@@ -209,5 +217,6 @@ def test_a_second_fit_of_one_callback_keeps_the_basis_of_its_file(tmp_path: Path
 def test_layers_that_are_not_in_the_file_are_named(basis: Path, tmp_path: Path) -> None:
     model = Net()
     model.third = LoraLinear(OUT, OUT)
-    with pytest.raises(MisconfigurationException, match=r"no basis for 1 trained layers: \['third'\]"):
+    with pytest.raises(MisconfigurationException, match=r"no basis for 1 trained layer: \['third'\]") as caught:
         trainer(tmp_path, projection(calibration=basis), max_steps=1).fit(model)
+    assert is_on_one_screen(caught.value)

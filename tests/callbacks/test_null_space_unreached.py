@@ -38,7 +38,7 @@ def test_frozen_they_stay_and_the_others_are_held(tmp_path, once):
     model = TwoWays()
     text = ((general_inputs()[i : i + 16],) for i in range(0, 64, 16)) if once else None
     callback = projection(unprotected="freeze", calibration=text)
-    with pytest.warns(UserWarning, match=r"1 layers have no basis.*do not train: pictures"):
+    with pytest.warns(UserWarning, match=r"1 layer has no basis.*, frozen: pictures"):
         trainer(tmp_path, callback).fit(model)
     assert torch.equal(model.pictures.weight, model.start)
     assert leak(model) <= 1e-6
@@ -101,7 +101,7 @@ def basis_file(folder: Any, by: str) -> Any:
 def test_a_basis_file_knows_the_layers_that_no_text_reached(tmp_path, by):
     file = basis_file(tmp_path, by)
     model = TwoWays()
-    with pytest.warns(UserWarning, match=r"1 layers have no basis.*do not train: pictures"):
+    with pytest.warns(UserWarning, match=r"1 layer has no basis.*, frozen: pictures"):
         trainer(tmp_path, projection(calibration=file, unprotected="freeze")).fit(model)
     assert torch.equal(model.pictures.weight, model.start)
     assert leak(model) <= 1e-6

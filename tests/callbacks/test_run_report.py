@@ -41,6 +41,7 @@ def test_limit_test_batches_is_about_the_measurements_of_fit_too(tiny_llama, tmp
     lines = [line for line in said.err.splitlines() if line.startswith("Measuring")]
     assert lines == [f"Measuring {when} training: {2 * each} rows ..." for when in ("before", "after") if each]
     assert ("Held-out prompts" in said.out) == (each > 0)
+    assert "; 1 update in" in " ".join(said.out.split())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -92,7 +92,7 @@ def test_nan_is_no_answer_in_any_format(tmp_path, tokenizer):
         rows, report = rows_of(tmp_path / name, "benign")
         assert [row.answer for row in rows] == answers, name
         skill = name.split(".")[0]
-        assert f"{answers.count('')} rows of skill {skill} have an empty answer and are not scored" in report.line()
+        assert f"{answers.count('')} rows of skill {skill} with an empty answer: not scored" in report.line()
     data = AlignmentDataModule(
         "toy/harmful",
         str(tmp_path / "x.csv"),

@@ -205,7 +205,7 @@ def test_ids_that_repeat_or_are_missing_are_said_and_nothing_is_lost(tmp_path):
     ids: list[Any] = [7, 7, None, "x", 8, 7]
     rows, report = rows_of(write(tmp_path / "x.jsonl", [{"prompt": f"p{i}", "id": x} for i, x in enumerate(ids)]))
     assert [row.prompt for row in rows] == [f"p{i}" for i in range(6)]
-    assert "`id` names no row by itself (1 values repeat, 1 are missing)" in report.line()
+    assert "`id` names no row by itself (1 value repeats, 1 is missing)" in report.line()
     (tmp_path / "y.csv").write_text("id,prompt\n1,a\n2,b\n")
     assert "`id`" not in rows_of(tmp_path / "y.csv")[1].line()
     (tmp_path / "blank.csv").write_text("id,prompt\n1,a\n,b\n ,c\n,d\n")

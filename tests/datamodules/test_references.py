@@ -39,7 +39,7 @@ def test_short_answers_of_a_plain_file_are_compared_and_free_text_is_not(tmp_pat
     rows, report = rows_of(tmp_path / "x.jsonl", [{"prompt": f"p{i}", "answer": a} for i, a in enumerate(answers)])
     assert finals(rows) == compared
     free = compared.count("")
-    assert (f"{free} answers of skill x are free text: scored by likelihood, not compared" in report.line()) == (
+    assert (f"{free} answers of skill x in free text: scored by likelihood, not compared" in report.line()) == (
         free > 0
     )
 
@@ -48,7 +48,7 @@ def test_each_skill_of_a_file_is_decided_by_itself(tmp_path):
     lines = [{"prompt": f"p{i}", "answer": ("4", LONG)[i % 2], "skill": ("sums", "essays")[i % 2]} for i in range(6)]
     rows, report = rows_of(tmp_path / "x.jsonl", lines)
     assert finals(rows) == ["4", ""] * 3
-    assert "3 answers of skill essays are free text" in report.line()
+    assert "3 answers of skill essays in free text" in report.line()
 
 
 def test_a_file_may_say_itself_what_is_compared(tmp_path):

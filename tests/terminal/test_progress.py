@@ -50,7 +50,7 @@ def test_short_work_gets_one_line_in_a_log(capsys):
 
 def test_work_inside_of_other_work_is_told_of_in_a_log_only_when_it_is_long(capsys):
     clock = Clock()
-    with rows_progress("Training", 80, unit="updates", done=20, clock=clock) as trained:
+    with rows_progress("Training", 80, unit="update", done=20, clock=clock) as trained:
         for step in range(2):
             clock.now += 30.0
             trained(note=f"reward {step}")
@@ -78,7 +78,7 @@ def test_an_unknown_total_has_no_time_left(capsys):
 
 def test_time_left_runs_down_while_a_long_row_is_under_way():
     clock = Clock()
-    work = Work(label="Training", total=4, unit="updates", clock=clock)
+    work = Work(label="Training", total=4, unit="update", clock=clock)
     assert work.left is None
     clock.now += 10.0
     work.advance(1, None)
@@ -127,7 +127,7 @@ def test_bars_inside_of_bars_and_log_lines_leave_no_copy(monkeypatch):
     handler = logging.StreamHandler(console.file)
     logger.addHandler(handler)
     try:
-        with rows_progress("Training", 3, unit="updates", console=console, clock=clock) as trained:
+        with rows_progress("Training", 3, unit="update", console=console, clock=clock) as trained:
             for step in range(3):
                 clock.now += 1.0
                 trained(note=f"reward {step}")

@@ -102,7 +102,7 @@ def test_a_width_left_over_from_another_terminal_leaves_no_copies(tmp_path: Path
 
     def work() -> None:
         print("before")
-        with rows_progress("Training", 3, unit="steps") as advance:
+        with rows_progress("Training", 3, unit="step") as advance:
             for _ in range(3):
                 advance(note="reward 0.31, unsafe 45 %, accuracy 95 %, and many words more than there is room for")
                 with rows_progress("Validation", 1) as validated:

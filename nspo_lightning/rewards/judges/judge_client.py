@@ -18,6 +18,7 @@ from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
 from nspo_lightning.rewards.judges.judge_retry import HOPELESS_STATUS, RETRYABLE_STATUS, RetryPolicy, retry_after_s
 from nspo_lightning.rewards.messages import content_text
+from nspo_lightning.terminal import counted
 
 COUNTERS = ("requests", "answered", "cache_hits", "retries", "rate_limited", "timeouts", "unreadable", "errors")
 """`requests` counts tries, `errors` judgements that failed for good, the rest what happened on the way."""
@@ -120,7 +121,9 @@ class JudgeClient:
                 async with bound.slots:
                     if self._is_down():
                         self.counters["errors"] += 1
-                        raise JudgeDown(f"given up, since {self._failed_in_a_row} judgements before it got no answer")
+                        raise JudgeDown(
+                            f"given up, since {counted(self._failed_in_a_row, 'judgement')} before it got no answer"
+                        )
                     self.counters["requests"] += 1
                     reply = await self._try(bound.openai, request)
                 tries += 1
@@ -143,7 +146,7 @@ class JudgeClient:
         else:
             self._failed_in_a_row = 0  # the server is there, only this question has no answer
         self.counters["errors"] += 1
-        return JudgeDown(f"{failure.problem} ({tries} {'try' if tries == 1 else 'tries'})")
+        return JudgeDown(f"{failure.problem} ({counted(tries, 'try', 'tries')})")
 
     async def _try(self, client: Any, request: dict[str, Any]) -> str | _Failure:
         import openai

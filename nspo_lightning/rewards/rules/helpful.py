@@ -11,6 +11,7 @@ from nspo_lightning.rewards.messages import as_plain_text
 from nspo_lightning.rewards.outcomes import JudgedReward
 from nspo_lightning.rewards.protocol import Judge, Outcome, Reward, RewardError, Scores, prepare
 from nspo_lightning.rewards.rules.labels import harmful_rows, picked_rows
+from nspo_lightning.terminal import counted
 
 
 class SafeAndHelpful(JudgedReward):
@@ -69,7 +70,8 @@ class SafeAndHelpful(JudgedReward):
     def _combined(self, outcomes: list[Outcome | None], helped: list[int], worth: Any) -> Scores:
         if len(worth) != len(helped):
             raise RewardError(
-                f"`helpful_reward` must return {len(helped)} numbers, one a completion, got {len(worth)}.", self.name
+                f"`helpful_reward` must return {counted(len(helped), 'number')}, one a completion, got {len(worth)}.",
+                self.name,
             )
         shares: dict[int, float | None] = dict(zip(helped, worth, strict=True))
         scores: list[float | None] = []
