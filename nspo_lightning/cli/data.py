@@ -33,6 +33,12 @@ class Rendered(NamedTuple):
     kind: str
 
 
+def check_examples(examples: int) -> None:
+    """Refuse less than no examples; ValueError."""
+    if examples < 0:
+        raise ValueError(f"`--examples` must not be negative, got {examples}. 0 shows none.")
+
+
 def data_report(datamodule: AlignmentDataModule, console: Console | None = None, examples: int = 3) -> dict[str, Any]:
     """Print counts, drops with their reasons, lengths and rendered examples.
 

@@ -18,13 +18,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich import get_console
 
 from nspo_lightning.atomic import set_aside_other, write_json
-from nspo_lightning.checkpoints import find_checkpoint, read_checkpoint
+from nspo_lightning.checkpoints import find_checkpoint
 from nspo_lightning.cli.harness_tasks import find_data, find_tasks, harness_tasks
 from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.parser import PlainParser
 from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.cli.run_folder import check_output, run_folder
 from nspo_lightning.evaluation.tables import rich_table
+from nspo_lightning.module.checkpoint_content import load_trained_
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> None:
     config = read_config(source)
     name = config.get("name") if options.name is None else options.name
     run = run_folder(None if name is None else str(name), (config.get("trainer") or {}).get("default_root_dir"))
+    _check_ranges(options)
     out = check_output("--out", run / RESULT if options.out is None else options.out)
     task_manager = _task_manager()  # before anything long
     trained = None if options.ckpt_path is None else find_checkpoint(options.ckpt_path, run)
@@ -144,9 +146,7 @@ def _load(settings: PolicySettings, trained: Path | None) -> GRPOModule:
     if settings.quantization == "none":
         module.to(device)
     if trained is not None and trained.is_file():
-        checkpoint = read_checkpoint(trained)
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        load_trained_(module, trained)
     return module
 
 
@@ -193,6 +193,13 @@ def _task_manager() -> Any:
             '`pip install "nspo-lightning[lm-eval]"`.'
         ) from error
     return TaskManager
+
+
+def _check_ranges(options: Namespace) -> None:
+    for name, least in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise MisconfigurationException(f"`--{name}` must be at least {least}, got {value}.")
 
 
 def _find_manager(task_manager: Any, tasks: Sequence[str], folders: Sequence[str]) -> Any:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from nspo_lightning.atomic import json_text, replacing
 from nspo_lightning.cli.calibrate import prepared_for_fit
+from nspo_lightning.cli.data import check_examples
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.loader import PromptLoader
@@ -120,9 +121,11 @@ def preview(
 
     Raises:
         PreviewError: If no prompts are asked for.
+        ValueError: If `examples` is negative, or `output` can't be written.
     """
     if prompts < 1:
         raise PreviewError(f"`--preview` must be at least 1 prompt, got {prompts}.")
+    check_examples(examples)
     target = None if output is None else check_output("--output", output)
     console = console or get_console()
     prepare(module.reward)  # before model and data: a server that is down is found at once

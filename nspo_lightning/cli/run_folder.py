@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,18 +66,36 @@ def run_folder(name: str | None, runs: str | None = None) -> Path:
 
 
 def check_output(option: str, path: str | Path, inputs: Sequence[Path] = ()) -> Path:
-    """Return the path of a file to be written; ValueError if it can't be one, or is one of the files that are read."""
+    """Return the path of a file to be written, after a look whether it can be: what comes before it may be long.
+
+    Raises:
+        ValueError: If it can't be one, or is one of the files that are read.
+    """
     target = Path(path)
     problem = ""
     if not target.name or not str(path) or "\0" in str(path):
         problem = "it is no file's name"
     elif target.is_dir():
         problem = "it is a folder"
+    elif target.exists() and not target.is_file():
+        problem = "it is no ordinary file"
     elif any(source.exists() and source.resolve() == target.resolve() for source in inputs):
         problem = "it would replace what is read"
+    else:
+        problem = _unwritable(target)
     if problem:
         raise ValueError(f"`{option}` must be a file to write, got {str(path)!a}: {problem}. Give another path.")
     return target
+
+
+def _unwritable(target: Path) -> str:
+    """Return why no file can be written there; "" if one can. Folders that are missing are left to the writer."""
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"nothing can be written in {folder} ({error.strerror or error})"
 
 
 def own_folder(log_dir: str, save_dir: str) -> Path | None:

@@ -7,6 +7,7 @@ of the training shows beside what the base does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from rich import get_console
 from torch import Tensor
 
 from nspo_lightning.atomic import write_json
-from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.cli.calibrate import prepared_for_fit
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.datamodules import AlignmentDataModule
@@ -29,6 +29,7 @@ from nspo_lightning.datamodules.warmup import collate_answers
 from nspo_lightning.evaluation.rates import ANSWERED, UNSAFE, Rate
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.grpo import Rollout
+from nspo_lightning.module.checkpoint_content import load_trained_
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.terminal import counted, rows_progress
@@ -52,7 +53,7 @@ class Attacker:
     def __post_init__(self) -> None:
         """Check the values; one that is out of its range raises ValueError."""
         for name, value in asdict(self).items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
@@ -83,20 +84,21 @@ def tamper(
         The rates.
 
     Raises:
-        PolicyError: If there is no adapter, so that nothing tells policy and base apart.
+        PolicyError: If there is no adapter, so that nothing tells policy and base apart; or the checkpoint belongs to
+            another base or adapter.
         ValueError: If there are several processes.
     """
     if trainer.world_size > 1:
         raise ValueError(
             f"`tamper` runs in one process, and `trainer.devices` starts {trainer.world_size}. Set it to 1."
         )
-    path = Path(trainer.log_dir or ".") / RESULT if out is None else check_output("--out", out)
+    path = check_output("--out", Path(trainer.log_dir or ".") / RESULT if out is None else out)
     if module.policy_settings.lora is None:
         raise PolicyError("`tamper` trains the adapter, and there is none (`policy.lora` is null). Set `policy.lora`.")
     with prepared_for_fit(trainer, module, datamodule):
         base = _weights(module)  # a fresh adapter: the base
         if ckpt_path is not None:
-            module.load_state_dict(read_checkpoint(Path(ckpt_path))["state_dict"], strict=False)
+            load_trained_(module, Path(ckpt_path))
         elif module.adapter_folder is None:
             module.start()
         starts = {"base": base, "policy": _weights(module)}

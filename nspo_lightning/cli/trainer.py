@@ -184,8 +184,9 @@ class Trainer(pl.Trainer):
             datamodule: What is reported on.
             examples: Rendered texts of each use.
         """
-        from nspo_lightning.cli.data import data_report
+        from nspo_lightning.cli.data import check_examples, data_report
 
+        check_examples(examples)
         self.strategy.connect(model)
         datamodule.trainer = self
         datamodule.setup()

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nspo_lightning.checkpoints import ADAPTER_CONFIG
+from nspo_lightning.checkpoints import ADAPTER_CONFIG, read_checkpoint
 from nspo_lightning.module.resumed_settings import adapter_settings, differing
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.base_record import RECORD, base_difference
@@ -56,6 +57,18 @@ def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
             f"The checkpoint's adapter is scaled in another way than this one: {changed}. Its weights would mean "
             "another policy. Set what it was trained with (the first of each two)."
         )
+
+
+def load_trained_(module: pl.LightningModule, path: Path) -> None:
+    """Put what a checkpoint has trained into a loaded module, outside of a Trainer's jobs.
+
+    Raises:
+        CheckpointError: If it can't be read.
+        PolicyError: If it belongs to another project, base or adapter.
+    """
+    checkpoint = read_checkpoint(path)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)  # the base is not in it
 
 
 def check_adapter_base(folder: Path, policy: TextPolicy) -> None:

@@ -170,6 +170,9 @@ def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
         (["tasks/colours.yaml", "--data", "colours=config.yaml"], "ends in .jsonl"),
         (["tasks/colours.yaml", "--data", "colours=other.jsonl"], "task colours cannot read its rows"),
         (["tasks/colours.yaml", "--data", "colours=colours.jsonl", "--num_fewshot", "2"], "no examples to spare"),
+        (["tasks/colours.yaml", "--limit", "0"], "`--limit` must be at least 1, got 0"),
+        (["tasks/colours.yaml", "--batch_size", "-1"], "`--batch_size` must be at least 1, got -1"),
+        (["tasks/colours.yaml", "--num_fewshot", "-1"], "`--num_fewshot` must be at least 0, got -1"),
     ):
         with pytest.raises(MisconfigurationException, match=found):
             main(["-c", "config.yaml", "--tasks", *options])

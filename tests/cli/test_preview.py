@@ -69,6 +69,24 @@ def test_a_dead_server_is_found_before_the_model_is_loaded(tiny_llama, tmp_path)
     assert policy.policy is None
 
 
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"prompts": 0}, "`--preview` must be at least 1 prompt, got 0"),
+        ({"examples": -1}, "`--examples` must not be negative, got -1"),
+        ({"output": "taken/answers.jsonl"}, "nothing can be written in .*taken"),
+        ({"output": "/dev/null"}, "no ordinary file"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(tiny_llama, tmp_path, monkeypatch, options, found):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    policy = tiny_jobs.module(tiny_llama)
+    with pytest.raises(ValueError, match=found):
+        preview(policy, tiny_jobs.datamodule(), tiny_jobs.trainer(tmp_path), **options)
+    assert policy.policy is None
+
+
 def test_the_command_takes_a_training_config_and_its_overrides(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("safety", "general"):
