@@ -74,7 +74,8 @@ def find_checkpoint(name: str, run: Path) -> Path:
     if last is None or not last.is_file():
         raise CheckpointError(
             f"`--ckpt_path {name}`: expected the run's {run / FOLDER / LAST_FILE}, and it is not there. Give the name "
-            "of a run that was trained (`--name`), or a checkpoint file; leave it out to begin anew."
+            "of a run that was trained (`--name`), or a checkpoint file. Without the option `fit` begins anew, and "
+            "other commands take the base."
         )
     found = last if name == LAST else best_of(read_checkpoint(last).get("callbacks", {}).values(), last.parent)
     if found is None:

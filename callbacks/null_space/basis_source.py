@@ -112,6 +112,13 @@ class BasisSource:
     text: TextSample = field(default_factory=TextSample, init=False, repr=False)
     """A little of the calibration text, to see outputs on; empty where only a basis file is given."""
 
+    def __post_init__(self) -> None:
+        """Check the limits; one that is not positive raises ValueError."""
+        for name in ("limit_batches", "memory_budget_gb"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}. null sets no limit.")
+
     def find(
         self,
         trainer: pl.Trainer,

@@ -44,12 +44,12 @@ class SourceReport:
     @property
     def reasons(self) -> str:
         """Why rows were left out, for example ``4 longer than 64 tokens``."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
 
     def line(self) -> str:
         """Say it in one line, such as ``a.csv: 520 rows read, 4 left out (4 longer than 64 tokens); 516 train``."""
-        left_out = f"{self.dropped.total()} left out ({self.reasons})" if self.dropped else "none left out"
-        splits = [f"{count} {name}" for name, count in self.splits.items()]
+        left_out = f"{self.dropped.total():,} left out ({self.reasons})" if self.dropped else "none left out"
+        splits = [f"{count:,} {name}" for name, count in self.splits.items()]
         return "; ".join([f"{self.label}: {counted(self.read, 'row')} read, {left_out}", *splits, *self.notes])
 
 

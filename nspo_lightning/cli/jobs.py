@@ -242,11 +242,14 @@ def silence_noise() -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(_is_no_tip)  # a filter that is there is not added again
+    logger.addFilter(_says_something)  # a filter that is there is not added again
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+def _says_something(record: logging.LogRecord) -> bool:
+    """Leave out tips, that all batches are used, and that all epochs are over (said of runs that stop early, too)."""
+    message = record.getMessage()
+    nothing = ("Tip:", "was configured so 100% of the batches", "`Trainer.fit` stopped: `max_epochs=")
+    return not any(part in message for part in nothing)
 
 
 def cli_arguments(command: str = "fit") -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -24,11 +26,21 @@ def usage(program: str) -> str:
 class PlainParser(argparse.ArgumentParser):
     """The standard library's, for commands with few options."""
 
+    _given: Sequence[str] = ()
+
+    @override
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     @override
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        unknown = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecog") else []
-        meant = [near(argument.partition("=")[0], known) for argument in unknown if argument.startswith("--")]
+        names = [argument.partition("=")[0] for argument in self._given if argument.startswith("--")]
+        # A required option that is misspelt is missing, too.
+        told = message.startswith(("unrecognized arguments", "the following arguments are required"))
+        unknown = [name for name in names if told and not any(option.startswith(name) for option in known)]
+        meant = [near(name, known) for name in unknown]
         better = f". Did you mean {', '.join(f'`{option}`' for option in meant if option)}?" if any(meant) else ""
         self.exit(2, f"{usage(self.prog)}error: {mask_keys(message)}{better}\n")
 

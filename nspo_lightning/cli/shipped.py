@@ -64,7 +64,7 @@ def preview_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of the `preview` job, if that is what `judge --preview N` asks for; else those given.
 
     Raises:
-        WrongOptionsError: If a file is named too.
+        WrongOptionsError: If a file is named too, or N is no number of prompts.
 
     Example:
         >>> preview_arguments(["judge", "-c", "my.yaml", "--preview", "8"])
@@ -84,7 +84,14 @@ def preview_arguments(arguments: Sequence[str]) -> list[str]:
         if name != _PREVIEW:
             changed.append(word)
             continue
-        if not equals and place + 1 < len(words) and not words[place + 1].startswith("-"):
+        following = words[place + 1] if place + 1 < len(words) else "-"
+        if not equals and (not following.startswith("-") or following[1:].isdecimal()):
             value = next(rest)[1]
-        changed += ["--prompts", value or str(_PROMPTS)]
+        changed += ["--prompts", _whole(value or str(_PROMPTS))]
     return changed
+
+
+def _whole(value: str) -> str:
+    if not value.isdecimal() or int(value) < 1:
+        raise WrongOptionsError(f"`{_PREVIEW}` must be a whole number of prompts, 1 or more, got {value!a}.")
+    return value

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.checkpoints import FOLDER, last_in, read_checkpoint
 from nspo_lightning.compat.peft import DOWN, UP
 from nspo_lightning.nullspace import Calibration, load_calibration
-from nspo_lightning.policy.base_record import gguf_identity
+from nspo_lightning.policy.base_record import gguf_identity, settings_difference
 from nspo_lightning.policy.identity import STATE_KEY, updates_in
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
@@ -78,6 +78,8 @@ class ExportSource:
 def read_trained(path: Path) -> dict[str, Any]:
     """Return a checkpoint's content; ValueError if the file is not there, or none of this project."""
     if path.is_dir():
+        if (last := last_in(path / FOLDER) or last_in(path)) is not None:
+            raise ValueError(f"{path} is a folder, and `--ckpt` takes a checkpoint's file. Give one, such as {last}.")
         raise ValueError(
             f"{path} is a folder: a sharded checkpoint can't be exported. Consolidate it into one file first "
             "(`python -m lightning.pytorch.utilities.consolidate_checkpoint`)."
@@ -118,6 +120,11 @@ def export_source(
         raise PolicyError(
             f"{checkpoint} was trained on '{state['policy_path']}', but {config_file} names '{settings.path}' as "
             "`model.policy.path`. Give the config.yaml of the checkpoint's own run as `--config`."
+        )
+    if difference := settings_difference(state.get("base", {}), settings):
+        raise PolicyError(
+            f"{checkpoint} was trained on another base than {config_file} says: {difference}. Give the config.yaml of "
+            "the checkpoint's own run as `--config`."
         )
     # What was beside the run need not be beside us, or be the same.
     there: dict[str, Any] = {name: place for name, place in places.items() if os.path.exists(place)}

@@ -29,14 +29,16 @@ def gguf_identity(settings: PolicySettings) -> dict[str, str]:
 
 def base_record(settings: PolicySettings, fingerprint: str) -> dict[str, Any]:
     """Return what to note of a loaded base."""
+    return {"fingerprint": fingerprint, "path": settings.path, **_kind(settings), **gguf_identity(settings)}
+
+
+def _kind(settings: PolicySettings) -> dict[str, Any]:
+    """Return what of a base its settings alone say."""
     return {
-        "fingerprint": fingerprint,
-        "path": settings.path,
         "revision": settings.revision,
         "quantization": settings.quantization,
         "double_quantization": settings.double_quantization and settings.quantization != "none",
         "dtype": settings.dtype,
-        **gguf_identity(settings),
     }
 
 
@@ -53,12 +55,20 @@ def base_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     keys = ("fingerprint", "gguf_sha256")
     if not any(key in saved and key in now and saved[key] != now[key] for key in keys):
         return ""
-    differing = [key for key in _NAMED if key in saved and key in now and saved[key] != now[key]]
-    named = "; ".join(f"{_NAMED[key]} {_shown(saved[key])} there, {_shown(now[key])} here" for key in differing)
-    return named or (
+    return _named(saved, now) or (
         f"the settings are the same, the weights at '{now['path']}' are not (fingerprint {saved['fingerprint']} there, "
         f"{now['fingerprint']} here)"
     )
+
+
+def settings_difference(saved: Mapping[str, Any], settings: PolicySettings) -> str:
+    """Return what of a base that was noted other settings say, before anything is loaded; places may differ."""
+    return _named(saved, _kind(settings))
+
+
+def _named(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    differing = [key for key in _NAMED if key in saved and key in now and saved[key] != now[key]]
+    return "; ".join(f"{_NAMED[key]} {_shown(saved[key])} there, {_shown(now[key])} here" for key in differing)
 
 
 def _shown(value: Any) -> str:

@@ -101,6 +101,8 @@ def test_nothing_to_hold(tmp_path):
         ({"subspace": "all"}, "`subspace` must be one of"),
         ({"softness": 0.0}, "`softness` must be positive"),
         ({"min_null_share": 1.0}, "`min_null_share` must lie in"),
+        ({"limit_batches": -1}, "`limit_batches` must be positive, got -1"),
+        ({"memory_budget_gb": 0.0}, "`memory_budget_gb` must be positive, got 0.0"),
     ],
 )
 def test_arguments_are_checked_at_once(options, message):

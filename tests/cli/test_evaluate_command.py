@@ -170,12 +170,16 @@ def test_mistakes_are_told_before_the_model_is_loaded(job, monkeypatch):
         (["tasks/colours.yaml", "--data", "colours=config.yaml"], "ends in .jsonl"),
         (["tasks/colours.yaml", "--data", "colours=other.jsonl"], "task colours cannot read its rows"),
         (["tasks/colours.yaml", "--data", "colours=colours.jsonl", "--num_fewshot", "2"], "no examples to spare"),
-        (["tasks/colours.yaml", "--limit", "0"], "`--limit` must be at least 1, got 0"),
-        (["tasks/colours.yaml", "--batch_size", "-1"], "`--batch_size` must be at least 1, got -1"),
-        (["tasks/colours.yaml", "--num_fewshot", "-1"], "`--num_fewshot` must be at least 0, got -1"),
     ):
         with pytest.raises(MisconfigurationException, match=found):
             main(["-c", "config.yaml", "--tasks", *options])
+
+
+@pytest.mark.parametrize(("option", "least"), [("limit", 1), ("batch_size", 1), ("num_fewshot", 0)])
+def test_counts_are_in_range(tmp_path, option, least):
+    (tmp_path / "config.yaml").write_text("model: {policy: {path: x}}")
+    with pytest.raises(MisconfigurationException, match=f"`--{option}` must be at least {least}, got {least - 1}"):
+        main(["-c", str(tmp_path / "config.yaml"), "--tasks", "colours", f"--{option}={least - 1}"])
 
 
 def test_without_the_harness_it_says_how_to_get_it(job, monkeypatch):

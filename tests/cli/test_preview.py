@@ -106,6 +106,12 @@ def test_the_command_takes_a_training_config_and_its_overrides(tiny_llama, tmp_p
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("given", [["--preview", "-3"], ["--preview=0"], ["--preview", "few"]])
+def test_what_is_no_number_of_prompts_is_told_by_the_name_of_the_option(given):
+    with pytest.raises(WrongOptionsError, match=r"`--preview` must be a whole number of prompts, 1 or more, got '"):
+        preview_arguments(["judge", "-c", "a", *given])
+
+
 def test_the_option_becomes_the_job():
     assert preview_arguments(["judge", "-c", "a", "--preview"]) == ["preview", "-c", "a", "--prompts", "64"]
     assert preview_arguments(["judge", "--preview=5", "-c", "a"]) == ["preview", "--prompts", "5", "-c", "a"]

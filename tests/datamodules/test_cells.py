@@ -14,6 +14,7 @@ from nspo_lightning.datamodules.sources.read import usable_rows
 from nspo_lightning.datamodules.sources.readers import read_file
 from nspo_lightning.datamodules.sources.source import as_sources
 from nspo_lightning.rewards.rules.labels import harmful_rows
+from nspo_lightning.terminal import counted
 
 HARMFUL = ["harmful", "Unsafe", "toxic", True, 1, 1.0, "1", " true ", "yes"]
 BENIGN = ["benign", "safe", "Harmless", "unharmful", False, 0, 0.0, "0", "FALSE", "no"]
@@ -92,7 +93,7 @@ def test_nan_is_no_answer_in_any_format(tmp_path, tokenizer):
         rows, report = rows_of(tmp_path / name, "benign")
         assert [row.answer for row in rows] == answers, name
         skill = name.split(".")[0]
-        assert f"{answers.count('')} rows of skill {skill} with an empty answer: not scored" in report.line()
+        assert f"{counted(answers.count(''), 'row')} of skill {skill} with an empty answer: not scored" in report.line()
     data = AlignmentDataModule(
         "toy/harmful",
         str(tmp_path / "x.csv"),

@@ -12,6 +12,7 @@ from nspo_lightning.datamodules.sources.read import usable_rows
 from nspo_lightning.datamodules.sources.registry import get_preset
 from nspo_lightning.datamodules.sources.source import as_sources
 from nspo_lightning.evaluation.rates import general_outcomes
+from nspo_lightning.terminal import counted
 
 LONG = "Plants make sugar out of light, water and air, and give off oxygen."
 
@@ -39,9 +40,9 @@ def test_short_answers_of_a_plain_file_are_compared_and_free_text_is_not(tmp_pat
     rows, report = rows_of(tmp_path / "x.jsonl", [{"prompt": f"p{i}", "answer": a} for i, a in enumerate(answers)])
     assert finals(rows) == compared
     free = compared.count("")
-    assert (f"{free} answers of skill x in free text: scored by likelihood, not compared" in report.line()) == (
-        free > 0
-    )
+    assert (
+        f"{counted(free, 'answer')} of skill x in free text: scored by likelihood, not compared" in report.line()
+    ) == (free > 0)
 
 
 def test_each_skill_of_a_file_is_decided_by_itself(tmp_path):

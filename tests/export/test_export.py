@@ -236,7 +236,12 @@ def mistakes(run, folder):
     (folder / "pickle.ckpt").write_bytes(pickle.dumps(Planted()))
     torch.save({"state_dict": {}}, folder / "foreign.ckpt")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    for name, key, value in (("rank", "lora", {"r": 8}), ("path", "path", "toy"), ("odd", "colour", "red")):
+    for name, key, value in (
+        ("rank", "lora", {"r": 8}),
+        ("path", "path", "toy"),
+        ("odd", "colour", "red"),
+        ("other", "quantization", "fp4"),
+    ):
         changed = {**config, "model": {**config["model"], "policy": {**config["model"]["policy"], key: value}}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(changed))
     return {
@@ -246,6 +251,12 @@ def mistakes(run, folder):
         "foreign": (folder / "foreign.ckpt", (), r"not a checkpoint of this project"),
         "other rank": (ckpt, ("--config", folder / "rank.yaml"), r"rank \[4\].*\[8\]"),
         "other model": (ckpt, ("--config", folder / "path.yaml"), r"was trained on"),
+        "other precision": (
+            ckpt,
+            ("--config", folder / "other.yaml"),
+            r"another base .*`policy.quantization` 'nf4' there",
+        ),
+        "a run's folder": (run, (), r"is a folder, and `--ckpt` takes a checkpoint's file.*such as .*last.ckpt"),
         "unknown setting": (ckpt, ("--config", folder / "odd.yaml"), r"'colour'"),
         "no basis": (ckpt, ("--basis", folder / "none.safetensors"), r"no basis file"),
         "basis is an adapter": (
@@ -296,6 +307,12 @@ def test_a_failure_while_writing_keeps_the_earlier_export(export, tmp_path, monk
         export("--overwrite")
     assert (tmp_path / "out" / "README.md").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_misspelt_option_that_is_required_is_guessed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--chkpt", "last.ckpt", "--out", str(tmp_path / "out")])
+    assert "are required: --ckpt. Did you mean `--ckpt`?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [("--dtype", "float32"), ("--merge", "--dtype", "int8"), ("--colour",)])

@@ -60,7 +60,7 @@ def test_the_closing_lines_stand_and_say_why_it_stopped(whole: Terminal) -> None
         r"Null-space certificate: 14 layers",
     ):
         assert len(re.findall(said, whole.text)) == 1, f"{said} in:\n{whole.text}"
-    for nothing in ("FLOPs", "eval mode", "Epoch 0"):
+    for nothing in ("FLOPs", "eval mode", "Epoch 0", "max_epochs="):
         assert nothing not in whole.text
     assert not any(bars([line], label) for line in whole.lines for label in ("Training", "Validation", "Measuring"))
 
