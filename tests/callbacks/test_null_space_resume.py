@@ -100,7 +100,7 @@ def test_a_basis_of_something_else_is_refused(tmp_path, what):
         with torch.no_grad():
             model.first.base_layer.weight.add_(1)
     options = {"threshold": 3} if what == "settings" else {}
-    match = {"model": "model.weights", "settings": "settings.threshold", "layers": "has no basis for 1 trained layers"}
+    match = {"model": "model.weights", "settings": "settings.threshold", "layers": "has no basis for 1 trained layer"}
     with pytest.raises((ValueError, MisconfigurationException), match=match[what]):
         trainer(tmp_path, projection(calibration=path, **options)).fit(model)
 

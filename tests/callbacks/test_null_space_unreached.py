@@ -82,7 +82,7 @@ def test_a_basis_file_of_other_target_modules_is_refused(tmp_path, unprotected):
     made = projection(target_modules=["first"], unprotected="warn")
     trainer(tmp_path, made, max_steps=1).fit(Net())
     file = made.save(tmp_path / "first.safetensors")
-    with pytest.raises(MisconfigurationException, match=r"no basis for 1 trained layers: \['second'\].*target_modules"):
+    with pytest.raises(MisconfigurationException, match=r"no basis for 1 trained layer: \['second'\].*target_modules"):
         trainer(tmp_path, projection(calibration=file, unprotected=unprotected), max_steps=1).fit(Net())
 
 
@@ -111,7 +111,7 @@ def test_a_basis_file_knows_the_layers_that_no_text_reached(tmp_path, by):
 
 def test_calibrate_says_which_layers_no_text_reached(tmp_path, capsys):
     basis_file(tmp_path, "calibrate")
-    assert "No calibration text reaches 1 layers: pictures" in capsys.readouterr().out
+    assert "No calibration text reaches 1 layer: pictures" in capsys.readouterr().out
     made = projection()
     out, job = tmp_path / "other.safetensors", trainer(tmp_path, made)
     with pytest.raises(UnheldLayersError, match="1 of 3 layers saw no input"):

@@ -383,7 +383,7 @@ def test_a_basis_and_a_checkpoint_of_another_model(run, tiny_qwen2, tmp_path):
 def test_a_warm_start_and_a_run_that_goes_on_from_it(run, tmp_path):
     teach = ("--warmup.refusals", "[No.]", "--model.judge", "test_cli.Nay", "--warmup.check_prompts", 2)
     code, err = run("warmup", *teach, "--warmup.max_updates", 1, "--warmup.check_every", 1, "--warmup.lr", 1e-6)
-    check((code, err), r"warm start is not done: after 1 updates.*max_updates")
+    check((code, err), r"warm start is not done: after 1 update,.*max_updates")
     enough = ("--warmup.max_updates", 2, "--warmup.refusal_share", 1e-9, "--warmup.check_every", 2)
     assert run("warmup", *teach, *enough, "--ckpt_path", "last")[0] in (0, 1)
     shutil.move("runs/tiny-warmup/adapter", "warm")

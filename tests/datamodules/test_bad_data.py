@@ -109,7 +109,7 @@ BAD_FILES = [
     ),
     ("csv without a separator", "x.csv", b"prompt;answer\na;b\n", "line 1", "separator is not ','", "commas"),
     ("csv row too long", "x.csv", b"prompt,answer\na,b\na,b,c\n", "line 3", "3 fields, but 2 columns", "Quote"),
-    ("csv row too short", "x.csv", b"prompt,answer\na\n", "line 2", "1 fields, but 2 columns", "Quote"),
+    ("csv row too short", "x.csv", b"prompt,answer\na\n", "line 2", "1 field, but 2 columns", "Quote"),
     ("csv quote open", "x.csv", b'prompt,answer\na,b\n"a,b\n', "line 3", "broken csv", "double the quotes"),
     ("csv column twice", "x.csv", b"prompt,prompt\na,b\n", "line 1", "occur twice: 'prompt'", "own name"),
     ("csv column unnamed", "x.csv", b"prompt,\na,b\n", "line 1", "no name", "Name every column"),
