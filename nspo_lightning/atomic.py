@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -22,7 +23,16 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file beside its place; at the end of the block flush it to the disk and rename it over the old one."""
+    """Write a file beside its place; at the end of the block flush it to the disk and rename it over the old one.
+
+    Yields:
+        Where to write.
+
+    Raises:
+        OSError: If a device or a pipe is there, which would be gone (for root, /dev/null too).
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
     partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nspo_lightning.atomic import remove_leftovers, replacing_folder
+from nspo_lightning.atomic import remove_leftovers, replacing, replacing_folder
 from nspo_lightning.checkpoints import (
     AtomicCheckpointIO,
     CheckpointError,
@@ -81,6 +81,15 @@ def test_a_file_is_old_or_new_whatever_happens(tmp_path: Path, monkeypatch: pyte
         write_checkpoint(b"n" * 3_000_000, path)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "pipe")
+    with pytest.raises(OSError, match="no ordinary file"), replacing(path) as partial:
+        partial.write_text("new")
+    assert path.is_fifo()
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_folder_is_old_or_new_whatever_happens(tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ def without_unreached(
         raise UnheldLayersError([layer.name for layer in gone], len(plan.layers))
     rest = LayerPlan(layers=tuple(layer for layer in plan.layers if layer not in gone), refusals=())
     shown = ", ".join(layer.name for layer in gone[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
-    fate = "frozen" if mode == "freeze" else "free to train, which may move general outputs"
+    fate = "frozen" if mode == "freeze" else "left to train freely, which may move general outputs"
     rank_zero_warn(
-        f"{counted(len(gone), 'layer has', 'layers have')} no basis (no calibration text reaches them), {fate}: {shown}"
+        f"{counted(len(gone), 'layer has', 'layers have')} no basis (no calibration text gets there), {fate}: {shown}"
     )
     report_unprotected(rest, mode, None)
     parameters = [p for layer in gone for p in (layer.matrix, layer.output) if p is not None and p.requires_grad]

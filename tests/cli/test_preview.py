@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,13 @@ def test_a_dead_server_is_found_before_the_model_is_loaded(tiny_llama, tmp_path)
         ({"prompts": 0}, "`--preview` must be at least 1 prompt, got 0"),
         ({"examples": -1}, "`--examples` must not be negative, got -1"),
         ({"output": "taken/answers.jsonl"}, "nothing can be written in .*taken"),
-        ({"output": "/dev/null"}, "no ordinary file"),
+        ({"output": "pipe"}, "no ordinary file"),
     ],
 )
 def test_mistakes_are_found_before_the_model_is_loaded(tiny_llama, tmp_path, monkeypatch, options, found):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").touch()
+    os.mkfifo(tmp_path / "pipe")
     policy = tiny_jobs.module(tiny_llama)
     with pytest.raises(ValueError, match=found):
         preview(policy, tiny_jobs.datamodule(), tiny_jobs.trainer(tmp_path), **options)
