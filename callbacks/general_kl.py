@@ -16,11 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from nspo_lightning.callbacks.null_space.basis_source import calibration_batches
+from nspo_lightning.callbacks.null_space.basis_source import general_batches
 from nspo_lightning.callbacks.protocols import HasCalibrationText
 from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, rows_of, trained_by
 from nspo_lightning.compat.lightning import datamodule_of
-from nspo_lightning.nullspace import BasisSettings
 from nspo_lightning.nullspace.domains import are_starts, is_apart
 
 _TOGETHER = 8
@@ -75,8 +74,8 @@ class GeneralKL(Callback):
                 "GeneralKL has no general text: the datamodule has no `calibration_dataloader()`. Use "
                 "`AlignmentDataModule`, or add that method."
             )
-        settings = BasisSettings(criterion="contrast") if self.start_weight else BasisSettings()
-        self._batches, self._starts = split_starts(calibration_batches(owner, pl_module, settings, trainer))
+        batches = general_batches(owner, pl_module, trainer, starts=self.start_weight > 0)
+        self._batches, self._starts = split_starts(batches)
         if not self._batches:
             raise MisconfigurationException("GeneralKL has no general text: `calibration_dataloader()` gives none.")
         if self.start_weight and not self._starts:
@@ -136,7 +135,7 @@ def in_turn(items: Sequence[Any], count: int, update: int) -> list[Any]:
 
 
 def split_starts(batches: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the batches of text, and one row each the starts of answers among them; what is to be learnt is left out.
+    """Return the batches of text, and one row each the starts of answers among them.
 
     The starts come in an order that is random and always the same (the datamodule has them by length), with a
     `labels_mask` that is 1 at the first `START_TOKENS` tokens of the answer, shape (1, tokens), without padding.

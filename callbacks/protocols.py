@@ -236,9 +236,10 @@ class HasCalibrationText(Protocol):
     """A datamodule or module with text to protect."""
 
     def calibration_dataloader(self) -> Iterable[Any]:
-        """Return batches; may take ``answer_fn``, see `AnswersPrompts`, and ``to_learn``.
+        """Return batches; may take ``answer_fn``, see `AnswersPrompts`, ``to_learn`` and ``starts``.
 
         With ``to_learn`` true, batches of the prompts that are trained on come too, their ``domain`` being `TO_LEARN`.
+        With ``starts`` true, so do the starts of answers to further general prompts, see `domains.starts_of`.
         """
 
 

@@ -253,7 +253,9 @@ class AlignmentDataModule(pl.LightningDataModule):
         cut = self.text_max_tokens
         return PromptLoader([chosen], lambda batch: collate_text(batch, renderer, cut), batch_size=size)
 
-    def calibration_dataloader(self, answer_fn: AnswerFn | None = None, to_learn: bool = False) -> PromptLoader:
+    def calibration_dataloader(
+        self, answer_fn: AnswerFn | None = None, to_learn: bool = False, starts: bool = False
+    ) -> PromptLoader:
         """Return batches of general text for the null space; see `GeneralDataModule.calibration_dataloader`.
 
         With `to_learn`, up to `LEARN_ROWS` of the harmful prompts that are trained on come too.
@@ -262,4 +264,4 @@ class AlignmentDataModule(pl.LightningDataModule):
         if to_learn:
             train = [row for rows in self.safety.loaded().train for row in rows if row.kind == "harmful"]
             harmful = [train[i] for i in take_ranked(train, min(LEARN_ROWS, len(train)), "to learn")]
-        return self.general.calibration_dataloader(answer_fn, harmful)
+        return self.general.calibration_dataloader(answer_fn, harmful, starts)

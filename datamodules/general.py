@@ -159,16 +159,16 @@ class GeneralDataModule(PromptDataModule):
         return chosen
 
     def calibration_dataloader(
-        self, answer_fn: AnswerFn | None = None, to_learn: Sequence[PromptRow] = ()
+        self, answer_fn: AnswerFn | None = None, to_learn: Sequence[PromptRow] = (), starts: bool = False
     ) -> PromptLoader:
         """Return batches of general text for the null space, see `collate_calibration`.
 
         `answer_fn` answers prompts, for `prompt_and_model_answer`; `NullSpaceProjection` passes the module's.
         `to_learn` are prompts that are trained on; they come last, with the start of the policy's own answers, and so
-        do `calibration_starts` further general rows.
+        do `calibration_starts` further general rows, which `starts` alone asks for too.
         """
         rows, renderer = self.calibration_rows(answer_fn), self.renderer
-        if to_learn:
+        if to_learn or starts:
             further = [replace(row, skill=starts_of(row.skill)) for row in self._start_rows(rows)]
             asked = [*further, *(replace(row, skill=TO_LEARN) for row in to_learn)]
             asked.sort(key=lambda row: len(row.key))  # of like length, for less padding

@@ -55,12 +55,25 @@ def calibration_batches(
     With the model's answers where it takes ``answer_fn``, and with the prompts that are trained on where it takes
     ``to_learn`` and the criterion asks for them. A Trainer's run may be told to stop between two batches of answers.
     """
+    return _batches(owner, pl_module, trainer, ["to_learn"] if settings.needs_text_to_learn else [])
+
+
+def general_batches(
+    owner: Any, pl_module: pl.LightningModule, trainer: pl.Trainer | None = None, *, starts: bool = False
+) -> Iterable[Any]:
+    """Return the batches of a `HasCalibrationText` whose outputs are to stay; see `calibration_batches`.
+
+    With `starts` those of the starts of the policy's own answers come too, where it takes ``starts``.
+    """
+    return _batches(owner, pl_module, trainer, ["starts"] if starts else [])
+
+
+def _batches(owner: Any, module: pl.LightningModule, trainer: pl.Trainer | None, more: Iterable[str]) -> Iterable[Any]:
     loader = owner.calibration_dataloader
-    taken, wanted = inspect.signature(loader).parameters, dict[str, Any]()
-    if "answer_fn" in taken and isinstance(pl_module, AnswersPrompts):
-        wanted["answer_fn"] = _answers(pl_module, trainer)
-    if "to_learn" in taken and settings.needs_text_to_learn:
-        wanted["to_learn"] = True
+    taken = inspect.signature(loader).parameters
+    wanted: dict[str, Any] = {name: True for name in more if name in taken}
+    if "answer_fn" in taken and isinstance(module, AnswersPrompts):
+        wanted["answer_fn"] = _answers(module, trainer)
     batches: Iterable[Any] = loader(**wanted)
     return batches
 

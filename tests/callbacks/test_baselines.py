@@ -96,9 +96,10 @@ def test_with_a_weight_the_penalty_sees_the_starts_of_the_policys_own_answers(ti
     _, policy = fit(tiny_llama, tmp_path, [before, penalty, after], 2, data=with_starts)
     named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     policy.load_state_dict(after.weights[1], strict=False)
-    # What is to be learnt is in neither, and no row of text is a start.
+    # No row of text is a start, and nobody answered a prompt that is to be learnt.
     assert {d for batch in penalty._batches for d in batch["domain"]} == {"say"}
     assert len(penalty._starts) == 3
+    assert sum(len(prompts) for prompts, _ in policy._base_answers) == 3
     # Scored is what stands behind the prompt alone: three tokens of an answer, by the scores of their rows.
     scores = [policy.text_scores(batch) for batch in penalty.starts_of(1)]
     assert {row.tokens for found in scores for row in found.rows} == {3}
