@@ -63,6 +63,8 @@ def _callback(name: str, **init_args: Any) -> dict[str, Any]:
     return {"class_path": f"nspo_lightning.callbacks.{name}", "init_args": init_args}
 
 
+_ON_STARTS = Extra(callbacks=[_callback("GeneralKL", coefficient=2.0, rows=32, start_weight=1.0)])
+"""A penalty on the starts of answers alone, which are short."""
 _SPLITS = {"val": "validation", "test": "test"}
 _OFF = {"nullspace.enabled": False}
 _FREE = {"nullspace.project_gradients": False, "nullspace.project_displacement": False}
@@ -103,6 +105,10 @@ METHODS: dict[str, Method] = {
             for c in KL_COEFFICIENTS[1:]
         },
     ),
+    "contrast_starts": Method(
+        label="NSPO, contrast + KL on starts of answers", settings={"nullspace.criterion": "contrast"}, extra=_ON_STARTS
+    ),
+    "general_starts": Method(label="GRPO + KL on starts of answers", settings=_OFF, extra=_ON_STARTS),
     "general_kl": Method(
         label="GRPO + KL on general text",
         settings=_OFF,
