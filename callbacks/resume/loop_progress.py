@@ -43,7 +43,9 @@ def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> Non
             _set_all(epochs, epochs["total"]["ready"], epochs["current"]["ready"])
             _set_all(batches, batches["total"]["completed"], 0)
             batches["is_last_batch"] = False
-            if trainer.limit_val_batches and validation_follows(trainer, 0, batches["total"]["completed"]):
+            # Only a run with a number of steps counts as restarted there, and then passes by a validation.
+            restarts = trainer.max_steps != -1 and trainer.limit_val_batches
+            if restarts and validation_follows(trainer, 0, batches["total"]["completed"]):
                 take_back_step_(fit_loop)
         case _:
             pass

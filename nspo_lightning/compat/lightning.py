@@ -17,6 +17,9 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 _STEPPED = "_batches_that_stepped"
 """Entry of a checkpoint's ``epoch_loop.state_dict``, and attribute of the running loop."""
 
+_LOADER_STATES = "_combined_loader_states_to_load"
+"""Attribute of the fit loop: what it has read of a checkpoint and not given to its loaders."""
+
 BATCHES = "epoch_loop.batch_progress"
 OPTIMIZERS = "epoch_loop.automatic_optimization.optim_progress"
 VALIDATION_BATCHES = "epoch_loop.val_loop.batch_progress"
@@ -89,6 +92,17 @@ def forget_step_metrics(trainer: pl.Trainer, batch_idx: int, prefix: str = "") -
 def take_back_step_(fit_loop: dict[str, Any]) -> None:
     """Lower the count of batches that stepped by one in a checkpoint's ``loops.fit_loop``."""
     fit_loop["epoch_loop.state_dict"][_STEPPED] -= 1
+
+
+def load_place_in_data_(trainer: pl.Trainer) -> None:
+    """Give training loaders their state of a checkpoint in any case, before the first epoch of a resumed run begins.
+
+    Lightning leaves it out where the checkpoint is of the end of an epoch, as if each epoch began anew.
+    """
+    states = vars(trainer.fit_loop)[_LOADER_STATES]
+    if states:
+        vars(trainer.fit_loop)["_combined_loader"]._load_state_dicts(states)
+        vars(trainer.fit_loop)[_LOADER_STATES] = []
 
 
 def checkpoint_state(callback: ModelCheckpoint) -> dict[str, Any]:

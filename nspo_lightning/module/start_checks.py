@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, process_group_timeout
+from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, load_place_in_data_, process_group_timeout
 from nspo_lightning.datamodules.loader import PromptLoader
 from nspo_lightning.module.collector import Collected
 from nspo_lightning.module.text_policy import TextPolicy
@@ -135,6 +135,7 @@ def take_on_demand(trainer: pl.Trainer, settings: TrainingSettings) -> None:
             "gives none. Use a datamodule of this package (`PromptLoader`), or `dynamic_sampling: null`."
         )
     loader.on_demand = True
+    load_place_in_data_(trainer)
     rank_zero_info(
         "`dynamic_sampling`: a batch takes up to "
         f"{settings.dynamic_sampling.max_factor} times {counted(loader.batch_size, 'prompt')} a process from the "

@@ -52,6 +52,24 @@ def test_the_loop_counts_batches_that_stepped_and_saves_the_count(run, tmp_path)
     assert fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] == before["_batches_that_stepped"] - 1
 
 
+def test_the_fit_loop_holds_states_of_loaders_until_it_gives_them(run):
+    class Loader:
+        def _load_state_dicts(self, states):
+            self.states = states
+
+    trainer, loader = run(), Loader()
+    assert trainer.fit_loop._combined_loader_states_to_load == []
+    assert trainer.fit_loop._combined_loader is not None, (
+        f"{VERSION}: see `_load_combined_loader_states` in fit_loop.py"
+    )
+    compat.load_place_in_data_(trainer)
+    trainer.fit_loop._combined_loader = loader
+    trainer.fit_loop.on_load_checkpoint({"combined_loader": [{"batch": 3}]})
+    compat.load_place_in_data_(trainer)
+    assert loader.states == [{"batch": 3}]
+    assert trainer.fit_loop._combined_loader_states_to_load == []
+
+
 def test_a_checkpoint_says_where_the_loops_are(run, tmp_path):
     run(ModelCheckpoint(tmp_path, filename="end"), steps=6, max_epochs=2)
     fit_loop = torch.load(tmp_path / "end.ckpt", weights_only=True)["loops"]["fit_loop"]

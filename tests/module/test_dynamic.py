@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known_rollouts import Prompt, dynamic, gradients, gradients_of_loader, known_loader, still_policy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny_jobs import Recorder, adapter, datamodule, even_tokens, module, trainer
 
 from nspo_lightning.callbacks import ExactResume
+from nspo_lightning.compat.lightning import logging_step
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.dynamic import DynamicSampling, chosen_groups, further_prompts
 from nspo_lightning.module.resumed_settings import ResumeError
@@ -163,6 +164,31 @@ def test_a_run_that_was_killed_in_a_rollout_goes_on_to_the_same_bits(tiny_llama,
     assert all(torch.equal(value, weights[name]) for name, value in adapter(again).items())
     assert any(bool(value.any()) for name, value in weights.items() if "lora_B" in name)
     assert [step["reward"] for step in of_rest] == [step["reward"] for step in of_whole[-len(of_rest) :]]
+
+
+@pytest.mark.parametrize("limit", [{"steps": -1, "max_epochs": 2}, {"steps": 8, "max_epochs": -1}])
+def test_a_run_goes_on_from_the_end_of_an_epoch_to_the_same_bits(tiny_llama, tmp_path, limit):
+    """The next epoch's prompts come behind those that the last one took, wherever Lightning begins."""
+
+    def fit(path=None):
+        torch.manual_seed(7)
+        options = {"num_iterations": 2, "dynamic_sampling": DynamicSampling(max_factor=2)}
+        reward, recorder = SomeAlike(), Recorder()
+        policy = module(tiny_llama, reward=reward, **options)
+        saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        validates = {"val_check_interval": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+        settings = {"limit_train_batches": 4, "enable_checkpointing": True, **validates, **limit}
+        run = trainer(tmp_path, callbacks=[ExactResume(), recorder, saved], **settings)
+        run.fit(policy, datamodule(repeat_batches=2), ckpt_path=path)
+        return adapter(policy), recorder.steps, reward.calls, logging_step(run)
+
+    weights, steps, calls, logged = fit()
+    assert max(step["dynamic/rounds"] for step in steps) > 1
+    again, rest, asked, logged_again = fit(tmp_path / "epoch=0.ckpt")
+    assert asked == calls[-len(asked) :]
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    assert [step["reward"] for step in rest] == [step["reward"] for step in steps[4:]]
+    assert logged_again == logged == 8
 
 
 def test_what_can_not_be_is_refused(tiny_llama, tmp_path):
