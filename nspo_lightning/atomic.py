@@ -144,19 +144,19 @@ def json_text(content: Any, indent: int | None = None) -> str:
     return _HALVES.sub(lambda half: f"\\u{ord(half.group()):04x}", text)
 
 
-def whole(value: T) -> T:
-    """Return text, or lists and dictionaries of it, with U+FFFD for half characters (lone surrogates).
+def without_surrogates(value: T) -> T:
+    """Return text, or lists and dictionaries of it, with U+FFFD in the place of lone surrogates (half characters).
 
-    No file, server or tokenizer takes those; they come from codes in JSON.
+    They come from codes in JSON. UTF-8 has no form for them, so no file, server or tokenizer takes them.
     """
     changed: Any = value
     if isinstance(value, str):
         if _HALVES.search(value):
             changed = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     elif isinstance(value, dict):
-        changed = {whole(name): whole(inner) for name, inner in value.items()}
+        changed = {without_surrogates(name): without_surrogates(inner) for name, inner in value.items()}
     elif type(value) in (list, tuple):
-        changed = type(value)(whole(inner) for inner in value)  # type: ignore[call-arg,attr-defined]
+        changed = type(value)(without_surrogates(inner) for inner in value)  # type: ignore[call-arg,attr-defined]
     result: T = changed
     return result
 

@@ -86,7 +86,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a sharded tensor put together (cross-rank synchronisation), any other tensor as it is."""
     if dist.is_available():
         from torch.distributed.tensor import DTensor

@@ -208,7 +208,7 @@ class Hold:
         """Return certificates of each A alone, whatever B makes of it now."""
         held = zip(self._layers, self._bases, self._references, strict=True)
         return [
-            certify(layer.name, basis, layer.rows(ranks.whole(layer.matrix.detach())))
+            certify(layer.name, basis, layer.rows(ranks.full_tensor(layer.matrix.detach())))
             for layer, basis, reference in held
             if reference is None
         ]

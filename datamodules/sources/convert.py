@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nspo_lightning.atomic import whole
+from nspo_lightning.atomic import without_surrogates
 from nspo_lightning.datamodules.sources.cells import BadRow, check_prompt, kind_of
 from nspo_lightning.datamodules.sources.chats import message_text, split_chat
 from nspo_lightning.datamodules.sources.data_error import DataError, clip, listing
@@ -54,8 +54,8 @@ def convert(plan: RowPlan, raw: RawRow) -> PromptRow | str:
     result = _by_columns(plan, raw) if plan.preset is None else _by_preset(plan, plan.preset, raw)
     if isinstance(result, str):
         return result
-    if whole(parts := (result.answer, result.skill, result.columns)) != parts:
-        answer, skill, columns = whole(parts)
+    if without_surrogates(parts := (result.answer, result.skill, result.columns)) != parts:
+        answer, skill, columns = without_surrogates(parts)
         result = replace(result, answer=answer, skill=skill, columns=columns)
     system = plan.source.system_prompt
     if system is None:

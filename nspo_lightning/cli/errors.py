@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import nspo_lightning
 from nspo_lightning import ranks
-from nspo_lightning.atomic import whole
+from nspo_lightning.atomic import without_surrogates
 from nspo_lightning.cli.explain import how_to_install
 from nspo_lightning.cli.given import given
 from nspo_lightning.cli.run_folder import RUN_FOLDER
@@ -95,7 +95,7 @@ def message_for(error: BaseException) -> str:
         this package made is left, if there is one.
     """
     if isinstance(error, OSError) and error.filename is not None:
-        return whole(mask_keys(_file_message(error)))
+        return without_surrogates(mask_keys(_file_message(error)))
     if package := _missing_package(error):
         told = f"This needs the package `{package}`, which is not installed. Install it: `{how_to_install(package)}`."
     elif _is_of_the_network(error):
@@ -108,7 +108,7 @@ def message_for(error: BaseException) -> str:
     lines = mask_keys(told).splitlines()
     if len(lines) > _LINES:
         lines = [*lines[:_LINES], f"... and {counted(len(lines) - _LINES, 'line')} more"]
-    return whole("\n".join(line if len(line) <= _LINE else f"{line[:_LINE]}..." for line in lines))
+    return without_surrogates("\n".join(line if len(line) <= _LINE else f"{line[:_LINE]}..." for line in lines))
 
 
 def located(message: str) -> str:

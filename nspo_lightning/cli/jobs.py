@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from nspo_lightning.atomic import remove_leftovers, whole
+from nspo_lightning.atomic import remove_leftovers, without_surrogates
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.checkpoints import (
     BEST,
@@ -208,7 +208,7 @@ class CLI(CLIWithoutStoredSettings):
 
 def _check_whole(config: dict[str, Any]) -> None:
     """Refuse what no file can hold: the configuration is saved with the run."""
-    broken = [name for name, value in config.items() if whole({name: value}) != {name: value}]
+    broken = [name for name, value in config.items() if without_surrogates({name: value}) != {name: value}]
     if broken:
         raise MisconfigurationException(
             f"`{ascii(broken[0])[1:-1]}` holds half a character (a lone surrogate, such as \\ud800), which no file can "

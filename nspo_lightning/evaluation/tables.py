@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from nspo_lightning.atomic import whole
+from nspo_lightning.atomic import without_surrogates
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,7 +30,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, 
         | q\|k | 1e-07 |
     """
     rule = "".join("--:|" if side == "r" else "---|" for side in align.ljust(len(columns)))
-    return whole("\n".join([_line(columns), f"|{rule}", *map(_line, rows)]))
+    return without_surrogates("\n".join([_line(columns), f"|{rule}", *map(_line, rows)]))
 
 
 def fenced(text: str) -> str:
@@ -52,7 +52,7 @@ def markdown_blocks(rows: Iterable[Mapping[str, object]]) -> str:
         told = ", ".join(f"{name} {value}" for name, value in values.items() if name in small)
         parts.append(f"**{number}.** {_line_of(told)}".rstrip())
         parts += [f"{_line_of(name)}:\n\n{fenced(value)}" for name, value in values.items() if name not in small]
-    return whole("\n\n".join(parts))
+    return without_surrogates("\n\n".join(parts))
 
 
 def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, align: str = "") -> Table:
@@ -64,12 +64,14 @@ def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=whole(title) or None, title_justify="left")
+    table = Table(title=without_surrogates(title) or None, title_justify="left")
     for column, side in zip(columns, align.ljust(len(columns)), strict=True):
         right = side == "r"
-        table.add_column(whole(column), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        table.add_column(
+            without_surrogates(column), justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
     for row in rows:
-        table.add_row(*(Text(whole(str(cell))) for cell in row))
+        table.add_row(*(Text(without_surrogates(str(cell))) for cell in row))
     return table
 
 
@@ -82,8 +84,8 @@ def findings_text(findings: Sequence[Finding]) -> Text:
     block.append("What to look at", style="bold")
     for finding in findings:
         block.append(f"\n{finding.severity}: {finding.title}.", style=colours[finding.severity])
-        block.append(whole(f" {finding.text}"))
-        block.append(whole(f"\n  mend: {finding.cure}"))
+        block.append(without_surrogates(f" {finding.text}"))
+        block.append(without_surrogates(f"\n  mend: {finding.cure}"))
     return block
 
 

@@ -451,7 +451,7 @@ class GRPOModule(pl.LightningModule):
         # After callbacks, so of the projected gradient, and before clipping.
         if logs_this_batch(self.trainer):
             grads = [p.grad for p in self.text_policy.trainable_parameters() if p.grad is not None]
-            squares = [ranks.whole(torch.linalg.vector_norm(grad.detach().float())).square() for grad in grads]
+            squares = [ranks.full_tensor(torch.linalg.vector_norm(grad.detach().float())).square() for grad in grads]
             self._log_step({"grad_norm": torch.stack(squares).sum().sqrt()} if squares else {})
 
     def _skip_nonfinite(self, seen: str) -> None:

@@ -161,10 +161,10 @@ def certify_layers(
     """Return a certificate of every layer's update since the start; see `NullSpaceKeeper` and `Calibration`."""
     found = []
     for layer, basis, reference in zip(layers, bases, references, strict=True):
-        update = layer.rows(ranks.whole(layer.matrix.detach()))
+        update = layer.rows(ranks.full_tensor(layer.matrix.detach()))
         if reference is not None:
             update = update - layer.rows(whole_reference(layer, reference))
-        up = None if layer.output is None else ranks.whole(layer.output.detach())
+        up = None if layer.output is None else ranks.full_tensor(layer.output.detach())
         energy = output_energy.get(layer.name)
         found.append(
             certify(layer.name, basis, update, up=up, scale=layer.scale, experts=layer.experts, output_energy=energy)
@@ -181,7 +181,7 @@ def start_layers_(
         if reference is None:
             # Where rows are sharded, on the whole of it: the norm is one over all rows.
             matrix = layer.matrix.detach()
-            started = project_start(basis, ranks.whole(matrix))
+            started = project_start(basis, ranks.full_tensor(matrix))
             matrix.copy_(ranks.sharded_like(started, matrix))
 
 
@@ -194,7 +194,7 @@ def whole_reference(layer: ProtectedLayer, reference: Tensor) -> Tensor:
     """Return a whole reference, shaped as the parameter is, from this rank's rows of it."""
     everywhere = layer.matrix.detach().clone()
     layer.rows(ranks.local_part(everywhere)).copy_(reference)
-    return ranks.whole(everywhere)
+    return ranks.full_tensor(everywhere)
 
 
 def local_reference(layer: ProtectedLayer, whole: Tensor) -> Tensor:

@@ -46,19 +46,19 @@ class Movement:
 
 
 def _start(layer: ProtectedLayer) -> dict[str, Tensor]:
-    matrix = ranks.whole(layer.matrix.detach())
+    matrix = ranks.full_tensor(layer.matrix.detach())
     if layer.output is None:
         return {"matrix": matrix.clone()}
-    up = ranks.whole(layer.output.detach())
+    up = ranks.full_tensor(layer.output.detach())
     return {"matrix": matrix.clone(), "output": up.clone()} if bool(up.any()) else {}
 
 
 def _norm(layer: ProtectedLayer, start: Mapping[str, Tensor]) -> float:
-    matrix = ranks.whole(layer.matrix.detach())
+    matrix = ranks.full_tensor(layer.matrix.detach())
     began = {part: value.to(matrix.device) for part, value in start.items()}
     if layer.output is None:
         return float(torch.linalg.vector_norm((matrix - began["matrix"]).to(torch.float64)))
-    up, down, experts = ranks.whole(layer.output.detach()), layer.rows(matrix), layer.experts
+    up, down, experts = ranks.full_tensor(layer.output.detach()), layer.rows(matrix), layer.experts
     if began:  # B A - B0 A0 is one product of twice the rank
         up = torch.cat([up, -began["output"]], dim=1)
         parts = [rows.reshape(experts, -1, layer.width) for rows in (down, layer.rows(began["matrix"]))]

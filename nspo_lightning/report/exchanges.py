@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-from nspo_lightning.atomic import whole
+from nspo_lightning.atomic import without_surrogates
 from nspo_lightning.evaluation.kept_answers import evenly, read_answers
 from nspo_lightning.report.records import Answer, Answers, Exchange
 from nspo_lightning.terminal import counted
@@ -78,7 +78,7 @@ def _answer(row: Mapping[str, Any], who: str) -> Answer | None:
 
 def _text(text: str) -> str:
     """Return text that any page holds: control characters are shown as what they are, and what is long is cut."""
-    seen = "".join(_shown(sign) for sign in whole(text[:LONGEST]))
+    seen = "".join(_shown(sign) for sign in without_surrogates(text[:LONGEST]))
     return seen if len(text) <= LONGEST else f"{seen} [... {counted(len(text) - LONGEST, 'character')} more]"
 
 

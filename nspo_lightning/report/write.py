@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nspo_lightning.atomic import replacing, whole
+from nspo_lightning.atomic import replacing, without_surrogates
 from nspo_lightning.report.html import comparison_page, run_page
 from nspo_lightning.report.markdown import comparison_text, run_text
 from nspo_lightning.report.records import Run
@@ -27,5 +27,5 @@ def _write(folder: Path, page: str, text: str) -> tuple[Path, Path]:
     files = folder / HTML, folder / MARKDOWN
     for file, content in zip(files, (page, text), strict=True):
         with replacing(file) as partial:
-            partial.write_text(whole(content), encoding="utf-8")
+            partial.write_text(without_surrogates(content), encoding="utf-8")
     return files

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nspo_lightning.atomic import whole
+from nspo_lightning.atomic import without_surrogates
 from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards.protocol import Text
 
@@ -24,8 +24,8 @@ def content_text(content: Any) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
-        return whole(content)
-    return whole("".join(part_text(part) or "" for part in content))
+        return without_surrogates(content)
+    return without_surrogates("".join(part_text(part) or "" for part in content))
 
 
 def answer_text(completion: Text) -> str:
@@ -43,7 +43,7 @@ def without_thought(completion: Text) -> Text:
 def as_text(text: Text) -> str:
     """Read a prompt or completion as one string: of chat messages the last one's text, "" without messages."""
     if isinstance(text, str):
-        return whole(text)
+        return without_surrogates(text)
     return content_text(text[-1].get("content")) if text else ""
 
 
@@ -60,7 +60,7 @@ def transcript(prompt: Text) -> str:
     """Read a whole prompt as one string: a single turn as it is, several with their roles."""
     # A system turn says what the assistant is and not what was asked.
     if isinstance(prompt, str):
-        return whole(prompt)
+        return without_surrogates(prompt)
     turns = [turn for turn in prompt if turn.get("role") != "system"]
     if len(turns) == 1:
         return content_text(turns[0].get("content"))

@@ -269,7 +269,7 @@ def test_a_written_report_is_whole_or_the_old_one(tmp_path, monkeypatch):
     run = read_run(folder)
     write_report(run)
     before = (folder / "report.html").read_text()
-    monkeypatch.setattr("nspo_lightning.report.write.whole", lambda text: 1 / 0)
+    monkeypatch.setattr("nspo_lightning.report.write.without_surrogates", lambda text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(run)
     assert (folder / "report.html").read_text() == before

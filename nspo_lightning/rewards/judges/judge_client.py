@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nspo_lightning.atomic import whole
+from nspo_lightning.atomic import without_surrogates
 from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards.judges.judge_cache import JudgeCache, content_key
 from nspo_lightning.rewards.judges.judge_retry import HOPELESS_STATUS, RETRYABLE_STATUS, RetryPolicy, retry_after_s
@@ -84,7 +84,7 @@ class JudgeClient:
         Raises:
             JudgeDown: If there is none.
         """
-        bound, request = self._bound_here(), whole(request)
+        bound, request = self._bound_here(), without_surrogates(request)
         key = content_key({"url": self.base_url, **request})
         if cached and (known := self.cache.get(key)) is not None and self.is_readable(known):
             self.counters["cache_hits"] += 1
