@@ -31,7 +31,7 @@ from nspo_lightning.callbacks.null_space.hold import Hold, at_start
 from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference, ready
 from nspo_lightning.callbacks.null_space.logs import (
     log_start,
-    own_folder,
+    run_folder,
     show_bases,
     show_certificate,
     show_verification,
@@ -500,7 +500,7 @@ class NullSpaceProjection(Callback):
             self.calibration = found
             return found
         made = self.calibrate(pl_module, found, trainer=trainer)
-        show_bases(made, own_folder(trainer))
+        show_bases(made, run_folder(trainer))
         self.source.keep(trainer, found, made)
         return made
 

@@ -123,7 +123,7 @@ def write_record(
         output_change: Measured on a little calibration text, at the end.
         verification: What was checked before the first step.
     """
-    folder = own_folder(trainer)
+    folder = run_folder(trainer)
     if not trainer.is_global_zero or folder is None or is_fast_dev_run(trainer):
         return
     checked = None if verification is None else {"change": verification.change, "layers": verification.layers}
@@ -140,14 +140,14 @@ def log_start(trainer: pl.Trainer, calibration: Calibration) -> None:
         "nullspace/null_share_mean": mean_null_share(calibration),
         "nullspace/energy_left_max": max(b.choice.energy_left for b in bases),
     }
-    folder = own_folder(trainer)
+    folder = run_folder(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
     if trainer.is_global_zero and trainer.loggers and not is_fast_dev_run(trainer):
         _show_free(trainer, calibration, folder)
 
 
-def own_folder(trainer: pl.Trainer) -> Path | None:
+def run_folder(trainer: pl.Trainer) -> Path | None:
     """Return the folder that a run's logger writes to (cross-rank synchronisation).
 
     None without a logger, and where several runs share the logger's folder, as wandb's do.

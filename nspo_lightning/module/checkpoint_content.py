@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nspo_lightning.checkpoints import ADAPTER_CONFIG, read_checkpoint
-from nspo_lightning.module.resumed_settings import adapter_settings, differing
+from nspo_lightning.module.resumed_settings import adapter_settings, changed_in_words
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.base_record import RECORD, base_difference
 from nspo_lightning.policy.identity import PREFIX, STATE_KEY
@@ -52,7 +52,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], policy: TextPolicy) -> None:
             f"{mine.get(odd)} here. Use the `policy.lora` settings that it was trained with (they stand in the "
             "config.yaml of its run)."
         )
-    if changed := differing(state.get("adapter", {}), adapter_settings(policy.settings.lora)):
+    if changed := changed_in_words(state.get("adapter", {}), adapter_settings(policy.settings.lora)):
         raise PolicyError(
             f"The checkpoint's adapter is scaled in another way than this one: {changed}. Its weights would mean "
             "another policy. Set what it was trained with (the first of each two)."

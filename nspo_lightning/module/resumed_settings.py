@@ -68,7 +68,7 @@ def adapter_settings(lora: LoraSettings | None) -> dict[str, Any]:
     return {"model.policy.lora.alpha": lora.alpha, "model.policy.lora.use_rslora": lora.use_rslora}
 
 
-def differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def changed_in_words(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Name the settings that differ, old -> new; "" if none does. Earlier checkpoints lack some or all of them."""
     return ", ".join(
         f"`{name}` {_shown(saved[name])} -> {_shown(now[name])}"
@@ -88,7 +88,7 @@ def check_same_job(saved: str, now: str) -> None:
 
 def check_same_training(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings than a checkpoint was written with."""
-    if changed := differing({**_BEFORE, **saved}, now):
+    if changed := changed_in_words({**_BEFORE, **saved}, now):
         raise ResumeError(
             f"The checkpoint belongs to a run with other settings: {changed}. A resumed run goes on as if it had never "
             "stopped, with the optimizer's state and the rollouts that were begun: these settings would change what it "

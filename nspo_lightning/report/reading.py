@@ -17,7 +17,7 @@ from nspo_lightning.report.curves import last_step, read_curves
 from nspo_lightning.report.exchanges import read_exchanges
 from nspo_lightning.report.measurements import of_fit, of_test
 from nspo_lightning.report.records import Finding, LayerInput, NullSpace, Run
-from nspo_lightning.report.settings import differing
+from nspo_lightning.report.settings import non_default_settings
 
 CONFIG, SUMMARY, TEST, NULL_SPACE, DIAGNOSIS = (
     "config.yaml",
@@ -106,7 +106,7 @@ def read_run(folder: Path) -> Run:
         finished=bool(said),
         base=base,
         facts=_facts(config, null_space, method),
-        settings=differing(config, warm_start=warm_start),
+        settings=non_default_settings(config, warm_start=warm_start),
         measurements=tuple(measurements),
         curves=curves,
         answers=read_exchanges(folder, look_alikes, tested=isinstance(test, Mapping)),

@@ -35,7 +35,7 @@ _LONGEST = 300
 _NONE = object()
 
 
-def differing(config: Mapping[str, Any], *, warm_start: bool = False) -> tuple[Setting, ...]:
+def non_default_settings(config: Mapping[str, Any], *, warm_start: bool = False) -> tuple[Setting, ...]:
     """Return the settings of a resolved configuration that differ from defaults, in its order.
 
     What a page says elsewhere (model, data, folders) is left out, and settings of a warm start where the run was none.
