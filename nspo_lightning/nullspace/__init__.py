@@ -1,4 +1,7 @@
-"""The null space of general ability: second moments, what to protect, and how to stay out of it. Torch only."""
+"""The null space of general ability: second moments, what to protect, and how to stay out of it.
+
+Needs torch alone; safetensors where a basis file is read or written, matplotlib where a spectrum is drawn.
+"""
 
 from nspo_lightning.nullspace.basis import Basis, Spectrum, build_basis, build_soft_basis, decompose
 from nspo_lightning.nullspace.basis_builder import bases_from_spectra
