@@ -45,11 +45,11 @@ class AlignmentDataModule(pl.LightningDataModule):
         test_size: Test rows of each domain; None as for `val_size`.
         max_prompt_tokens: The longest rendered prompt; longer rows are left out and reported.
         calibration_size: General rows that the null space is computed from; None = all.
-        calibration_text: The prompt alone, with its reference answer, or with the policy's own answer.
+        calibration_text: The prompt alone, with its reference answer, or with the base's own answer (adapter off).
         calibration_batch_size: Rows a calibration batch and rank.
         calibration_max_tokens: The longest calibration text; longer rows are left out and reported.
         calibration_padding: Where short calibration rows are padded.
-        calibration_starts: Further rows of which the criterion `contrast` sees the start of the policy's own answer:
+        calibration_starts: Further rows of which the criterion `contrast` sees the start of the base's own answer:
             whether to answer is decided there, and few rows overstate which directions general text leaves unused.
         text_max_tokens: Held-out general text is cut there where it is scored (KL and NLL); None = at the model's own
             limit. A row whose prompt alone is longer is not scored.

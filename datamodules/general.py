@@ -39,11 +39,11 @@ class GeneralDataModule(PromptDataModule):
         train: Where calibration text comes from; several sources are mixed by weight, equally by default.
         batch_size: Rows a training batch and rank, for training on general data.
         calibration_size: Rows that the null space is computed from; None = all.
-        calibration_text: The prompt alone, with its reference answer, or with the policy's own answer.
+        calibration_text: The prompt alone, with its reference answer, or with the base's own answer (adapter off).
         calibration_batch_size: Rows a calibration batch and rank.
         calibration_max_tokens: The longest calibration text; longer rows are left out and reported.
         calibration_padding: Where short calibration rows are padded.
-        calibration_starts: Further rows of which the criterion `contrast` sees the start of the policy's own answer.
+        calibration_starts: Further rows of which the criterion `contrast` sees the start of the base's own answer.
         seed: Decides order, held-out and calibration rows.
 
     Raises:
@@ -164,7 +164,7 @@ class GeneralDataModule(PromptDataModule):
         """Return batches of general text for the null space, see `collate_calibration`.
 
         `answer_fn` answers prompts, for `prompt_and_model_answer`; `NullSpaceProjection` passes the module's.
-        `to_learn` are prompts that are trained on; they come last, with the start of the policy's own answers, and so
+        `to_learn` are prompts that are trained on; they come last, with the start of the base's own answers, and so
         do `calibration_starts` further general rows, which `starts` alone asks for too.
         """
         rows, renderer = self.calibration_rows(answer_fn), self.renderer

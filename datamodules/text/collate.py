@@ -21,7 +21,7 @@ START_TOKENS = 3
 
 
 def is_start_alone(skill: str) -> bool:
-    """Return whether rows of a skill have the policy's own answer, and nothing but its start is looked at."""
+    """Return whether rows of a skill have an answer of the base itself, of which only the start is looked at."""
     return skill == TO_LEARN or are_starts(skill)
 
 
@@ -65,7 +65,7 @@ def collate_prompts(rows: Sequence[PromptRow], renderer: ChatRenderer) -> dict[s
 
 def calibration_text(row: PromptRow, text: CalibrationText, renderer: ChatRenderer) -> str:
     """Render the prompt for an answer to come, or the whole exchange where one is wanted and there is one."""
-    # A policy's own answer stands where it was written: a template that renders it may drop its thought, or add one.
+    # A model's own answer stands where it was written: a template that renders it may drop its thought, or add one.
     if text == "prompt_and_model_answer" and row.answer:
         return renderer.text(row.prompt) + row.answer + renderer.text_behind_answer(row.prompt)
     return renderer.text(row.prompt, row.answer if text != "prompt" and row.answer else None)

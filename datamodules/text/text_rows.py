@@ -76,7 +76,13 @@ def mix_batches(rows: Sequence[PromptRow], batch_size: int, seed: int) -> list[P
 def with_model_answers(
     rows: Sequence[PromptRow], answer_fn: AnswerFn | None, batch_size: int, max_new_tokens: int | None = None
 ) -> list[PromptRow]:
-    """Return the rows with the policy's own answers, of so many tokens, in the place of the reference answers.
+    """Return the rows with a model's answers in the place of the reference answers.
+
+    Args:
+        rows: What is answered.
+        answer_fn: Answers prompts; of a `GRPOModule` it is the base that does.
+        batch_size: Prompts that are answered at once.
+        max_new_tokens: The most tokens of an answer; None = as `answer_fn` decides.
 
     Raises:
         DataError: If there is no `answer_fn`, or it gives another number of answers.
