@@ -241,9 +241,9 @@ class GRPOModule(pl.LightningModule):
             prefixes=self.prefixes,
         )
         self.progress = Progress(
-            max_nonfinite=max_nonfinite_updates,
-            scores=Scores(max_unscored=max_unscored_rollouts),
-            signal=Signal(max_without=max_rollouts_without_signal or None),
+            max_nonfinite=self.settings.max_nonfinite_updates,
+            scores=Scores(max_unscored=self.settings.max_unscored_rollouts),
+            signal=Signal(max_without=self.settings.max_rollouts_without_signal or None),
         )
         self.last_rollout: JudgedRollout | None = None
         self.step_state_to_save: dict[str, Any] | None = None

@@ -83,11 +83,6 @@ def of_test(result: Mapping[str, Any]) -> Measurement:
     return _measurement("test", f"{checkpoint}" if checkpoint else "the policy", sides["base"], sides["policy"])
 
 
-def title_of(name: str) -> str:
-    """Return a measure's name in words, its own where there are none."""
-    return TITLES[name][0] if name in TITLES else name
-
-
 def _measurement(job: Any, of: str, before: Mapping[str, Value], after: Mapping[str, Value]) -> Measurement:
     before, after = _with_mean_interval(before), _with_mean_interval(after)
     names = {**before, **after}

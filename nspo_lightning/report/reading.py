@@ -12,7 +12,7 @@ import yaml
 
 from nspo_lightning.evaluation.diagnosis import SEVERITIES
 from nspo_lightning.keys import mask_keys
-from nspo_lightning.policy.settings import TOY, TOY_PATH
+from nspo_lightning.policy.settings import TOY
 from nspo_lightning.report.curves import last_step, read_curves
 from nspo_lightning.report.exchanges import read_exchanges
 from nspo_lightning.report.measurements import of_fit, of_test
@@ -117,7 +117,6 @@ def read_run(folder: Path) -> Run:
         seconds=said.get("seconds") if isinstance(said.get("seconds"), (int, float)) else None,
         leak=said.get("nullspace/leak_max") if isinstance(said.get("nullspace/leak_max"), float) else None,
         adapter=adapter if adapter.is_dir() else None,
-        base_path=str(TOY_PATH) if base == TOY else base,
         last_step=last_step(curves),
         method=method,
         hparams=_hparams(config, method),

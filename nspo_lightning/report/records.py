@@ -188,7 +188,6 @@ class Run:
         seconds: Of training; None = not known.
         leak: As the summary has it.
         adapter: Folder of the adapter, if there is one.
-        base_path: What transformers loads the base from.
         last_step: Of what was logged; None = nothing was.
         method: What trained it, in a few words.
         hparams: The settings that runs are most often compared by.
@@ -210,7 +209,6 @@ class Run:
     seconds: float | None = None
     leak: float | None = None
     adapter: Path | None = None
-    base_path: str = ""
     last_step: int | None = None
     method: str = ""
     hparams: Mapping[str, str | float] = field(default_factory=dict)
