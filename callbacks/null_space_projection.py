@@ -187,17 +187,20 @@ class NullSpaceProjection(Callback):
         self.output_change: float | None = None
         """Largest change of the model's outputs on a little calibration text, relative to their largest entry."""
         self._hold = Hold()
-        self._check: OutputCheck | None = None
-        self._buffers: Buffers | None = None
-        self._still: list[RunningNorm] = []
-        self._normalised = False
-        self._energy: list[GradientEnergy] = []
-        self._kept = KeptEnergy()
-        self._resumed: dict[str, Any] = {}
-        self._start_late: Callable[[], None] | None = None
-        self._warm: WarmStart | None = None
-        self._held: list[weakref.ref[nn.Parameter]] = []
-        self._fitted: Fitted | None = None
+        # Of the fit under way, until `_release`:
+        self._check: OutputCheck | None = None  # outputs before training, to measure how far they moved
+        self._buffers: Buffers | None = None  # buffers before training
+        self._still: list[RunningNorm] = []  # normalisations that are kept in eval mode
+        self._normalised = False  # whether the module has normalisations that may have to be kept so
+        self._energy: list[GradientEnergy] = []  # gradients since the last logged step, one for each optimizer
+        self._kept = KeptEnergy()  # gradient energy that the projection kept, for the diagnosis
+        # Where a fit starts from:
+        self._resumed: dict[str, Any] = {}  # state of this callback in the checkpoint; empty at a fresh start
+        self._start_late: Callable[[], None] | None = None  # starts a fit whose training was over in the checkpoint
+        self._warm: WarmStart | None = None  # record of an adapter that was trained in this null space before
+        # Of the last fit, also after it:
+        self._held: list[weakref.ref[nn.Parameter]] = []  # the matrices that were held
+        self._fitted: Fitted | None = None  # the fit itself, to see what the model has become
 
     @property
     def state_key(self) -> str:

@@ -1,4 +1,4 @@
-"""What a model became in a fit that held it: the bases of that fit are its own still, and a file of them says so."""
+"""A model that was trained in the null space of its bases: they are still its own, and a file of them says so."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ _BECAME = ("weights", "buffers")
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A fit that was begun."""
+    """A fit that was begun, kept to see later what the model has become.
+
+    Attributes:
+        module: The module that was fitted.
+        precision: The Trainer's.
+        hold: What was held, and where it was at the start.
+    """
 
     module: weakref.ref[pl.LightningModule]
     precision: str
     hold: Hold
 
     def grown(self, calibration: Calibration) -> Calibration:
-        """Return the bases as those of the model as it is now too, if it is what they were made for and a held update.
+        """Return a calibration that belongs to the model as it is now, too.
 
-        Adapters change no weight that a fingerprint holds, so there is nothing to add for them.
+        That is so if the model now is the one that the bases were made for plus an update that was held; else the
+        calibration is returned unchanged. Adapters change no weight that a fingerprint holds, so nothing is added then.
         """
         module = self.module()
         if module is None or not self.hold.holds_weights:
