@@ -21,7 +21,7 @@ class BatchRows:
     """Rows of each batch of some loaders; batches are counted where one of them can't tell.
 
     Args:
-        loaders: What is gone through.
+        loaders: The loaders to go through.
         batches: How many batches of each; infinity = unknown.
 
     Attributes:
@@ -47,9 +47,9 @@ def batches_of(loader: Any, limit: float, name: str) -> float:
     """Return how many batches of a loader a limit allows, as Lightning reads `limit_test_batches` and its like.
 
     Args:
-        loader: What is gone through.
+        loader: The loader to go through.
         limit: A number of batches (an int), or a share of them (a float).
-        name: Of the setting.
+        name: Name of the setting.
 
     Raises:
         MisconfigurationException: If a share is asked for of which there is no whole batch, or of unknown many.
@@ -89,7 +89,7 @@ def measuring(
         label: What is done with their rows.
         loaders: What is gone through, one after another.
         limit: The Trainer's `limit_test_batches` or its like.
-        name: Of that setting.
+        name: Name of that setting.
         ask: What is asked first and after each batch; by default whether the run is told to stop. All ranks ask
             together.
 

@@ -52,7 +52,7 @@ def attack_loaders(
     """Return the loaders of some attacks, in their order: harmful prompts, then look-alikes where they are attacked.
 
     Args:
-        attacks: What is done.
+        attacks: The attacks to try.
         harmful: Held-out harmful rows.
         benign: Held-out harmless rows, the look-alikes among them.
         victim: The policy, if there is one.

@@ -105,7 +105,7 @@ class WarmupDataModule(AlignmentDataModule):
     """The data of a run, as a warm start takes it; the arguments are those of `AlignmentDataModule`.
 
     Attributes:
-        warmup: How.
+        warmup: Settings of the warm start.
     """
 
     warmup = WarmupSettings()

@@ -98,7 +98,7 @@ def check_key_name(option: str, name: str) -> None:
 
     Args:
         option: The setting's name, for the message.
-        name: Its value.
+        name: The setting's value.
 
     Raises:
         ValueError: If it can't be a name, or looks like a key (long, of small letters and digits) and no variable is
@@ -117,7 +117,7 @@ def check_address(option: str, address: str) -> None:
 
     Args:
         option: The setting's name, for the message.
-        address: Its value.
+        address: The setting's value.
 
     Raises:
         ValueError: If it is none.

@@ -65,8 +65,8 @@ def null_space_facts(
     """Return the facts of a fit.
 
     Args:
-        calibration: Its bases.
-        certificates: Of its layers.
+        calibration: Bases of the fit.
+        certificates: Certificates of its layers.
         kept: What projections kept of its gradients.
         held: Whether its updates were to stay in the null space.
         change: The measured change of outputs, if it is.

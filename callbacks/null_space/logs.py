@@ -118,7 +118,7 @@ def write_record(
 
     Args:
         trainer: Knows the folder.
-        calibration: What is free.
+        calibration: The bases, which say what is free.
         certificates: Of the fit, at its end.
         output_change: Measured on a little calibration text, at the end.
         verification: What was checked before the first step.

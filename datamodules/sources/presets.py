@@ -37,7 +37,7 @@ class Preset:
         recognise: A further condition on a row for being recognised by its columns.
         id_column: A column whose values should differ; repeated ones are said.
         hub_id: The dataset on the Hugging Face hub.
-        hub_name: Its configuration.
+        hub_name: Configuration of the hub dataset.
         hub_revision: Its revision, where it must be another than the newest.
         hub_data_dirs: Whether `name` means a folder of the dataset instead of a configuration.
         hub_splits: What the hub calls `train`, `validation` and `test`, where the names differ.

@@ -19,7 +19,7 @@ def with_final_answers(rows: Sequence[PromptRow], use: AnswerUse | None, notes: 
     """Return the rows, all benign ones that have an answer with a `final_answer`; what is not compared is noted.
 
     Args:
-        rows: Of one source.
+        rows: Rows of one source.
         use: What the source says of its answers. By default those of a skill that has no `final_answer` yet are
             compared if nine in ten are short (see `is_short`); otherwise the skill is free text, and none of them is.
         notes: What a user should know is added here.

@@ -18,7 +18,7 @@ class Decoding(Attack):
     """Draw answers in another way. Look-alikes are left alone: how they are answered at one setting says enough.
 
     Args:
-        name: What tables call it.
+        name: Its name in tables.
         temperature: Divides the logits; None = as without an attack.
         top_p: Keep the smallest set of tokens with that much probability; None = as without an attack.
         tries: Answers a prompt, of which one that complies is enough.

@@ -25,12 +25,12 @@ class GCG(Attack):
     The suffix is searched against the policy that is measured; the base is given the same prompts.
 
     Args:
-        steps: Of the search.
+        steps: Steps of the search.
         search_width: Candidates a step.
         target: What the answer shall begin with.
         prompts: Harmful prompts that it is tried on at most.
-        seed: Of the search.
-        name: What tables call it.
+        seed: Seed of the search.
+        name: Its name in tables.
     """
 
     on_lookalikes = False

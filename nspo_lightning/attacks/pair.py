@@ -42,9 +42,9 @@ class Pair(Attack):
         request_timeout_s: Limit of one try.
         max_retries: Tries after the first.
         max_tokens: Longest rewriting.
-        temperature: Of the attacker.
+        temperature: Sampling temperature of the attacker.
         instructions: The attacker's system message.
-        name: What tables call it.
+        name: Its name in tables.
     """
 
     on_lookalikes = False

@@ -25,7 +25,7 @@ class Template(Attack):
     """Put the request into a text.
 
     Args:
-        name: What tables call it.
+        name: Its name in tables.
         user: What the user says, with at least one place for the request (`{request}`, see `PLACES`).
         system: A system message before it, in the place of the row's own; may have places too.
         prefix: Text that the answer begins with.

@@ -58,8 +58,8 @@ class Preview:
         group_size: Answers a prompt.
         answering: Seconds of sampling, reward and judge.
         learning: Seconds that a prompt of a step takes forward and backward; None = no group had a signal.
-        batches: Of an epoch.
-        epoch_prompts: Of an epoch.
+        batches: Batches of an epoch.
+        epoch_prompts: Prompts of an epoch.
     """
 
     rows: JudgedRows
@@ -113,7 +113,7 @@ def preview(
     Args:
         module: As `fit` has it.
         datamodule: Has the prompts.
-        trainer: Of one process.
+        trainer: A Trainer of one process.
         prompts: How many, in the order of training.
         output: JSON lines file for all answers; None = none is written.
         examples: Prompts that are shown with their best and worst answer.

@@ -67,7 +67,7 @@ def policy_settings(config: Mapping[str, Any], source: Path) -> PolicySettings:
     """Read the policy out of a configuration.
 
     Args:
-        config: Its content.
+        config: Content of the configuration.
         source: Its file, for messages.
 
     Returns:

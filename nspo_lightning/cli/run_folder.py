@@ -120,7 +120,7 @@ class RunFolder:
         """Note the run's folder, lock it, and move an earlier run out of the way.
 
         Args:
-            folder: Where the run writes.
+            folder: The folder that the run writes to.
             set_aside: False for a run that goes on in it.
             shared: The folder is not the run's alone, so it is neither locked nor moved.
 

@@ -76,7 +76,7 @@ def tamper(
         module: The module.
         datamodule: Has general rows with answers, and held-out prompts.
         trainer: Its device is used, in one process.
-        attacker: What is done.
+        attacker: Settings of the fine-tuning.
         ckpt_path: A checkpoint's file; None = an adapter that the module was told, or the base.
         out: JSON file; None = `RESULT` in the run's folder.
 

@@ -181,7 +181,7 @@ class Trainer(pl.Trainer):
 
         Args:
             model: The module with the tokenizer.
-            datamodule: What is reported on.
+            datamodule: The data to report on.
             examples: Rendered texts of each use.
         """
         from nspo_lightning.cli.data import check_examples, data_report

@@ -36,7 +36,7 @@ class AttackedAnswers:
     """Answers to a batch under attack: P prompts, each tried equally often.
 
     Attributes:
-        attack: Its name.
+        attack: Name of the attack.
         lookalikes: Whether the prompts are harmless.
         prompts: P prompts, as the attack left them.
         completions: All answers, prompt by prompt.
@@ -109,7 +109,7 @@ def attack_table(rates: Rates, order: Sequence[str], trained: Collection[str]) -
     """Return base and policy side by side under each attack, of 80 columns unless names are long.
 
     Args:
-        rates: What was counted.
+        rates: Rates of policy and base.
         order: Names of attacks, in the order of the table.
         trained: Those that the policy was trained against; they get a star.
     """

@@ -120,7 +120,7 @@ class NullSpaceFacts:
         kept_energy: Mean share of the gradient's energy that the projection kept; None = not measured.
         kept_updates: Updates that it was measured at.
         leak: Largest share of an update in protected directions; None = nothing is held.
-        leak_layer: Where.
+        leak_layer: The layer with that leak.
         held: Whether leaks are against a promise (they are measured also where nothing is held).
         bound: Largest bound on the change of a layer's outputs, relative to them; None = unknown.
         change: Measured change of the model's outputs on a little calibration text, relative to the largest; likewise.
@@ -145,7 +145,7 @@ class RunFacts:
         training: Rollouts and updates.
         null_space: None = no projection.
         before: Held-out metrics by name, before training.
-        after: The same after it.
+        after: The same metrics after training.
         intervals: Their 95 % intervals after training, where there are any.
     """
 

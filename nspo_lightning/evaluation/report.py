@@ -149,7 +149,7 @@ def report_table(rates: Mapping[str, Mapping[str, Rate]], scores: TextScores) ->
 
     Args:
         rates: Of ``policy`` and ``base``.
-        scores: Of general text.
+        scores: Scores of general text.
     """
     policy, base = rates["policy"], rates["base"]
     rows: list[tuple[str, ...]] = []

@@ -51,7 +51,7 @@ class TextMean:
     Attributes:
         value: Nats a token.
         error: Its standard error; NaN where a skill has one row only.
-        rows: Of how many rows.
+        rows: Number of rows that the mean is over.
         at_least: What the value cannot be below.
     """
 

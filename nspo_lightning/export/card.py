@@ -130,7 +130,7 @@ def card(
         source: The checkpoint.
         certificates: Of its adapter; empty if not measured.
         merged: What is to be said of a merged model, None for an adapter.
-        dtype: Of the written weights.
+        dtype: Dtype of the written weights.
         name: Name of the folder.
         warning: What a reader must know before all else.
     """

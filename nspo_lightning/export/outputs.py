@@ -60,7 +60,7 @@ class OutputsBefore:
     Args:
         base: The unquantised base; it is left in float32, with the same values.
         source: The checkpoint.
-        tokenizer: Of the base.
+        tokenizer: The base's tokenizer.
     """
 
     def __init__(self, base: PreTrainedModel, source: ExportSource, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -103,7 +103,7 @@ def export_source(
     """Return a checkpoint together with what belongs to it, checked to fit.
 
     Args:
-        checkpoint: Its file.
+        checkpoint: File of the checkpoint.
         content: What `read_trained` found in it.
         config_file: The run's configuration; its `summary.json` stands beside.
         config: Content of that file.

@@ -20,7 +20,7 @@ class MicroBatch:
         rollout: Whole groups, or part of one group.
         rows: Shape (r,), int64, the rows' indices in the rollout that was cut, on its device: slice advantages,
             weights, old and reference log-probabilities with them, and their columns with ``[:, : rollout C]``.
-        counts: Of its tokens.
+        counts: Numbers of its tokens.
     """
 
     rollout: Rollout

@@ -41,7 +41,7 @@ class ObjectiveConfig:
     """What is optimised.
 
     Attributes:
-        loss_type: How tokens are weighted.
+        loss_type: How tokens are weighted, see the module's docstring.
         ratio_level: Probability ratio per token, or per sequence (GSPO).
         clip_epsilon: The ratio is clipped below 1 - clip_epsilon.
         clip_epsilon_high: The ratio is clipped above 1 + clip_epsilon_high; None = clip_epsilon.
@@ -173,7 +173,7 @@ def objective(
         mask: Shape (R, C), bool, True = token that is trained on.
         weights: Shape (R, C), from `token_weights`.
         advantages: Shape (R,), or (R, C) for one a token.
-        config: What is optimised.
+        config: Settings of the loss.
         old_log_probs: Shape (R, C), under the policy that sampled. None = that policy is this one (on-policy step):
             the ratio is one and its gradient that of the log-probability, with no second forward pass.
         reference_log_probs: Shape (R, C), under the reference; needed exactly when ``config.beta > 0``.

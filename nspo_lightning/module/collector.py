@@ -54,7 +54,7 @@ class Collector:
     """Rolls out, judges and compares.
 
     Attributes:
-        settings: Of the training.
+        settings: Settings of training.
         rollouts: Draws completions.
         judging: Scores and names them.
         scorer: Computes log-probabilities.

@@ -43,7 +43,7 @@ def dynamic_metrics(
 
     Args:
         everyone: All that was drawn, of all ranks.
-        kept: What is learnt from.
+        kept: The groups that are learnt from.
         rounds: Draws.
         wanted: Groups of the batch.
         group_size: G.

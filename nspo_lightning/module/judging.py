@@ -20,7 +20,7 @@ class JudgedRollout:
 
     Attributes:
         prompts: A group's prompt is repeated.
-        completions: As text.
+        completions: Completions as text.
         result: Their rewards, with the columns that rewards reported.
         outcomes: What the judge calls each; None where it excluded one.
         guided: Which were drawn under another prompt; empty = none was.
@@ -120,7 +120,7 @@ def name_outcomes(
     Args:
         result: Rewards of these completions. The outcomes that they were made from stand, if there are any: a guard
             model need not judge everything twice.
-        judge: Who is asked otherwise.
+        judge: Names them otherwise.
         prompts: One for each completion.
         texts: The completions; a thought is not shown to the judge.
         columns: Other columns of the data, a value for each completion.

@@ -29,7 +29,7 @@ def optimizer_settings(
     Args:
         make_optimizer: Makes the optimizer of some parameters.
         make_scheduler: Makes its schedule; None = there is none.
-        parameters: What trains.
+        parameters: The parameters that train.
     """
     optimizer = make_optimizer(parameters)
     values: dict[str, Any] = {"model.optimizer": _class_of(optimizer)}

@@ -117,7 +117,7 @@ class Prefixes:
     Attributes:
         policy: Whose answers they are.
         judge: Says which of the base's answers comply.
-        settings: Of the training.
+        settings: Settings of begun answers.
         sampling: How the base's answers are drawn.
         run_seed: Gives the run's seed.
     """

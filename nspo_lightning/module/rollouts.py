@@ -35,7 +35,7 @@ class Drawn:
 
     Attributes:
         rollout: R = P * G completions; with log-probabilities if another program or a merged copy drew them.
-        texts: The same as text.
+        texts: The completions as text.
         update: Updates that the policy that drew them had taken.
     """
 

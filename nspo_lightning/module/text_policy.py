@@ -162,7 +162,7 @@ class TextPolicy:
 
         Args:
             batch: `prompt_ids` (P, L) left-padded and `prompt_mask` (P, L), True = real token; maybe `PREFIX_IDS`.
-            sampling: How.
+            sampling: Sampling settings.
             group_size: Completions a prompt, G.
             seed: Seed of the sampling noise.
             prompt_places: Where the prompts stand in the batch of all ranks, see `rollout.places`; None = alone.

@@ -196,7 +196,7 @@ def build_basis(
             are confined to the leading ones (a control, the opposite of the method), and with ``to_learn`` too, the
             eigenpairs then being those of what is to be learnt; ``weights`` they avoid as many of the weights' own
             leading directions.
-        seed: Of the random subspace.
+        seed: Seed of the random subspace.
         directions: Those, all of them, for ``weights``; see `weight_directions`.
 
     Returns:

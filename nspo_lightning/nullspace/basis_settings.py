@@ -35,7 +35,7 @@ class BasisSettings:
         without_domains: Domains that are left out.
         start_weight: Weight of the starts of answers, in [0, 1]; None = see `starts`.
         domain_limits: Domain -> the most harm that ``contrast`` may promise there, 1 = without projection.
-        seed: Of the random subspace.
+        seed: Seed of the random subspace and of sketches.
 
     Raises:
         ValueError: If a value is out of its range, or two of them contradict each other.

@@ -61,7 +61,7 @@ def peak_bytes(widths: Sequence[int], domains: int, device_type: str, *, limits:
     """Return the most that a pass over these inputs takes, while text is read or while sums are decomposed.
 
     Args:
-        widths: Of the inputs.
+        widths: Width of each input, in features.
         domains: Sums for each input.
         device_type: Where the sums are.
         limits: Domains with limits under `contrast`, which looks at each domain's sum once more when it has chosen

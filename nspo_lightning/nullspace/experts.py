@@ -47,7 +47,7 @@ class ExpertInputs(nn.Module):
         Args:
             model: The model.
             name: Of the module, or of an adapter around it.
-            part: Of the parameter.
+            part: Name of the parameter in its module.
         """
         outer = name
         while outer.endswith(".base_layer"):

@@ -43,7 +43,7 @@ class NullSpaceKeeper:
     """Holds matrices in place; one for each optimizer.
 
     Args:
-        layers: What to hold.
+        layers: The layers to hold.
         bases: One for each layer, on the layer's device.
         references: This rank's rows of each layer's matrix at the start of training, None where A itself is held;
             without any, the matrices as they are now.

@@ -59,7 +59,7 @@ def leading_eigenpairs(moment: Tensor, find_cut: FindCut, *, count: int | None =
 
     Args:
         moment: C, symmetric, positive semi-definite, finite, float64, shape ``(width, width)``.
-        find_cut: From eigenvalues to k.
+        find_cut: Returns k for given eigenvalues, see `FindCut`.
         count: The number k, where it is known beforehand.
 
     Returns:

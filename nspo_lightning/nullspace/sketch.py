@@ -130,7 +130,7 @@ def settled(values: Tensor, before: Tensor | None, protected: int, columns: int)
 
     Args:
         values: Eigenvalues of this pass, full length.
-        before: Of the pass before it.
+        before: Eigenvalues of the pass before it; None = this is the first.
         protected: The number k.
         columns: The number s.
 

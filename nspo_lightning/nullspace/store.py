@@ -182,7 +182,7 @@ def refuse(found: Sequence[str], source: str) -> None:
 
     Args:
         found: What differs, in words.
-        source: Where the basis is.
+        source: Name of the basis file, for the message.
 
     Raises:
         ValueError: If anything does.

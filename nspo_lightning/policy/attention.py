@@ -72,7 +72,7 @@ def causal_bias(key_mask: Tensor, queries: int, window: int | None, dtype: torch
         key_mask: Shape (B, S), bool, True = real token; the queries are the last T columns of these.
         queries: T.
         window: Sliding window, counted in tokens with the query's own; None = unlimited.
-        dtype: Of the scores.
+        dtype: Dtype of the attention scores.
 
     Returns:
         Shape (B, T, S): 0 = may look, -inf = may not. Every query may look at itself, so that padding stays finite.

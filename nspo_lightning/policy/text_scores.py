@@ -126,7 +126,7 @@ class _Text:
         labels: Shape (B, T), 1 = score this token; None = every real token but the first.
         scored: Shape (B, T - 1), see `predicted_positions`; N of them are true.
         targets: Shape (N,), the tokens there.
-        parts: Of the policy.
+        parts: Decoder and head of the policy.
     """
 
     def __init__(self, policy: nn.Module, batch: Mapping[str, Any]) -> None:

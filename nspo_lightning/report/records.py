@@ -173,7 +173,7 @@ class Run:
 
     Attributes:
         name: The folder's name.
-        folder: Where it is.
+        folder: The run's folder.
         finished: Whether a `fit` came to its end.
         base: What was trained, as the configuration names it; "" = not known.
         facts: What was done, in words: title to text.

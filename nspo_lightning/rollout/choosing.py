@@ -35,7 +35,7 @@ def build_processors(
         config: The sampling settings.
         eos_token_ids: Tokens that end a completion.
         prompt_length: L, columns before the first generated token.
-        device: Of the logits.
+        device: Device of the logits.
 
     Returns:
         A function of (all sequences, rows, tokens drawn so far, these rows' logits) that returns logits. Given the

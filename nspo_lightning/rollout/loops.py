@@ -60,8 +60,8 @@ class StaticLoop:
     ended go on inside a bucket, and what is drawn for them is never looked at.
 
     Args:
-        draft: What to complete.
-        memory: Its keys and values.
+        draft: The completions under way.
+        memory: Keys and values of all rows.
         prepare: Makes what is run from a bucket's step; a new step is asked for with every bucket.
         pays_back: Tokens that must be left for a smaller bucket to be worth a preparation of its own.
     """

@@ -106,7 +106,7 @@ class RolloutServer:
             config: Sampling settings.
             eos_token_ids: Every one of them ends a completion.
             pad_token_id: Fills shorter completions.
-            vocab_size: Of the policy.
+            vocab_size: Size of the policy's vocabulary.
             seed: The same call with the same seed asks for the same.
             prompt_places: Where these prompts stand in a larger batch that shares the seed; None = they are all of it.
         """

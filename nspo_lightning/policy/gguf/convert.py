@@ -30,8 +30,8 @@ def convert(file: Path, header: Header, folder: Path) -> dict[str, Any]:
 
     Args:
         file: The GGUF.
-        header: Its header.
-        folder: Where to write.
+        header: Header of the file.
+        folder: The folder to write to.
 
     Returns:
         The record of it, which is written there too, last.

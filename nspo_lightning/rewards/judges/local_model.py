@@ -86,9 +86,9 @@ def padded_batches(
     Args:
         rows: Token ids.
         batch_size: Rows in a batch at most.
-        pad_token_id: What fills up.
+        pad_token_id: Token that fills rows up.
         device: Where the tensors go.
-        side: Where it fills up.
+        side: The side on which rows are filled up.
 
     Yields:
         The rows' indices with their `input_ids` and `attention_mask` (1 = real token), each of shape (rows, longest);
