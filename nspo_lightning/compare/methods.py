@@ -97,6 +97,13 @@ METHODS: dict[str, Method] = {
         settings={"nullspace.criterion": "contrast"},
         mixes_general=True,
     ),
+    "nspo_general_kl": Method(
+        label="NSPO + KL on general text",
+        variants={
+            f"NSPO + {c:g} KL on general text": Extra(callbacks=[_callback("GeneralKL", coefficient=c)])
+            for c in KL_COEFFICIENTS[1:]
+        },
+    ),
     "contrast_kl": Method(
         label="NSPO, contrast + KL on general text",
         settings={"nullspace.criterion": "contrast"},

@@ -37,6 +37,7 @@ METHOD_STYLES = {
     "displacement": ("#999933", "d"),
     "contrast": ("#332288", "o"),
     "contrast_mixed": ("#6633AA", "D"),
+    "nspo_general_kl": ("#0099BB", "p"),
     "contrast_kl": ("#44BB99", "p"),
     "contrast_starts": ("#5566CC", "v"),
     "weights": ("#661100", "<"),
