@@ -8,6 +8,9 @@ from contextlib import ExitStack, contextmanager
 from nspo_lightning.nullspace.passes import Report
 from nspo_lightning.terminal import Advance, rows_progress
 
+_UNITS = {"batches": "batch", "layers": "layer"}
+"""Stage of a calibration -> what is counted in it."""
+
 
 @contextmanager
 def calibration_progress(*, visible: bool, ask: Callable[[], None]) -> Iterator[Report]:
@@ -22,7 +25,7 @@ def calibration_progress(*, visible: bool, ask: Callable[[], None]) -> Iterator[
                 passes += stage == "batches"
                 label = f"Calibrating, pass {passes}" if stage == "batches" else "Making bases"
                 stack.close()
-                advance = stack.enter_context(rows_progress(label, total, unit=stage, visible=visible))
+                advance = stack.enter_context(rows_progress(label, total, unit=_UNITS[stage], visible=visible))
             elif done > last:
                 advance(done - last)
             last = done
