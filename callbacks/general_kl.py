@@ -36,7 +36,7 @@ class GeneralKL(Callback):
 
     Whether to answer or to refuse is decided in an answer's first tokens, one position in a hundred of the text. With
     `start_weight` they have that share of the mean, as in the criterion `contrast`: (1 - w) times the mean over the
-    text plus w times the mean over the starts of the policy's own answers to further prompts (the datamodule's
+    text plus w times the mean over the starts of the base's own answers to further general prompts (the datamodule's
     `calibration_starts`), as many rows of them.
 
     Args:
@@ -98,13 +98,13 @@ class GeneralKL(Callback):
     ) -> None:
         parameters, module = trained_by(optimizer), check_takes_text(pl_module, "GeneralKL")
         self.kl = 0.0
-        for of, share in (
+        for batches_of, share in (
             (self.batches_of, 1 - self.start_weight),
             (self.starts_of, self.start_weight),
         ):
             if not share:
                 continue
-            batches = of(trainer.global_step)
+            batches = batches_of(trainer.global_step)
             gradients, kl = mean_gradients(module, batches, "kl", parameters, pl_module.device)
             self.kl += share * kl
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -122,10 +122,8 @@ class GeneralKL(Callback):
 
     def held_bytes(self) -> int:
         """Return the bytes of the text."""
-        tensors = (
-            part for batch in (*self._batches, *self._starts) for part in batch.values() if hasattr(part, "nbytes")
-        )
-        return sum(int(part.nbytes) for part in tensors)
+        parts = (part for batch in (*self._batches, *self._starts) for part in batch.values())
+        return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
 def in_turn(items: Sequence[Any], count: int, update: int) -> list[Any]:
@@ -138,13 +136,13 @@ def split_starts(batches: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, A
     """Return the batches of text, and one row each the starts of answers among them.
 
     The starts come in an order that is random and always the same (the datamodule has them by length), with a
-    `labels_mask` that is 1 at the first `START_TOKENS` tokens of the answer, shape (1, tokens), without padding.
+    `labels_mask` that is 1 at the first `START_TOKENS` tokens of the answer, shape (tokens,), without padding.
     """
     text: list[dict[str, Any]] = []
     starts: list[dict[str, Any]] = []
     for batch in batches:
-        names = batch.get("domain")
-        known = names if isinstance(names, (list, tuple)) else [names or ""] * len(batch["input_ids"])
+        names = batch.get("domain", "")  # one for the batch, or one a row
+        known = [names] * len(batch["input_ids"]) if isinstance(names, str) else names
         if plain := [n for n, domain in enumerate(known) if not is_apart(domain)]:
             text.append(rows_of(batch, plain))
         starts += [_start(batch, n) for n, domain in enumerate(known) if are_starts(domain)]

@@ -1,4 +1,4 @@
-"""The methods of a comparison: each is the same module and callback with a few settings changed (design: section 5)."""
+"""The methods of a comparison: each is the same module and callback with a few settings changed."""
 
 from __future__ import annotations
 

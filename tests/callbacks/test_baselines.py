@@ -220,7 +220,7 @@ def test_a_penalty_that_is_none_is_refused(arguments):
 
 def test_a_module_that_knows_of_no_text_is_refused_before_training(tmp_path):
     for callback in (GeneralKL(), OGPSA()):
-        with pytest.raises(Exception, match="has no `text_loss`"):
+        with pytest.raises(MisconfigurationException, match="has no `text_loss`"):
             trainer(tmp_path, 1, callbacks=[callback]).fit(Plain(), [torch.ones(2, 1)])
 
 
