@@ -113,6 +113,6 @@ def test_rows_are_those_that_the_loader_gives(shard):
     for one in (loader(9), loader(9, repeat_batches=2, shuffle=True), loader(9, repeat_batches=2, window=lambda: 2)):
         assert one.batch_sizes() == [len(batch["prompt"]) for batch in one]
     rows = BatchRows([loader(9), loader(6)], [1, float("inf")])
-    assert rows.unit == "rows"
+    assert rows.unit == "row"
     assert rows.total == rows.of(0, 0) + sum(loader(6).batch_sizes())
     assert BatchRows([loader(9), [1, 2, 3]], [1, 2]).total == 3
