@@ -196,12 +196,14 @@ class CLI(CLIWithoutStoredSettings):
     def before_validate(self) -> None:
         """Find what `--ckpt_path` means: `best`, `last`, a checkpoint, or an adapter's folder."""
         name = self.settings.get("ckpt_path")
-        if name is None:
-            return
-        found = find_checkpoint(str(name), checkpoint_folder(self.trainer).parent)
-        if found.is_dir():
-            self.model.adapter_folder = found
-        self.settings.ckpt_path = None if found.is_dir() else str(found)
+        if name is not None:
+            found = find_checkpoint(str(name), checkpoint_folder(self.trainer).parent)
+            if found.is_dir():
+                self.model.adapter_folder = found
+            self.settings.ckpt_path = None if found.is_dir() else str(found)
+        folder = _own_folder(self.trainer)
+        if folder is not None and not folder.exists() and not is_fast_dev_run(self.trainer):
+            RUN_FOLDER.begin(folder, set_aside=False)  # a job that is refused leaves none
 
     before_test = before_predict = before_tamper = before_validate
 

@@ -54,6 +54,15 @@ def test_last_is_the_last_state_and_an_error_where_it_is_not(done: Path) -> None
     assert tree(done) == before
 
 
+def test_a_test_that_is_refused_leaves_no_run_of_its_name(done: Path) -> None:
+    last, before = done / "runs" / "job" / "checkpoints" / "last.ckpt", tree(done)
+    shown = run(done, "test", "-c", "config.yaml", "--name=none", f"--ckpt_path={last}", "--model.policy.lora.r=3")
+    assert shown.code == 1
+    assert "adapter does not fit this one" in shown.err
+    assert tree(done) == before
+    assert not (done / "runs" / "none").exists()
+
+
 def test_best_says_which_callback_it_needs(done: Path) -> None:
     shown = run(done, "predict", "-c", "config.yaml", "--ckpt_path=best")
     assert shown.code == 1
