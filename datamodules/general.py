@@ -12,7 +12,6 @@ from nspo_lightning.datamodules.sources.read import SourceReport, announce
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.sources.source import Sources
 from nspo_lightning.datamodules.text.collate import (
-    START_TOKENS,
     CalibrationText,
     Side,
     calibration_text,
@@ -26,7 +25,7 @@ from nspo_lightning.datamodules.text.text_rows import (
     mix_batches,
     with_model_answers,
 )
-from nspo_lightning.nullspace.domains import TO_LEARN, starts_of
+from nspo_lightning.nullspace.domains import START_TOKENS, TO_LEARN, starts_of
 from nspo_lightning.terminal import counted
 
 

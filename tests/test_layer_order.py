@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -226,3 +227,27 @@ def test_a_private_use_is_found() -> None:
 def test_the_packages_root_holds_few_modules() -> None:
     modules = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
     assert len(modules) <= MOST_ROOT_MODULES, sorted(modules)
+
+
+CORE = {"grpo": {"torch"}, "nullspace": {"torch", "safetensors"}}
+"""Rooms of the numerical core, and the libraries that they may know."""
+
+
+def libraries(module: ast.Module) -> set[str]:
+    """Names of the libraries that a file imports anywhere in it, the standard one left out."""
+    found = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - {PACKAGE}
+
+
+def test_the_numerical_core_knows_torch_and_no_picture() -> None:
+    for room, allowed in CORE.items():
+        used = {name: libraries(tree(file)) for name, file in files().items() if name.startswith(f"{PACKAGE}.{room}")}
+        assert used
+        assert not {name: more - allowed for name, more in used.items() if more - allowed}
+    planted = ast.parse("import json\ndef f():\n    from matplotlib import pyplot\n")
+    assert libraries(planted) == {"matplotlib"}

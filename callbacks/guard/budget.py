@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nspo_lightning.policy.divergence import FIRST_TOKENS
+from nspo_lightning.nullspace.domains import START_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Budget:
         """Say why a measurement is over budget, with the metrics' names; empty if it is not. NaN in nats is over."""
         nats = (
             ("KL", found.kl, self.max_kl),
-            (f"KL of the first {FIRST_TOKENS} tokens", found.kl_first, self.max_kl_first),
+            (f"KL of the first {START_TOKENS} tokens", found.kl_first, self.max_kl_first),
         )
         shares = (
             (f"{accuracy_metric} {{:.1f}} points below the base", found.accuracy_drop, self.max_accuracy_drop),

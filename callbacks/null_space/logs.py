@@ -158,7 +158,7 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
 def _show_free(trainer: pl.Trainer, calibration: Calibration, folder: Path | None) -> None:
     try:
-        from nspo_lightning.nullspace.heatmap import free_figure
+        from nspo_lightning.callbacks.null_space.free_figure import free_figure
 
         figure = free_figure(calibration)
     except ImportError:  # matplotlib is optional here: the picture is left out, the numbers are logged

@@ -11,13 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.datamodules.text.render import ChatRenderer
-from nspo_lightning.nullspace.domains import TO_LEARN, are_starts
+from nspo_lightning.nullspace.domains import START_TOKENS, TO_LEARN, are_starts
 from nspo_lightning.policy.turns import common_start
 
 CalibrationText = Literal["prompt", "prompt_and_answer", "prompt_and_model_answer"]
 Side = Literal["left", "right"]
-START_TOKENS = 3
-"""Tokens of an answer that count as its start: there it is decided whether it is a refusal."""
 
 
 def is_start_alone(skill: str) -> bool:

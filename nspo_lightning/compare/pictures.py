@@ -16,7 +16,7 @@ from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compare.sweeps import Sweep
 from nspo_lightning.evaluation.rates import REFUSAL
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, SAFETY_KL
-from nspo_lightning.policy.divergence import FIRST_TOKENS
+from nspo_lightning.nullspace.domains import START_TOKENS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def mean_front(runs: Sequence[RunResult], value: Value) -> list[float]:
 
 _DISTANCES: dict[str, tuple[str, float]] = {
     KL: ("KL to the base on whole general answers, nats a token", 1.0),
-    KL_FIRST: (f"KL to the base at the first {FIRST_TOKENS} tokens, nats a token", 1.0),
+    KL_FIRST: (f"KL to the base at the first {START_TOKENS} tokens, nats a token", 1.0),
     REFUSAL: ("ordinary general prompts refused, %", 100.0),
 }
 """What is drawn against safety beside general ability, where it was measured: label and unit; less is better."""

@@ -14,7 +14,7 @@ from nspo_lightning.compare.results import Findings, Value
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
 from nspo_lightning.evaluation.tables import markdown_table
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, SAFETY_KL
-from nspo_lightning.policy.divergence import FIRST_TOKENS
+from nspo_lightning.nullspace.domains import START_TOKENS
 from nspo_lightning.terminal import counted
 
 CUTS = (0.1, 0.05)
@@ -60,7 +60,7 @@ def _cut_table(findings: Findings, value: Value, unsafe: float) -> str:
             references[label] = reference
     plain = steps.get(by_method.get("grpo", ""))
     head = ["method", "lr", "KL", *(f"KL less {label}'s" for label in references), "P"]
-    head += [f"KL first {FIRST_TOKENS}", "ordinary refused", "over-refusal", "norm", "KL on harmful"]
+    head += [f"KL first {START_TOKENS}", "ordinary refused", "over-refusal", "norm", "KL on harmful"]
     head += ["steps", "to GRPO's"]
     rows = []
     for label, cut in cuts.items():

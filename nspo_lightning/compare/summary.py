@@ -30,7 +30,7 @@ from nspo_lightning.evaluation.intervals import wilson_interval
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
 from nspo_lightning.evaluation.tables import markdown_table, rich_table
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, SAFETY_KL, in_nats
-from nspo_lightning.policy.divergence import FIRST_TOKENS
+from nspo_lightning.nullspace.domains import START_TOKENS
 from nspo_lightning.terminal import counted
 
 _ABILITY = {"general/accuracy": "accuracy", NLL: "NLL"}
@@ -122,7 +122,7 @@ def _table(findings: Findings) -> str:
     metric, groups = findings.rule.metric, findings.groups.values()
     head = ["variant" if findings.sweep else "method", "lr", "unsafe", "refusal", "garbage"]
     head += ["general accuracy" if metric == "general/accuracy" else metric, "change"]
-    head += ["ordinary refused", "over-refusal", "KL to base", f"KL first {FIRST_TOKENS} tokens", "NLL change"]
+    head += ["ordinary refused", "over-refusal", "KL to base", f"KL first {START_TOKENS} tokens", "NLL change"]
     head += ["KL on harmful prompts", "norm of the update"]
     head += ["null share", "leak", "rollouts", "seeds"]
     return markdown_table(head, [_row(group, findings) for group in groups])

@@ -24,7 +24,8 @@ from nspo_lightning.evaluation.rates import (
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, NLL_CHANGE, TextMean, text_means
 from nspo_lightning.evaluation.thoughts import is_unfinished
-from nspo_lightning.policy.divergence import FIRST_TOKENS, TextScores
+from nspo_lightning.nullspace.domains import START_TOKENS
+from nspo_lightning.policy.divergence import TextScores
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +43,7 @@ _RATES = {
     TRUNCATED: "thoughts without an answer",
 }
 _TEXT = {
-    KL_FIRST: f"KL to base, first {FIRST_TOKENS} tokens",
+    KL_FIRST: f"KL to base, first {START_TOKENS} tokens",
     KL: "KL to base, whole answers",
     NLL: "NLL of whole answers",
     NLL_CHANGE: "NLL, change to the base",

@@ -23,6 +23,8 @@ from nspo_lightning.nullspace.criteria import energy_left
 TO_LEARN = "to learn"
 STARTS = "answer starts"
 STARTS_TO_LEARN = "answer starts, to learn"
+START_TOKENS = 3
+"""So many tokens of an answer are its start, where it is decided whether to refuse; the first one counts."""
 APART = frozenset({TO_LEARN, STARTS, STARTS_TO_LEARN})
 """Domains that a user's weights do not name, and with them the starts of single domains (`starts_of`)."""
 _OF = f"{STARTS} of "

@@ -11,7 +11,7 @@ from pathlib import Path
 from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import Calibration
 from nspo_lightning.nullspace.diagnostics import table_rows
-from nspo_lightning.nullspace.picture import by_kind
+from nspo_lightning.nullspace.record import by_kind
 
 DETAILS = ".layers.csv"
 """Ending of the file with a row for each input."""

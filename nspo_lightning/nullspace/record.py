@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import Calibration
 from nspo_lightning.nullspace.diagnostics import LayerCertificate, common_parent, joint_name
 
@@ -28,6 +29,17 @@ def places(calibration: Calibration) -> dict[str, tuple[str, int | None]]:
             kind = (name[: number.start()] + name[number.end() :]).replace("..", ".").strip(".")
             found[first] = kind, int(number[0])
     return found
+
+
+def by_kind(calibration: Calibration) -> dict[str, list[tuple[int, Basis]]]:
+    """Return kind of input -> (layer number, basis) of each input of that kind, in order.
+
+    See `places`; an input without a depth has the layer number 0.
+    """
+    panels: dict[str, list[tuple[int, Basis]]] = {}
+    for first, (kind, depth) in places(calibration).items():
+        panels.setdefault(kind, []).append((depth or 0, calibration.bases[first]))
+    return panels
 
 
 def short_kind(kind: str) -> str:

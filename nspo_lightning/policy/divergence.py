@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nspo_lightning import ranks
+from nspo_lightning.nullspace.domains import START_TOKENS
 
 Head = Callable[[Tensor], Tensor]
 _CHUNK_ELEMENTS = 2**24
 """Logits of one chunk: 64 MiB in float32, and there are two of them."""
-
-FIRST_TOKENS = 3
-"""Tokens at the start of an answer, the first one included: whether to refuse is decided there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,7 @@ class RowScore:
         nll: Sum of -log q(token), nats.
         base_nll: Sum of -log p(token), nats; NaN where there is no base to compare with.
         kl: Sum of KL(p || q), nats; NaN where there is no base to compare with.
-        first_tokens: Scored tokens at the start of an answer: at most `FIRST_TOKENS`, 0 in text without a prompt.
+        first_tokens: Scored tokens at the start of an answer: at most `START_TOKENS`, 0 in text without a prompt.
         first_kl: Sum of KL(p || q) over those, nats.
     """
 
@@ -257,7 +255,7 @@ def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = Non
 
 
 def first_positions(scored: Tensor, attention_mask: Tensor, labels_mask: Tensor | None) -> Tensor:
-    """Return which scored positions predict the first `FIRST_TOKENS` tokens of an answer: shape (B, T - 1), bool.
+    """Return which scored positions predict the first `START_TOKENS` tokens of an answer: shape (B, T - 1), bool.
 
     Only rows with a real token before the first labelled one have a prompt, and so an answer that begins.
 
@@ -271,4 +269,4 @@ def first_positions(scored: Tensor, attention_mask: Tensor, labels_mask: Tensor 
     real, labels = attention_mask.bool(), labels_mask.bool()
     begin = real.int().argmax(1, keepdim=True)
     has_prompt = ~labels.gather(1, begin)
-    return scored & has_prompt & (scored.cumsum(1) <= FIRST_TOKENS)
+    return scored & has_prompt & (scored.cumsum(1) <= START_TOKENS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import Calibration
-from nspo_lightning.nullspace.record import places
+from nspo_lightning.nullspace.record import by_kind
 
 _FEW = 6  # so many layers can be named one by one; more are read off a colour bar
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
@@ -48,17 +48,6 @@ def spectrum_figure(calibration: Calibration) -> Any:
     figure.supxlabel("direction, as a share of the layer's width (dots: the last protected one)", fontsize=12)
     figure.supylabel("energy relative to the largest", fontsize=12)
     return figure
-
-
-def by_kind(calibration: Calibration) -> dict[str, list[tuple[int, Basis]]]:
-    """Return kind of input -> (layer number, basis) of each input of that kind, in order.
-
-    See `places`; an input without a depth has the layer number 0.
-    """
-    panels: dict[str, list[tuple[int, Basis]]] = {}
-    for first, (kind, depth) in places(calibration).items():
-        panels.setdefault(kind, []).append((depth or 0, calibration.bases[first]))
-    return panels
 
 
 def _draw(axes: Any, basis: Basis, colour: Any, dashes: Any) -> None:

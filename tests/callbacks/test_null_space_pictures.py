@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nspo_lightning.callbacks.null_space.free_figure import free_figure
+from nspo_lightning.callbacks.null_space.spectrum_figure import spectrum_figure
 from nspo_lightning.nullspace import BasisSettings, Calibration, LayerCertificate, bases_from_spectra
 from nspo_lightning.nullspace.basis import Spectrum
-from nspo_lightning.nullspace.heatmap import free_figure
-from nspo_lightning.nullspace.picture import by_kind, spectrum_figure
-from nspo_lightning.nullspace.record import null_space_record
+from nspo_lightning.nullspace.record import by_kind, null_space_record
 
 pytest.importorskip("matplotlib")
 SETTINGS = BasisSettings(criterion="rank", threshold=2)
