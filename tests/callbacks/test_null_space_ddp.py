@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from null_space_problems import PROTECTED, Net, leak, trainer
-from paths import python_path
+from paths import job_environment
 
 from nspo_lightning.callbacks import NullSpaceProjection
 
@@ -20,15 +19,13 @@ LEAK = 1e-6
 def two_ranks(job: str, folder: Path) -> list[dict]:
     """Run a job script, which starts its second process itself, and return what each rank wrote."""
     script = Path(__file__).with_name(job)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"))}
-    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [sys.executable, str(script), str(folder)],
         capture_output=True,
         text=True,
         timeout=270,
         check=False,
-        env=environment | {"PYTHONPATH": python_path()},
+        env=job_environment(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

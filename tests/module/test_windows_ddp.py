@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from known_rollouts import Prompt, gradients, mean_of, random_epoch, still_policy
-from paths import python_path
+from paths import job_environment
 from torch import Tensor
 from windows_ddp_job import SEEDS, dealt, guided, warmed_up
 
@@ -23,15 +22,13 @@ def ranks(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
     """What each rank wrote."""
     folder = tmp_path_factory.mktemp("ddp")
     script = Path(__file__).with_name("windows_ddp_job.py")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"))}
-    paths = os.pathsep.join([python_path(), str(script.parent)])
     done = subprocess.run(
         [sys.executable, str(script), str(tiny_llama), str(folder)],
         capture_output=True,
         text=True,
         timeout=270,
         check=False,
-        env=environment | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=job_environment(script.parent),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from paths import python_path
+from paths import job_environment
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -61,15 +61,12 @@ class Job:
 
     def start(self, commands: list[list[str]], name: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
         """Start this script's process; what all of its processes print goes to ``name.log``."""
-        clean = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "MASTER_", "TORCHELASTIC", "PL_", "SLURM")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(clean)}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "GLOO_SOCKET_IFNAME": "lo"}
         script = [str(HERE / "run_commands.py"), json.dumps(commands)]
         with (self.folder / f"{name}.log").open("w") as log:
             return subprocess.Popen(
                 [sys.executable, *launcher, *script],
                 cwd=self.folder,
-                env=environment,
+                env=job_environment(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that a test that fails leaves nothing running
