@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from nspo_lightning.callbacks.protocols import AnswersPrompts, HasTextToLearnFrom
-from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, trained_by
+from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, rows_of, trained_by
 from nspo_lightning.compat.lightning import datamodule_of
 
 _DEPENDENT = 1e-6  # share of a gradient outside the others' span below which it adds no direction
@@ -98,9 +98,8 @@ def by_skill(batches: Any) -> dict[str, list[dict[str, Any]]]:
     texts: dict[str, list[dict[str, Any]]] = {}
     for batch in batches:
         for skill in dict.fromkeys(batch["domain"]):
-            rows = torch.tensor([i for i, name in enumerate(batch["domain"]) if name == skill])
-            part = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor)}
-            texts.setdefault(skill, []).append(part)
+            rows = [i for i, name in enumerate(batch["domain"]) if name == skill]
+            texts.setdefault(skill, []).append(rows_of(batch, rows))
     return dict(sorted(texts.items()))
 
 

@@ -97,8 +97,17 @@ def microbatches(batch: Mapping[str, Any], limit: int | None) -> list[dict[str, 
 
 
 def rows_of(batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Return some rows of a batch of tensors and lists, each of as many rows."""
-    if len(rows) == len(batch["input_ids"]):
-        return dict(batch)
+    """Return some rows of a batch: of its tensors and lists; what is one for all rows, such as a name, stays.
+
+    Example:
+        >>> rows_of({"input_ids": torch.tensor([[1], [2]]), "domain": "code", "columns": ["a", "b"]}, [1])
+        {'input_ids': tensor([[2]]), 'domain': 'code', 'columns': ['b']}
+    """
     chosen = list(rows)
-    return {k: v[chosen] if isinstance(v, Tensor) else [v[n] for n in chosen] for k, v in batch.items()}
+    found: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            found[key] = value[chosen]
+        else:
+            found[key] = [value[n] for n in chosen] if isinstance(value, (list, tuple)) else value
+    return found

@@ -12,7 +12,7 @@ from tiny_jobs import adapter, datamodule, general, harmful, module, trainer
 from nspo_lightning.callbacks import OGPSA, ExactResume, GeneralKL
 from nspo_lightning.callbacks.general_kl import split_starts
 from nspo_lightning.callbacks.ogpsa import by_skill, orthonormal, remove_
-from nspo_lightning.callbacks.text_gradients import mean_gradients
+from nspo_lightning.callbacks.text_gradients import mean_gradients, microbatches
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.nullspace import TO_LEARN
 from nspo_lightning.nullspace.domains import starts_of
@@ -125,6 +125,8 @@ def test_a_text_of_many_tokens_is_taken_in_parts(tiny_llama):
         parameters = [p for p in job.parameters() if p.requires_grad]
         found[limit] = (*mean_gradients(job, [batch], "nll", parameters, job.device), sizes.seen)
     whole, parts = found[None], found[24]
+    one_name = {**batch, "domain": "a"}  # for all rows: nothing to be cut
+    assert [part["domain"] for part in microbatches(one_name, 24)] == ["a", "a"]
     assert len(whole[2]) == 1
     assert len(parts[2]) > 1
     assert max(parts[2]) <= 24
