@@ -21,6 +21,7 @@ from nspo_lightning.callbacks.protocols import HasCalibrationText
 from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, rows_of, trained_by
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.nullspace.domains import are_starts, is_apart
+from nspo_lightning.nullspace.modes import adapted_models
 
 _TOGETHER = 8
 """Starts in one forward pass."""
@@ -66,15 +67,23 @@ class GeneralKL(Callback):
         self._logged = True
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse, before anything is measured, what has no base or no text."""
         check_takes_text(pl_module, "GeneralKL")
-        owner = datamodule_of(trainer)
-        if not isinstance(owner, HasCalibrationText):
+        if not adapted_models(pl_module):
+            raise MisconfigurationException(
+                "GeneralKL pulls to the policy with its adapter off, and there is no adapter (`policy.lora: null`). "
+                "Train an adapter, or leave the callback out."
+            )
+        if not isinstance(datamodule_of(trainer), HasCalibrationText):
             raise MisconfigurationException(
                 "GeneralKL has no general text: the datamodule has no `calibration_dataloader()`. Use "
                 "`AlignmentDataModule`, or add that method."
             )
-        batches = general_batches(owner, pl_module, trainer, starts=self.start_weight > 0)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batches = general_batches(datamodule_of(trainer), pl_module, trainer, starts=self.start_weight > 0)
         self._batches, self._starts = split_starts(batches)
         if not self._batches:
             raise MisconfigurationException("GeneralKL has no general text: `calibration_dataloader()` gives none.")

@@ -51,15 +51,25 @@ class OGPSA(Callback):
         self._taken = -1
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse, before anything is measured, what has no text."""
         check_takes_text(pl_module, "OGPSA")
+        self._owner(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        owner = self._owner(trainer)
+        answers = pl_module.calibration_answers if isinstance(pl_module, AnswersPrompts) else None
+        self._texts = by_skill(owner.reference_dataloader(self.rows, answers))
+
+    @staticmethod
+    def _owner(trainer: pl.Trainer) -> HasTextToLearnFrom:
         owner = datamodule_of(trainer)
         if not isinstance(owner, HasTextToLearnFrom):
             raise MisconfigurationException(
                 "OGPSA has no general text: the datamodule has no `reference_dataloader()`. Use `AlignmentDataModule`."
             )
-        answers = pl_module.calibration_answers if isinstance(pl_module, AnswersPrompts) else None
-        self._texts = by_skill(owner.reference_dataloader(self.rows, answers))
+        return owner
 
     @override
     def on_before_optimizer_step(

@@ -16,6 +16,7 @@ from nspo_lightning.callbacks.text_gradients import mean_gradients, microbatches
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.nullspace import TO_LEARN
 from nspo_lightning.nullspace.domains import starts_of
+from nspo_lightning.policy.settings import PolicySettings
 
 
 class Watched(pl.Callback):
@@ -224,6 +225,24 @@ def test_a_module_that_knows_of_no_text_is_refused_before_training(tmp_path):
     for callback in (GeneralKL(), OGPSA()):
         with pytest.raises(MisconfigurationException, match="has no `text_loss`"):
             trainer(tmp_path, 1, callbacks=[callback]).fit(Plain(), [torch.ones(2, 1)])
+
+
+def test_a_penalty_without_a_base_is_refused_before_anything_is_measured(tiny_llama, tmp_path):
+    settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=None)
+    job, started = module(tiny_llama, policy=settings), Started()
+    with pytest.raises(MisconfigurationException, match="there is no adapter"):
+        trainer(tmp_path, 1, callbacks=[started, GeneralKL()]).fit(job, datamodule())
+    assert not started.training
+
+
+class Started(pl.Callback):
+    """Notes whether training began."""
+
+    def __init__(self):
+        self.training = False
+
+    def on_train_start(self, trainer, pl_module):
+        self.training = True
 
 
 class Sizes:
