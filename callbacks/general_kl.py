@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from nspo_lightning.callbacks.null_space.basis_source import general_batches
-from nspo_lightning.callbacks.protocols import HasCalibrationText
+from nspo_lightning.callbacks.protocols import HasCalibrationText, LearnsFromText
 from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, rows_of, trained_by
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.nullspace.domains import are_starts, is_apart
@@ -105,7 +105,8 @@ class GeneralKL(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer | LightningOptimizer
     ) -> None:
-        parameters, module = trained_by(optimizer), check_takes_text(pl_module, "GeneralKL")
+        assert isinstance(pl_module, LearnsFromText)  # `on_fit_start` has looked
+        parameters = trained_by(optimizer)
         self.kl = 0.0
         for batches_of, share in (
             (self.batches_of, 1 - self.start_weight),
@@ -114,7 +115,7 @@ class GeneralKL(Callback):
             if not share:
                 continue
             batches = batches_of(trainer.global_step)
-            gradients, kl = mean_gradients(module, batches, "kl", parameters, pl_module.device)
+            gradients, kl = mean_gradients(pl_module, batches, "kl", parameters, pl_module.device)
             self.kl += share * kl
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 pull = gradient.mul_(self.coefficient * share)
