@@ -23,6 +23,9 @@ _FLOAT64_WIDTH = 4096
 SOFT_TRUNCATION = 0.1
 """``soft`` leaves directions alone whose eigenvalue is below this share of m: they move outputs by less anyway."""
 
+NEARLY_DEAD = 1e-2
+"""Of the median channel's energy: a tenth of its amplitude."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
@@ -37,7 +40,7 @@ class Spectrum:
     outside: float = 0.0
     """What must be added to a value outside the vectors to bound the energy of any direction there (sketches)."""
     dead: int = 0
-    """Channels without any input, as far as known (not to sketches)."""
+    """Channels without input, see `dead_channels`, as far as known (not to sketches)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +178,18 @@ def decompose(
 
 
 def dead_channels(moment: Tensor) -> int:
-    """Count the channels without any input; sums of squares that are zero exactly, so nothing is rounded to it."""
-    return int((moment.diagonal() == 0).sum())
+    """Count the channels without input worth the name: at most `NEARLY_DEAD` of the median channel's energy.
+
+    An RMSNorm weight near 0 silences its channel for every prompt. Only channels of the layer's own coordinates count:
+    the empty directions of a rank-deficient moment are real freedom.
+
+    Returns:
+        Their number. As many of the last eigenvalues are no larger than the largest energy of these channels (Cauchy's
+        interlacing).
+    """
+    energies = moment.diagonal()
+    used = energies[energies > 0]
+    return int((energies <= NEARLY_DEAD * used.median()).sum()) if len(used) else len(energies)
 
 
 def build_basis(

@@ -109,7 +109,7 @@ def choose_rank(
         threshold: See ``criterion``; None takes `DEFAULT_THRESHOLDS`.
         min_null_share: With ``auto``, at least this share of the directions stays free.
         max_output_change: With ``auto``, protect at least so much that ``bound`` holds for this value.
-        dead: Channels without any input, whose directions are the last eigenvectors: no freedom for ``auto``.
+        dead: Channels without input, whose directions are the last eigenvectors: no freedom for ``auto``.
 
     Returns:
         The choice; ``protected == n`` means that no null direction is left, which the caller must refuse.

@@ -38,6 +38,13 @@ def with_dead(moment, dead):
     return found
 
 
+def with_weak(moment, energies):
+    """Return a moment with further channels of these energies."""
+    found = with_dead(moment, len(energies))
+    found[len(moment) :, len(moment) :] = torch.as_tensor(energies, dtype=moment.dtype).diag()
+    return found
+
+
 def spectra():
     """Yield (name, eigenvalues, dead channels)."""
     slope = torch.logspace(0, -3, WIDTH, dtype=torch.float64)
@@ -117,6 +124,21 @@ def test_a_dead_channel_does_not_freeze_a_layer():
     assert choice.protected < 500
     assert choice.gain < 1
     assert choose_rank(torch.tensor([1.0, 0.0, 0.0]), dead=2).protected == 1  # the only live one
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("energies", [(4e-5,), (9e-3, 1e-3, 1e-9, 0.0)])
+@pytest.mark.parametrize("leader", [1.0, 1e5])
+def test_nearly_dead_channels_are_no_freedom_either(criterion, energies, leader):
+    """RMSNorm weights near 0, as a real model has them; `energies`: of the median channel's."""
+    values = torch.linspace(1.2, 0.8, WIDTH, dtype=torch.float64)
+    alive, learnt = moments(values, 0)
+    alive[0, 0] = leader  # as massive activations lie in one channel
+    median = float(alive.diagonal().median())
+    c, s = with_weak(alive, [median * energy for energy in energies]), with_dead(learnt, len(energies))
+    free = free_part(basis_of(criterion, c, s), len(c))[:WIDTH, :WIDTH]
+    without = free_part(basis_of(criterion, alive, learnt), WIDTH)
+    assert torch.linalg.matrix_rank(free, tol=1e-3) == torch.linalg.matrix_rank(without, tol=1e-3) > 1
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
