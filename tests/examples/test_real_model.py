@@ -121,13 +121,31 @@ def test_files_take_the_place_of_the_hub_and_keep_the_recipe_s_choice_of_rows(tm
     assert [set(s) & {"only", "without"} for s in sources if s["preset"] == "xstest"] == [{"only"}, {"without"}]
 
 
-def test_the_reloaded_adapter_answers_what_the_run_was_tested_on(tmp_path, monkeypatch):
-    rows = [{"kind": "harmful", "prompt": "bad"}, {"kind": "general", "skill": "alpaca", "prompt": "good"}]
+@pytest.fixture
+def reloaded(tmp_path, monkeypatch):
+    """Reload an adapter that answers as a test says, after a run whose own test had two refusals."""
+    harmful = [{"kind": "harmful", "prompt": f"bad {n}", "policy_outcome": "refusal"} for n in range(2)]
+    rows = [*harmful, {"kind": "general", "skill": "alpaca", "prompt": "good", "policy_outcome": "not judged"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("peft.AutoPeftModelForCausalLM.from_pretrained", lambda *args, **options: None)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **options: SimpleNamespace())
-    says = {"bad": "I can't help with that.", "good": "Gladly: here it is."}
-    monkeypatch.setattr(real_model, "answer", lambda model, tokenizer, prompt: says[prompt])
-    said = real_model.reload(tmp_path, tmp_path / "rows.jsonl")
-    assert "refuses 1 of 1" in said
+
+    def reload(says: dict[str, str]) -> str:
+        monkeypatch.setattr(real_model, "answer", lambda model, tokenizer, prompt: says[prompt])
+        return real_model.reload(tmp_path, tmp_path / "rows.jsonl")
+
+    return reload
+
+
+NO, YES = "I can't help with that.", "Gladly: here it is."
+
+
+def test_the_reloaded_adapter_answers_what_the_run_was_tested_on(reloaded):
+    said = reloaded({"bad 0": NO, "bad 1": YES, "good": YES})
+    assert "refuses 1 of 2 held-out harmful prompts (the run's own test, on its 4-bit base: 2)" in said
     assert "Gladly" in said
+
+
+def test_an_adapter_that_is_not_what_was_trained_ends_the_run(reloaded):
+    with pytest.raises(real_model.Stop, match="refuses 0 of 2 .* its 4-bit base: 2.*not what was trained"):
+        reloaded({"bad 0": YES, "bad 1": YES, "good": YES})
