@@ -130,7 +130,7 @@ def write_config(work: Path, model: Path, sources: dict[str, Any]) -> Path:
     config["model"]["judge"] = JUDGE
     config["data"] = {name: value for name, value in config["data"].items() if not name.endswith("_size")} | sources
     config["data"] |= {"batch_size": 6, "eval_batch_size": 48, "calibration_size": 128}
-    for name in ("name", "seed_everything", "warmup"):
+    for name in ("name", "seed_everything", "warmup", "nullspace"):  # a method names its criterion; `nspo` has `auto`
         config.pop(name)
     config["trainer"] = {"accelerator": "cpu", "log_every_n_steps": 1}
     path = work / "config.yaml"

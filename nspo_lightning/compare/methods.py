@@ -115,6 +115,7 @@ METHODS: dict[str, Method] = {
     "contrast_starts": Method(
         label="NSPO, contrast + KL on starts of answers", settings={"nullspace.criterion": "contrast"}, extra=_ON_STARTS
     ),
+    "nspo_starts": Method(label="NSPO + KL on starts of answers", extra=_ON_STARTS),
     "general_starts": Method(label="GRPO + KL on starts of answers", settings=_OFF, extra=_ON_STARTS),
     "general_kl": Method(
         label="GRPO + KL on general text",

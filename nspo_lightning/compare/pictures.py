@@ -40,6 +40,7 @@ METHOD_STYLES = {
     "nspo_general_kl": ("#0099BB", "p"),
     "contrast_kl": ("#44BB99", "p"),
     "contrast_starts": ("#5566CC", "v"),
+    "nspo_starts": ("#3377AA", "v"),
     "weights": ("#661100", "<"),
     "general_kl": ("#009E73", "p"),
     "general_starts": ("#88AA55", "^"),

@@ -56,7 +56,7 @@ def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> N
     assert cli.trainer.val_check_interval == 5
     assert ("OGPSA" in callbacks) is (spec.method == "ogpsa")
     trained = {"general_kl": "GRPO", "contrast_kl": "NSPO, contrast", "nspo_general_kl": "NSPO"}
-    on_starts = spec.method in {"general_starts", "contrast_starts"}
+    on_starts = spec.method in {"general_starts", "contrast_starts", "nspo_starts"}
     assert ("GeneralKL" in callbacks) is (spec.method in trained or on_starts)
     assert not on_starts or callbacks["GeneralKL"].start_weight == 1.0
     if spec.method in trained:
