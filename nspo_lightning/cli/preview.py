@@ -39,7 +39,7 @@ from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.module.update_window import UpdateWindow
 from nspo_lightning.rewards.messages import transcript
 from nspo_lightning.rewards.protocol import prepare
-from nspo_lightning.terminal import counted, rows_progress
+from nspo_lightning.terminal import counted, duration, rows_progress
 
 _SHOWN_CHARS = 300
 
@@ -265,18 +265,6 @@ def _share(name: str, count: int, of: int) -> tuple[str, str, str]:
         return name, "-", "none was judged"
     low, high = wilson_interval(count, of)
     return name, f"{100 * count / of:.1f} %", f"{count:,} of {of:,}; {100 * low:.1f} to {100 * high:.1f}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it.
-
-    Example:
-        >>> duration(42), duration(600), duration(9000)
-        ('42 s', '10 min', '2.5 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _examples(found: Preview, number: int) -> Iterator[list[dict[str, Any]]]:

@@ -14,6 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from nspo_lightning.terminal import shortened
+
 CONFIG = "config.yaml"
 _WITHOUT_EFFECT = ("seed_everything", ".patience")
 """Ends of names of what a checkpoint holds and Lightning or `ExactResume` restores."""
@@ -101,7 +103,7 @@ def differing(saved: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, 
 
 def _say_differences(record: Path, now: Mapping[str, Any]) -> None:
     lines = [
-        f"  {name}: {_shown(old)} -> {_shown(new)}"
+        f"  {name}: {shortened(old, _LONGEST)} -> {shortened(new, _LONGEST)}"
         + (" (without effect: the checkpoint's own goes on)" if name.endswith(_WITHOUT_EFFECT) else "")
         for name, old, new in differing(_read(record), now)
     ]
@@ -117,8 +119,3 @@ def _read(record: Path) -> Any:
         return yaml.safe_load(record.read_text(encoding="utf-8"))
     except yaml.YAMLError:
         return {}
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."

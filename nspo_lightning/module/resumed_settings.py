@@ -15,6 +15,7 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.policy.chat_template import chat_template_hash
 from nspo_lightning.policy.settings import LoraSettings
+from nspo_lightning.terminal import shortened
 
 _SHARED = ("group_size", "scale_rewards", "num_iterations", "num_minibatches")
 _BEFORE: dict[str, Any] = {
@@ -71,7 +72,7 @@ def adapter_settings(lora: LoraSettings | None) -> dict[str, Any]:
 def changed_in_words(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Name the settings that differ, old -> new; "" if none does. Earlier checkpoints lack some or all of them."""
     return ", ".join(
-        f"`{name}` {_shown(saved[name])} -> {_shown(now[name])}"
+        f"`{name}` {shortened(saved[name], _LONGEST_SHOWN)} -> {shortened(now[name], _LONGEST_SHOWN)}"
         for name in now
         if name in saved and saved[name] != now[name]
     )
@@ -111,8 +112,3 @@ def warn_of_other_weights(saved: str | None, policy: TextPolicy) -> None:
             f"other rounding, so not bit for bit as if it had never stopped. For that, set `policy.sampling_weights: "
             f"{saved}`."
         )
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"

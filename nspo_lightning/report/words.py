@@ -9,7 +9,7 @@ from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNS
 from nspo_lightning.evaluation.text_means import KL
 from nspo_lightning.report.measurements import ACCURACY
 from nspo_lightning.report.records import Answers, Curve, Measure, Measurement, Run, Unit, Value
-from nspo_lightning.terminal import counted
+from nspo_lightning.terminal import counted, duration
 
 _STAYED = {"share": 0.0005, "nats": 5e-5, "number": 0.0}
 """What a change is below that no digit shows."""
@@ -161,21 +161,6 @@ def free_sentence(null_space: Sequence[tuple[str, int | None, float]]) -> str:
     return f"{100 * mean:.0f} % of the directions are free on average, {fewest}."
 
 
-def duration(seconds: float | None) -> str:
-    """Return a time span; "" where it is not known.
-
-    Example:
-        >>> duration(111.0), duration(7300.0)
-        ('111 s', '2 h 2 min')
-    """
-    if seconds is None:
-        return ""
-    if seconds < 600:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
 KINDS = {"harmful": "Harmful", "look-alike": "Harmless, looks harmful", "general": "General"}
 """What the kinds of prompts are called."""
 
@@ -185,7 +170,7 @@ def lede(run: Run) -> str:
     said = []
     if run.updates is not None:
         skipped = f" ({run.skipped} more skipped)" if run.skipped else ""
-        took = duration(run.seconds)
+        took = duration(run.seconds) if run.seconds is not None else ""
         said.append(f"{counted(run.updates, 'update')}{skipped}{f' in {took}' if took else ''}")
     if run.leak is not None:
         said.append(f"largest leak into the protected space {run.leak:.1e}")

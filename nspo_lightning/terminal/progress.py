@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from nspo_lightning import ranks
 from nspo_lightning.terminal.counted import counted
+from nspo_lightning.terminal.spans import clock_time
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -96,12 +97,12 @@ class Work:
 
     def line(self) -> str:
         """Say how far it is."""
-        left = None if self.left is None else f"{duration(self.left)} left"
+        left = None if self.left is None else f"{clock_time(self.left)} left"
         return f"{self.label}: {', '.join(part for part in (self.counted(), left, self.note) if part)}"
 
     def shown(self, room: int) -> str:
         """Say how far it is, beside its label and a bar, and as much of the note as there is room for (characters)."""
-        time_said = f"{duration(self.elapsed)} gone" if self.left is None else f"{duration(self.left)} left"
+        time_said = f"{clock_time(self.elapsed)} gone" if self.left is None else f"{clock_time(self.left)} left"
         said = ", ".join(part for part in (self.counted(), time_said) if part)
         for part in self.note.split(", "):
             if not part or len(said) + 2 + len(part) > room:
@@ -112,14 +113,7 @@ class Work:
     def ended(self) -> str:
         """Say that it is over."""
         taken = f"{counted(self.done, self.unit)} in" if self.done else "took"
-        return f"{self.label}: {taken} {duration(self.elapsed)}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `m:ss`, or `h:mm:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        return f"{self.label}: {taken} {clock_time(self.elapsed)}"
 
 
 @contextmanager

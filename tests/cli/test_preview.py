@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from nspo_lightning.cli.app import main
-from nspo_lightning.cli.preview import duration, preview
+from nspo_lightning.cli.preview import preview
 from nspo_lightning.cli.shipped import WrongOptionsError, preview_arguments
 from nspo_lightning.rewards import OutcomeReward, ServerJudge
 
@@ -121,4 +121,3 @@ def test_the_option_becomes_the_job():
     assert preview_arguments(["fit", "--preview", "5"]) == ["fit", "--preview", "5"]
     with pytest.raises(WrongOptionsError, match="one of the two"):
         preview_arguments(["judge", "--preview", "--input", "f"])
-    assert (duration(42), duration(600), duration(9000)) == ("42 s", "10 min", "2.5 h")
