@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from nspo_lightning.callbacks.null_space.basis_source import general_batches
-from nspo_lightning.callbacks.protocols import HasCalibrationText, LearnsFromText
+from nspo_lightning.callbacks.protocols import CountsCalibrationStarts, HasCalibrationText, LearnsFromText
 from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, rows_of, trained_by
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.nullspace.domains import are_starts, is_apart
@@ -75,11 +75,14 @@ class GeneralKL(Callback):
                 "GeneralKL pulls to the policy with its adapter off, and there is no adapter (`policy.lora: null`). "
                 "Train an adapter, or leave the callback out."
             )
-        if not isinstance(datamodule_of(trainer), HasCalibrationText):
+        owner = datamodule_of(trainer)
+        if not isinstance(owner, HasCalibrationText):
             raise MisconfigurationException(
                 "GeneralKL has no general text: the datamodule has no `calibration_dataloader()`. Use "
                 "`AlignmentDataModule`, or add that method."
             )
+        if self.start_weight and isinstance(owner, CountsCalibrationStarts):
+            self._check_starts(owner.count_calibration_starts())
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,10 +90,15 @@ class GeneralKL(Callback):
         self._batches, self._starts = split_starts(batches)
         if not self._batches:
             raise MisconfigurationException("GeneralKL has no general text: `calibration_dataloader()` gives none.")
-        if self.start_weight and not self._starts:
+        self._check_starts(len(self._starts))
+
+    def _check_starts(self, count: int) -> None:
+        if self.start_weight and not count:
             raise MisconfigurationException(
                 f"GeneralKL's `start_weight` is {self.start_weight:g}, and the calibration text has no starts of "
-                "answers. Use `AlignmentDataModule` with `calibration_starts` above 0, or leave `start_weight` out."
+                "answers: they are of general training rows that are not calibrated on. With `AlignmentDataModule` "
+                "give `data.calibration_starts` above 0 and a `data.calibration_size` that leaves rows for them, or "
+                "more rows in `data.general`; or leave `start_weight` out."
             )
 
     def batches_of(self, update: int) -> list[Any]:

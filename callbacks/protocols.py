@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from nspo_lightning.attacks import Attack
-from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, TrainingFacts
+from nspo_lightning.evaluation.diagnosis import Finding, NullSpaceFacts, TrainingFacts
 from nspo_lightning.evaluation.rates import Answers, Rate, Seen
 from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.warm_start import WarmStart
@@ -91,6 +91,14 @@ class TellsNullSpace(Protocol):
 
     def measure_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure once, at the end of a fit and with the weights that are left, how far outputs moved; all ranks do."""
+
+
+@runtime_checkable
+class TellsFindings(Protocol):
+    """A callback that says what to look at in a run, on the way and at its end."""
+
+    findings: list[Finding]
+    """Of the last fit, worst first."""
 
 
 @runtime_checkable
@@ -241,6 +249,14 @@ class HasCalibrationText(Protocol):
         With ``to_learn`` true, batches of the prompts that are trained on come too, their ``domain`` being `TO_LEARN`.
         With ``starts`` true, so do the starts of answers to further general prompts, see `domains.starts_of`.
         """
+
+
+@runtime_checkable
+class CountsCalibrationStarts(Protocol):
+    """A datamodule that knows how many starts of answers its calibration text will have before any is answered."""
+
+    def count_calibration_starts(self) -> int:
+        """Return the rows that ``starts`` asks for."""
 
 
 @runtime_checkable

@@ -265,3 +265,7 @@ class AlignmentDataModule(pl.LightningDataModule):
             train = [row for rows in self.safety.loaded().train for row in rows if row.kind == "harmful"]
             harmful = [train[i] for i in take_ranked(train, min(LEARN_ROWS, len(train)), "to learn")]
         return self.general.calibration_dataloader(answer_fn, harmful, starts)
+
+    def count_calibration_starts(self) -> int:
+        """Return how many starts of answers calibration text can have, see `GeneralDataModule`."""
+        return self.general.count_calibration_starts()

@@ -111,11 +111,8 @@ class GeneralDataModule(PromptDataModule):
         Raises:
             DataError: If none fits.
         """
-        rows = self.loaded()
         by_model = self.calibration_text == "prompt_and_model_answer"
-        chosen, passed_over = choose_calibration_rows(
-            rows.train, rows.weights, self.calibration_size, self.seed, fits=lambda row: by_model or self._fits(row)
-        )
+        chosen, passed_over = self._choose_rows()
         report = SourceReport(label="calibration", read=len(chosen) + passed_over, role="calibration")
         if by_model:
             answered = with_model_answers(chosen, answer_fn, self.calibration_batch_size)
@@ -136,6 +133,17 @@ class GeneralDataModule(PromptDataModule):
                 report.notes.append(f"of {counted(cut, 'answer')} the chat template drops a part, such as a thought")
         self.calibration_report = report
         return mix_batches(chosen, self.calibration_batch_size, self.seed)
+
+    def _choose_rows(self) -> tuple[list[PromptRow], int]:
+        """Return the rows to calibrate on, before the policy has answered any, and how many do not fit."""
+        rows, by_model = self.loaded(), self.calibration_text == "prompt_and_model_answer"
+        return choose_calibration_rows(
+            rows.train, rows.weights, self.calibration_size, self.seed, fits=lambda row: by_model or self._fits(row)
+        )
+
+    def count_calibration_starts(self) -> int:
+        """Return how many rows `starts` adds to the calibration text: of the training rows that are left."""
+        return len(self._start_rows(self._choose_rows()[0]))
 
     def _fits(self, row: PromptRow) -> bool:
         if self.calibration_max_tokens is None:

@@ -135,9 +135,44 @@ def test_a_text_of_many_tokens_is_taken_in_parts(tiny_llama):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole[0], parts[0], strict=True))
 
 
-def test_text_without_starts_is_refused_where_they_are_to_be_weighed(tiny_llama, tmp_path):
-    with pytest.raises(MisconfigurationException, match="has no starts of answers"):  # all rows are calibrated on
-        fit(tiny_llama, tmp_path, [GeneralKL(start_weight=0.5)], 1)
+@pytest.mark.parametrize("starts", [0, 3])
+def test_text_without_starts_is_refused_before_anything_is_measured(tiny_llama, tmp_path, starts):
+    size = 4 if starts == 0 else None  # None: all rows are calibrated on
+
+    def data():
+        sources = PromptSource(rows=harmful), PromptSource(rows=general)
+        return AlignmentDataModule(*sources, calibration_size=size, calibration_starts=starts, batch_size=2)
+
+    job, started = module(tiny_llama), Started()
+    with pytest.raises(
+        MisconfigurationException, match="has no starts of answers.*`data.calibration_size` that leaves"
+    ):
+        trainer(tmp_path, 1, callbacks=[started, GeneralKL(start_weight=0.5)]).fit(job, data())
+    assert not started.training
+    assert not job._base_answers
+
+
+def test_text_of_ones_own_datamodule_without_starts_is_refused_too(tiny_llama, tmp_path):
+    class Own(pl.LightningDataModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = with_starts()
+
+        def setup(self, stage=None):
+            self.inner.trainer = self.trainer
+            self.inner.setup(stage)
+
+        def train_dataloader(self):
+            return self.inner.train_dataloader()
+
+        def calibration_dataloader(self):
+            return self.inner.calibration_dataloader()
+
+    with pytest.raises(MisconfigurationException, match="has no starts of answers"):
+        trainer(tmp_path, 1, callbacks=[GeneralKL(start_weight=0.5)]).fit(module(tiny_llama), Own())
+
+
+def test_a_weight_for_starts_is_a_share():
     with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
         GeneralKL(start_weight=1.5)
 
