@@ -36,6 +36,7 @@ from nspo_lightning.callbacks.null_space.logs import (
     show_certificate,
     show_verification,
     step_metrics,
+    warn_of_findings,
     write_record,
 )
 from nspo_lightning.callbacks.null_space.unprotected import (
@@ -53,6 +54,7 @@ from nspo_lightning.callbacks.null_space.watch import (
     hold_statistics,
     running_statistics,
 )
+from nspo_lightning.callbacks.protocols import TellsFindings
 from nspo_lightning.callbacks.stopping import stop_if_told
 from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, logs_this_batch
 from nspo_lightning.compat.torch import RunningNorm
@@ -194,6 +196,7 @@ class NullSpaceProjection(Callback):
         self._normalised = False  # whether the module has normalisations that may have to be kept so
         self._energy: list[GradientEnergy] = []  # gradients since the last logged step, one for each optimizer
         self._kept = KeptEnergy()  # gradient energy that the projection kept, for the diagnosis
+        self._told: set[str] = set()  # titles of findings that were warned of
         # Where a fit starts from:
         self._resumed: dict[str, Any] = {}  # state of this callback in the checkpoint; empty at a fresh start
         self._start_late: Callable[[], None] | None = None  # starts a fit whose training was over in the checkpoint
@@ -319,6 +322,7 @@ class NullSpaceProjection(Callback):
     ) -> None:
         if batch_idx == 0:  # what a step changes, the first one usually does
             self._check_buffers(trainer, pl_module)
+            self._warn_of_findings(trainer)
         if self._energy:  # at the Trainer's logging interval; nothing is read from the device in between
             pl_module.log_dict(step_metrics(self._energy, self.certificates()), on_step=True, on_epoch=False)
             self._energy.clear()
@@ -336,7 +340,13 @@ class NullSpaceProjection(Callback):
         self._start_late = None
         # Not at the end of training: other callbacks may put other weights in place there (averages, the best ones).
         self.measure_outputs(trainer, pl_module)
+        self._warn_of_findings(trainer)
         self._hold.release()
+
+    def _warn_of_findings(self, trainer: pl.Trainer) -> None:
+        """Warn of what the null space leaves, where no callback of the run says what to look at."""
+        if not any(isinstance(other, TellsFindings) for other in callbacks_of(trainer)):
+            warn_of_findings(self.null_space_facts(), self._told)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -347,7 +357,7 @@ class NullSpaceProjection(Callback):
         self._hold.release()
         self._hold, self._check, self._buffers, self._still, self._normalised = Hold(), None, None, [], False
         self.verification = self.output_change = None
-        self._kept = KeptEnergy()
+        self._kept, self._told = KeptEnergy(), set()
 
     def _note_growth(self) -> None:
         if self._fitted is not None and self.calibration is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nspo_lightning.atomic import replacing, write_json
 from nspo_lightning.callbacks.null_space.verification import Verification
 from nspo_lightning.compat.lightning import is_fast_dev_run
-from nspo_lightning.evaluation.diagnosis import LEAKED, NullSpaceFacts, explain_certificate
+from nspo_lightning.evaluation.diagnosis import LEAKED, LEFT, NullSpaceFacts, RunFacts, diagnose, explain_certificate
 from nspo_lightning.evaluation.tables import rich_table, table_text
 from nspo_lightning.nullspace import Calibration, LayerCertificate
 from nspo_lightning.nullspace.basis_set import mean_null_share
@@ -104,6 +104,19 @@ def show_certificate(facts: NullSpaceFacts, layers: int) -> None:
             f"The update of {facts.leak_layer} left the null space (leak {facts.leak:.2g}): something else than an "
             "optimizer step has moved weights (another callback, code of the training step)."
         )
+
+
+def warn_of_findings(facts: NullSpaceFacts | None, told: set[str]) -> None:
+    """Warn of what a null space leaves to updates, each finding once; a certificate tells of leaks itself.
+
+    Args:
+        facts: None = nothing is held.
+        told: Titles of what was warned of; grows.
+    """
+    for finding in diagnose(RunFacts(null_space=facts)):
+        if finding.title not in (LEFT, *told):
+            told.add(finding.title)
+            rank_zero_warn(f"{finding.title}. {finding.text} {finding.cure}")
 
 
 def write_record(

@@ -29,6 +29,8 @@ MANY_TIGHT = 0.25
 ALL_CUT = 0.98
 LEAKED = 1e-4
 """Rounding in float32 leaks 1e-7."""
+LEFT = "An update left the null space"
+"""Title of what is found above `LEAKED`."""
 ROSE = 0.02
 """Points, as a share, that a rate's interval must have risen by."""
 
@@ -318,7 +320,7 @@ def _leak(facts: NullSpaceFacts) -> Iterator[Finding]:
     if facts.held and facts.leak is not None and facts.leak > LEAKED:
         yield Finding(
             severity="error",
-            title="An update left the null space",
+            title=LEFT,
             text=f"{facts.leak:.2g} of the update of {facts.leak_layer} lies in protected directions.",
             cure="Something else than an optimizer step has moved weights: another callback, or code of the training "
             "step. Take it out.",

@@ -6,6 +6,7 @@ import json
 import warnings
 from typing import Any
 
+import null_space_problems
 import pytest
 import torch
 from tiny_jobs import constant, datamodule, even_tokens, module, trainer
@@ -45,6 +46,33 @@ def test_what_is_wrong_is_warned_of_once_on_the_way_and_said_in_a_block_at_the_e
     assert 0 < summary["nullspace/kept_gradient_energy"] < 1
     assert summary["nullspace/output_change"] == tight.output_change
     assert summary["nullspace/output_change_bound"] == max(c.output_change for c in tight.certificates()) > 0
+
+
+def script(folder, *callbacks, **options):
+    """Train in a script of one's own; return what the warnings say of findings."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        null_space_problems.trainer(folder, *callbacks, **options).fit(null_space_problems.Net())
+    titles = ("Hardly a direction", "The projection leaves", "Calibration text", "An update left")
+    return [str(one.message) for one in said if str(one.message).startswith(titles)]
+
+
+def test_the_callback_alone_in_a_script_warns_of_what_it_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr("nspo_lightning.evaluation.diagnosis.KEPT_LITTLE", 0.9)
+    monkeypatch.setattr("nspo_lightning.evaluation.diagnosis.TIGHT", 0.2)
+    tight = {"threshold": null_space_problems.HIDDEN - 1}
+    found = script(tmp_path, null_space_problems.projection(**tight))
+    assert [message.partition(".")[0] for message in found] == [
+        "Hardly a direction is free",
+        "The projection leaves next to nothing of the gradient",
+    ], "each once, the first before hours have gone by"
+    assert found == script(tmp_path, null_space_problems.projection(**tight), max_epochs=2), "not once an epoch"
+    alone = script(tmp_path, null_space_problems.projection(**tight), Diagnosis(str(tmp_path)))
+    assert len(alone) == 2, "said by one of the two"
+
+
+def test_the_callback_alone_says_nothing_where_nothing_is_wrong(tmp_path):
+    assert script(tmp_path, null_space_problems.projection()) == []
 
 
 def test_a_run_with_nothing_wrong_says_nothing(tiny_llama, tmp_path, capsys):
