@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from nspo_lightning.nullspace.basis_set import Calibration
-from nspo_lightning.nullspace.record import places, short_kind
+from nspo_lightning.nullspace.record import colour_end, percent, places, short_kind
 
 _WRITTEN = 16  # so many layers have room for numbers in their cells
 _LEAST_HARM = 1e-12
@@ -27,19 +27,22 @@ def free_figure(calibration: Calibration) -> Any:
     for first, (kind, depth) in where.items():
         basis = calibration.bases[first]
         row, column = kinds.index(kind), 0 if depth is None else depths.index(depth)
-        free[row][column] = 100 * basis.null_dims / basis.width
+        free[row][column] = basis.null_dims / basis.width
         harm[row][column] = min(max(basis.choice.gain, _LEAST_HARM), 1.0)
     size = min(2.2 + max(0.3 * len(depths), 4.2), 14), min(2.4 + 0.7 * max(len(kinds), 2), 16)
     figure = Figure(figsize=size, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    _draw(upper, free, kinds, depths, Normalize(0, 100), "viridis", lambda value: f"{value:.0f}")
+    shares = [value for row in free for value in row if not math.isnan(value)]
+    end = colour_end(shares)
+    drawn = [[100 * value for value in row] for row in free]
+    _draw(upper, drawn, kinds, depths, Normalize(0, 100 * end), "viridis", lambda value: percent(value / 100))
     harms = [value for row in harm for value in row if not math.isnan(value)]
     scale = LogNorm(min(min(harms), max(harms) / 10), max(harms))
     _draw(lower, harm, kinds, depths, scale, "magma_r", _power)
-    shares = [value for row in free for value in row if not math.isnan(value)]
-    ends = f"{min(shares):.0f} to {max(shares):.0f} %"
-    figure.suptitle(f"{fmean(shares):.0f} % of the directions are free ({ends})", fontsize=15)
-    upper.set_title("free directions, % of the width", fontsize=13, loc="left")
+    ends = f"{percent(min(shares))} to {percent(max(shares))} %"
+    figure.suptitle(f"{percent(fmean(shares))} % of the directions are free ({ends})", fontsize=15)
+    scaled = "" if end == 1 else f" (colours to {percent(end)} %)"
+    upper.set_title(f"free directions, % of the width{scaled}", fontsize=13, loc="left")
     lower.set_title("predicted harm, squared (1: unprojected)", fontsize=13, loc="left")
     lower.set_xlabel("layer", fontsize=13)
     return figure

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import Calibration
 from nspo_lightning.nullspace.diagnostics import table_rows
-from nspo_lightning.nullspace.record import by_kind
+from nspo_lightning.nullspace.record import by_kind, percent
 
 DETAILS = ".layers.csv"
 """Ending of the file with a row for each input."""
@@ -27,8 +27,8 @@ def overview_rows(calibration: Calibration) -> list[dict[str, str]]:
                 "input of": _short(kind),
                 "layers": _span([depth for depth, _ in own]),
                 "width": str(width),
-                "free": _range([100 * basis.null_dims / basis.width for _, basis in own], ".0f") + " %",
-                "energy left": _range([basis.choice.energy_left for _, basis in own], ".2g"),
+                "free": _range([basis.null_dims / basis.width for _, basis in own], percent) + " %",
+                "energy left": _range([basis.choice.energy_left for _, basis in own], "{:.2g}".format),
             })
     return rows
 
@@ -91,6 +91,6 @@ def _span(depths: Sequence[int]) -> str:
     return f"{first} to {last}" if whole else f"{len(depths)} of {first} to {last}"
 
 
-def _range(values: Sequence[float], form: str) -> str:
-    ends = [format(value, form) for value in (min(values), max(values))]
+def _range(values: Sequence[float], say: Callable[[float], str]) -> str:
+    ends = [say(value) for value in (min(values), max(values))]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nspo_lightning.nullspace.record import short_kind
+from nspo_lightning.nullspace.record import colour_end, percent, short_kind
 from nspo_lightning.report.records import LayerInput, NullSpace
 
 _SMALL = 1e-12
@@ -36,11 +36,12 @@ def heat_maps(null_space: NullSpace) -> list[HeatMap]:
     inputs = null_space.inputs
     if not inputs:
         return []
+    end = colour_end([i.free_share for i in inputs])
     free = _map(
         inputs,
         "Free directions",
-        "share of the width, in %",
-        [(f"{100 * i.free_share:.0f}", i.free_share, f"{i.free:,} of {i.width:,} directions are free") for i in inputs],
+        "share of the width, in %" + ("" if end == 1 else f"; colours go to {percent(end)}"),
+        [(percent(i.free_share), i.free_share / end, f"{i.free:,} of {i.width:,} directions are free") for i in inputs],
     )
     harms = [i.harm for i in inputs]
     if any(harm is None for harm in harms):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,27 +11,26 @@ from nspo_lightning.callbacks.null_space.free_figure import free_figure
 from nspo_lightning.callbacks.null_space.spectrum_figure import spectrum_figure
 from nspo_lightning.nullspace import BasisSettings, Calibration, LayerCertificate, bases_from_spectra
 from nspo_lightning.nullspace.basis import Spectrum
+from nspo_lightning.nullspace.overview import overview_rows
 from nspo_lightning.nullspace.record import by_kind, null_space_record
 
 pytest.importorskip("matplotlib")
 SETTINGS = BasisSettings(criterion="rank", threshold=2)
 
 
-def calibration(groups: dict[str, list[str]]) -> Calibration:
-    spectra = {
-        first: Spectrum(values=torch.arange(1.0, 9.0).pow(-2).double(), vectors=torch.eye(8).double(), tokens=99)
-        for first in groups
-    }
-    return Calibration(bases=bases_from_spectra(spectra, SETTINGS), groups=groups, settings=SETTINGS)
+def calibration(groups: dict[str, list[str]], width: int = 8, settings: BasisSettings = SETTINGS) -> Calibration:
+    values, vectors = torch.arange(1.0, width + 1).pow(-2).double(), torch.eye(width).double()
+    spectra = {first: Spectrum(values=values, vectors=vectors, tokens=999) for first in groups}
+    return Calibration(bases=bases_from_spectra(spectra, settings), groups=groups, settings=settings)
 
 
-def model(layers: int) -> Calibration:
+def model(layers: int, *shape: Any) -> Calibration:
     groups = {}
     for i in range(layers):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
         groups[f"{attention}.q_proj"] = [f"{attention}.{n}" for n in ("q_proj", "k_proj", "v_proj")]
         groups[f"{mlp}.down_proj"] = [f"{mlp}.down_proj"]
-    return calibration(groups)
+    return calibration(groups, *shape)
 
 
 @pytest.mark.parametrize("layers", [1, 4, 28])
@@ -69,6 +70,21 @@ def test_the_map_shows_what_is_free_at_each_input(layers, tmp_path):
     assert set(harm.images[0].get_array().flatten()) == {gain}
     assert "75 % of the directions are free (75 to 75 %)" in figure.get_suptitle()
     assert (len(free.texts) == 2 * layers) == (layers <= 16), "numbers stand in the cells where they have room"
+
+
+def test_a_few_free_directions_are_not_shown_as_none_and_colours_tell_them_apart():
+    few = model(4, 512, BasisSettings(criterion="rank", threshold=509))
+    figure = free_figure(few)
+    free = next(axes for axes in figure.axes if axes.images)
+    assert "0.59 % of the directions are free (0.59 to 0.59 %)" in figure.get_suptitle()
+    assert free.get_title(loc="left") == "free directions, % of the width (colours to 1 %)", (
+        "a change of scale is marked"
+    )
+    assert free.images[0].norm.vmax == 1
+    assert {text.get_text() for text in free.texts} == {"0.59"}
+    assert overview_rows(few)[0]["free"] == "0.59 %"
+    whole = free_figure(model(4))
+    assert "colours" not in next(axes for axes in whole.axes if axes.images).get_title(loc="left")
 
 
 def test_the_record_has_an_entry_for_each_input():
