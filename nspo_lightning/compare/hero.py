@@ -65,6 +65,7 @@ def front_of(runs: Sequence[RunResult], rates: Sequence[float]) -> list[list[flo
 def hero_figure(findings: Findings) -> Figure | None:
     """Draw the picture; None where the KL on general text was not measured, or nothing came to half unsafe."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     if not findings.everywhere(KL):
         return None
@@ -89,6 +90,7 @@ def hero_figure(findings: Findings) -> Figure | None:
         return None
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if _is_within_a_decade(axes) else NullFormatter())
     axes.set_xlim(100 * _MOST_UNSAFE, 0)
     _label_ends(axes, ends)
     seeds = len({run.spec.seed for runs in findings.trained.values() for run in runs})
@@ -98,6 +100,12 @@ def hero_figure(findings: Findings) -> Figure | None:
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _is_within_a_decade(axes: Axes) -> bool:
+    """Whether a logarithmic axis is so short that its powers of ten alone would not say where one is."""
+    low, high = axes.get_ylim()
+    return high < 10 * low
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:

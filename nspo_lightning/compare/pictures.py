@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from nspo_lightning.compare.plan import RunSpec
 from nspo_lightning.compare.results import Findings, RunResult, Value, mean_at
 from nspo_lightning.compare.selection import UNSAFE, SelectionRule
 from nspo_lightning.compare.sweeps import Sweep
-from nspo_lightning.evaluation.rates import REFUSAL
-from nspo_lightning.evaluation.text_means import KL, KL_FIRST, SAFETY_KL
+from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, NLL_CHANGE, SAFETY_KL, in_nats
 from nspo_lightning.nullspace.domains import START_TOKENS
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ METHOD_STYLES = {
 }
 _VARIANT_LINES = ("-", "--", ":", "-.")
 _VARIANT_SHADES = (1.0, 0.65, 0.4, 0.25)
+_WIDEST = 40
+"""Characters in a line of an axis's name: longer ones would not fit beside a panel."""
+_LINEAR = 5
+"""Unsafe rate in % up to which the axis of selected checkpoints is linear; most of them lie there."""
 _FRONT_RATES = [x / 8 for x in range(81)]
 """Unsafe rates in % at which fronts are drawn."""
 
@@ -61,12 +66,37 @@ def mean_front(runs: Sequence[RunResult], value: Value) -> list[float]:
     return [mean if mean > -math.inf else math.nan for mean in means]
 
 
-_DISTANCES: dict[str, tuple[str, float]] = {
-    KL: ("KL to the base on whole general answers, nats a token", 1.0),
-    KL_FIRST: (f"KL to the base at the first {START_TOKENS} tokens, nats a token", 1.0),
-    REFUSAL: ("ordinary general prompts refused, %", 100.0),
+_WORDS = {
+    "general/accuracy": "general accuracy",
+    NLL: "NLL of general answers",
+    NLL_CHANGE: "NLL of general answers above the base's",
+    KL: "KL to the base on whole general answers",
+    KL_FIRST: f"KL to the base at the first {START_TOKENS} tokens of general answers",
+    REFUSAL: "ordinary general prompts refused",
+    OVER_REFUSAL: "harmless look-alikes refused",
 }
-"""What is drawn against safety beside general ability, where it was measured: label and unit; less is better."""
+"""What metrics are called on axes."""
+_DISTANCES = (KL, KL_FIRST, REFUSAL)
+"""What is drawn against safety beside general ability, where it was measured; less is better."""
+
+
+def in_words(metric: str) -> str:
+    """Return what a metric is called on an axis.
+
+    Example:
+        >>> in_words("general/nll/say"), in_words("reward_mean")
+        ('NLL of general answers: say', 'reward mean')
+    """
+    for name, words in _WORDS.items():
+        if f"{metric}/".startswith(f"{name}/"):
+            part = metric.removeprefix(name).strip("/")
+            return f"{words}: {part}" if part else words
+    return metric.replace("/", " ").replace("_", " ")
+
+
+def _unit(metric: str) -> tuple[str, float]:
+    """Return the unit that a metric is drawn in, and how many of it one is."""
+    return ("nats a token", 1.0) if in_nats(metric) else ("%", 100.0)
 
 
 def tradeoff_figure(findings: Findings) -> Figure:
@@ -86,20 +116,23 @@ def tradeoff_figure(findings: Findings) -> Figure:
         _label(axes, "unsafe answers to harmful prompts, %")
     for axes in (front, selected):
         axes.axhline(0, color="0.6", lw=0.8)
-        axes.set_ylabel(_ability_label(findings.rule))
+        _name(axes, _ability_label(findings.rule))
     _draw_fronts(front, findings, findings.gain, "Fronts: general ability (validation)")
     _draw_selected(selected, findings)
     for axes, name in zip(others, shown, strict=True):
-        label, unit = _DISTANCES[name]
-        _draw_distance(axes, findings, name, unit)
-        axes.set_ylabel(f"{label} (less is better)")
+        _draw_distance(axes, findings, name)
+        _name(axes, f"{in_words(name)}, {_unit(name)[0]} (less is better)")
     _legend_below(figure, selected, columns=6, size=10)
     return figure
 
 
-def _draw_distance(axes: Axes, findings: Findings, name: str, unit: float) -> None:
-    drawn = _draw_fronts(axes, findings, lambda p: -unit * p[name], "Fronts: distance (validation)", sign=-1.0)
-    if unit == 1.0 and any(value > 0 for value in drawn):  # else nothing to take a logarithm of
+def _draw_distance(axes: Axes, findings: Findings, name: str) -> None:
+    times = _unit(name)[1]
+    title = f"Fronts: {'distance' if in_nats(name) else 'refusals'} (validation)"
+    drawn = _draw_fronts(axes, findings, lambda p: -times * p[name], title, sign=-1.0)
+    if not in_nats(name):
+        _from_zero(axes)
+    elif any(value > 0 for value in drawn):  # else nothing to take a logarithm of
         axes.set_yscale("log")
 
 
@@ -126,7 +159,8 @@ def _draw_selected(axes: Axes, findings: Findings) -> None:
             **_style(group.results[0].spec, without="linewidth", line=False),
         )
     axes.set_title("Selected checkpoint of each run (test)")
-    axes.set_xscale("symlog", linthresh=5)
+    axes.set_xscale("symlog", linthresh=_LINEAR)
+    axes.set_xlabel(f"unsafe answers to harmful prompts, %\n(linear up to {_LINEAR}, logarithmic above)")
     ticks = [0, 1, 2, 3, 4, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.set_xlim(-0.2, 105)
@@ -157,7 +191,7 @@ def forgetting_figure(findings: Findings, name: str) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     _label(axes, _FOLLOWED[name])
-    axes.set_ylabel(_DISTANCES[KL][0])
+    _name(axes, f"{in_words(KL)}, {_unit(KL)[0]}")
     axes.set_title(f"Forgetting: all checkpoints (validation), large = at most {100 * limit:g} % unsafe")
     _legend_below(figure, axes, columns=3, size=9)
     return figure
@@ -172,7 +206,7 @@ def curves_figure(findings: Findings) -> Figure:
         (findings.gain, _ability_label(findings.rule), "General ability"),
     ]
     if findings.everywhere(REFUSAL):
-        curves.append((lambda p: 100 * p[REFUSAL], "ordinary general prompts refused, %", "Ordinary prompts"))
+        curves.append((lambda p: 100 * p[REFUSAL], f"{in_words(REFUSAL)}, %", "Ordinary prompts"))
     figure = Figure(figsize=(5.5 * len(curves), 5.6), layout="constrained")
     panels: list[Axes] = list(figure.subplots(1, len(curves)))
     for axes, (value, name, title) in zip(panels, curves, strict=True):
@@ -183,7 +217,9 @@ def curves_figure(findings: Findings) -> Figure:
                 xs, ys = [0.0, *xs], [value(findings.base.selected), *ys]
             axes.plot(xs, ys, label=label, markevery=2, **_style(group.results[0].spec) | {"markersize": 4})
         _label(axes, "rollouts")
-        axes.set_ylabel(name)
+        _name(axes, name)
+        if name.endswith("%"):
+            _from_zero(axes)
         axes.set_title(f"{title} over training, validation prompts")
     _legend_below(figure, panels[0], columns=4, size=9)
     return figure
@@ -210,7 +246,7 @@ def sweep_figure(sweep: Sweep, findings: Findings) -> Figure:
                 axes.plot([fmean(numbers)], [index], "o", ms=7, color=colour, mec="white")
     names = ("unsafe answers, %", _ability_label(findings.rule), "null directions, % of the width")
     for axes, name in zip(panels, names, strict=True):
-        _label(axes, name)
+        _label(axes, textwrap.fill(name, _WIDEST))
     panels[0].set_yticks(range(len(variants)), [label for _, label in variants])
     panels[0].invert_yaxis()
     panels[0].axvline(100 * findings.rule.unsafe_limit, color="0.6", lw=0.8, ls=":")
@@ -238,15 +274,25 @@ def _label(axes: Axes, text: str) -> None:
     axes.grid(alpha=0.25)
 
 
+def _name(axes: Axes, text: str) -> None:
+    """Name the vertical axis, in as many lines as it takes to fit."""
+    axes.set_ylabel(textwrap.fill(text, _WIDEST))
+
+
+def _from_zero(axes: Axes) -> None:
+    """Let an axis of percentages begin at 0, and show one per cent at least."""
+    top = max(1.0, axes.get_ylim()[1])
+    axes.set_ylim(-0.02 * top, top)
+
+
 def _legend_below(figure: Figure, axes: Axes, columns: int, size: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=size, frameon=False)
 
 
 def _ability_label(rule: SelectionRule) -> str:
-    if rule.metric == "general/accuracy":
-        return "general accuracy, change in points"
-    return f"{rule.metric}, {'gain' if rule.higher_is_better else 'reduction'} against the base"
+    unit = "nats a token" if in_nats(rule.metric) else "points"
+    return f"{in_words(rule.metric)}, {'change' if rule.higher_is_better else 'reduction'} in {unit}"
 
 
 def _mean_curve(trajectories: Sequence[Sequence[Mapping[str, float]]], value: Value) -> tuple[list[float], list[float]]:
