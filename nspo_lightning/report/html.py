@@ -19,7 +19,7 @@ from nspo_lightning.report.heat import heat_maps
 from nspo_lightning.report.loading import loading
 from nspo_lightning.report.pictures import compared, pictures
 from nspo_lightning.report.records import Run
-from nspo_lightning.report.side_by_side import Comparison, compare
+from nspo_lightning.report.side_by_side import Comparison, compare, named_apart
 from nspo_lightning.report.svg import interval_track
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -42,6 +42,7 @@ def run_page(run: Run) -> str:
 
 def comparison_page(runs: Sequence[Run]) -> str:
     """Return a page of several runs side by side."""
+    runs = named_apart(runs)
     found: Comparison = compare(runs)
     return _rendered("runs.html.j2", runs=runs, found=found, pictures=compared(runs))
 

@@ -14,7 +14,7 @@ from nspo_lightning.report.heat import heat_maps
 from nspo_lightning.report.loading import loading
 from nspo_lightning.report.pictures import curve_of
 from nspo_lightning.report.records import Answer, Exchange, Measure, Run
-from nspo_lightning.report.side_by_side import SharedPrompt, compare
+from nspo_lightning.report.side_by_side import SharedPrompt, compare, named_apart
 
 _EACH = 4
 """Exchanges of each kind; the HTML page has more."""
@@ -46,6 +46,7 @@ def run_text(run: Run) -> str:
 
 def comparison_text(runs: Sequence[Run]) -> str:
     """Return a page of several runs side by side."""
+    runs = named_apart(runs)
     found = compare(runs)
     names = [plain(run.name) for run in runs]
     parts = [f"# {', '.join(names)}", f"**{plain(words.headline_of_several(runs))}**"]
@@ -54,9 +55,9 @@ def comparison_text(runs: Sequence[Run]) -> str:
         rows = []
         for row in found.rows:
             known = next(measure for measure in row.of_runs if measure is not None)
-            before = [_value(known, "before")] if found.same_base else []
-            rows.append([row.title, *before, *(_side(measure, moved=not found.same_base) for measure in row.of_runs)])
-        columns = ["measure", *(["before"] if found.same_base else []), *names]
+            before = [_value(known, "before")] if found.one_before else []
+            rows.append([row.title, *before, *(_side(measure, moved=not found.one_before) for measure in row.of_runs)])
+        columns = ["measure", *(["before"] if found.one_before else []), *names]
         parts += ["## Before and after", markdown_table(columns, rows, align="l" + "r" * (len(columns) - 1))]
     null_space = [[plain(words.free_of(run)) for run in runs], [plain(words.lede(run)) for run in runs]]
     parts += ["## Null space", markdown_table(["", *names], [["free", *null_space[0]], ["updates", *null_space[1]]])]

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from nspo_lightning.checkpoints import FOLDER, last_in
 from nspo_lightning.evaluation.diagnosis import SEVERITIES
 from nspo_lightning.keys import mask_keys
 from nspo_lightning.policy.settings import TOY
@@ -105,6 +106,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         finished=bool(said),
         base=base,
+        variety=_variety(policy),
         facts=_facts(config, null_space, method),
         settings=non_default_settings(config, warm_start=warm_start),
         measurements=tuple(measurements),
@@ -112,12 +114,15 @@ def read_run(folder: Path) -> Run:
         answers=read_exchanges(folder, look_alikes, tested=isinstance(test, Mapping)),
         null_space=null_space,
         findings=_findings(_json(folder / DIAGNOSIS)),
+        steps=_steps(said),
         updates=_whole(said.get("updates")),
         skipped=_whole(said.get("updates_skipped")) or 0,
         seconds=said.get("seconds") if isinstance(said.get("seconds"), (int, float)) else None,
         leak=said.get("nullspace/leak_max") if isinstance(said.get("nullspace/leak_max"), float) else None,
         adapter=adapter if adapter.is_dir() else None,
         last_step=last_step(curves),
+        warm_start=warm_start,
+        resumable=last_in(folder / FOLDER) is not None,
         method=method,
         hparams=_hparams(config, method),
     )
@@ -159,10 +164,9 @@ def _facts(config: Mapping[str, Any], null_space: NullSpace | None, method: str)
     policy = _section(model, "policy")
     lora = policy.get("lora")
     trained = f"LoRA of rank {lora.get('r')}" if isinstance(lora, Mapping) else "all weights"
-    shape = f"{policy.get('quantization', '?')} base in {policy.get('dtype', '?')}" if policy else "?"
     facts = {
         "Method": method,
-        "Model": f"{policy.get('path', TOY)} ({shape}); trained: {trained}",
+        "Model": f"{policy.get('path', TOY)} ({_variety(policy) or '?'}); trained: {trained}",
         "Prompts to train on": _sources(data.get("safety")),
         "General text": _sources(data.get("general")),
         "Reward": _classes(model.get("reward")),
@@ -175,6 +179,22 @@ def _facts(config: Mapping[str, Any], null_space: NullSpace | None, method: str)
     if (seed := config.get("seed_everything")) is not None:
         facts["Seed"] = str(seed)
     return {title: mask_keys(text) for title, text in facts.items() if text}
+
+
+def _variety(policy: Mapping[str, Any]) -> str:
+    """Return what else than its path says which model a policy begins from; "" where nothing is known."""
+    if not policy:
+        return ""
+    merged = policy.get("adapter") if policy.get("merge_adapter") else None
+    others = {"file": policy.get("gguf_file"), "revision": policy.get("revision"), "merged with": merged}
+    precision = f"{policy.get('quantization', '?')} base in {policy.get('dtype', '?')}"
+    return ", ".join([precision, *(f"{name} {value}" for name, value in others.items() if value)])
+
+
+def _steps(summary: Mapping[str, Any]) -> int | None:
+    """Return the step that a summary is of: updates that stand, were skipped, or were taken back."""
+    counts = [_whole(summary.get(name, 0)) for name in ("updates", "updates_skipped", "updates_undone")]
+    return None if "updates" not in summary or None in counts else sum(count or 0 for count in counts)
 
 
 def _sources(value: Any) -> str:

@@ -176,6 +176,7 @@ class Run:
         folder: The run's folder.
         finished: Whether a `fit` came to its end.
         base: What was trained, as the configuration names it; "" = not known.
+        variety: Which of the models of that name: file, revision, precision, what is merged into it.
         facts: What was done, in words: title to text.
         settings: Those that differ from defaults.
         measurements: `test`'s first, then `fit`'s.
@@ -183,12 +184,15 @@ class Run:
         answers: None = no answers were kept.
         null_space: None = the run had none, or wrote none.
         findings: Of the diagnosis, worst first.
+        steps: At which `fit` measured after training; None = not known.
         updates: Taken; None = not known.
         skipped: Updates that were skipped.
         seconds: Of training; None = not known.
         leak: As the summary has it.
         adapter: Folder of the adapter, if there is one.
         last_step: Of what was logged; None = nothing was.
+        warm_start: Whether `warmup` trained it, and not `fit`.
+        resumable: Whether it left a last checkpoint.
         method: What trained it, in a few words.
         hparams: The settings that runs are most often compared by.
     """
@@ -204,14 +208,23 @@ class Run:
     answers: Answers | None
     null_space: NullSpace | None
     findings: tuple[Finding, ...]
+    variety: str = ""
+    steps: int | None = None
     updates: int | None = None
     skipped: int = 0
     seconds: float | None = None
     leak: float | None = None
     adapter: Path | None = None
     last_step: int | None = None
+    warm_start: bool = False
+    resumable: bool = False
     method: str = ""
     hparams: Mapping[str, str | float] = field(default_factory=dict)
+
+    @property
+    def went_on(self) -> bool:
+        """Whether it was trained further after `fit` had measured it, and not measured again."""
+        return self.steps is not None and self.last_step is not None and self.last_step > self.steps
 
     @property
     def measured(self) -> Measurement | None:

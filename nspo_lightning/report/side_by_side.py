@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nspo_lightning.report.exchanges import SHOWN
 from nspo_lightning.report.measurements import TITLES
 from nspo_lightning.report.records import Answer, Measure, Run
+from nspo_lightning.report.words import STAYED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class MeasureRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedPrompt:
-    """A prompt that more than one run has answered: what the base said, and what each run's policy did."""
+    """A prompt that more than one run has answered: what was said before, if it is the same, and what each run says."""
 
     kind: str
     skill: str
@@ -36,14 +38,14 @@ class Comparison:
 
     Attributes:
         notes: What a reader must know before comparing.
-        same_base: Whether one column "before" holds for all runs.
+        one_before: Whether one column "before" holds for all runs.
         rows: Measures.
         settings: Name of a setting -> its value in each run; those that are not the same everywhere.
         prompts: Answered by at least two runs.
     """
 
     notes: tuple[str, ...]
-    same_base: bool
+    one_before: bool
     rows: tuple[MeasureRow, ...]
     settings: dict[str, tuple[str, ...]]
     prompts: tuple[SharedPrompt, ...]
@@ -51,12 +53,19 @@ class Comparison:
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """Put runs side by side."""
-    bases = list(dict.fromkeys(run.base or "?" for run in runs))
-    notes = []
+    runs = named_apart(runs)
+    bases, notes = _bases(runs), list[str]()
     if len(bases) > 1:
         notes.append(
-            f"These runs have different bases ({', '.join(bases)}): compare how far each has moved from its own, not "
+            f"These runs have different bases ({'; '.join(bases)}): compare how far each has moved from its own, not "
             "the levels, and no answers."
+        )
+    rows = _rows(runs)
+    alike = all(_one_before(row) for row in rows)
+    if len(bases) == 1 and not alike:
+        notes.append(
+            "Their figures before are not the same (another start, other held-out prompts, or another job): each run "
+            "stands with its own."
         )
     jobs = {run.name: run.measured.job for run in runs if run.measured is not None}
     if len(set(jobs.values())) > 1:
@@ -64,14 +73,40 @@ def compare(runs: Sequence[Run]) -> Comparison:
         notes.append(f"The figures are of different jobs, which may have other prompts ({said}).")
     notes += [f"{run.name} was not measured: its columns are empty." for run in runs if run.measured is None]
     notes += [f"{run.name} is not finished." for run in runs if not run.finished and not run.measurements]
-    same = len(bases) == 1
+    notes += [
+        f"{run.name} was trained on after step {run.steps}, which its figures are of, and is not finished."
+        for run in runs
+        if run.finished and run.went_on
+    ]
     return Comparison(
         notes=tuple(notes),
-        same_base=same,
-        rows=tuple(_rows(runs)),
+        one_before=len(bases) == 1 and alike,
+        rows=tuple(rows),
         settings=_settings(runs),
-        prompts=tuple(_prompts(runs)) if same else (),
+        prompts=tuple(_prompts(runs)) if len(bases) == 1 else (),
     )
+
+
+def named_apart(runs: Sequence[Run]) -> list[Run]:
+    """Return runs whose names all differ: those that share one are called by their folders."""
+    counts = Counter(run.name for run in runs)
+    return [run if counts[run.name] == 1 else replace(run, name=run.folder.as_posix()) for run in runs]
+
+
+def _bases(runs: Sequence[Run]) -> list[str]:
+    """Return the different bases: by their names, and by what else tells them apart where those are the same."""
+    names = dict.fromkeys(run.base or "?" for run in runs)
+    kinds = dict.fromkeys((run.base or "?", run.variety) for run in runs)
+    return list(names) if len(names) == len(kinds) else [f"{name}, {kind}" if kind else name for name, kind in kinds]
+
+
+def _one_before(row: MeasureRow) -> bool:
+    """Whether a measure stood at the same figure before every run that has it."""
+    measures = [measure for measure in row.of_runs if measure is not None]
+    values = [measure.before.value for measure in measures if measure.before is not None]
+    if len(values) < len(measures):
+        return not values
+    return max(values) - min(values) <= STAYED[measures[0].unit]
 
 
 def _rows(runs: Sequence[Run]) -> list[MeasureRow]:
@@ -104,12 +139,13 @@ def _prompts(runs: Sequence[Run]) -> list[SharedPrompt]:
         there = [exchange for exchange in own if exchange is not None]
         if len(there) < 2:
             continue
+        before = {e.before for e in there if e.before is not None}
         found.append(
             SharedPrompt(
                 kind=there[0].kind,
                 skill=there[0].skill,
                 prompt=there[0].prompt,
-                before=next((e.before for e in there if e.before is not None), None),
+                before=before.pop() if len(before) == 1 else None,
                 after=tuple(None if exchange is None else exchange.after for exchange in own),
             )
         )

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, explain_certificate
 from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
 from nspo_lightning.evaluation.text_means import KL
+from nspo_lightning.nullspace.record import percent
 from nspo_lightning.report.measurements import ACCURACY
 from nspo_lightning.report.records import Answers, Curve, Measure, Measurement, Run, Unit, Value
 from nspo_lightning.terminal import counted, duration
 
-_STAYED = {"share": 0.0005, "nats": 5e-5, "number": 0.0}
+STAYED = {"share": 0.0005, "nats": 5e-5, "number": 0.0}
 """What a change is below that no digit shows."""
 _FEW = 10
 
@@ -46,7 +47,7 @@ def interval(value: Value | None, unit: Unit) -> str:
 
 def verdict(measure: Measure) -> str:
     """Return ``good`` or ``bad`` if a measure went where it should or not, by more than its interval; else ``same``."""
-    if measure.change is None or abs(measure.change) <= _STAYED[measure.unit] or measure.better == "same":
+    if measure.change is None or abs(measure.change) <= STAYED[measure.unit] or measure.better == "same":
         return "same"
     ends = measure.after.interval if measure.after is not None else None
     before = measure.before.value if measure.before is not None else 0.0
@@ -122,16 +123,34 @@ def standing(run: Run) -> list[str]:
         return said  # a test alone is whole
     if not run.finished:
         where = f" Its last logged step is {run.last_step}." if run.last_step is not None else ""
+        how = f"go on with `{_going_on(run)}`" if run.resumable else "it left no checkpoint to go on from"
         said.append(
-            f"This run is not finished: `fit` has written no summary.json yet.{where} What follows is what there is; "
-            f"go on with `fit ... --name {run.name} --ckpt_path last`."
+            f"This run is not finished: {_job(run)} has written no summary.json yet.{where} What follows is what there "
+            f"is; {how}."
         )
-    elif run.measured is None:
+    elif run.went_on:
+        said.append(
+            f"This run was trained further and is not finished: what {_job(run)} measured after training is of step "
+            f"{run.steps}, and the last logged step is {run.last_step}. Go on with `{_going_on(run)}`, or measure what "
+            "there is with `test ... --ckpt_path last`."
+        )
+    if run.finished and run.measured is None:
         said.append(
             "Nothing was measured before and after (`trainer.limit_test_batches: 0`, or a RunReport without "
             "`evaluate`). Measure now with `test ... --ckpt_path last`, and write the report again."
         )
     return said
+
+
+def _job(run: Run) -> str:
+    return "`warmup`" if run.warm_start else "`fit`"
+
+
+def _going_on(run: Run) -> str:
+    """Return the command that goes on with a run; a warm start is called as the run that it is for."""
+    if run.warm_start:
+        return f"warmup ... --name {run.name.removesuffix('-warmup')} --ckpt_path last"
+    return f"fit ... --name {run.name} --ckpt_path last"
 
 
 def certificate_sentences(run: Run) -> list[str]:
@@ -157,8 +176,8 @@ def free_sentence(null_space: Sequence[tuple[str, int | None, float]]) -> str:
     mean = sum(share for *_, share in null_space) / len(null_space)
     kind, depth, least = min(null_space, key=lambda entry: entry[2])
     where = kind if depth is None else f"{kind} of layer {depth}"
-    fewest = f"{100 * least:.0f} % where they are fewest ({where})"
-    return f"{100 * mean:.0f} % of the directions are free on average, {fewest}."
+    fewest = f"{percent(least)} % where they are fewest ({where})"
+    return f"{percent(mean)} % of the directions are free on average, {fewest}."
 
 
 KINDS = {"harmful": "Harmful", "look-alike": "Harmless, looks harmful", "general": "General"}

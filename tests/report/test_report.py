@@ -17,6 +17,7 @@ from nspo_lightning.report import read_run, write_report
 from nspo_lightning.report.html import comparison_page, run_page
 from nspo_lightning.report.markdown import plain, run_text
 from nspo_lightning.report.pictures import pictures
+from nspo_lightning.report.side_by_side import compare
 from nspo_lightning.report.svg import ticks
 from nspo_lightning.report.tags import shown_as
 from nspo_lightning.report.words import standing
@@ -104,6 +105,19 @@ def test_curves_and_maps_are_drawn(page):
     assert any(a["title"].startswith("layer 0, self_attn.o_proj: 40 of 128") for a in cells)
 
 
+def test_a_few_free_directions_are_shown_as_such(tmp_path):
+    folder = made_run(tmp_path / "few")
+    record = json.loads((folder / "null_space.json").read_text())
+    for entry in record["inputs"]:
+        entry |= {"width": 1536, "free": 4 + entry["depth"], "free_share": (4 + entry["depth"]) / 1536}
+    (folder / "null_space.json").write_text(json.dumps(record))
+    found = Page(run_page(read_run(folder)))
+    assert "0.36 % of the directions are free on average, 0.26 % where they are fewest" in found.text
+    assert "share of the width, in %; colours go to 0.5" in found.text
+    first = next(a for tag, a in found.elements if tag == "td" and "4 of 1,536 directions" in a.get("title", ""))
+    assert first["style"] == "--v:52"
+
+
 def test_settings_that_differ_are_listed_with_their_defaults(full):
     found = {s.name: (s.value, s.default) for s in full.settings}
     assert found["model.num_iterations"] == ("2", "1")
@@ -181,6 +195,21 @@ def test_a_run_that_is_not_finished_says_so(tmp_path):
     assert "mean reward went from" in Page(run_page(run)).text
 
 
+def test_how_to_go_on_is_a_command_that_does(tmp_path):
+    folder = made_run(tmp_path / "half", finished=False)
+    assert "it left no checkpoint to go on from" in standing(read_run(folder))[0]
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    assert "go on with `fit ... --name half --ckpt_path last`" in standing(read_run(folder))[0]
+    warm = folder.rename(tmp_path / "half-warmup")
+    with SummaryWriter(str(warm)) as writer:
+        writer.add_scalar("warmup/refusals", 0.1, 0)
+        writer.add_scalar("training/loss", 0.1, 0)
+    said = standing(read_run(warm))[0]
+    assert "`warmup` has written no summary.json" in said
+    assert "`warmup ... --name half --ckpt_path last`" in said
+
+
 def test_a_run_without_evaluation_says_so(tmp_path):
     run = read_run(made_run(tmp_path / "blind", measured=False))
     assert standing(run)[0].startswith("Nothing was measured before and after")
@@ -245,10 +274,94 @@ def test_runs_of_different_bases_are_compared_and_it_is_said(command, tmp_path):
     made_run(tmp_path / "runs" / "two", base="Qwen/Qwen2.5-7B")
     code, said = command("one", "two", "--out", "both")
     assert code == 0
-    assert "note: These runs have different bases (toy, Qwen/Qwen2.5-7B)" in said.out
+    assert "note: These runs have different bases (toy; Qwen/Qwen2.5-7B)" in said.out
     text = (tmp_path / "both" / "report.md").read_text()
     assert "90.9 % to 2.0 %" in text, "each has its own before"
     assert "Answers to the same prompts" not in text
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"quantization": "none"}, "toy, nf4 base in float32; toy, none base in float32"),
+        ({"gguf_file": "b.gguf"}, "toy, nf4 base in float32; toy, nf4 base in float32, file b.gguf"),
+        (
+            {"adapter": "sft", "merge_adapter": True},
+            "toy, nf4 base in float32; toy, nf4 base in float32, merged with sft",
+        ),
+    ],
+)
+def test_one_path_may_name_several_bases(command, tmp_path, other, said):
+    made_run(tmp_path / "runs" / "one")
+    made_run(tmp_path / "runs" / "two", **other)
+    code, shown = command("one", "two")
+    assert code == 0
+    assert f"note: These runs have different bases ({said}" in shown.out
+    assert "Answers to the same prompts" not in (tmp_path / "runs" / "report.md").read_text()
+
+
+def test_runs_that_began_differently_have_each_its_own_before(command, tmp_path):
+    """From a warm start, for instance: its base is the other run's, and what it began with is not."""
+    made_run(tmp_path / "runs" / "one")
+    warm = made_run(tmp_path / "runs" / "two", unsafe=0.3, adapter="warm")
+    summary = json.loads((warm / "summary.json").read_text())
+    (warm / "summary.json").write_text(json.dumps({**summary, "before/safety/unsafe_rate": 0.455}))
+    said = [json.loads(line) for line in (warm / "answers.jsonl").read_text().splitlines()]
+    said[3]["before"] = "Ask somebody else."
+    (warm / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    code, shown = command("one", "two")
+    assert code == 0
+    assert "note: Their figures before are not the same" in shown.out
+    text = (tmp_path / "runs" / "report.md").read_text()
+    assert "90.9 % to 2.0 % (-88.9) | 45.5 % to 30.0 % (-15.5) |" in text
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert "45.5 % &rarr;" in page
+    prompts = {
+        prompt.prompt: prompt.before for prompt in compare([read_run(warm), read_run(warm.with_name("one"))]).prompts
+    }
+    assert prompts[said[3]["prompt"]] is None, "neither of the two answers is that of both"
+    assert prompts[said[4]["prompt"]] is not None
+
+
+def test_runs_of_one_name_are_called_by_their_folders(command, tmp_path):
+    for place in ("a", "b"):
+        made_run(tmp_path / place / "run", unsafe=0.02 if place == "a" else 0.3)
+    code, _ = command("a/run", "b/run")
+    assert code == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "a/run: 2.0 % unsafe" in text
+    assert "b/run: 30.0 % unsafe" in text
+    assert '<th class="num">b/run</th>' in (tmp_path / "report.html").read_text()
+
+
+def test_figures_that_are_older_than_the_training_are_said_to_be(command, tmp_path):
+    """A run that was over, went on, and was killed: `summary.json` is of its first end."""
+    folder = with_curves(made_run(tmp_path / "runs" / "on"), steps=96)
+    code, shown = command("on")
+    assert code == 0
+    assert "note: This run was trained further and is not finished" in shown.out
+    assert "is of step 83, and the last logged step is 95" in shown.out
+    assert "was trained further" in Page((folder / "report.html").read_text()).text
+    made_run(tmp_path / "runs" / "done")
+    code, shown = command("on", "done")
+    assert "note: on was trained on after step 83" in shown.out
+    assert standing(read_run(with_curves(made_run(tmp_path / "whole"), steps=83))) == []
+
+
+def test_the_command_goes_on_with_runs_that_lack_something_and_says_it(command, tmp_path):
+    made_run(tmp_path / "runs" / "half", finished=False, measured=False)
+    made_run(tmp_path / "runs" / "blind", measured=False)
+    code, shown = command("half")
+    assert code == 0
+    assert "note: This run is not finished" in shown.out
+    code, shown = command("blind")
+    assert code == 0
+    assert "note: Nothing was measured before and after" in shown.out
+    code, shown = command("half", "blind")
+    assert code == 0
+    for note in ("half was not measured", "blind was not measured", "half is not finished"):
+        assert f"note: {note}" in shown.out
+    assert Page((tmp_path / "runs" / "report.html").read_text()).unclosed == []
 
 
 def test_there_is_no_such_run(command, tmp_path):

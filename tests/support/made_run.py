@@ -31,11 +31,17 @@ CONFIG = {
 
 
 def made_run(
-    folder: Path, *, base: str = "toy", unsafe: float = 0.02, finished: bool = True, measured: bool = True
+    folder: Path,
+    *,
+    base: str = "toy",
+    unsafe: float = 0.02,
+    finished: bool = True,
+    measured: bool = True,
+    **policy: str | bool,
 ) -> Path:
     folder.mkdir(parents=True)
     config = json.loads(json.dumps(CONFIG))
-    config["model"]["policy"]["path"] = base
+    config["model"]["policy"] |= {"path": base, **policy}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     if finished:
         _write(folder / "summary.json", summary(unsafe) if measured else {**summary(unsafe, measures=False)})
