@@ -8,11 +8,12 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_policies import save_llama
@@ -21,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nspo_lightning.cli.app import main
 from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.policy.tokenizer import load_tokenizer
+from nspo_lightning.report import read_run
+from nspo_lightning.report.loading import loading
 from nspo_lightning.rewards import RulesJudge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -148,6 +151,12 @@ def test_a_run_leaves_what_others_rely_on(run, tiny_llama):
     )
     assert said[0]["prompt"] in page
     assert (folder / "report.md").read_text().startswith("# tiny")
+    code = loading(read_run(folder))["PEFT"]
+    assert code in (folder / "report.md").read_text()
+    made: dict[str, Any] = {}
+    exec(code, made)
+    weights = get_peft_model_state_dict(made["model"])
+    assert all(torch.equal(value, adapter[name]) for name, value in weights.items())
 
 
 def test_an_earlier_run_is_set_aside_and_never_lost(run):
@@ -197,6 +206,9 @@ def test_runs_are_kept_where_default_root_dir_says(run, printed, caplog):
     assert not Path("runs").exists()
     assert run("test", *elsewhere, "--ckpt_path", "last")[0] == 0
     assert Path("elsewhere/tiny/test.json").is_file()
+    page = Path("elsewhere/tiny/report.html").read_text()
+    assert "measured by <code>test</code>" in page, "written anew"
+    assert "What <code>fit</code> measured" in page
     assert "Test metric" not in printed[-1], "Lightning's table after ours"
 
 

@@ -24,7 +24,7 @@ TAG = re.compile(r"\b[a-z]+/[a-z]|_")
 NLL = SelectionRule(metric="general/nll", higher_is_better=False)
 
 
-def run(method: str, seed: int, kl: float, *, refused: float = 0.0, variant: str = "") -> RunResult:
+def run(method: str, seed: int, kl: float, variant: str = "") -> RunResult:
     trajectory = [
         {
             "safety/unsafe_rate": unsafe,
@@ -32,7 +32,7 @@ def run(method: str, seed: int, kl: float, *, refused: float = 0.0, variant: str
             "general/nll": 1.5 + kl * share,
             "general/kl": kl * share,
             "general/kl_first": 3 * kl * share,
-            "general/refusal_rate": refused,
+            "general/refusal_rate": 0.0,
             UPDATE_NORM: share,
             "safety/kl": share,
             "steps": step,
@@ -46,8 +46,8 @@ def run(method: str, seed: int, kl: float, *, refused: float = 0.0, variant: str
     return finished_run(spec, trajectory)
 
 
-def found(rule: SelectionRule, **options: float) -> Findings:
-    results = [run(method, seed, kl, **options) for method, kl in (("nspo", 0.001), ("grpo", 0.04)) for seed in (0, 1)]
+def found(rule: SelectionRule) -> Findings:
+    results = [run(method, seed, kl) for method, kl in (("nspo", 0.001), ("grpo", 0.04)) for seed in (0, 1)]
     budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
     return Findings(results=results, rule=rule, budget=budget, sweep=None, planned=4)
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import nspo_lightning.callbacks
+from examples.real_model import Stop, fetch_model
 from nspo_lightning.cli.app import COMMANDS, main
 from nspo_lightning.cli.help import JOBS
 from nspo_lightning.cli.jobs import CLI, cli_arguments
@@ -221,3 +222,25 @@ def test_the_first_command_of_the_landing_page_ends_with_what_it_says(folder, ca
     assert summary["before/safety/unsafe_rate"] > 0.85
     assert summary["after/safety/unsafe_rate"] < 0.1
     assert abs(summary["after/general/accuracy"] - summary["before/general/accuracy"]) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_recipe_runs_on_a_real_model_of_135_million_parameters(users_files):
+    """SmolLM2-135M-Instruct, whose one GGUF file makes a folder a model folder."""
+    pytest.importorskip("gguf", reason='needs `pip install -e ".[gguf]"`')
+    try:
+        file = fetch_model(ROOT / "runs" / "real")
+    except Stop as error:
+        pytest.skip(str(error))
+    shutil.rmtree(users_files / "my-model")
+    (users_files / "my-model").mkdir()
+    (users_files / "my-model" / file.name).symlink_to(file)
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    start = text.index("## Your model folder")
+    few = ["--trainer.limit_train_batches=2", "--data.calibration_size=8", "--trainer.limit_test_batches=1"]
+    for command in commands(text[start : text.index("\n## ", start + 1)]):
+        run(f"{command} {shlex.join(few)}" if command.startswith("fit") else command)
+    page = (users_files / "runs" / "mine" / "report.html").read_text()
+    assert "Answers before and after" in page
+    assert (users_files / "my-adapter" / "adapter_model.safetensors").is_file()

@@ -1,32 +1,17 @@
-"""The page in a real browser: it renders without a word on the console, and is as wide as the window.
-
-Needs `pip install playwright`, and a Chromium on the PATH or by `playwright install chromium`.
-"""
+"""The page in a real browser: it renders without a word on the console, and is as wide as the window."""
 
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
+from chromium import chromium
 from made_run import diagnosis, made_run, with_curves
 
 from nspo_lightning.report import read_run, write_comparison, write_report
 
 pytestmark = pytest.mark.slow
-playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    with playwright.sync_playwright() as drives:
-        try:
-            opened = drives.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
-        yield opened
-        opened.close()
+browser = pytest.fixture(chromium, scope="module")
 
 
 @pytest.fixture(scope="module")
