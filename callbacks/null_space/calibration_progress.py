@@ -16,7 +16,7 @@ _UNITS = {"batches": "batch", "layers": "layer"}
 def calibration_progress(*, visible: bool, ask: Callable[[], None]) -> Iterator[Report]:
     """Give what `calibrate_modules` reports to; `ask` is asked after each batch and each basis, on all ranks alike."""
     passes, last = 0, 0
-    advance: Advance = lambda rows=1, *, note=None: None  # noqa: E731
+    advance: Advance = lambda rows=1, *, note=None, total=None: None  # noqa: E731
     with ExitStack() as stack:
 
         def report(stage: str, done: int, total: int | None) -> None:

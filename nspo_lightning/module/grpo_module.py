@@ -78,6 +78,7 @@ from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter, load_adapter_
 from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
+from nspo_lightning.policy.loading_progress import loading_progress
 from nspo_lightning.policy.parts import causal_model
 from nspo_lightning.policy.scoring import positions
 from nspo_lightning.policy.settings import PolicySettings
@@ -90,7 +91,6 @@ from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.graphs import check_decoding
 from nspo_lightning.rollout.server_config import ServerSettings
 from nspo_lightning.rollout.texts import written_texts
-from nspo_lightning.terminal import rows_progress
 
 
 def _text_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
@@ -276,7 +276,7 @@ class GRPOModule(pl.LightningModule):
             prepare(self.judge)
         shown = trainer is None or trainer.progress_bar_callback is not None
         here = os.path.exists(self.policy_settings.model_path)  # a download has a bar of its own
-        with rows_progress("Loading the policy", visible=shown and here):
+        with loading_progress("Loading the policy", visible=shown and here):
             self.policy = self.text_policy.load(device)
         if self.adapter_folder is not None:
             check_adapter_base(self.adapter_folder, self.text_policy)

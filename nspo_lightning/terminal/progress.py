@@ -34,8 +34,8 @@ Clock = Callable[[], float]
 class Advance(Protocol):
     """What `rows_progress` gives: tell it what was done."""
 
-    def __call__(self, rows: int = 1, *, note: str | None = None) -> None:
-        """Count rows as done; `note` is shown behind the time left until the next one."""
+    def __call__(self, rows: int = 1, *, note: str | None = None, total: int | None = None) -> None:
+        """Count rows as done; `note` is shown behind the time left until the next one, `total` is known from now on."""
 
 
 @dataclass
@@ -79,9 +79,10 @@ class Work:
         at_last = max(self.total - self.done, 0) * (self.last - self.start) / new
         return max(at_last - (self.clock() - self.last), 0.0)
 
-    def advance(self, rows: int, note: str | None) -> None:
+    def advance(self, rows: int, note: str | None, total: int | None = None) -> None:
         """Count rows as done."""
         self.done += rows
+        self.total = self.total if total is None else total
         self.last = self.clock()
         self.note = self.note if note is None else note
 
@@ -153,14 +154,14 @@ def rows_progress(
     """
     work = Work(label=label, total=total, unit=unit, clock=clock, done=done)
     if not (visible and _is_first_rank()):
-        yield lambda rows=1, *, note=None: None
+        yield lambda rows=1, *, note=None, total=None: None
         return
     with _SHOWN.one_more(work, console) as display:
         announced = announced and len(_SHOWN.works) == 1
         shown = _Lines(work, announced=announced) if display is None else _Bar(work, display)
 
-        def advance(rows: int = 1, *, note: str | None = None) -> None:
-            work.advance(rows, note)
+        def advance(rows: int = 1, *, note: str | None = None, total: int | None = None) -> None:
+            work.advance(rows, note, total)
             shown.update()
 
         yield advance

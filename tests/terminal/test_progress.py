@@ -157,3 +157,17 @@ def test_an_error_takes_the_bar_away_and_is_not_called_an_end(capsys):
             interrupted(where)
     assert screen(console) == []
     assert lines_of(capsys) == ["Scoring: 5 rows ...", "Scoring: 1 of 5 rows, 6:40 left"]
+
+
+def test_a_total_that_becomes_known_on_the_way_has_a_time_left(capsys):
+    clock = Clock()
+    with rows_progress("Loading the policy", unit="tensor", clock=clock) as advance:
+        advance(0, total=272)
+        for _ in range(68):
+            clock.now += 1.0
+            advance()
+    assert lines_of(capsys) == [
+        "Loading the policy ...",
+        "Loading the policy: 60 of 272 tensors, 3:32 left",
+        "Loading the policy: 68 tensors in 1:08",
+    ]
