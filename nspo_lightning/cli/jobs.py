@@ -43,7 +43,7 @@ from nspo_lightning.cli.run_record import SaveConfig
 from nspo_lightning.cli.standard_callbacks import with_standard_callbacks, without_extras
 from nspo_lightning.cli.trained_parameters import TrainedParameters
 from nspo_lightning.cli.trainer import Trainer
-from nspo_lightning.cli.warmup import WARMUP, run_name, warmup_callbacks, warmup_trainer
+from nspo_lightning.cli.warmup import WARMUP, run_name, tell_what_is_left_out, warmup_callbacks, warmup_trainer
 from nspo_lightning.compat.lightning import checkpoint_folder, is_fast_dev_run
 from nspo_lightning.compat.lightning_cli import CLIWithoutStoredSettings
 from nspo_lightning.datamodules import AlignmentDataModule
@@ -136,6 +136,7 @@ class CLI(CLIWithoutStoredSettings):
             callbacks = [one for one in callbacks if not isinstance(one, Checkpoint)]
         if self.subcommand == WARMUP:
             kwargs |= warmup_trainer(self.settings.warmup)
+            tell_what_is_left_out(callbacks, config)
             callbacks = warmup_callbacks(callbacks, self.settings.warmup)
         if not bare and config.get("enable_model_summary") is None:
             kwargs["enable_model_summary"] = False  # half of what it says is of no use on a 4-bit base

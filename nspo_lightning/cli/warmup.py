@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -15,6 +15,7 @@ from nspo_lightning.datamodules.warmup import WarmupSettings
 WARMUP = "warmup"
 """The subcommand."""
 _GRPOS_OWN = (EarlyStopping, ModelCheckpoint, CapabilityGuard, GeneralText, RunReport)
+_LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
 
 
 def run_name(name: str, command: str | None) -> str:
@@ -43,8 +44,22 @@ def warmup_trainer(warmup: WarmupSettings) -> dict[str, Any]:
 
 def warmup_callbacks(given: Sequence[Callback], warmup: WarmupSettings) -> list[Callback]:
     """Leave out callbacks that stop, choose or act by what GRPO logs; measure text on as many rows as are answered."""
-    left_out = sorted({type(callback).__name__ for callback in given if isinstance(callback, _GRPOS_OWN)})
-    if left_out:
-        rank_zero_info(f"The warm start leaves out {', '.join(left_out)} of the configuration, which are for GRPO.")
     kept = [callback for callback in given if not isinstance(callback, _GRPOS_OWN)]
     return [*kept, GeneralText(text_rows=warmup.check_prompts), RunReport(text_rows=warmup.check_prompts)]
+
+
+def tell_what_is_left_out(given: Sequence[Callback], trainer: Mapping[str, Any]) -> None:
+    """Say which callbacks, and which limits of batches among the Trainer's arguments, a warm start does without."""
+    names = {type(callback).__name__ for callback in given if isinstance(callback, _GRPOS_OWN)}
+    limits = [name for name in _LIMITS if trainer.get(name) is not None and not _is_whole(trainer[name])]
+    if names or limits:
+        own = "; `warmup.max_updates` and `warmup.check_prompts` say how much it does" if limits else ""
+        rank_zero_info(
+            f"The warm start leaves out {', '.join([*sorted(names), *limits])} of the configuration, which are for "
+            f"GRPO{own}."
+        )
+
+
+def _is_whole(limit: Any) -> bool:
+    """Whether it is a share of 1; the number 1 is one batch."""
+    return isinstance(limit, float) and limit == 1.0

@@ -46,6 +46,10 @@ def no_reward(prompts, completions, **_):
     return [None] * len(completions)
 
 
+def constant_reward(prompts, completions, **_):
+    return [0.0] * len(completions)
+
+
 def raising_reward(prompts, completions, **_):
     raise RuntimeError("the judge is out")
 
@@ -179,6 +183,23 @@ def test_a_run_without_one_score_fails_and_writes_no_result(run, caplog):
     assert "on_error: exclude" in said
     assert "With the same settings it would end so again" in caplog.text
     assert "Go on with" not in caplog.text
+    assert not Path("runs/tiny/summary.json").exists()
+
+
+def test_a_run_without_a_signal_warns_once_ends_after_the_stated_number_and_fails(run, printed):
+    alike = ("--model.reward.init_args.path", "test_cli.constant_reward", "--trainer.limit_train_batches", 6)
+    code, said = run("fit", *alike, "--model.max_rollouts_without_signal", 5)
+    assert code == 1
+    everything = " ".join((said + printed[-1]).split())
+    assert everything.count("No group had a signal in the first 3 rollouts") == 1
+    rates = r"12 groups without spread, mean reward 0, [\d.]+% of 48 \w+ (answered|unsafe), [\d.]+% refused"
+    assert re.search(rates, everything), everything
+    assert "After 5 such rollouts in a row the run ends." in everything
+    told = re.search(r"error: No group had a signal in 5 rollouts in a row.*", everything)
+    assert told, everything
+    for cure in ("dynamic sampling", "warmup", "`sampling.temperature`", "`group_size`", "guided"):
+        assert cure in told[0], cure
+    assert "Traceback" not in said
     assert not Path("runs/tiny/summary.json").exists()
 
 
@@ -392,10 +413,13 @@ def test_a_basis_and_a_checkpoint_of_another_model(run, tiny_qwen2, tmp_path):
     check((code, err), r"belongs to another model")
 
 
-def test_a_warm_start_and_a_run_that_goes_on_from_it(run, tmp_path):
+def test_a_warm_start_and_a_run_that_goes_on_from_it(run, tmp_path, caplog):
     teach = ("--warmup.refusals", "[No.]", "--model.judge", "test_cli.Nay", "--warmup.check_prompts", 2)
-    code, err = run("warmup", *teach, "--warmup.max_updates", 1, "--warmup.check_every", 1, "--warmup.lr", 1e-6)
+    one = ("--warmup.max_updates", 1, "--warmup.check_every", 1, "--warmup.lr", 1e-6, "--trainer.limit_test_batches", 1)
+    code, err = run("warmup", *teach, *one)
     check((code, err), r"warm start is not done: after 1 update,.*max_updates")
+    limits = r"leaves out .*limit_train_batches, limit_test_batches of the configuration.*`warmup.check_prompts`"
+    assert re.search(limits, caplog.text), caplog.text
     enough = ("--warmup.max_updates", 2, "--warmup.refusal_share", 1e-9, "--warmup.check_every", 2)
     assert run("warmup", *teach, *enough, "--ckpt_path", "last")[0] in (0, 1)
     shutil.move("runs/tiny-warmup/adapter", "warm")
@@ -403,6 +427,10 @@ def test_a_warm_start_and_a_run_that_goes_on_from_it(run, tmp_path):
     assert run("fit", *going_on, 1)[0] == 0
     assert json.loads(Path("runs/tiny/summary.json").read_text())["nullspace/leak_max"] <= 1e-6
     check(run("fit", *going_on, 2, "--ckpt_path", "runs/tiny-warmup/checkpoints/last.ckpt"), r"written by `warmup`")
+    other = run("fit", *going_on, 1, "--name", "next", "--nullspace.threshold", 0.25)
+    check(other, r"nullspace.threshold: the adapter's was 0.5, this run wants 0.25.*Warm up again")
+    assert len(other[1][other[1].index("error") :].splitlines()) < 24
+    assert not Path("runs/next").exists(), "what is refused leaves nothing"
     shutil.rmtree("warm")
     assert run("fit", *going_on, 2, "--ckpt_path", "last")[0] == 0
     check(run("fit", *going_on, 1, "--name", "next"), r"found nothing at 'warm'")
