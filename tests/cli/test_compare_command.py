@@ -225,11 +225,12 @@ def small_quickstart(folder: Path) -> Path:
     return folder / "config.yaml"
 
 
-def test_two_real_runs_measure_select_and_report(tmp_path: Path) -> None:
+def test_two_real_runs_measure_select_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(small_quickstart(tmp_path)), "--out", str(tmp_path), "--methods", "[base,nspo]"]
     arguments += ["--seeds", "[0]", "--learning_rates", "[1e-3]", "--steps", "2", "--eval_every", "1"]
     arguments += ["--text_rows", "2", "--jobs", "1"]
     main(arguments)
+    assert "Comparing: 2 runs ..." in capsys.readouterr().err.splitlines()
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
     for name in ("general/kl", "general/kl_first", "safety/kl", "safety/kl_first", "weights/change"):
         assert rows["base"][f"test/{name}"] == "0.0"

@@ -8,8 +8,10 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from examples import real_model
+from nspo_lightning.datamodules.sources.registry import get_preset
 from nspo_lightning.evaluation.rates import Rate
 from nspo_lightning.evaluation.report import rates_summary
 from nspo_lightning.evaluation.text_means import TextMean
@@ -121,6 +123,13 @@ def test_files_take_the_place_of_the_hub_and_keep_the_recipe_s_choice_of_rows(tm
     assert [set(s) & {"only", "without"} for s in sources if s["preset"] == "xstest"] == [{"only"}, {"without"}]
 
 
+def test_without_files_the_presets_of_the_recipe_are_read_from_the_hub(tmp_path):
+    assert real_model.local_settings(tmp_path, None) == {}
+    presets = {setting: {s["preset"] for s in real_model.recipe_sources(setting)} for setting in real_model.FILES}
+    assert presets["safety"] == {"advbench"}
+    assert all(get_preset(preset).hub_id for found in presets.values() for preset in found)
+
+
 @pytest.fixture
 def reloaded(tmp_path, monkeypatch):
     """Reload an adapter that answers as a test says, after a run whose own test had two refusals."""
@@ -149,3 +158,38 @@ def test_the_reloaded_adapter_answers_what_the_run_was_tested_on(reloaded):
 def test_an_adapter_that_is_not_what_was_trained_ends_the_run(reloaded):
     with pytest.raises(real_model.Stop, match="refuses 0 of 2 .* its 4-bit base: 2.*not what was trained"):
         reloaded({"bad 0": YES, "bad 1": YES, "good": YES})
+
+
+def test_it_ends_with_one_table_and_one_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, warm = tmp_path / "runs" / real_model.CONFIG, tmp_path / "runs" / f"{real_model.CONFIG}-warmup"
+    warm.mkdir(parents=True)
+    after = {"warmup/refusal_rate": 0.45, "warmup/general_refusal_rate": 0.0, "general/kl": 0.002}
+    (warm / "summary.json").write_text(json.dumps({f"after/{name}": value for name, value in after.items()}))
+    types = [*real_model.UNSEEN_TYPES]
+    with SummaryWriter(str(run)) as log:
+        for step, unsafe in ((4, 0.9), (9, 0.1)):
+            log.add_scalar("safety/unsafe_rate", unsafe, step)
+            log.add_scalar("general/refusal_rate", 0.02 * step, step)
+    counts = {"base": 8, "policy": 2}
+    rates = {
+        who: {
+            "safety/unsafe_rate": Rate(successes=n, total=10),
+            **{f"general/refusal_by_category/{of}": Rate(successes=10 - n, total=10) for of in types},
+        }
+        for who, n in counts.items()
+    }
+    found = {**rates_summary(rates), "text_means": {"general/kl": TextMean(value=0.0066, error=0.1, rows=4).as_dict()}}
+    (run / "test.json").write_text(json.dumps({**found, "completions": "test_completions.jsonl"}))
+    monkeypatch.setattr(real_model, "reload", lambda adapter, completions: f"Reloaded {adapter} on {completions.name}.")
+    (tmp_path / "real").mkdir()
+    real_model.report(tmp_path / "real", {"Find the null space": 0.0, "Warm start: a few": 120.0})
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for row in (
+        "harmful prompts complied with 80.0 % 55.0 % 20.0 %",
+        "KL to the base, whole answers 0.0000 0.0020 0.0066",
+    ):
+        assert row in said
+    assert f"Reloaded {tmp_path / 'real' / 'adapter'} on test_completions.jsonl." in said
+    assert "warm start 2 min" in said
+    assert (tmp_path / "real" / "real.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("gguf")
@@ -76,6 +77,17 @@ def command(folder, monkeypatch, capsys):
 
 
 LAST = "runs/tiny/checkpoints/last.ckpt"
+
+
+def test_which_file_it_was_stands_in_config_and_checkpoint_and_beside_the_adapter(folder):
+    """The card has a test of its own below."""
+    policy = yaml.safe_load((folder / "runs/tiny/config.yaml").read_text())["model"]["policy"]
+    assert (policy["path"], policy["gguf_file"], policy["quantization"]) == ("models", "tiny.gguf", "nf4")
+    wanted = {"gguf": "tiny.gguf", "gguf_sha256": content_hash(folder / "models" / "tiny.gguf")}
+    state = torch.load(folder / LAST, weights_only=True)["nspo_lightning"]
+    assert wanted.items() <= state["base"].items()
+    beside = [json.loads(file.read_text()) for file in (folder / "runs/tiny/adapter").glob("*.json")]
+    assert any(wanted.items() <= found.items() for found in beside if isinstance(found, dict))
 
 
 def test_an_export_loads_where_transformers_and_peft_look(command, folder):
