@@ -316,8 +316,8 @@ def _is_detail(name: str, before: Mapping[str, float], after: Mapping[str, float
 def _unit(name: str) -> Callable[..., str]:
     """Return what writes a metric's values, by their value and maybe a sign: in nats, or in per cent."""
     if in_nats(name):
-        return lambda value, sign="": f"{value:{sign}.4f}"
-    return lambda value, sign="": f"{100 * value:{sign}.1f} %"
+        return lambda value, sign="": f"{round(value, 4) + 0.0:{sign}.4f}"  # adding 0 turns -0.0 into 0.0
+    return lambda value, sign="": f"{round(100 * value, 1) + 0.0:{sign}.1f} %"
 
 
 def _say_why_early(trainer: pl.Trainer) -> None:

@@ -9,7 +9,7 @@ import tiny_jobs
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
 
-from nspo_lightning.callbacks import RunProgress, RunReport
+from nspo_lightning.callbacks import RunProgress, RunReport, run_report
 
 
 def fit(tiny_llama, folder, **options):
@@ -75,3 +75,12 @@ def test_an_early_stop_says_why(tiny_llama, tmp_path, caplog):
 def test_a_limit_that_leaves_nothing_is_refused(tiny_llama, tmp_path):
     with pytest.raises(MisconfigurationException, match=r"limit_test_batches` is 0\.1, which leaves none of 2 batches"):
         fit(tiny_llama, tmp_path, limit_test_batches=0.1, enable_progress_bar=True)
+
+
+def test_nothing_is_less_than_nothing():
+    """Rounding leaves a sign that no digit bears out."""
+    table = run_report._change_table({"general/nll": 0.0}, {"general/nll": -1e-6}, {"general/nll": [-2e-6, 1e-6]})
+    cells = [str(cell) for column in table.columns for cell in column.cells]
+    assert "0.0000 to 0.0000" in cells
+    assert "+0.0000" in cells
+    assert not [cell for cell in cells if "-0.0000" in cell]
