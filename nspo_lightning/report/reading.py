@@ -187,7 +187,8 @@ def _variety(policy: Mapping[str, Any]) -> str:
         return ""
     merged = policy.get("adapter") if policy.get("merge_adapter") else None
     others = {"file": policy.get("gguf_file"), "revision": policy.get("revision"), "merged with": merged}
-    precision = f"{policy.get('quantization', '?')} base in {policy.get('dtype', '?')}"
+    quantization = str(policy.get("quantization", "?")).replace("none", "unquantised")
+    precision = f"{quantization} base in {policy.get('dtype', '?')}"
     return ", ".join([precision, *(f"{name} {value}" for name, value in others.items() if value)])
 
 

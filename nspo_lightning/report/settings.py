@@ -30,7 +30,14 @@ _SECTIONS: dict[str, Any] = {
     "trainer": pl.Trainer,
 }
 _KNOWN = ("nspo_lightning.", "torch.optim.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")
-_NOT_SETTINGS = ("model.policy.path", "data.safety", "data.general", "trainer.default_root_dir", "trainer.logger")
+_NOT_SETTINGS = (
+    "model.policy.path",
+    "data.safety",
+    "data.general",
+    "trainer.default_root_dir",
+    "trainer.logger",
+    "trainer.log_every_n_steps",
+)
 _LONGEST = 300
 _NONE = object()
 

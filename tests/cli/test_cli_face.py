@@ -128,6 +128,7 @@ def test_a_shipped_config_is_found_by_name_and_a_file_wins(capsys, tmp_path, mon
     code, out, _ = call(capsys, "fit", "--config=quickstart", "--print_config")
     assert code == 0
     assert yaml.safe_load(out)["name"] == "mine"
+    assert yaml.safe_load(out)["trainer"]["log_every_n_steps"] == 1, "a run of 40 steps has curves"
 
 
 def test_an_unknown_config_lists_the_shipped_ones(capsys, tmp_path, monkeypatch):

@@ -186,7 +186,9 @@ def test_the_recipe_for_a_model_folder_and_two_files_is_short_and_runs(users_fil
     for command in told:
         run(command)
     name = yaml.safe_load(own_recipe())["name"]
-    assert (users_files / "runs" / name / "report.html").is_file()
+    page = (users_files / "runs" / name / "report.html").read_text()
+    assert "<h3>Reward</h3>" in page, "a run of a few steps has curves"
+    assert "log_every_n_steps" not in page
     assert (users_files / "my-adapter" / "adapter_model.safetensors").is_file()
 
 

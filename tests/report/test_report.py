@@ -283,7 +283,7 @@ def test_runs_of_different_bases_are_compared_and_it_is_said(command, tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"quantization": "none"}, "toy, nf4 base in float32; toy, none base in float32"),
+        ({"quantization": "none"}, "toy, nf4 base in float32; toy, unquantised base in float32"),
         ({"gguf_file": "b.gguf"}, "toy, nf4 base in float32; toy, nf4 base in float32, file b.gguf"),
         (
             {"adapter": "sft", "merge_adapter": True},
