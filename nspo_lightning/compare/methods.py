@@ -92,6 +92,7 @@ METHODS: dict[str, Method] = {
     "b_only": Method(label="B only", settings={"nullspace.freeze_down": True}),
     "soft": Method(label="soft", settings={"nullspace.form": "soft"}),
     "contrast": Method(label="NSPO, contrast", settings={"nullspace.criterion": "contrast"}),
+    "nspo_mixed": Method(label="NSPO, general prompts mixed in", mixes_general=True),
     "contrast_mixed": Method(
         label="NSPO, contrast, general prompts mixed in",
         settings={"nullspace.criterion": "contrast"},

@@ -37,6 +37,7 @@ METHOD_STYLES = {
     "gradient": ("#AA4499", "h"),
     "displacement": ("#999933", "d"),
     "contrast": ("#332288", "o"),
+    "nspo_mixed": ("#4466DD", "D"),
     "contrast_mixed": ("#6633AA", "D"),
     "nspo_general_kl": ("#0099BB", "p"),
     "contrast_kl": ("#44BB99", "p"),
