@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from processes import anyone_left
+from processes import anyone_left, children_of
 
 ENDS_WITHIN_S = 60
 """From an exception on one rank to the end of all processes; docs/scaling.md says so."""
@@ -88,6 +88,46 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(job, number, 
     for rank in (0, 1):
         whole, stopped = (torch.load(job.folder / "runs" / run / f"weights-{rank}.pt") for run in ("whole", name))
         assert all(torch.equal(value, stopped[key]) for key, value in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_a_run_whose_ranks_are_killed_goes_on_to_the_same_end(job, who):
+    """Groups are replaced and a part of each is guided; two prompts of three have no signal."""
+    options = ["--model.dynamic_sampling.max_factor", "3", "--model.guided.share", "0.25", *probe("SaysWhere")]
+    options += ["--model.reward.init_args.path", "kill_runs.some_alike"]
+
+    def fit(name):
+        return job.command("fit", 2, "--name", name, *options)
+
+    job.run([fit("undisturbed")], "undisturbed")
+    for mark in job.folder.glob("step-*"):
+        mark.unlink()
+    process = job.start([fit(f"killed-{who}")], f"killed-{who}")
+    deadline = time.time() + 800
+    while not all((job.folder / f"step-2-{rank}").exists() for rank in (0, 1)):
+        assert time.time() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    if who == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        (second,) = children_of(process)
+        os.kill(second, signal.SIGKILL)
+    killed = time.time()
+    code, printed = job.wait(process, f"killed-{who}", timeout_s=ENDS_WITHIN_S)
+    assert code != 0, printed[-3000:]
+    assert time.time() - killed < ENDS_WITHIN_S
+    assert not anyone_left(process)
+    last = job.folder / "runs" / f"killed-{who}" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    job.run([[*fit(f"killed-{who}"), "--ckpt_path", "last"]], "goes-on")
+    for rank in (0, 1):
+        whole, resumed = (
+            torch.load(job.folder / "runs" / run / f"weights-{rank}.pt") for run in ("undisturbed", f"killed-{who}")
+        )
+        assert any(bool(value.any()) for name, value in whole.items() if "lora_B" in name)
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
 @pytest.mark.slow

@@ -110,6 +110,11 @@ def anyone_left(process: subprocess.Popen) -> bool:
     return False
 
 
+def children_of(process: subprocess.Popen) -> list[int]:
+    """Return the ids of the processes that a process has started: of a job, the ranks behind the first."""
+    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def free_port() -> int:
     """Find a port that nobody listens on."""
     with socket.socket() as probe:
