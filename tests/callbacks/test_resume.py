@@ -7,15 +7,18 @@ import os
 import random
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import kill_runs
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 
 from nspo_lightning import atomic
+from nspo_lightning.callbacks.resume.loop_progress import settle
 from nspo_lightning.callbacks.resume.random_state import random_state, set_random_state
+from nspo_lightning.compat.lightning import BATCHES, COUNTERS, VALIDATION_BATCHES
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 
@@ -55,6 +58,44 @@ def test_a_killed_run_ends_bitwise_where_the_uninterrupted_one_does(
     assert kill_runs.wait(kill_runs.start(folder, "--ckpt_path", "last")) == 0
     assert kill_runs.differences(kill_runs.result(whole), kill_runs.result(folder)) == []
     assert not list(folder.rglob("*.ckpt*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("phase", "occurrence", "number"),
+    [("between updates", 7, signal.SIGKILL), ("validation", 3, signal.SIGKILL), ("validation", 3, signal.SIGTERM)],
+)
+def test_a_killed_warm_start_ends_bitwise_too(phase: str, occurrence: int, number: int, tmp_path: Path) -> None:
+    """Its one epoch has no end at which Lightning's counts of validation batches would begin anew."""
+    found = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        kill_runs.write_job(folder)
+        child = kill_runs.start(folder, *kill_runs.warmup_options(), command="warmup")
+        if name == "killed":
+            assert kill_runs.kill_in(child, folder, phase, occurrence, 0.01, number)
+            assert kill_runs.wait(child) != 0
+            again = [*kill_runs.warmup_options(), "--ckpt_path", "last"]
+            child = kill_runs.start(folder, *again, command="warmup")
+        kill_runs.wait(child)
+        found[name] = kill_runs.result(folder, "job-warmup")
+    assert kill_runs.differences(found["whole"], found["killed"]) == []
+
+
+def _counts(total: int, current: int) -> dict[str, Any]:
+    return {"total": dict.fromkeys(COUNTERS, total), "current": dict.fromkeys(COUNTERS, current)}
+
+
+def test_a_validation_that_was_run_anew_leaves_no_trace_in_later_checkpoints() -> None:
+    """Else Lightning takes a later checkpoint for one within a validation, which it then repeats."""
+    fit_loop = {BATCHES: _counts(6, 6), VALIDATION_BATCHES: _counts(4, 1)}
+    never = cast("pl.Trainer", None)  # not asked
+    settle(fit_loop, never, "validation")  # one of its batches is through
+    to_come = {"ready": 4, "started": 4, "processed": 3, "completed": 3}
+    assert fit_loop[VALIDATION_BATCHES]["total"] == to_come
+    fit_loop[VALIDATION_BATCHES]["total"] = {name: count + 2 for name, count in to_come.items()}  # all of it
+    settle(fit_loop, never, "elsewhere")
+    assert set(fit_loop[VALIDATION_BATCHES]["total"].values()) == {5}
 
 
 def test_last_without_a_checkpoint_is_an_error_and_last_if_any_begins(whole: Path, tmp_path: Path) -> None:
