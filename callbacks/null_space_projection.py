@@ -71,6 +71,7 @@ from nspo_lightning.nullspace import (
 from nspo_lightning.nullspace.basis import Form, Subspace
 from nspo_lightning.nullspace.criteria import Criterion
 from nspo_lightning.nullspace.keeper import GradientEnergy
+from nspo_lightning.nullspace.layers import check_targets
 from nspo_lightning.nullspace.store import check_fingerprint
 from nspo_lightning.policy.warm_start import WarmStart
 
@@ -152,6 +153,7 @@ class NullSpaceProjection(Callback):
         super().__init__()
         if unprotected not in get_args(Unprotected):
             raise ValueError(f"`unprotected` must be 'error', 'warn' or 'freeze', got {unprotected!r}.")
+        check_targets(target_modules)
         self.settings = BasisSettings(
             criterion=criterion,
             threshold=threshold,
@@ -398,9 +400,13 @@ class NullSpaceProjection(Callback):
 
     def certificates(self) -> list[LayerCertificate]:
         """Return each layer's certificate: leak, update norm, bound on the output change."""
-        if self._resumed and self._start_late is not None:  # training was over in the checkpoint, so it never started
-            self._start_late()
+        self._start_if_over()
         return self._hold.certificates()
+
+    def _start_if_over(self) -> None:
+        """Start a fit whose training was over in its checkpoint, so that no hook did: for what is said at its end."""
+        if self._resumed and self._start_late is not None:
+            self._start_late()
 
     def certificate(self) -> dict[str, float]:
         """Return layer name -> leak ||D U_k|| / ||D||; in the soft form -> bound on the relative output change."""
@@ -414,6 +420,7 @@ class NullSpaceProjection(Callback):
 
     def measure_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure how far outputs moved, once a fit, with the weights as they are, and print the certificate."""
+        self._start_if_over()
         check, self._check = self._check, None
         if check is None:
             return

@@ -123,6 +123,22 @@ def plan_layers(
     return LayerPlan(layers=tuple(layers), refusals=tuple(refusals))
 
 
+def check_targets(target_modules: str | Sequence[str] | None) -> None:
+    """Refuse what can't be read as targets (see `plan_layers`), before anything long.
+
+    Raises:
+        ValueError: For a string that is no regular expression.
+    """
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as problem:
+            raise ValueError(
+                f"`target_modules` is a regular expression where it is a string, and {target_modules!r} is none: "
+                f"{problem}. For names of modules give a list: [{target_modules!r}]."
+            ) from None
+
+
 def matches(name: str, target_modules: str | Sequence[str] | None) -> bool:
     """Return whether a module name is among the targets (see `plan_layers`)."""
     if target_modules is None:

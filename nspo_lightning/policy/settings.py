@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,14 @@ class LoraSettings:
             raise PolicyError(f"`policy.lora.alpha` must be positive, got {self.alpha}. Twice `r` is usual.")
         if not 0 <= self.dropout < 1:
             raise PolicyError(f"`policy.lora.dropout` must be in [0, 1), got {self.dropout}. 0 is the default.")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as problem:
+                raise PolicyError(
+                    "`policy.lora.target_modules` is 'all-linear', a list of names, or a regular expression, got "
+                    f"{self.target_modules!r}: {problem}."
+                ) from None
 
 
 @dataclass(kw_only=True)

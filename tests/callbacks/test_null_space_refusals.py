@@ -95,6 +95,7 @@ def test_nothing_to_hold(tmp_path):
     ("options", "message"),
     [
         ({"unprotected": "ignore"}, "must be 'error', 'warn' or 'freeze'"),
+        ({"target_modules": "("}, r"'\(' is none: .*give a list"),
         ({"criterion": "median"}, "`criterion` must be one of"),
         ({"criterion": "energy", "threshold": 2.0}, r"must lie in \[0, 1\)"),
         ({"form": "medium"}, "`form` must be one of hard, soft"),

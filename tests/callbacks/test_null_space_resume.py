@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -41,6 +42,25 @@ def test_resumed_training_ends_where_uninterrupted_training_ends(tmp_path, cache
     assert leak(resumed) <= LEAK
     for name, value in weights(whole).items():
         assert torch.allclose(weights(resumed)[name], value, rtol=1e-4, atol=1e-6), name
+
+
+class MeasuresAtTheEnd(pl.Callback):
+    """As `RunReport` does, before the projection's own end."""
+
+    def __init__(self, measured: NullSpaceProjection) -> None:
+        self.measured = measured
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.measured.measure_outputs(trainer, pl_module)
+
+
+def test_a_run_killed_behind_its_last_checkpoint_is_measured_as_it_would_have_been(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=24, save_top_k=-1)
+    whole, again = projection(), projection()
+    trainer(tmp_path, MeasuresAtTheEnd(whole), whole, saving, enable_checkpointing=True, max_steps=24).fit(Net())
+    trainer(tmp_path, MeasuresAtTheEnd(again), again, max_steps=24).fit(Net(), ckpt_path=tmp_path / "end.ckpt")
+    assert whole.output_change
+    assert again.output_change == whole.output_change
 
 
 def test_the_checkpoint_holds_a_fingerprint_and_no_basis(tmp_path):

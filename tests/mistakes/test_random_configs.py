@@ -36,7 +36,7 @@ OPTIONS: dict[str, list[Any]] = {
     "model.objective.importance_level": ["token", "sequence", "word"],
     "model.scale_rewards": ["group", "batch", "none", True, "std"],
     "model.policy.lora.r": [4, *NUMBERS],
-    "model.policy.lora.target_modules": ["all-linear", ["q_proj"], ["none"], [], "x"],
+    "model.policy.lora.target_modules": ["all-linear", ["q_proj"], ["none"], [], "x", "("],
     "model.policy.quantization": ["none", "nf4", "int8"],
     "model.policy.dtype": ["float32", "bfloat16", "float16", "float8"],
     "model.reward": ["nspo_lightning.rewards.RefusalReward", "RefusalReward", "nothing", 3],
