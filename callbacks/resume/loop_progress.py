@@ -23,9 +23,10 @@ of training; before its beginning, or in another command."""
 def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> None:
     """Rewrite the counters of a checkpoint's ``loops.fit_loop`` in place, given where the run is."""
     batches = fit_loop[BATCHES]
-    validated = fit_loop[VALIDATION_BATCHES]["total"]
-    # A run that went on by `_validation_to_come` has begun one more than it has seen.
-    validated |= dict.fromkeys(COUNTERS, validated["completed"])
+    validated = fit_loop[VALIDATION_BATCHES]
+    begun = validated["current"]["completed"] if moment == "validation" else 0  # as if it had never been
+    # A run that went on by `_validation_to_come` has begun one more than it has seen: no later file says so.
+    validated["total"] |= dict.fromkeys(COUNTERS, validated["total"]["completed"] - begun)
     match moment:
         case "step":  # the batch that was begun is as if it had never been
             _set_all(batches, batches["total"]["completed"], batches["current"]["completed"])
@@ -36,9 +37,7 @@ def settle(fit_loop: dict[str, Any], trainer: pl.Trainer, moment: Moment) -> Non
             if validation_follows(trainer, batches["current"]["completed"], batches["total"]["completed"]):
                 # Lightning goes through the end of the last batch again, to pass by its validation.
                 take_back_step_(fit_loop)
-        case "validation":  # what was begun is as if it had never been
-            begun = fit_loop[VALIDATION_BATCHES]["current"]["completed"]
-            validated |= dict.fromkeys(COUNTERS, validated["completed"] - begun)
+        case "validation":
             _validation_to_come(fit_loop)
         case "batch_end" if validation_follows(trainer, batches["current"]["ready"], batches["total"]["ready"]):
             _set_all(batches, batches["total"]["ready"], batches["current"]["ready"])

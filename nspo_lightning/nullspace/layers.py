@@ -123,8 +123,12 @@ def plan_layers(
     return LayerPlan(layers=tuple(layers), refusals=tuple(refusals))
 
 
-def check_targets(target_modules: str | Sequence[str] | None) -> None:
+def check_targets(target_modules: str | Sequence[str] | None, setting: str = "target_modules") -> None:
     """Refuse what can't be read as targets (see `plan_layers`), before anything long.
+
+    Args:
+        target_modules: As given.
+        setting: What they are called there.
 
     Raises:
         ValueError: For a string that is no regular expression.
@@ -134,7 +138,7 @@ def check_targets(target_modules: str | Sequence[str] | None) -> None:
             re.compile(target_modules)
         except re.error as problem:
             raise ValueError(
-                f"`target_modules` is a regular expression where it is a string, and {target_modules!r} is none: "
+                f"`{setting}` is a regular expression where it is a string, and {target_modules!r} is none: "
                 f"{problem}. For names of modules give a list: [{target_modules!r}]."
             ) from None
 

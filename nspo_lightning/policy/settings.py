@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from nspo_lightning.nullspace.layers import check_targets
 
 TOY = "toy"
 TOY_PATH = Path(__file__).parents[1] / "toy" / "base"
@@ -43,14 +44,7 @@ class LoraSettings:
             raise PolicyError(f"`policy.lora.alpha` must be positive, got {self.alpha}. Twice `r` is usual.")
         if not 0 <= self.dropout < 1:
             raise PolicyError(f"`policy.lora.dropout` must be in [0, 1), got {self.dropout}. 0 is the default.")
-        if isinstance(self.target_modules, str):
-            try:
-                re.compile(self.target_modules)
-            except re.error as problem:
-                raise PolicyError(
-                    "`policy.lora.target_modules` is 'all-linear', a list of names, or a regular expression, got "
-                    f"{self.target_modules!r}: {problem}."
-                ) from None
+        check_targets(self.target_modules, "policy.lora.target_modules")
 
 
 @dataclass(kw_only=True)
