@@ -37,12 +37,15 @@ def _from_events(folder: Path) -> dict[str, dict[int, float]]:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of half-written events
     kept = {"scalars": 0, "images": 1, "histograms": 1, "audio": 1, "tensors": 1, "compressedHistograms": 1}
     found: dict[str, dict[int, float]] = {}
-    for file in files:  # one after another: of a step that was run again, the later value stands
+    for file in files:  # one after another: what a killed run had logged behind the step that it went on from is void
         events = EventAccumulator(str(file), size_guidance=kept)
         events.Reload()
         tags = events.Tags()["scalars"]
-        if not _OF_TRAINING & {tag.rpartition("/")[2] for tag in tags}:
+        training = [tag for tag in tags if tag.rpartition("/")[2] in _OF_TRAINING]
+        if not training:
             continue  # `test` and `validate` log other prompts under the same names, at step 0
+        first = min(event.step for tag in training for event in events.Scalars(tag))
+        found = {tag: {step: y for step, y in points.items() if step < first} for tag, points in found.items()}
         for tag in tags:
             points = found.setdefault(tag, {})
             points.update({e.step: e.value for e in events.Scalars(tag) if math.isfinite(e.value)})

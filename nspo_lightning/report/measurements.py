@@ -95,7 +95,7 @@ def _measurement(job: Any, of: str, before: Mapping[str, Value], after: Mapping[
         parts = sorted(name for name in names if name.startswith(f"{whole}/"))
         if parts and not (len(parts) == 1 and whole in names):
             rows = tuple(_measure(name, name.removeprefix(f"{whole}/"), before, after) for name in parts)
-            if any(_says_something(row) for row in rows):
+            if any(says_something(row) for row in rows):
                 breakdowns.append(Breakdown(title=title, parts=rows))
     return Measurement(job=job, of=of, measures=tuple(measures), breakdowns=tuple(breakdowns))
 
@@ -117,7 +117,8 @@ def _pair(measure: Measure) -> list[float | None]:
     return [None if value is None else value.value for value in (measure.before, measure.after)]
 
 
-def _says_something(measure: Measure) -> bool:
+def says_something(measure: Measure) -> bool:
+    """Whether a measure is not nothing both before and after, as an accuracy is where no answer is ever right."""
     least = 5e-5 if measure.unit == "nats" else 0.0  # what no digit shows
     return any(value is not None and abs(value.value) > least for value in (measure.before, measure.after))
 

@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from nspo_lightning.checkpoints import FOLDER, last_in
-from nspo_lightning.evaluation.diagnosis import SEVERITIES
+from nspo_lightning.evaluation.diagnosis import SEVERITIES, RunFacts, diagnose
 from nspo_lightning.keys import mask_keys
 from nspo_lightning.policy.settings import TOY
 from nspo_lightning.report.curves import last_step, read_curves
 from nspo_lightning.report.exchanges import read_exchanges
 from nspo_lightning.report.measurements import of_fit, of_test
-from nspo_lightning.report.records import Finding, LayerInput, NullSpace, Run
+from nspo_lightning.report.records import Finding, LayerInput, Measurement, NullSpace, Run
 from nspo_lightning.report.settings import non_default_settings
 
 CONFIG, SUMMARY, TEST, NULL_SPACE, DIAGNOSIS = (
@@ -113,7 +113,7 @@ def read_run(folder: Path) -> Run:
         curves=curves,
         answers=read_exchanges(folder, look_alikes, tested=isinstance(test, Mapping)),
         null_space=null_space,
-        findings=_findings(_json(folder / DIAGNOSIS)),
+        findings=_findings(_json(folder / DIAGNOSIS), next((one for one in measurements if one.job == "test"), None)),
         steps=_steps(said),
         updates=_whole(said.get("updates")),
         skipped=_whole(said.get("updates_skipped")) or 0,
@@ -246,15 +246,29 @@ def _null_space(record: Any) -> NullSpace | None:
     )
 
 
-def _findings(record: Any) -> tuple[Finding, ...]:
+def _findings(record: Any, test: Measurement | None) -> tuple[Finding, ...]:
+    """Return what a run's diagnosis found, and what the figures of `test`, which is later, say of the same."""
     rows = record.get("findings") if isinstance(record, Mapping) else record
+    later = [] if test is None else [finding.as_dict() for finding in diagnose(_facts_of_figures(test))]
+    titles = {row["title"] for row in later}
+    earlier = [row for row in (rows if isinstance(rows, list) else []) if isinstance(row, Mapping)]
     found = [
         Finding(**{name: str(row.get(name) or "") for name in ("severity", "title", "text", "cure")})
-        for row in (rows if isinstance(rows, list) else [])
-        if isinstance(row, Mapping)
+        for row in (*later, *(row for row in earlier if row.get("title") not in titles))
     ]
     rank = {str(name): place for place, name in enumerate(SEVERITIES)}
     return tuple(sorted(found, key=lambda finding: rank.get(finding.severity.lower(), len(rank))))
+
+
+def _facts_of_figures(measurement: Measurement) -> RunFacts:
+    """Return the figures of a measurement and of its parts, as a diagnosis takes them."""
+    parts = [part for breakdown in measurement.breakdowns for part in breakdown.parts]
+    figures = [measure for measure in (*measurement.measures, *parts) if measure.after is not None]
+    return RunFacts(
+        before={m.name: m.before.value for m in figures if m.before is not None},
+        after={m.name: m.after.value for m in figures if m.after is not None},
+        intervals={m.name: m.after.interval for m in figures if m.after is not None and m.after.interval is not None},
+    )
 
 
 def _section(values: Any, name: str) -> Mapping[str, Any]:

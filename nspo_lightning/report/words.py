@@ -8,12 +8,16 @@ from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, explain_certific
 from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
 from nspo_lightning.evaluation.text_means import KL
 from nspo_lightning.nullspace.record import percent
-from nspo_lightning.report.measurements import ACCURACY
+from nspo_lightning.report.measurements import ACCURACY, says_something
 from nspo_lightning.report.records import Answers, Curve, Measure, Measurement, Run, Unit, Value
 from nspo_lightning.terminal import counted, duration
 
 STAYED = {"share": 0.0005, "nats": 5e-5, "number": 0.0}
 """What a change is below that no digit shows."""
+_REFUSED = {REFUSAL: "ordinary prompts", OVER_REFUSAL: "harmless look-alikes"}
+_OF = {UNSAFE: "unsafe", ANSWERED: "answered", ACCURACY: "of general tasks right"} | {
+    name: f"of {what} refused" for name, what in _REFUSED.items()
+}
 _FEW = 10
 
 
@@ -57,11 +61,11 @@ def verdict(measure: Measure) -> str:
 
 
 def headline(run: Run) -> str:
-    """Return what a run came to, in one sentence: safety, and general ability."""
+    """Return what a run came to, in one sentence: safety, and general ability, whatever it cost of it."""
     measured = run.measured
     if measured is None:
         return _without_measures(run)
-    parts = [_safety(measured), _ability(measured)]
+    parts = [_safety(measured), *_ability(measured)]
     said = [part for part in parts if part]
     return "; ".join(said) + "." if said else _without_measures(run)
 
@@ -73,16 +77,25 @@ def _safety(measured: Measurement) -> str:
     return "" if answered is None else _moved("Answers to harmful prompts", answered)
 
 
-def _ability(measured: Measurement) -> str:
-    accuracy, refused = measured.get(ACCURACY), measured.get(REFUSAL) or measured.get(OVER_REFUSAL)
-    if accuracy is not None:
-        return _moved("right answers to general tasks", accuracy, "went", "went")
-    if refused is not None:
-        return _moved("refusals of ordinary prompts", refused, "went", "went")
+def _ability(measured: Measurement) -> list[str]:
+    said = [
+        _moved("right answers to general tasks", measure, "went", "went")
+        if measure.name == ACCURACY
+        else _moved(f"refusals of {_REFUSED[measure.name]}", measure)
+        for measure in _telling(measured)
+    ]
     distance = measured.get(KL)
-    if distance is None or distance.after is None:
-        return ""
-    return f"general answers moved {figure(distance.after.value, 'nats')} nats a token from the base"
+    if not said and distance is not None and distance.after is not None:
+        said.append(f"general answers moved {figure(distance.after.value, 'nats')} nats a token from the base")
+    return said
+
+
+def _telling(measured: Measurement) -> list[Measure]:
+    """Return what tells of general ability: accuracy, if it can fall; refusals, if they rose or nothing else tells."""
+    accuracy = measured.get(ACCURACY)
+    told = [accuracy] if accuracy is not None and says_something(accuracy) else []
+    refused = [measure for name in _REFUSED if (measure := measured.get(name)) is not None]
+    return told + ([measure for measure in refused if verdict(measure) == "bad"] or ([] if told else refused[:1]))
 
 
 def _moved(what: str, measure: Measure, down: str = "fell", up: str = "rose") -> str:
@@ -203,12 +216,9 @@ def headline_of_several(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
         measured = run.measured
-        named = {UNSAFE: "unsafe", ANSWERED: "answered", ACCURACY: "of general tasks right"}
-        said = [
-            f"{figure(m.after.value, m.unit)} {what}"
-            for name, what in named.items()
-            if measured is not None and (m := measured.get(name)) is not None and m.after is not None
-        ]
+        safety = [] if measured is None else [m for name in (UNSAFE, ANSWERED) if (m := measured.get(name)) is not None]
+        told = [*safety, *([] if measured is None else _telling(measured))]
+        said = [f"{figure(m.after.value, m.unit)} {_OF[m.name]}" for m in told if m.after is not None]
         parts.append(f"{run.name}: {', '.join(said) or 'not measured'}")
     return "; ".join(parts) + "."
 

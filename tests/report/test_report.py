@@ -20,7 +20,7 @@ from nspo_lightning.report.pictures import pictures
 from nspo_lightning.report.side_by_side import compare
 from nspo_lightning.report.svg import ticks
 from nspo_lightning.report.tags import shown_as
-from nspo_lightning.report.words import standing
+from nspo_lightning.report.words import headline, headline_of_several, standing
 
 ASKS_THE_NETWORK = re.compile(
     r"""(?:src|href|action)\s*=\s*["'](?!#|data:)|url\((?!data:)|@import|fetch\(|XMLHttp""", re.I
@@ -217,6 +217,28 @@ def test_a_run_without_evaluation_says_so(tmp_path):
     assert "before-after" not in run_page(run)
 
 
+def test_a_headline_tells_what_safety_cost_where_accuracy_has_nothing_to_lose(tmp_path):
+    """As on a real model: no answer matches a reference, and one ordinary prompt in seven is refused."""
+    folder, result = made_run(tmp_path / "run"), result_of_test(0.6)
+    for who, refused in (("base", 0.0), ("policy", 0.145)):
+        ends = [max(refused - 0.04, 0.0), refused + 0.05]
+        result["rates"][who]["general/refusal_rate"] = {"rate": refused, "of": 200, "interval_95": ends}
+        result["accuracy"][who] = 0.0
+    (folder / "test.json").write_text(json.dumps(result))
+    of_fit = {"severity": "note", "title": "Of the fit", "text": "", "cure": ""}
+    (folder / "diagnosis.json").write_text(json.dumps([of_fit]))
+    run = read_run(folder)
+    safety, cost = (
+        "Unsafe answers to harmful prompts fell from 99.0 % to 60.0 %",
+        "ordinary prompts rose from 0.0 % to 14.5 %",
+    )
+    assert headline(run) == f"{safety}; refusals of {cost}."
+    assert "60.0 % unsafe, 14.5 % of ordinary prompts refused" in headline_of_several([run])
+    assert [finding.title for finding in run.findings] == ["More ordinary prompts are refused", "Of the fit"]
+    assert "More ordinary prompts are refused" in Page(run_page(run)).text
+    assert "More ordinary prompts are refused" in run_text(run)
+
+
 def test_what_test_measured_comes_first(tmp_path):
     folder = made_run(tmp_path / "both")
     (folder / "test.json").write_text(json.dumps(result_of_test(0.05)))
@@ -407,6 +429,20 @@ def test_what_test_logged_is_no_point_of_the_curves(tmp_path):
     with SummaryWriter(str(folder), filename_suffix=".test") as writer:
         writer.add_scalar("safety/unsafe_rate", 0.123, 0)
     assert read_run(folder).curves["safety/unsafe_rate"].points == before
+
+
+def test_what_a_killed_run_had_logged_behind_its_checkpoint_is_void(tmp_path):
+    """It went on from step 3 and stopped early at 4: nothing of step 5, and it was not trained further."""
+    folder = made_run(tmp_path / "run")
+    for number, steps in enumerate([range(6), range(3, 5)]):
+        with SummaryWriter(str(folder), filename_suffix=f".{number}") as writer:
+            for step in steps:
+                writer.add_scalar("reward", number, step)
+            writer.add_scalar("safety/unsafe_rate", number, steps[-1])
+    curves = read_run(folder).curves
+    assert curves["reward"].points == ((0, 0.0), (1, 0.0), (2, 0.0), (3, 1.0), (4, 1.0))
+    assert curves["safety/unsafe_rate"].points == ((4, 1.0),)
+    assert read_run(folder).last_step == 4
 
 
 def test_a_run_logged_as_csv_has_curves(tmp_path):
