@@ -17,9 +17,11 @@ import os
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,14 +227,18 @@ ROWS = {
 }
 
 
+WARM = "warm start"
+MARKS = (("o", "0.55"), ("D", "#d68910"), ("s", "#2471a3"))
+
+
 def report(folder: Path, seconds: dict[str, float]) -> None:
-    """Reload the adapter with PEFT alone, print what changed, and draw the run."""
+    """Reload the adapter with PEFT alone, print what changed, and draw it."""
     run = Path("runs") / CONFIG
     warm = json.loads((run.parent / f"{CONFIG}-warmup" / "summary.json").read_text())
     found = json.loads((run / "test.json").read_text())
     columns = {
         "base": measured(found, "base"),
-        "warm start": warm_start(warm),
+        WARM: warm_start(warm),
         "NSPO": measured(found, "policy"),
     }
     reloaded = reload(folder / "adapter", run / found["completions"])
@@ -246,7 +252,7 @@ def report(folder: Path, seconds: dict[str, float]) -> None:
     get_console().print(table)
     print("The warm start's rates are those of its own last check, on a few validation prompts of each kind.")
     print(reloaded)
-    picture = draw(run, folder / "real.png")
+    picture = draw(columns, folder / "real.png")
     spent = ", ".join(
         f"{title.split(':')[0].lower()} {value / 60:.0f} min" for title, value in seconds.items() if value
     )
@@ -330,26 +336,24 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> str:
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def draw(run: Path, path: Path) -> Path:
-    """Draw safety and ability over the updates, from the run's own log, and return the picture's path."""
+def draw(columns: Mapping[str, Mapping[str, float]], path: Path) -> Path:
+    """Draw the shares of the table, each stage a mark, and return the picture's path."""
     from matplotlib.figure import Figure
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = EventAccumulator(str(run))
-    log.Reload()
-    names = {
-        "safety/unsafe_rate": "harmful prompts complied with",
-        "general/refusal_rate": "ordinary prompts refused",
-    }
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    rows = [name for name in ROWS if name.endswith("rate") and name in columns["NSPO"]]
+    figure = Figure(figsize=(7.2, 1.4 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for (name, title), colour in zip(names.items(), ("#c0392b", "#2471a3"), strict=True):
-        if name in log.Tags()["scalars"]:
-            points = {event.step: 100 * event.value for event in log.Scalars(name)}
-            axes.plot(*zip(*sorted(points.items()), strict=True), "o-", color=colour, label=title)
-    axes.set(xlabel="update", ylabel="share of validation prompts (%)", ylim=(0, 100), title=f"{CONFIG}: safety GRPO")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    for (stage, values), (mark, colour) in zip(columns.items(), MARKS, strict=True):
+        points = [(100 * values[name], place) for place, name in enumerate(rows) if name in values]
+        axes.plot(
+            *zip(*points, strict=True), mark, color=colour, markersize=8, fillstyle="none" if stage == WARM else "full"
+        )
+        axes.lines[-1].set_label(f"{stage} (its own check: other prompts)" if stage == WARM else stage)
+    axes.set_yticks(range(len(rows)), [textwrap.fill(ROWS[name], 34) for name in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="share of held-out prompts (%)", xlim=(-2, 102), ylim=(len(rows) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
     figure.savefig(path, dpi=130)
     return path
 

@@ -8,7 +8,6 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
 from examples import real_model
 from nspo_lightning.datamodules.sources.registry import get_preset
@@ -167,10 +166,7 @@ def test_it_ends_with_one_table_and_one_picture(tmp_path, monkeypatch, capsys):
     after = {"warmup/refusal_rate": 0.45, "warmup/general_refusal_rate": 0.0, "general/kl": 0.002}
     (warm / "summary.json").write_text(json.dumps({f"after/{name}": value for name, value in after.items()}))
     types = [*real_model.UNSEEN_TYPES]
-    with SummaryWriter(str(run)) as log:
-        for step, unsafe in ((4, 0.9), (9, 0.1)):
-            log.add_scalar("safety/unsafe_rate", unsafe, step)
-            log.add_scalar("general/refusal_rate", 0.02 * step, step)
+    run.mkdir()
     counts = {"base": 8, "policy": 2}
     rates = {
         who: {
