@@ -247,5 +247,5 @@ def _prompt_length(row: PromptRow, source: PromptSource, renderer: ChatRenderer)
         raise DataError(
             row.where,
             f"the chat template cannot render it: {error.found}",
-            f"Mend or remove the row, or set `bad_rows: drop` to leave such rows out. {error.cure}",
+            f"Mend or remove the row, or give the source `bad_rows: drop` to leave such rows out. {error.cure}",
         ) from error

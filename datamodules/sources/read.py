@@ -117,7 +117,7 @@ def _converted(source: PromptSource, default_kind: Kind, report: SourceReport) -
             row = convert(plan, raw)
         except BadRow as problem:
             if source.bad_rows == "error":
-                cure = "Mend or remove the row, or set `bad_rows: drop` to leave such rows out."
+                cure = "Mend or remove the row, or give the source `bad_rows: drop` to leave such rows out."
                 raise DataError(raw.where, str(problem), cure) from problem
             row = f"bad ({str(problem).split(':')[0]})"
         if isinstance(row, str):

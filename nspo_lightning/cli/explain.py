@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 
 from nspo_lightning.cli.given import Given
 from nspo_lightning.compat.jsonargparse import Complaint, read_complaint
+from nspo_lightning.datamodules import PromptSource
 
 _PLAIN = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
 _PACKAGES = (
@@ -29,6 +30,7 @@ _ALIASES = {"rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "lear
 """Names that others use for a setting."""
 _MOST_NAMES = 12
 _NEAR = 0.6
+_OF_SOURCES = {field.name for field in dataclasses.fields(PromptSource)}
 
 
 def explained(message: str, parser: ArgumentParser, given: Given, subcommand: str = "") -> str:
@@ -51,10 +53,12 @@ def explained(message: str, parser: ArgumentParser, given: Given, subcommand: st
         return f"`{found[1]}`: expected a value behind it, found none."
     if message.startswith(("Problems parsing config", "Unexpected config")) and (told := given.broken_file()):
         return told
-    complaint = read_complaint(message)
-    if subcommand and complaint.path[:1] == (subcommand,):
-        complaint = dataclasses.replace(complaint, path=complaint.path[1:])
-    return tell(complaint, _names(parser), given) or message
+    complaint, names = read_complaint(message), _names(parser)
+    sections, below = {name.split(".")[0] for name in names}, complaint.path[1:]
+    # `data` is a subcommand and a section: before one of the sections it is the subcommand.
+    if complaint.path[:1] == (subcommand,) and (subcommand not in sections or (below and below[0] in sections)):
+        complaint = dataclasses.replace(complaint, path=below)
+    return tell(complaint, names, given) or message
 
 
 def tell(complaint: Complaint, known: Iterable[str], given: Given) -> str:
@@ -77,6 +81,8 @@ def tell(complaint: Complaint, known: Iterable[str], given: Given) -> str:
         settings = _settings_of(owner) if owner else []
         if owner and settings:
             return f"{head}: {owner.rpartition('.')[2]} has no such setting.{_meant(complaint.unknown, settings)}"
+        if path[0] == "data" and len(path) == 2 and path[1] in _OF_SOURCES:
+            return f"{head}: it is a setting of a source, as in `data.safety: {{path: ..., {path[1]}: ...}}`."
         return f"{head}: there is no such setting.{_meant_path(path, known)}"
     if not path:
         return ""

@@ -32,6 +32,12 @@ CASES: dict[str, tuple[str, Any, str, str]] = {
     "a setting without its section": ("group_size", 4, "group_size: 4", "Did you mean `model.group_size`"),
     "a section": ("modl", {"group_size": 4}, "modl", "`modl` .*Did you mean `model`"),
     "a source's setting": ("data.general", [{"pth": "general.jsonl"}], "pth", "PromptSource has .*mean `path`"),
+    "a source's setting beside the sources": (
+        "data.bad_rows",
+        "drop",
+        "bad_rows",
+        "`data.bad_rows` .*a setting of a source, as in `data.safety: {path: ..., bad_rows: ...}`",
+    ),
     "a callback's setting": (
         "trainer.callbacks",
         [{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitr": "x"}}],
@@ -115,6 +121,19 @@ def test_a_mistake_in_a_file_is_named_by_its_line_and_what_was_meant(name: str, 
     for noise in ("Union", "<class", "NestedArg", "Namespace", "Traceback"):
         assert noise not in shown.err
     assert shown.err.count("\n") < 12
+
+
+@pytest.mark.parametrize("setting", ["data.bad_rows", "data.batch_sise", "model.grup_size", "model.policy.pth"])
+def test_a_job_that_is_called_like_a_section_names_settings_in_full(setting: str, job: Path) -> None:
+    section, name = setting.rsplit(".", 1)
+    config = yaml.safe_load((job / "config.yaml").read_text())
+    inner = config
+    for part in section.split("."):
+        inner = inner.setdefault(part, {})
+    inner[name] = 1
+    (job / "typed.yaml").write_text(yaml.safe_dump(config))
+    (error,) = [line for line in run(job, "data", "-c", "typed.yaml").err.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: `{setting}` (typed.yaml, line "), error
 
 
 @pytest.mark.parametrize(
