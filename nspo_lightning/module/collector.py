@@ -17,7 +17,7 @@ from nspo_lightning.grpo import Rollout, group_advantages
 from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.dynamic import Group, chosen_groups, dynamic_metrics, further_prompts
 from nspo_lightning.module.experience import Experience, ExperienceBuffer
-from nspo_lightning.module.judging import JudgedRollout, Judging
+from nspo_lightning.module.judging import JudgedRollout, Judging, repeated, repeated_columns
 from nspo_lightning.module.prefixes import Begun, Prefixes
 from nspo_lightning.module.rollout_metrics import JudgedRows, rollout_metrics
 from nspo_lightning.module.rollouts import Rollouts
@@ -128,7 +128,7 @@ class Collector:
         """Say which completions go on from a beginning, shape (R,); None where the settings begin none."""
         if not self.prefixes.settings.share:
             return None
-        return torch.tensor(_repeat([bool(text) for text in begun.texts], self.settings.group_size))
+        return torch.tensor(repeated([bool(text) for text in begun.texts], self.settings.group_size))
 
     @property
     def _cut(self) -> bool:
@@ -140,9 +140,9 @@ class Collector:
         group = self.settings.group_size
         begun = self.prefixes.for_training(batch)
         drawn = self.rollouts.draw(begun.batch, seed, update, ahead)
-        prompts, asked = _repeat(batch["prompt"], group), _repeat(batch.get("request", batch["prompt"]), group)
+        prompts, asked = repeated(batch["prompt"], group), repeated(batch.get("request", batch["prompt"]), group)
         seen = begun.judged(drawn.texts, self.prefixes.settings.judged)
-        columns = {key: _repeat(values, group) for key, values in batch.get("columns", {}).items()}
+        columns = repeated_columns(batch, group)
         result, outcomes = self.judging.score(asked, seen, columns, drawn.rollout.completion_tokens(), state)
         judged = JudgedRows.of(
             drawn.rollout, result, outcomes, begun=self._are_begun(begun), reads_harm=self.judging.reads_harm
@@ -157,7 +157,7 @@ class Collector:
                 result=result,
                 outcomes=outcomes,
                 guided=[] if drawn.rollout.guided is None else drawn.rollout.guided.tolist(),
-                prefixes=_repeat(begun.texts, group) if self.prefixes.settings.share else [],
+                prefixes=repeated(begun.texts, group) if self.prefixes.settings.share else [],
             ),
             everyone=everyone,
             signal=groups_with_signal(everyone, group, mask_truncated=self._cut),
@@ -195,7 +195,3 @@ def _learnt_from(rounds: Sequence[_Round], mine: Sequence[Group]) -> tuple[Rollo
             parts.append(one.rollout.select(prompts))
             rewards.append(one.judged.result.total.view(-1, one.rollout.group_size)[prompts].flatten())
     return Rollout.concat(parts), torch.cat(rewards)
-
-
-def _repeat(values: Any, times: int) -> list[Any]:
-    return [value for value in values for _ in range(times)]

@@ -14,7 +14,7 @@ from nspo_lightning.attacks import ATTACK, LOOKALIKES
 from nspo_lightning.evaluation.attacked import AttackedAnswers
 from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, Seen, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
-from nspo_lightning.module.judging import Judging
+from nspo_lightning.module.judging import Judging, repeated, repeated_columns
 from nspo_lightning.module.prefixes import Prefixes
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.nullspace.modes import adapters_off
@@ -179,18 +179,14 @@ class Evaluator:
         places = places_among_ranks(size)
         seed = EVALUATION_SEED + batch_idx
         _, written = self.policy.generate(begun.batch, sampling, attack.tries, seed, places, exact=True)
-        asked = [request for request in batch.get("request", batch["prompt"]) for _ in range(attack.tries)]
-        columns = {
-            name: [value for value in values for _ in range(attack.tries)]
-            for name, values in batch.get("columns", {}).items()
-        }
+        asked = repeated(batch.get("request", batch["prompt"]), attack.tries)
         seen = begun.judged(written, self.prefixes.settings.judged)
         return AttackedAnswers(
             attack=attack.name,
             lookalikes=bool(batch[LOOKALIKES]),
             prompts=list(batch["prompt"]),
             completions=written,
-            outcomes=self.judging.name(asked, seen, columns),
+            outcomes=self.judging.name(asked, seen, repeated_columns(batch, attack.tries)),
             prefixes=begun.texts,
             complete=begun.complete,
             reads_harm=self.judging.reads_harm,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from nspo_lightning.evaluation.thoughts import answer_of
 from nspo_lightning.rewards import Judge, Outcome, RewardError, RewardResult, RewardSet
@@ -12,6 +12,8 @@ from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rewards.outcomes import checked_outcomes
 from nspo_lightning.rewards.rules.refusal import reads_harm
 from nspo_lightning.rewards.trainer_state import TrainerState
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +135,38 @@ def name_outcomes(
     outcomes: list[Outcome | None] = []
     failed: RewardError | None = None
     try:
-        answers = [answer_of(text) for text in texts]
-        also: tuple[Outcome, ...] = () if reads_harm(judge) else ("answered",)
-        outcomes = checked_outcomes(judge.classify(prompts, answers, **columns), len(texts), also)
+        outcomes = ask_judge(judge, prompts, texts, columns)
     except RewardError as error:
         failed = error
     raise_on_all_ranks(failed)
     return outcomes
+
+
+def ask_judge(
+    judge: Judge, prompts: Sequence[Any], texts: Sequence[str], columns: Mapping[str, Any]
+) -> list[Outcome | None]:
+    """Name this rank's completions, without their thoughts; the arguments are those of `name_outcomes`.
+
+    Returns:
+        What each is; None = could not be judged.
+
+    Raises:
+        RewardError: If the judge fails, or says what is no outcome; on this rank alone.
+    """
+    said = judge.classify(prompts, [answer_of(text) for text in texts], **columns)
+    return checked_outcomes(said, len(texts), () if reads_harm(judge) else ("answered",))
+
+
+def repeated(values: Iterable[_T], times: int) -> list[_T]:
+    """Return each value so many times in a row: what belongs to a prompt, for each of its completions.
+
+    Example:
+        >>> repeated(["a", "b"], 2)
+        ['a', 'a', 'b', 'b']
+    """
+    return [value for value in values for _ in range(times)]
+
+
+def repeated_columns(batch: Mapping[str, Any], times: int) -> dict[str, list[Any]]:
+    """Return the other columns of a batch of prompts, with a value for each completion; see `repeated`."""
+    return {name: repeated(values, times) for name, values in batch.get("columns", {}).items()}

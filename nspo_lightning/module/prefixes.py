@@ -20,15 +20,13 @@ from torch import Tensor
 
 from nspo_lightning.datamodules.sources.source import HARMFUL_TARGET
 from nspo_lightning.datamodules.text.collate import pad_token_ids
-from nspo_lightning.evaluation.thoughts import answer_of
+from nspo_lightning.module.judging import ask_judge, repeated
 from nspo_lightning.module.text_policy import PREFIX_IDS, TextPolicy
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.rewards import Judge, Outcome, RewardError
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
-from nspo_lightning.rewards.outcomes import checked_outcomes
-from nspo_lightning.rewards.rules.refusal import reads_harm
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import Places
 
@@ -212,13 +210,11 @@ class Prefixes:
         noise = Places(total=_SLOTS, mine=tuple(_slot(key) for key, _ in keys))
         with adapters_off(model):
             rollout, texts = self.policy.generate(part, self.sampling, TRIES, _BASE_SEED, noise, exact=True)
-        prompts = [batch["prompt"][i] for i in rows for _ in range(TRIES)]
+        prompts = repeated([batch["prompt"][i] for i in rows], TRIES)
         columns = {
-            name: [values[i] for i in rows for _ in range(TRIES)] for name, values in batch.get("columns", {}).items()
+            name: repeated([values[i] for i in rows], TRIES) for name, values in batch.get("columns", {}).items()
         }
-        said = self.judge.classify(prompts, [answer_of(text) for text in texts], **columns)
-        also: tuple[Outcome, ...] = () if reads_harm(self.judge) else ("answered",)
-        outcomes = checked_outcomes(said, len(texts), also)
+        outcomes = ask_judge(self.judge, prompts, texts, columns)
         ids, finished = rollout.completion_tokens(), rollout.finished.tolist()
         for place, key in enumerate(keys):
             own = range(place * TRIES, (place + 1) * TRIES)

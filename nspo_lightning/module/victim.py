@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nspo_lightning.evaluation.thoughts import answer_of
+from nspo_lightning.module.judging import ask_judge
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.rewards import Judge, Outcome, Text
-from nspo_lightning.rewards.outcomes import checked_outcomes
-from nspo_lightning.rewards.rules.refusal import reads_harm
 from nspo_lightning.rollout import SamplingConfig
 
 _SEED = 20_231_012
@@ -48,6 +46,4 @@ class PolicyVictim:
 
     def attack_outcomes(self, prompts: Sequence[Text], completions: Sequence[str]) -> list[Outcome | None]:
         """Name answers, as the judge of the run does."""
-        also: tuple[Outcome, ...] = () if reads_harm(self.judge) else ("answered",)
-        said = self.judge.classify(prompts, [answer_of(text) for text in completions])
-        return checked_outcomes(said, len(prompts), also)
+        return ask_judge(self.judge, prompts, completions, {})

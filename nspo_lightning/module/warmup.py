@@ -28,6 +28,7 @@ from nspo_lightning.grpo import Rollout, group_advantages
 from nspo_lightning.module.evaluator import EVALUATION_SEED
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank
 from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.module.judging import repeated, repeated_columns
 from nspo_lightning.module.scorer import step_counts
 from nspo_lightning.module.start_checks import longest_prompt_tokens
 from nspo_lightning.module.training_settings import TrainingSettings
@@ -167,8 +168,7 @@ class WarmupModule(GRPOModule):
         seed, begun = EVALUATION_SEED + batch_idx, self.prefixes.for_training(batch)
         rollout, texts = self.text_policy.generate(begun.batch, self.settings.sampling, group, seed, places, exact=True)
         texts = begun.judged(texts, self.prefixes.settings.judged)
-        prompts = [prompt for prompt in batch["prompt"] for _ in range(group)]
-        columns = {name: [v for v in values for _ in range(group)] for name, values in batch["columns"].items()}
+        prompts, columns = repeated(batch["prompt"], group), repeated_columns(batch, group)
         state = trainer_state(self.trainer, self.progress, count)
         result, outcomes = self.evaluator.judging.score(prompts, texts, columns, rollout.completion_tokens(), state)
         signal = group_advantages(result.total, group).reshape(count, group).ne(0).any(1)
