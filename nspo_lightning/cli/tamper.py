@@ -28,9 +28,9 @@ from nspo_lightning.datamodules.text.collate import collate_prompts, pad_token_i
 from nspo_lightning.datamodules.warmup import collate_answers
 from nspo_lightning.evaluation.rates import ANSWERED, UNSAFE, Rate
 from nspo_lightning.evaluation.tables import rich_table
-from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.checkpoint_content import load_trained_
 from nspo_lightning.module.grpo_module import GRPOModule
+from nspo_lightning.module.scorer import given_answers
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.terminal import counted, rows_progress
 
@@ -167,23 +167,12 @@ def _fine_tune_(module: GRPOModule, batches: Sequence[dict[str, Any]], lr: float
     module.require_policy().train()
     with rows_progress(label, len(batches), unit="update") as advance:
         for batch in batches:
-            rollout = _as_rollout(_on(batch, module.device))
+            rollout = given_answers(_on(batch, module.device))
             loss = module.scorer.likelihood_loss(rollout, float(rollout.completion_mask.sum()), 1.0)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             advance(1)
-
-
-def _as_rollout(batch: Mapping[str, Any]) -> Rollout:
-    return Rollout(
-        prompt_ids=batch["prompt_ids"],
-        prompt_mask=batch["prompt_mask"],
-        group_size=1,
-        completion_ids=batch["answer_ids"],
-        completion_mask=batch["answer_mask"],
-        finished=torch.ones(len(batch["prompt"]), dtype=torch.bool, device=batch["prompt_ids"].device),
-    )
 
 
 def _held_out(data: AlignmentDataModule, limit: int) -> Any:

@@ -146,6 +146,13 @@ class Rollout:
         """List the generated tokens of each completion, without padding."""
         return [ids[mask].tolist() for ids, mask in zip(self.completion_ids, self.completion_mask, strict=True)]
 
+    def whole_rows(self) -> tuple[Tensor, Tensor]:
+        """Return each prompt with its completion behind it: ids and mask (True = real token), shape (R, L + C)."""
+        prompt_ids, prompt_mask = (
+            prompts.repeat_interleave(self.group_size, 0) for prompts in (self.prompt_ids, self.prompt_mask)
+        )
+        return torch.cat([prompt_ids, self.completion_ids], 1), torch.cat([prompt_mask, self.completion_mask], 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the fields that are there, for checkpoints; `Rollout(**state)` makes it again."""
         return {name: value for name, value in vars(self).items() if value is not None}

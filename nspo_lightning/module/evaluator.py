@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from nspo_lightning.attacks import ATTACK, LOOKALIKES
@@ -16,6 +15,7 @@ from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable,
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import Judging, repeated, repeated_columns
 from nspo_lightning.module.prefixes import Prefixes
+from nspo_lightning.module.scorer import answers_as_text
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.adapter import has_adapter
@@ -94,12 +94,7 @@ class Evaluator:
             return None
         with adapters_off(self.policy.require()):
             rollout, _ = self._complete(batch, 0, batch_idx)
-        prompt, answer = rollout.prompt_mask.long(), rollout.completion_mask.long()
-        return {
-            "input_ids": torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
-            "attention_mask": torch.cat([prompt, answer], dim=1),
-            "labels_mask": torch.cat([torch.zeros_like(prompt), answer], dim=1),
-        }
+        return answers_as_text(rollout)
 
     def count(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
         """Answer a batch and count the answers among `rates`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,15 +142,21 @@ class Scorer:
         )
 
 
+def given_answers(batch: Mapping[str, Any]) -> Rollout:
+    """Return prompts and the answers that are given to them (see `collate_answers`) as P groups of one."""
+    return Rollout(
+        prompt_ids=batch["prompt_ids"],
+        prompt_mask=batch["prompt_mask"],
+        group_size=1,
+        completion_ids=batch["answer_ids"],
+        completion_mask=batch["answer_mask"],
+        finished=torch.ones(len(batch["prompt"]), dtype=torch.bool, device=batch["prompt_ids"].device),
+    )
+
+
 def answers_as_text(rollout: Rollout) -> dict[str, Tensor]:
     """Return prompts and completions as text whose completions are scored, see `text_loss`; shape (R, L + C)."""
-    ids, mask = (
-        torch.cat([prompts.repeat_interleave(rollout.group_size, 0), completions], 1)
-        for prompts, completions in (
-            (rollout.prompt_ids, rollout.completion_ids),
-            (rollout.prompt_mask, rollout.completion_mask),
-        )
-    )
+    ids, mask = rollout.whole_rows()
     labels = mask.clone()
     labels[:, : rollout.prompt_ids.shape[1]] = False
     return {"input_ids": ids, "attention_mask": mask.long(), "labels_mask": labels.long()}

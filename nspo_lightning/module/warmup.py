@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -24,12 +23,12 @@ from nspo_lightning import ranks
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.datamodules.warmup import GENERAL_PROMPTS, WarmupDataModule, WarmupSettings
 from nspo_lightning.evaluation.rates import Rate, RateTable, Seen
-from nspo_lightning.grpo import Rollout, group_advantages
+from nspo_lightning.grpo import group_advantages
 from nspo_lightning.module.evaluator import EVALUATION_SEED
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.judging import repeated, repeated_columns
-from nspo_lightning.module.scorer import step_counts
+from nspo_lightning.module.scorer import given_answers, step_counts
 from nspo_lightning.module.start_checks import longest_prompt_tokens
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
@@ -107,14 +106,7 @@ class WarmupModule(GRPOModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         start, window = time.perf_counter(), self.progress.window
         batch = dict(self.prefixes.for_training(batch).batch)
-        rollout = Rollout(
-            prompt_ids=batch["prompt_ids"],
-            prompt_mask=batch["prompt_mask"],
-            group_size=1,
-            completion_ids=batch["answer_ids"],
-            completion_mask=batch["answer_mask"],
-            finished=torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device),
-        )
+        rollout = given_answers(batch)
         normaliser = window.add(*step_counts(rollout.completion_mask, self._by_tokens), "dapo")
         window.has_signal = True
         loss = self.scorer.likelihood_loss(rollout, normaliser.num_tokens, loss_scale(self.trainer) or 1.0)

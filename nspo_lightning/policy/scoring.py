@@ -99,7 +99,6 @@ def _shared_states(parts: PolicyParts, rollout: Rollout, counts: TokenCounts) ->
 
 def _plain_states(parts: PolicyParts, rollout: Rollout, tokens: Ragged) -> Tensor:
     # The same states from one full sequence a row.
-    ids = torch.cat([rollout.prompt_ids.repeat_interleave(rollout.group_size, 0), rollout.completion_ids], 1)[:, :-1]
-    mask = torch.cat([rollout.prompt_mask.repeat_interleave(rollout.group_size, 0), rollout.completion_mask], 1)[:, :-1]
+    ids, mask = (part[:, :-1] for part in rollout.whole_rows())
     states, _ = parts.decode(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
     return tokens.pack(states[:, rollout.prompt_ids.shape[1] - 1 :])

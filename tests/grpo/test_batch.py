@@ -33,6 +33,22 @@ def test_trim_cuts_common_padding_only():
     assert rollout.completion_mask.sum() == make().completion_mask.sum()
 
 
+def test_whole_rows_have_each_prompt_before_its_completions():
+    ids, mask = make().whole_rows()
+    assert ids.tolist() == [
+        [0, 1, 2, 0, 1, 2, 3],
+        [0, 1, 2, 4, 5, 6, 7],
+        [3, 4, 5, 8, 9, 10, 11],
+        [3, 4, 5, 12, 13, 14, 15],
+    ]
+    assert mask.int().tolist() == [
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 1, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+    ]
+
+
 def test_state_dict_holds_plain_values_and_comes_back():
     state = make().state_dict()
     assert all(isinstance(value, (torch.Tensor, int)) for value in state.values())
