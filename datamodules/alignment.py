@@ -262,7 +262,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         """
         harmful: list[PromptRow] = []
         if to_learn:
-            train = [row for rows in self.safety.loaded().train for row in rows if row.kind == "harmful"]
+            train = self.safety.loaded().train_of("harmful")
             harmful = [train[i] for i in take_ranked(train, min(LEARN_ROWS, len(train)), "to learn")]
         return self.general.calibration_dataloader(answer_fn, harmful, starts)
 

@@ -161,8 +161,7 @@ class WarmupDataModule(AlignmentDataModule):
             return []
         general, seed = self.general.loaded(), self.safety.seed
         sources, weights = list(general.train), list(general.weights)
-        alike = [row for source in self.safety.loaded().train for row in source if row.kind == "benign"]
-        if alike:
+        if alike := self.safety.loaded().train_of("benign"):
             sources, weights = [*sources, alike], [*weights, sum(weights) / len(weights)]
         chosen, _ = choose_calibration_rows(sources, weights, _KEPT, seed, fits=lambda row: True)
         return [replace(chosen[i], answer="") for i in rank_all(chosen, f"warmup general {seed}")]
@@ -175,7 +174,7 @@ class WarmupDataModule(AlignmentDataModule):
             given = PromptSource(path=given)
         if isinstance(given, PromptSource):
             return self._answered(given, held_out), []
-        rows = [row for source in self.safety.loaded().train for row in source if row.kind == "harmful"]
+        rows = self.safety.loaded().train_of("harmful")
         if not rows:
             raise DataError(
                 "warmup", "`data.safety` has no harmful training prompt", "Give some, or `warmup.refusals`."

@@ -65,6 +65,10 @@ class DomainRows:
         """All test rows."""
         return self.held_out["test"]
 
+    def train_of(self, kind: Kind) -> list[PromptRow]:
+        """List the training rows of a kind, source by source."""
+        return [row for rows in self.train for row in rows if row.kind == kind]
+
 
 def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows:
     """Return a domain's rows; no training row has a held-out row's prompt.

@@ -145,7 +145,7 @@ def _harmless(data: AlignmentDataModule, attacker: Attacker) -> list[dict[str, A
 
 def _harmful(module: GRPOModule, data: AlignmentDataModule, attacker: Attacker) -> list[dict[str, Any]]:
     """Return batches of prompts with answers that comply: the rows' targets, or what the base says."""
-    every = [row for source in data.safety.loaded().train for row in source if row.kind == "harmful"]
+    every = data.safety.loaded().train_of("harmful")
     rows = [every[i] for i in take_ranked(every, min(len(every), 4 * attacker.examples), "tamper")]
     renderer, device = data.safety.renderer, module.device
     answers = module.prefixes.compliant_answers(_on(collate_prompts(rows, renderer), device))
