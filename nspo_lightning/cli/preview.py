@@ -25,7 +25,7 @@ from nspo_lightning.cli.data import check_examples
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.loader import PromptLoader
-from nspo_lightning.evaluation.diagnosis import RunFacts, TrainingFacts, diagnose
+from nspo_lightning.evaluation.diagnosis import RunFacts, diagnose
 from nspo_lightning.evaluation.intervals import wilson_interval
 from nspo_lightning.evaluation.tables import findings_text, rich_table
 from nspo_lightning.grpo import loss_mask, rows_with_signal
@@ -81,22 +81,6 @@ class Preview:
         """What an epoch takes by this, without calibration, validation and measuring."""
         return self.epoch_prompts * (self.answering / max(self.prompts, 1) + (self.learning or 0.0))
 
-    def facts(self, limit: int) -> RunFacts:
-        """Return what a diagnosis is made of; the length limit is that of sampling."""
-        signal = self.signal
-        return RunFacts(
-            training=TrainingFacts(
-                groups=signal.groups,
-                with_signal=signal.groups_with_signal,
-                low=signal.low,
-                high=signal.high,
-                completions=signal.completions,
-                cut=signal.cut,
-                max_new_tokens=limit,
-                safe=signal.is_safe,
-            )
-        )
-
 
 def preview(
     module: GRPOModule,
@@ -139,7 +123,7 @@ def preview(
     console.print(preview_table(found))
     for lines in _examples(found, examples):
         console.print(_example_table(lines))
-    findings = diagnose(found.facts(module.settings.sampling.max_new_tokens))
+    findings = diagnose(RunFacts(training=found.signal.facts(module.settings.sampling.max_new_tokens)))
     if findings:
         console.print(findings_text(findings), highlight=False)
     if target is not None:

@@ -582,16 +582,9 @@ class GRPOModule(pl.LightningModule):
 
     def training_facts(self) -> TrainingFacts:
         """Return what rollouts and updates came to since the run began, for a diagnosis."""
-        progress, signal = self.progress, self.progress.signal
-        return TrainingFacts(
-            groups=signal.groups,
-            with_signal=signal.groups_with_signal,
-            low=signal.low,
-            high=signal.high,
-            completions=signal.completions,
-            cut=signal.cut,
-            max_new_tokens=self.settings.sampling.max_new_tokens,
-            safe=signal.is_safe,
+        progress = self.progress
+        return replace(
+            progress.signal.facts(self.settings.sampling.max_new_tokens),
             updates=progress.updates,
             skipped=progress.updates_skipped,
             nonfinite=progress.updates_nonfinite,

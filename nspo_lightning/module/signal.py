@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from nspo_lightning.evaluation.diagnosis import SIGNAL_CURES
+from nspo_lightning.evaluation.diagnosis import SIGNAL_CURES, TrainingFacts
 from nspo_lightning.grpo import group_advantages
 from nspo_lightning.module.rollout_metrics import JudgedRows
 from nspo_lightning.terminal import counted
@@ -152,6 +152,19 @@ class Signal:
             return True
         known = self.low is not None and self.high is not None and stretch.low is not None
         return known and self.low < self.high <= stretch.low  # type: ignore[operator]
+
+    def facts(self, max_new_tokens: int) -> TrainingFacts:
+        """Return the counts for a diagnosis, without those of updates; the length limit is that of sampling."""
+        return TrainingFacts(
+            groups=self.groups,
+            with_signal=self.groups_with_signal,
+            low=self.low,
+            high=self.high,
+            completions=self.completions,
+            cut=self.cut,
+            max_new_tokens=max_new_tokens,
+            safe=self.is_safe,
+        )
 
     def count(self, rows: JudgedRows, group_size: int, *, mask_truncated: bool) -> None:
         """Count a rollout, and see whether there is anything to learn; ranks must ask with the same, of all ranks.
