@@ -29,6 +29,7 @@ from nspo_lightning.callbacks.protocols import Evaluable, HasHeldOutText, Limits
 from nspo_lightning.callbacks.resume.last_good import LastGood, scale_learning_rates_
 from nspo_lightning.callbacks.stopping import is_told_to_stop, stop_if_told
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, logging_step
+from nspo_lightning.evaluation.loaders import GENERAL
 from nspo_lightning.evaluation.rates import REFUSAL, TRUNCATED
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, text_means
 from nspo_lightning.nullspace.modes import adapted_models, adapters_off, evaluation_mode
@@ -388,8 +389,9 @@ class CapabilityGuard(Callback):
         if not isinstance(loaders, (list, tuple)) or len(loaders) < 2:
             return {}
         limit, name = trainer.limit_val_batches, "trainer.limit_val_batches"
-        with adapters_off(pl_module), measuring(trainer, "Measuring the base", [loaders[1]], limit, name) as [general]:
-            found = pl_module.evaluate([[], general])
+        shown = measuring(trainer, "Measuring the base", [loaders[GENERAL]], limit, name)
+        with adapters_off(pl_module), shown as [general]:
+            found = pl_module.evaluate([[], general])  # no harmful prompt; `general` has the number GENERAL
         return self._rates_of(found, "the general validation rows give")
 
     def _no_rate(self, name: str, who: str, rates: Mapping[str, Any]) -> MisconfigurationException:

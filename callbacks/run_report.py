@@ -31,6 +31,7 @@ from nspo_lightning.checkpoints import best_of, read_checkpoint
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, is_fast_dev_run, model_checkpoints
 from nspo_lightning.evaluation.diagnosis import unmatched
 from nspo_lightning.evaluation.kept_answers import KeptAnswers, When, read_answers, with_earlier, write_answers
+from nspo_lightning.evaluation.loaders import HARMFUL
 from nspo_lightning.evaluation.rates import (
     ANSWERED,
     OVER_REFUSAL,
@@ -75,7 +76,7 @@ class _Watched:
     categories: RateTable = field(default_factory=RateTable)
 
     def __call__(self, batch: Mapping[str, Any], loader: int, answers: Answers) -> None:
-        harmful = loader == 0
+        harmful = loader == HARMFUL
         self.kept.see(batch, answers, harmful=harmful)
         by_category = observations_by_category(answers, batch.get("columns", {}), harmful=harmful)
         self.categories.update(by_category, self.device)

@@ -25,6 +25,7 @@ from nspo_lightning.callbacks.general_text import TEXT_ROWS, measure_text
 from nspo_lightning.callbacks.protocols import AnswersTests, HasEvalRows
 from nspo_lightning.compat.lightning import datamodule_of, is_fast_dev_run
 from nspo_lightning.evaluation.attacked import attack_markdown, attack_table
+from nspo_lightning.evaluation.loaders import HARMFUL
 from nspo_lightning.evaluation.report import (
     AnswerCounts,
     rates_summary,
@@ -98,7 +99,7 @@ class TestReport(Callback):
         if self._file is None or not isinstance(pl_module, AnswersTests) or not isinstance(outputs, Mapping):
             return
         attack = batch.get(ATTACK)
-        harmful = dataloader_idx == 0 if attack is None else not batch[LOOKALIKES]
+        harmful = dataloader_idx == HARMFUL if attack is None else not batch[LOOKALIKES]
         answers = {"policy": outputs["answers"]}
         if self.base and (base := pl_module.base_answer(batch, dataloader_idx, batch_idx)) is not None:
             answers["base"] = base

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import lightning.pytorch as pl
 from typing_extensions import override
 
@@ -26,11 +28,19 @@ LEARN_ROWS = 256
 """Harmful prompts that the criterion `contrast` is shown."""
 
 
+class EvalRows(NamedTuple):
+    """Rows of each evaluation loader of a split, in the loaders' order, see `evaluation.loaders`."""
+
+    safety: list[PromptRow]
+    """Harmful rows."""
+    general: list[PromptRow]
+    """Benign rows, also those that stand among safety prompts (XSTest's safe half)."""
+
+
 class AlignmentDataModule(pl.LightningDataModule):
     """Trains on safety prompts, calibrates on general text, evaluates on both.
 
-    Evaluation has two loaders, named by `eval_names`. Harmful rows are evaluated under `safety`; benign rows, also
-    those that stand among safety prompts (XSTest's safe half), under `general`.
+    Evaluation has two loaders, see `EvalRows`, and one or two for each attack.
 
     Args:
         safety: Where safety prompts come from: a path, a source, or a list (a mixture).
@@ -65,7 +75,7 @@ class AlignmentDataModule(pl.LightningDataModule):
         tokenizer: The policy's tokenizer; taken from the LightningModule when None.
     """
 
-    eval_names = ("safety", "general")
+    eval_names = EvalRows._fields
 
     def __init__(
         self,
@@ -168,10 +178,12 @@ class AlignmentDataModule(pl.LightningDataModule):
             part.trainer = self.trainer
             part.setup(stage)
 
-    def eval_rows(self, split: HeldOutName) -> list[list[PromptRow]]:
-        """List the evaluation rows of a split: the harmful ones, then the benign ones, as `eval_names` says."""
+    def eval_rows(self, split: HeldOutName) -> EvalRows:
+        """List the evaluation rows of a split, of all sources."""
         rows = self.safety.loaded().held_out[split] + self.general.loaded().held_out[split]
-        return [[r for r in rows if r.kind == "harmful"], [r for r in rows if r.kind == "benign"]]
+        return EvalRows(
+            safety=[row for row in rows if row.kind == "harmful"], general=[row for row in rows if row.kind == "benign"]
+        )
 
     @override
     def train_dataloader(self) -> PromptLoader:
@@ -230,7 +242,7 @@ class AlignmentDataModule(pl.LightningDataModule):
             limit_batches: At most so many batches a rank (an int) or such a share of them (a float), as in Lightning's
                 Trainer: fewer rows, spread over skills likewise.
         """
-        everything, renderer = self.eval_rows(split)[1], self.general.renderer
+        everything, renderer = self.eval_rows(split).general, self.general.renderer
         cut = min((limit for limit in (max_tokens, self.text_max_tokens) if limit is not None), default=None)
         chosen = choose_text_rows(everything, rows)
         size = min(self.general.eval_batch_size, TEXT_BATCH_SIZE)

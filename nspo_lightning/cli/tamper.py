@@ -176,7 +176,7 @@ def _fine_tune_(module: GRPOModule, batches: Sequence[dict[str, Any]], lr: float
 
 
 def _held_out(data: AlignmentDataModule, limit: int) -> Any:
-    harmful = data.eval_rows("test")[0]
+    harmful = data.eval_rows("test").safety
     if not harmful:
         raise DataError("`data.safety`", "there is no held-out harmful prompt", "Set `data.test_size`.")
     return data.safety.eval_loader([harmful[i] for i in take_ranked(harmful, min(limit, len(harmful)), "attack")])

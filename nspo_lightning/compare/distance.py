@@ -101,7 +101,7 @@ class Distance:
         split: Literal["validation", "test"],
     ) -> Iterable[dict[str, Any]]:
         """Yield harmful prompts with the base's answers, on the CPU, few enough at a time to be scored together."""
-        harmful = data.eval_rows(split)[0]
+        harmful = data.eval_rows(split).safety
         size = len(harmful) if self.rows is None else min(self.rows, len(harmful))
         loader = data.safety.eval_loader([harmful[i] for i in take_ranked(harmful, size, "safety text")])
         with measuring(trainer, "Answering as the base", [loader]) as [batches]:

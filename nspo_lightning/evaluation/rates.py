@@ -133,7 +133,7 @@ class Answers:
 
 
 Seen = Callable[[Mapping[str, Any], int, Answers], None]
-"""Told of each batch that was answered, of the number of its loader (0 = harmful prompts), and of the answers."""
+"""Told of each batch that was answered, of the number of its loader (see `evaluation.loaders`), and of the answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

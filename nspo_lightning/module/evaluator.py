@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from nspo_lightning.attacks import ATTACK, LOOKALIKES
 from nspo_lightning.evaluation.attacked import AttackedAnswers
+from nspo_lightning.evaluation.loaders import HARMFUL
 from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, Seen, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import Judging, repeated, repeated_columns
@@ -31,8 +32,7 @@ EVALUATION_SEED = 20_251_211
 class Evaluator:
     """Answers prompts and counts; all ranks do it together.
 
-    The noise depends on the place of a prompt alone, whatever the number of ranks that share a batch. Loader 0 has
-    harmful prompts, the others general ones.
+    The noise depends on the place of a prompt alone, whatever the number of ranks that share a batch.
 
     Attributes:
         policy: Answers.
@@ -59,7 +59,7 @@ class Evaluator:
 
         Args:
             batch: See `TextPolicy.generate`; with `prompt` and maybe `columns`.
-            dataloader_idx: 0 = harmful prompts, else general ones; a batch under attack says itself what it holds.
+            dataloader_idx: What the prompts are, see `evaluation.loaders`.
             batch_idx: The batch's number.
 
         Returns:
@@ -70,7 +70,7 @@ class Evaluator:
         columns = batch.get("columns", {})
         _, texts = self._complete(batch, dataloader_idx, batch_idx)
         outcomes = self.judging.name(batch["prompt"], texts, columns)
-        if dataloader_idx == 0:
+        if dataloader_idx == HARMFUL:
             known = self.judging.reads_harm
             seen = safety_outcomes(outcomes, reads_harm=known)
             return Answers(completions=texts, outcomes=outcomes, observations=seen, reads_harm=known)
@@ -93,7 +93,7 @@ class Evaluator:
         if not has_adapter(self.policy.require()):
             return None
         with adapters_off(self.policy.require()):
-            rollout, _ = self._complete(batch, 0, batch_idx)
+            rollout, _ = self._complete(batch, HARMFUL, batch_idx)
         return answers_as_text(rollout)
 
     def count(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
@@ -188,6 +188,6 @@ class Evaluator:
         )
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:
-        sampling = self.harmful if dataloader_idx == 0 else self.general
+        sampling = self.harmful if dataloader_idx == HARMFUL else self.general
         places = places_among_ranks(len(batch["prompt_ids"])) if sampling.temperature > 0 else None
         return self.policy.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx, places, exact=True)

@@ -22,6 +22,7 @@ from typing_extensions import override
 from nspo_lightning import ranks
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.datamodules.warmup import GENERAL_PROMPTS, WarmupDataModule, WarmupSettings
+from nspo_lightning.evaluation.loaders import HARMFUL
 from nspo_lightning.evaluation.rates import Rate, RateTable, Seen
 from nspo_lightning.grpo import group_advantages
 from nspo_lightning.module.evaluator import EVALUATION_SEED
@@ -141,7 +142,7 @@ class WarmupModule(GRPOModule):
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        if dataloader_idx == 0:
+        if dataloader_idx == HARMFUL:
             observations = self._answer_in_groups(batch, batch_idx)
         else:
             found = self.evaluator.answer(batch, dataloader_idx, batch_idx)

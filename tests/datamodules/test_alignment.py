@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches
 from nspo_lightning.datamodules import AlignmentDataModule, DataError, GeneralDataModule, PromptSource
 from nspo_lightning.datamodules.sources.source import Sources
+from nspo_lightning.evaluation.loaders import GENERAL, HARMFUL
 from nspo_lightning.nullspace import TO_LEARN, BasisSettings
 from nspo_lightning.nullspace.domains import are_starts, starts_of
 
@@ -76,6 +77,14 @@ def test_every_row_lands_in_one_split_and_training_sees_no_held_out_prompt(make)
     general_held = {row.key for split in ("validation", "test") for row in data.eval_rows(split)[1]}
     assert not calibrated & general_held
     assert len(calibrated) + len(general_held) == 100
+
+
+def test_a_loader_holds_what_its_number_says(make):
+    data = make()
+    for loaders, split in ((data.val_dataloader(), "validation"), (data.test_dataloader(), "test")):
+        assert {row.kind for row in loaders[HARMFUL].rows} == {"harmful"}
+        assert {row.kind for row in loaders[GENERAL].rows} == {"benign"}
+        assert [loader.rows for loader in loaders] == list(data.eval_rows(split))
 
 
 def test_evaluation_rows_carry_answer_and_skill(make):
