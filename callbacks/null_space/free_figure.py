@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from nspo_lightning.callbacks.null_space.map_labels import colour_end, power, short_kind
 from nspo_lightning.nullspace.basis_set import Calibration
-from nspo_lightning.nullspace.record import colour_end, percent, places, short_kind
+from nspo_lightning.nullspace.record import places
+from nspo_lightning.terminal import percent
 
 _WRITTEN = 16  # so many layers have room for numbers in their cells
 _LEAST_HARM = 1e-12
@@ -38,7 +40,7 @@ def free_figure(calibration: Calibration) -> Any:
     _draw(upper, drawn, kinds, depths, Normalize(0, 100 * end), "viridis", lambda value: percent(value / 100))
     harms = [value for row in harm for value in row if not math.isnan(value)]
     scale = LogNorm(min(min(harms), max(harms) / 10), max(harms))
-    _draw(lower, harm, kinds, depths, scale, "magma_r", _power)
+    _draw(lower, harm, kinds, depths, scale, "magma_r", power)
     ends = f"{percent(min(shares))} to {percent(max(shares))} %"
     figure.suptitle(f"{percent(fmean(shares))} % of the directions are free ({ends})", fontsize=15)
     scaled = "" if end == 1 else f" (colours to {percent(end)} %)"
@@ -50,10 +52,6 @@ def free_figure(calibration: Calibration) -> Any:
 
 def _grid(kinds: Sequence[str], depths: Sequence[int]) -> list[list[float]]:
     return [[math.nan] * len(depths) for _ in kinds]
-
-
-def _power(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
 def _draw(

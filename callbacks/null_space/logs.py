@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch import Tensor
 
 from nspo_lightning.atomic import replacing, write_json
+from nspo_lightning.callbacks.null_space.overview import DETAILS, overview_rows, promise_rows, remarks, write_details
 from nspo_lightning.callbacks.null_space.verification import Verification
 from nspo_lightning.compat.lightning import is_fast_dev_run
 from nspo_lightning.evaluation.diagnosis import LEAKED, LEFT, NullSpaceFacts, RunFacts, diagnose, explain_certificate
@@ -20,7 +21,6 @@ from nspo_lightning.evaluation.tables import rich_table, table_text
 from nspo_lightning.nullspace import Calibration, LayerCertificate
 from nspo_lightning.nullspace.basis_set import mean_null_share
 from nspo_lightning.nullspace.keeper import GradientEnergy
-from nspo_lightning.nullspace.overview import DETAILS, overview_rows, promise_rows, remarks, write_details
 from nspo_lightning.nullspace.record import null_space_record
 from nspo_lightning.terminal import counted
 

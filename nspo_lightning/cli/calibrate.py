@@ -19,13 +19,13 @@ from rich.console import Console
 from nspo_lightning.callbacks import NullSpaceProjection
 from nspo_lightning.callbacks.null_space.basis_source import calibration_batches, is_sharded
 from nspo_lightning.callbacks.null_space.logs import PROMISED, overview_table, promise_table
+from nspo_lightning.callbacks.null_space.overview import DETAILS, remarks, write_details
 from nspo_lightning.callbacks.null_space.spectrum_figure import spectrum_figure
 from nspo_lightning.callbacks.protocols import HasCalibrationText
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.nullspace import Calibration, domain_report, plan_layers
 from nspo_lightning.nullspace.domains import is_apart
-from nspo_lightning.nullspace.overview import DETAILS, remarks, write_details
 from nspo_lightning.terminal import counted
 
 _SHOWN = 12  # layers and pairs of domains that are named

@@ -11,8 +11,6 @@ from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import Calibration
 from nspo_lightning.nullspace.diagnostics import LayerCertificate, common_parent, joint_name
 
-_COLOUR_ENDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-
 
 def places(calibration: Calibration) -> dict[str, tuple[str, int | None]]:
     """Return first layer of each input -> its kind and its depth.
@@ -42,37 +40,6 @@ def by_kind(calibration: Calibration) -> dict[str, list[tuple[int, Basis]]]:
     for first, (kind, depth) in places(calibration).items():
         panels.setdefault(kind, []).append((depth or 0, calibration.bases[first]))
     return panels
-
-
-def short_kind(kind: str) -> str:
-    """Return the name of a kind of input without its parents and common endings.
-
-    Example:
-        >>> short_kind("self_attn.{q_proj,k_proj,v_proj}"), short_kind("mlp.down_proj"), short_kind("fc")
-        ('q k v', 'down', 'fc')
-    """
-    names = kind.rpartition(".")[2] if "{" not in kind else kind.partition("{")[2].rstrip("}")
-    return " ".join(name.strip().removesuffix("_proj") or name for name in names.split(","))
-
-
-def percent(share: float) -> str:
-    """Return a share in per cent, to the digits that tell a few directions from none.
-
-    Example:
-        >>> percent(0.274), percent(4 / 576), percent(0.0)
-        ('27', '0.69', '0')
-    """
-    return f"{100 * share:.0f}" if share >= 0.0995 else f"{100 * share:.2g}"
-
-
-def colour_end(shares: Sequence[float]) -> float:
-    """Return the share at which a scale of colours ends: 1, or less where all are so small that they would look alike.
-
-    Example:
-        >>> colour_end([0.11, 0.45]), colour_end([4 / 1536, 4 / 576])
-        (1.0, 0.01)
-    """
-    return next((end for end in _COLOUR_ENDS if max(shares, default=1.0) <= end), 1.0)
 
 
 def null_space_record(calibration: Calibration, certificates: Sequence[LayerCertificate] = ()) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nspo_lightning.nullspace.record import colour_end, percent, short_kind
+from nspo_lightning.callbacks.null_space.map_labels import colour_end, power, short_kind
 from nspo_lightning.report.records import LayerInput, NullSpace
+from nspo_lightning.terminal import percent
 
 _SMALL = 1e-12
 
@@ -54,7 +55,7 @@ def heat_maps(null_space: NullSpace) -> list[HeatMap]:
         "Predicted harm",
         "squared change of general outputs, 1 = as without projection",
         [
-            (_power(i.harm or 0.0), (log - low) / span, f"{i.energy_left:.2g} of general text's energy is free")
+            (_harm(i.harm or 0.0), (log - low) / span, f"{i.energy_left:.2g} of general text's energy is free")
             for i, log in zip(inputs, logs, strict=True)
         ],
     )
@@ -79,5 +80,5 @@ def _where(layer: LayerInput, said: str) -> str:
     return f"{place}: {said}"
 
 
-def _power(value: float) -> str:
-    return "0" if value <= _SMALL else f"{value:.0e}".replace("e-0", "e-").replace("e+00", "")
+def _harm(value: float) -> str:
+    return "0" if value <= _SMALL else power(value)

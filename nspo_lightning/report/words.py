@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, explain_certificate
 from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
 from nspo_lightning.evaluation.text_means import KL
-from nspo_lightning.nullspace.record import percent
 from nspo_lightning.report.measurements import ACCURACY, says_something
 from nspo_lightning.report.records import Answers, Curve, Measure, Measurement, Run, Unit, Value
-from nspo_lightning.terminal import counted, duration
+from nspo_lightning.terminal import counted, duration, percent
 
 STAYED = {"share": 0.0005, "nats": 5e-5, "number": 0.0}
 """What a change is below that no digit shows."""

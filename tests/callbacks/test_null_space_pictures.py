@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nspo_lightning.callbacks.null_space.free_figure import free_figure
+from nspo_lightning.callbacks.null_space.overview import overview_rows
 from nspo_lightning.callbacks.null_space.spectrum_figure import spectrum_figure
 from nspo_lightning.nullspace import BasisSettings, Calibration, LayerCertificate, bases_from_spectra
 from nspo_lightning.nullspace.basis import Spectrum
-from nspo_lightning.nullspace.overview import overview_rows
 from nspo_lightning.nullspace.record import by_kind, null_space_record
 
 pytest.importorskip("matplotlib")

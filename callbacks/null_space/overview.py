@@ -11,7 +11,8 @@ from pathlib import Path
 from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_set import Calibration
 from nspo_lightning.nullspace.diagnostics import table_rows
-from nspo_lightning.nullspace.record import by_kind, percent
+from nspo_lightning.nullspace.record import by_kind
+from nspo_lightning.terminal import percent
 
 DETAILS = ".layers.csv"
 """Ending of the file with a row for each input."""

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from nspo_lightning.callbacks.null_space.logs import overview_table
+from nspo_lightning.callbacks.null_space.overview import overview_rows, remarks, write_details
 from nspo_lightning.nullspace import BasisSettings, Calibration, bases_from_spectra
 from nspo_lightning.nullspace.basis import Spectrum
-from nspo_lightning.nullspace.overview import overview_rows, remarks, write_details
 
 SETTINGS = BasisSettings(criterion="rank", threshold=2)
 
