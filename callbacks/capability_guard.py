@@ -30,13 +30,12 @@ from nspo_lightning.callbacks.resume.last_good import LastGood, scale_learning_r
 from nspo_lightning.callbacks.stopping import is_told_to_stop, stop_if_told
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of, logging_step
 from nspo_lightning.evaluation.loaders import GENERAL
-from nspo_lightning.evaluation.rates import REFUSAL, TRUNCATED
+from nspo_lightning.evaluation.rates import ACCURACY, REFUSAL, TRUNCATED
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, text_means
 from nspo_lightning.nullspace.modes import adapted_models, adapters_off, evaluation_mode
 from nspo_lightning.policy.divergence import TextScores, token_scores
 
 Action = Literal["halve", "stop"]
-ACCURACY = "general/accuracy"
 _MEASURED = ("guard/kl", "guard/kl_first", "guard/perplexity", "guard/over_budget", "guard/score")
 
 

@@ -33,9 +33,12 @@ from nspo_lightning.evaluation.diagnosis import unmatched
 from nspo_lightning.evaluation.kept_answers import KeptAnswers, When, read_answers, with_earlier, write_answers
 from nspo_lightning.evaluation.loaders import HARMFUL
 from nspo_lightning.evaluation.rates import (
+    ACCURACY,
     ANSWERED,
+    GARBAGE,
     OVER_REFUSAL,
     REFUSAL,
+    REFUSED,
     UNSAFE,
     UNSCORED,
     Answers,
@@ -54,12 +57,11 @@ if TYPE_CHECKING:
 SUMMARY = "summary.json"
 ANSWERS = "answers.jsonl"
 """A few answers of each kind, before and after."""
-ACCURACY = "general/accuracy"
 HEADLINES = (
     UNSAFE,
     ANSWERED,
-    "safety/refusal_rate",
-    "safety/garbage_rate",
+    REFUSED,
+    GARBAGE,
     ACCURACY,
     REFUSAL,
     OVER_REFUSAL,

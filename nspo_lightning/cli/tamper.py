@@ -26,7 +26,7 @@ from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.rows import take_ranked
 from nspo_lightning.datamodules.text.collate import collate_prompts, pad_token_ids
 from nspo_lightning.datamodules.warmup import collate_answers
-from nspo_lightning.evaluation.rates import ANSWERED, UNSAFE, Rate
+from nspo_lightning.evaluation.rates import ANSWERED, GARBAGE, REFUSED, UNSAFE, Rate
 from nspo_lightning.evaluation.tables import rich_table
 from nspo_lightning.module.checkpoint_content import load_trained_
 from nspo_lightning.module.grpo_module import GRPOModule
@@ -36,7 +36,7 @@ from nspo_lightning.terminal import counted, rows_progress
 
 RESULT = "tamper.json"
 _ANSWER_TOKENS = 64
-_OTHERS = {"safety/refusal_rate": "refused", "safety/garbage_rate": "garbage"}
+_OTHERS = {REFUSED: "refused", GARBAGE: "garbage"}
 
 
 @dataclass(frozen=True, kw_only=True)

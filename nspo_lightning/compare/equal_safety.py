@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from nspo_lightning.compare.results import RunResult, Value
-from nspo_lightning.compare.selection import UNSAFE, mean_and_spread
+from nspo_lightning.compare.selection import mean_and_spread
+from nspo_lightning.evaluation.rates import UNSAFE
 
 Reached = Mapping[float | None, Mapping[int, float]]
 """Learning rate -> seed -> what was reached at a cut; larger = better, minus infinity where a run never got there."""

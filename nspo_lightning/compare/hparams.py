@@ -8,15 +8,16 @@ from pathlib import Path
 
 from nspo_lightning.compare.distance import UPDATE_NORM
 from nspo_lightning.compare.results import RunResult
+from nspo_lightning.evaluation.rates import ACCURACY, GARBAGE, OVER_REFUSAL, REFUSAL, REFUSED, UNSAFE
 from nspo_lightning.evaluation.text_means import SAFETY_KL, TEXT_NAMES
 
 _METRICS = (
-    "safety/unsafe_rate",
-    "safety/refusal_rate",
-    "safety/garbage_rate",
-    "general/accuracy",
-    "general/refusal_rate",
-    "general/over_refusal_rate",
+    UNSAFE,
+    REFUSED,
+    GARBAGE,
+    ACCURACY,
+    REFUSAL,
+    OVER_REFUSAL,
     *TEXT_NAMES,
     SAFETY_KL,
     UPDATE_NORM,

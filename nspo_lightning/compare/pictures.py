@@ -13,9 +13,9 @@ from nspo_lightning.compare.distance import UPDATE_NORM
 from nspo_lightning.compare.methods import METHODS
 from nspo_lightning.compare.plan import RunSpec
 from nspo_lightning.compare.results import Findings, RunResult, Value, mean_at
-from nspo_lightning.compare.selection import UNSAFE, SelectionRule
+from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep
-from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
+from nspo_lightning.evaluation.rates import ACCURACY, OVER_REFUSAL, REFUSAL, UNSAFE
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, NLL_CHANGE, SAFETY_KL, in_nats
 from nspo_lightning.nullspace.domains import START_TOKENS
 
@@ -68,7 +68,7 @@ def mean_front(runs: Sequence[RunResult], value: Value) -> list[float]:
 
 
 _WORDS = {
-    "general/accuracy": "general accuracy",
+    ACCURACY: "general accuracy",
     NLL: "NLL of general answers",
     NLL_CHANGE: "NLL of general answers above the base's",
     KL: "KL to the base on whole general answers",

@@ -12,9 +12,9 @@ from statistics import fmean
 from typing import Any
 
 from nspo_lightning.compare.plan import Budget, RunSpec
-from nspo_lightning.compare.selection import UNSAFE, SelectionRule, front_at, mean_and_spread
+from nspo_lightning.compare.selection import SelectionRule, front_at, mean_and_spread
 from nspo_lightning.compare.sweeps import Sweep
-from nspo_lightning.evaluation.rates import REFUSAL
+from nspo_lightning.evaluation.rates import REFUSAL, UNSAFE
 from nspo_lightning.evaluation.text_means import in_nats
 
 Value = Callable[[Mapping[str, float]], float]

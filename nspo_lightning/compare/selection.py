@@ -1,4 +1,4 @@
-"""Which checkpoint counts, and what a method reaches at a given unsafe rate: pure functions, no torch."""
+"""Which checkpoint counts, and what a method reaches at a given unsafe rate: pure functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-UNSAFE = "safety/unsafe_rate"
+from nspo_lightning.evaluation.rates import UNSAFE
 
 
 @dataclass(frozen=True, kw_only=True)

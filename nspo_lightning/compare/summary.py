@@ -22,18 +22,18 @@ from nspo_lightning.compare.pictures import (
 )
 from nspo_lightning.compare.results import Findings, Group, RunResult, mean_at, write_csv
 from nspo_lightning.compare.sections import cost, equal_safety, forgetting, not_run
-from nspo_lightning.compare.selection import UNSAFE, SelectionRule
+from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.evaluation.attacked import ANSWERED as ANSWERED_RATE
 from nspo_lightning.evaluation.attacked import START
 from nspo_lightning.evaluation.attacked import UNSAFE as UNSAFE_RATE
 from nspo_lightning.evaluation.intervals import wilson_interval
-from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
+from nspo_lightning.evaluation.rates import ACCURACY, GARBAGE, OVER_REFUSAL, REFUSAL, REFUSED, UNSAFE
 from nspo_lightning.evaluation.tables import markdown_table, rich_table
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, SAFETY_KL, in_nats
 from nspo_lightning.nullspace.domains import START_TOKENS
 from nspo_lightning.terminal import counted
 
-_ABILITY = {"general/accuracy": "accuracy", NLL: "NLL"}
+_ABILITY = {ACCURACY: "accuracy", NLL: "NLL"}
 _LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 
 
@@ -88,7 +88,7 @@ def summary(findings: Findings) -> str:
         for metric in (KL, KL_FIRST, REFUSAL, OVER_REFUSAL):
             if findings.everywhere(metric):
                 lines += _fronts(findings, SelectionRule(metric=metric, higher_is_better=False))
-    elif any(key.startswith("general/accuracy/") for key in findings.results[0].test):
+    elif any(key.startswith(f"{ACCURACY}/") for key in findings.results[0].test):
         lines += _by_domain(findings)
     lines += cost(findings)
     if methods:
@@ -121,7 +121,7 @@ def _rules(findings: Findings) -> list[str]:
 def _table(findings: Findings) -> str:
     metric, groups = findings.rule.metric, findings.groups.values()
     head = ["variant" if findings.sweep else "method", "lr", "unsafe", "refusal", "garbage"]
-    head += ["general accuracy" if metric == "general/accuracy" else metric, "change"]
+    head += ["general accuracy" if metric == ACCURACY else metric, "change"]
     head += ["ordinary refused", "over-refusal", "KL to base", f"KL first {START_TOKENS} tokens", "NLL change"]
     head += ["KL on harmful prompts", "norm of the update"]
     head += ["null share", "leak", "rollouts", "seeds"]
@@ -156,8 +156,8 @@ def _row(group: Group, findings: Findings) -> list[str]:
         group.label,
         "" if group.learning_rate is None else f"{group.learning_rate:g}",
         _rate(group, UNSAFE, prompts["harmful"], interval=True),
-        _rate(group, "safety/refusal_rate", prompts["harmful"]),
-        _rate(group, "safety/garbage_rate", prompts["harmful"]),
+        _rate(group, REFUSED, prompts["harmful"]),
+        _rate(group, GARBAGE, prompts["harmful"]),
         *_ability(group, base, findings.rule),
         _rate(group, REFUSAL, prompts["general"]),
         _rate(group, OVER_REFUSAL, prompts["general"]),
@@ -229,7 +229,7 @@ def _by_domain(findings: Findings) -> list[str]:
     base = findings.base
     if base is None:
         return []
-    domains = sorted(k for k in base.test if k.startswith("general/accuracy/"))
+    domains = sorted(k for k in base.test if k.startswith(f"{ACCURACY}/"))
     rows = [
         [group.label, *(_change(group, base, domain, 100.0, "{:+.1f}") for domain in domains)]
         for group in findings.groups.values()

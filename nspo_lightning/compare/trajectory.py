@@ -25,9 +25,10 @@ from nspo_lightning.callbacks.general_text import measure_text
 from nspo_lightning.callbacks.protocols import CountsUpdates, Evaluable
 from nspo_lightning.compare.cost import Cost
 from nspo_lightning.compare.distance import Distance
-from nspo_lightning.compare.selection import UNSAFE, SelectionRule
+from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of
 from nspo_lightning.datamodules import AlignmentDataModule
+from nspo_lightning.evaluation.rates import UNSAFE
 from nspo_lightning.evaluation.text_means import text_means
 
 _Split = Literal["validation", "test"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
+from nspo_lightning.evaluation.rates import ACCURACY, GARBAGE, OVER_REFUSAL, REFUSAL
 from nspo_lightning.terminal import counted
 
 Severity = Literal["error", "warning", "note"]
@@ -343,11 +343,11 @@ def _ability(facts: RunFacts) -> Iterator[Finding]:
                 cure="Fewer updates or a lower `lr`; a stricter `nullspace.max_output_change`; `CapabilityGuard` with "
                 "`max_refusal_rise`; or a reward that pays for answers too (`SafeAndHelpful`).",
             )
-    if (rise := _rise(facts, "safety/garbage_rate")) is not None:
+    if (rise := _rise(facts, GARBAGE)) is not None:
         yield Finding(
             severity="warning",
             title="More answers are garbage",
-            text=f"{100 * facts.after['safety/garbage_rate']:.1f} % of the answers to harmful prompts say nothing, "
+            text=f"{100 * facts.after[GARBAGE]:.1f} % of the answers to harmful prompts say nothing, "
             f"{100 * rise:.1f} points more than before.",
             cure="A reward that does not pay for garbage (`OutcomeReward` takes -1 for it), or a lower `lr`.",
         )
@@ -368,7 +368,7 @@ def unmatched(before: Mapping[str, float], after: Mapping[str, float]) -> list[s
         >>> unmatched({"general/accuracy/chat": 0.0}, {"general/accuracy/chat": 0.0, "general/accuracy/sums": 0.5})
         ['chat']
     """
-    prefix = "general/accuracy/"
+    prefix = f"{ACCURACY}/"
     names = [name for name in sorted(after) if name.startswith(prefix)]
     return [name.removeprefix(prefix) for name in names if after[name] == 0 and before.get(name, 0.0) == 0]
 

@@ -45,7 +45,12 @@ CATEGORY_COLUMNS = (
 UNSAFE = "safety/unsafe_rate"
 ANSWERED = "safety/answered_rate"
 """Stands in place of it where nobody reads harm: the share of harmful prompts neither refused nor met by garbage."""
+REFUSED = "safety/refusal_rate"
+"""Of harmful prompts; `REFUSAL` and `OVER_REFUSAL` are of harmless ones."""
+GARBAGE = "safety/garbage_rate"
 
+ACCURACY = "general/accuracy"
+"""The mean over skills; with a skill behind it, that of the skill."""
 REFUSAL = "general/refusal_rate"
 OVER_REFUSAL = "general/over_refusal_rate"
 UNSCORED = "general/unscored/"
@@ -72,7 +77,7 @@ def general_outcomes(
     skills = columns.get("skill") or ["general"] * len(completions)
     for completion, refusal, answer, final, skill in zip(completions, refused, answers, finals, skills, strict=True):
         if (right := is_right(completion, answer, final)) is not None:
-            seen.append((f"general/accuracy/{skill}", float(right)))
+            seen.append((f"{ACCURACY}/{skill}", float(right)))
         seen.append((f"{UNSCORED}{skill}", float(reference_of(answer, final) is None)))
         cut = is_unfinished(completion)
         seen += [(TRUNCATED, float(cut)), (f"{TRUNCATED}/{skill}", float(cut))]
@@ -91,7 +96,7 @@ def safety_outcomes(outcomes: Iterable[str | None], *, reads_harm: bool = True) 
     Where the judge doesn't tell harm from a harmless answer, answers are counted in place of unsafe ones.
     """
     harm = {"unsafe": UNSAFE} if reads_harm else {"answered": ANSWERED}
-    names = {**harm, "refusal": "safety/refusal_rate", "garbage": "safety/garbage_rate"}
+    names = {**harm, "refusal": REFUSED, "garbage": GARBAGE}
     return [
         (metric, float(outcome == name))
         for outcome in outcomes
@@ -185,13 +190,13 @@ class Share(Metric):
 
 def mean_accuracy(rates: Mapping[str, Rate]) -> float | None:
     """Return the mean of `general/accuracy/<skill>` among named rates; None without any."""
-    skills = [rate.value for name, rate in rates.items() if name.startswith("general/accuracy/")]
+    skills = [rate.value for name, rate in rates.items() if name.startswith(f"{ACCURACY}/")]
     return sum(skills) / len(skills) if skills else None
 
 
 def mean_accuracy_interval(rates: Mapping[str, Rate]) -> tuple[float, float] | None:
     """Return the 95 % interval of `mean_accuracy`, from the skills' own (Zou and Donner 2008); None without any."""
-    skills = [rate for name, rate in rates.items() if name.startswith("general/accuracy/")]
+    skills = [rate for name, rate in rates.items() if name.startswith(f"{ACCURACY}/")]
     mean = mean_accuracy(rates)
     if mean is None:
         return None
@@ -203,9 +208,7 @@ def mean_accuracy_interval(rates: Mapping[str, Rate]) -> tuple[float, float] | N
 def with_accuracy(rates: Mapping[str, Rate]) -> dict[str, float]:
     """Return the values of rates by name, and `general/accuracy` as the mean over skills."""
     accuracy = mean_accuracy(rates)
-    return {name: rate.value for name, rate in rates.items()} | (
-        {} if accuracy is None else {"general/accuracy": accuracy}
-    )
+    return {name: rate.value for name, rate in rates.items()} | ({} if accuracy is None else {ACCURACY: accuracy})
 
 
 class RateTable:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nspo_lightning.evaluation.rates import (
+    ACCURACY,
     ANSWERED,
+    GARBAGE,
     OVER_REFUSAL,
     REFUSAL,
+    REFUSED,
     TRUNCATED,
     UNSAFE,
     UNSCORED,
@@ -36,8 +39,8 @@ BY_CATEGORY = "general/refusal_by_category"
 _RATES = {
     UNSAFE: "attack success",
     ANSWERED: "harmful prompts answered",
-    "safety/refusal_rate": "refusal of harmful prompts",
-    "safety/garbage_rate": "garbage",
+    REFUSED: "refusal of harmful prompts",
+    GARBAGE: "garbage",
     REFUSAL: "refusal of ordinary prompts",
     OVER_REFUSAL: "over-refusal (look-alikes)",
     TRUNCATED: "thoughts without an answer",
@@ -187,7 +190,7 @@ def report_table(rates: Mapping[str, Mapping[str, Rate]], scores: TextScores) ->
 
 def _accuracy_rows(policy: Mapping[str, Rate], base: Mapping[str, Rate]) -> Iterator[tuple[str, ...]]:
     """Yield the mean over skills and each skill's rate; where no answer matches a reference, only that it is so."""
-    names = list(_below(policy, "general/accuracy"))
+    names = list(_below(policy, ACCURACY))
     nothing = [name for name in names if not policy[name].successes and (name not in base or not base[name].successes)]
     mean, interval, base_mean = mean_accuracy(policy), mean_accuracy_interval(policy), mean_accuracy(base)
     if mean is not None and interval is not None and len(nothing) < len(names):
@@ -197,11 +200,11 @@ def _accuracy_rows(policy: Mapping[str, Rate], base: Mapping[str, Rate]) -> Iter
     for name in names:
         rate = policy[name]
         if name in nothing:
-            yield f"{_indented(name, 'general/accuracy')}: none matches", "", "0", "", f"{rate.total:,}"
+            yield f"{_indented(name, ACCURACY)}: none matches", "", "0", "", f"{rate.total:,}"
             continue
         before = _percent(base[name].value) if name in base else ""
         ends = _ends(rate.interval)
-        yield _indented(name, "general/accuracy"), before, _percent(rate.value), ends, f"{rate.total:,}"
+        yield _indented(name, ACCURACY), before, _percent(rate.value), ends, f"{rate.total:,}"
 
 
 def _ends(interval: tuple[float, float]) -> str:

@@ -34,7 +34,7 @@ from nspo_lightning.callbacks.protocols import HoldsInNullSpace
 from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, logs_this_batch, trainer_of
 from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.diagnosis import TrainingFacts
-from nspo_lightning.evaluation.rates import Answers, Rate, Seen, with_accuracy
+from nspo_lightning.evaluation.rates import ACCURACY, Answers, Rate, Seen, with_accuracy
 from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
 from nspo_lightning.module.checkpoint_content import check_adapter_base, check_checkpoint, keep_trained_
@@ -501,7 +501,7 @@ class GRPOModule(pl.LightningModule):
         # All ranks have the same values; `sync_dist` only tells Lightning so.
         several = ranks.world_size() > 1
         for name, rate in rates.items():
-            self.log(f"{prefix}{name}", rate, prog_bar=name == "general/accuracy", sync_dist=several)
+            self.log(f"{prefix}{name}", rate, prog_bar=name == ACCURACY, sync_dist=several)
         if self._loaded_step:  # drawn where `fit` drew its validation of that state, not at 0: Lightning counts from 0
             self.log("step", float(self._loaded_step - 1), sync_dist=several)
 

@@ -8,7 +8,9 @@ from typing import TypeVar
 
 from markupsafe import escape
 
+from nspo_lightning.evaluation.rates import ACCURACY, REFUSAL, REFUSED, UNSAFE
 from nspo_lightning.evaluation.tables import fenced, markdown_table
+from nspo_lightning.evaluation.text_means import KL, KL_FIRST
 from nspo_lightning.report import words
 from nspo_lightning.report.heat import heat_maps
 from nspo_lightning.report.loading import loading
@@ -22,12 +24,12 @@ _MARKUP = re.compile(r"([\\`*_\[\]#~])")
 _Exchange = TypeVar("_Exchange", Exchange, SharedPrompt)
 _CURVES = (
     "reward",
-    "safety/unsafe_rate",
-    "safety/refusal_rate",
-    "general/accuracy",
-    "general/refusal_rate",
-    "general/kl_first",
-    "general/kl",
+    UNSAFE,
+    REFUSED,
+    ACCURACY,
+    REFUSAL,
+    KL_FIRST,
+    KL,
     "kl",
     "entropy",
 )

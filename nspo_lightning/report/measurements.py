@@ -7,14 +7,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
 
-from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, TRUNCATED, UNSAFE
+from nspo_lightning.evaluation.rates import (
+    ACCURACY,
+    ANSWERED,
+    GARBAGE,
+    OVER_REFUSAL,
+    REFUSAL,
+    REFUSED,
+    TRUNCATED,
+    UNSAFE,
+)
 from nspo_lightning.evaluation.report import BY_CATEGORY
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, NLL_CHANGE, in_nats
 from nspo_lightning.report.records import Better, Breakdown, Measure, Measurement, Unit, Value
 
-REFUSED = "safety/refusal_rate"
-GARBAGE = "safety/garbage_rate"
-ACCURACY = "general/accuracy"
 TITLES: dict[str, tuple[str, Better]] = {
     UNSAFE: ("Harmful prompts answered unsafely", "less"),
     ANSWERED: ("Harmful prompts answered", "less"),

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
+from nspo_lightning.evaluation.rates import ACCURACY, ANSWERED, OVER_REFUSAL, REFUSAL, REFUSED, UNSAFE
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST
-from nspo_lightning.report.measurements import ACCURACY, REFUSED
 from nspo_lightning.report.records import Curve, Run
 from nspo_lightning.report.svg import Line, line_chart, trade_chart
 from nspo_lightning.report.tags import shown_as

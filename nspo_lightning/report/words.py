@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, explain_certificate
-from nspo_lightning.evaluation.rates import ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
+from nspo_lightning.evaluation.rates import ACCURACY, ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
 from nspo_lightning.evaluation.text_means import KL
-from nspo_lightning.report.measurements import ACCURACY, says_something
+from nspo_lightning.report.measurements import says_something
 from nspo_lightning.report.records import Answers, Curve, Measure, Measurement, Run, Unit, Value
 from nspo_lightning.terminal import counted, duration, percent
 
