@@ -18,14 +18,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.null_space.basis_source import BasisSource, CalibrationJob
 from nspo_lightning.callbacks.null_space.batches import BatchToInputs
 from nspo_lightning.callbacks.null_space.calibration_progress import calibration_progress
-from nspo_lightning.callbacks.null_space.facts import FIRST_UPDATES, KeptEnergy, null_space_facts
+from nspo_lightning.callbacks.null_space.facts import FIRST_UPDATES, null_space_facts
+from nspo_lightning.callbacks.null_space.fit import Fit
 from nspo_lightning.callbacks.null_space.grown import Fitted
 from nspo_lightning.callbacks.null_space.hold import Hold, at_start
 from nspo_lightning.callbacks.null_space.inference import OutputCheck, calibration_forward, inference, ready
@@ -48,16 +48,10 @@ from nspo_lightning.callbacks.null_space.unprotected import (
 )
 from nspo_lightning.callbacks.null_space.verification import EndToEndCheck, Verification
 from nspo_lightning.callbacks.null_space.warm import check_same_null_space, warm_start_of
-from nspo_lightning.callbacks.null_space.watch import (
-    Buffers,
-    TrainedParameters,
-    hold_statistics,
-    running_statistics,
-)
+from nspo_lightning.callbacks.null_space.watch import Buffers, StillStatistics, TrainedParameters
 from nspo_lightning.callbacks.protocols import TellsFindings
 from nspo_lightning.callbacks.stopping import stop_if_told
 from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, logs_this_batch
-from nspo_lightning.compat.torch import RunningNorm
 from nspo_lightning.evaluation.diagnosis import NullSpaceFacts
 from nspo_lightning.nullspace import (
     BasisSettings,
@@ -70,7 +64,6 @@ from nspo_lightning.nullspace import (
 )
 from nspo_lightning.nullspace.basis import Form, Subspace
 from nspo_lightning.nullspace.criteria import Criterion
-from nspo_lightning.nullspace.keeper import GradientEnergy
 from nspo_lightning.nullspace.layers import check_targets
 from nspo_lightning.nullspace.store import check_fingerprint
 from nspo_lightning.policy.warm_start import WarmStart
@@ -186,26 +179,20 @@ class NullSpaceProjection(Callback):
         self.verify = verify
         self.enabled = enabled
         self.calibration: Calibration | None = None
-        self.verification: Verification | None = None
-        """What the check before training found; None = not made."""
-        self.output_change: float | None = None
-        """Largest change of the model's outputs on a little calibration text, relative to their largest entry."""
-        self._hold = Hold()
-        # Of the fit under way, until `_release`:
-        self._check: OutputCheck | None = None  # outputs before training, to measure how far they moved
-        self._buffers: Buffers | None = None  # buffers before training
-        self._still: list[RunningNorm] = []  # normalisations that are kept in eval mode
-        self._normalised = False  # whether the module has normalisations that may have to be kept so
-        self._energy: list[GradientEnergy] = []  # gradients since the last logged step, one for each optimizer
-        self._kept = KeptEnergy()  # gradient energy that the projection kept, for the diagnosis
-        self._told: set[str] = set()  # titles of findings that were warned of
-        # Where a fit starts from:
+        self._fit = Fit()  # the one under way, or the last one
+        self._fitted: Fitted | None = None  # the last one whose start succeeded
         self._resumed: dict[str, Any] = {}  # state of this callback in the checkpoint; empty at a fresh start
         self._start_late: Callable[[], None] | None = None  # starts a fit whose training was over in the checkpoint
-        self._warm: WarmStart | None = None  # record of an adapter that was trained in this null space before
-        # Of the last fit, also after it:
-        self._held: list[weakref.ref[nn.Parameter]] = []  # the matrices that were held
-        self._fitted: Fitted | None = None  # the fit itself, to see what the model has become
+
+    @property
+    def verification(self) -> Verification | None:
+        """What the check before training found; None = not made."""
+        return self._fit.verification
+
+    @property
+    def output_change(self) -> float | None:
+        """Largest change of the model's outputs on a little calibration text, relative to their largest entry."""
+        return self._fit.output_change
 
     @property
     def state_key(self) -> str:
@@ -232,51 +219,51 @@ class NullSpaceProjection(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._note_growth()
-        self._release()
-        self._start_late = None
+        self._fit.hold.release()
+        self._fit, self._start_late = Fit(), None
         if not self.enabled:
             return
         ranks.reshard(pl_module)
         plan = self._plan(trainer, pl_module, resumed=True)
         # A fit goes on from an earlier one if a checkpoint says so, or if these very matrices were held before, or if
         # it starts from an adapter that was trained in this very null space, which is checked below.
-        goes_on = bool(self._resumed) or self._held_before(plan)
-        self._warm = None if goes_on else warm_start_of(pl_module)
-        goes_on = goes_on or self._warm is not None
+        goes_on = bool(self._resumed) or (self._fitted is not None and self._fitted.hold.is_of(plan.layers))
+        warm = None if goes_on else warm_start_of(pl_module)
+        goes_on = goes_on or warm is not None
         if not goes_on:
             plan = self._plan(trainer, pl_module)
         to_freeze = report_unprotected(plan, self.unprotected, self.target_modules)
         require_float32(plan)
-        self._still = hold_statistics(pl_module, self.unprotected)
-        self._normalised = self.unprotected != "warn" and bool(running_statistics(pl_module))
-        self._hold = self._new_hold(plan)
-        with self._hold.at_start():
-            calibration = self._obtain_bases(trainer, pl_module, plan)
+        fit = self._fit
+        fit.statistics = StillStatistics(pl_module, self.unprotected)
+        fit.hold = self._new_hold(plan)
+        with fit.hold.at_start():
+            calibration = self._obtain_bases(trainer, pl_module, plan, warm)
         plan, unreached = without_unreached(plan, calibration, self.unprotected)
-        to_freeze += unreached
-        self._hold = self._new_hold(plan)
-        self._hold.set_bases(calibration)
-        self._hold.refuse_swapping(trainer.optimizers)
-        self._hold.freeze_(to_freeze)
+        hold = fit.hold = self._new_hold(plan)
+        hold.set_bases(calibration)
+        hold.refuse_swapping(trainer.optimizers)
+        hold.freeze_([*to_freeze, *unreached])
         if not goes_on and self.project_initialization:
-            self._hold.start_()
-        elif self.settings.form == "hard" and self.project_displacement and self.project_initialization:
-            self._hold.refuse_leaks()
+            hold.start_()
+        elif self._keeps_inside:
+            hold.refuse_leaks()
         if self.freeze_down:
-            self._hold.freeze_([layer.matrix for layer in plan.layers if layer.kind == "lora"])
-        trained = self._watch(trainer, pl_module)
-        if self.verify:
-            check = EndToEndCheck(trainer, pl_module, plan.layers, calibration, calibration_forward(pl_module))
-            with self._hold.at_start():
-                self.verification = check.run(self.source.text.rows)
-            show_verification(self.verification)
-        self._hold.hook(lambda optimizer: trained.check(optimizer, pl_module, self.unprotected))
+            hold.freeze_([layer.matrix for layer in plan.layers if layer.kind == "lora"])
+        self._note_start(trainer, pl_module, plan, calibration)
+        trained = TrainedParameters(pl_module)
+        hold.hook(lambda optimizer: trained.check(optimizer, pl_module, self.unprotected))
         if kept := self._resumed.get("kept"):
-            self._kept.load(kept, pl_module.device)
-        self._held, self._resumed = [weakref.ref(layer.matrix) for layer in plan.layers], {}
-        self._fitted = Fitted(module=weakref.ref(pl_module), precision=str(trainer.precision), hold=self._hold)
+            fit.kept.load(kept, pl_module.device)
+        self._resumed = {}
+        self._fitted = Fitted(module=weakref.ref(pl_module), precision=str(trainer.precision), hold=hold)
         log_start(trainer, calibration)
-        write_record(trainer, calibration, verification=self.verification)
+        write_record(trainer, calibration, verification=fit.verification)
+
+    @property
+    def _keeps_inside(self) -> bool:
+        """Whether updates are to stay in the null space to rounding."""
+        return self.settings.form == "hard" and self.project_displacement and self.project_initialization
 
     def _new_hold(self, plan: LayerPlan) -> Hold:
         return Hold(
@@ -286,23 +273,27 @@ class NullSpaceProjection(Callback):
             project_displacement=self.project_displacement,
         )
 
-    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TrainedParameters:
-        """Note what outputs, buffers and trained parameters are at the start."""
-        text = self.source.text
-        with self._hold.at_start():
-            self._check = OutputCheck(text.first, trainer, pl_module)
-        self._buffers = Buffers(pl_module, text.rows)
-        return TrainedParameters(pl_module)
+    def _note_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: LayerPlan, calibration: Calibration
+    ) -> None:
+        """Note what outputs and buffers are at the start, and see that outputs stay inside the null space."""
+        fit, text = self._fit, self.source.text
+        with fit.hold.at_start():
+            fit.outputs = OutputCheck(text.first, trainer, pl_module)
+        fit.buffers = Buffers(pl_module, text.rows)
+        if self.verify:
+            check = EndToEndCheck(trainer, pl_module, plan.layers, calibration, calibration_forward(pl_module))
+            with fit.hold.at_start():
+                fit.verification = check.run(text.rows)
+            show_verification(fit.verification)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         forget_step_metrics(trainer, batch_idx, "nullspace/")
-        for norm in self._still:  # whoever calls `train()` puts them back into train mode
-            norm.eval()
-        if self._normalised:  # some may have been put into train mode since
-            self._still += [norm for norm in hold_statistics(pl_module, self.unprotected) if norm not in self._still]
+        if self._fit.statistics is not None:
+            self._fit.statistics.keep(pl_module)
 
     @override
     @torch.no_grad()
@@ -310,13 +301,13 @@ class NullSpaceProjection(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         # Lightning clips afterwards, so the clipped norm is the projected one.
-        logged = logs_this_batch(trainer)
-        early = self._kept.measured < FIRST_UPDATES
-        energy = self._hold.project_gradients_(optimizer, measure=logged or early)
+        fit, logged = self._fit, logs_this_batch(trainer)
+        early = fit.kept.measured < FIRST_UPDATES
+        energy = fit.hold.project_gradients_(optimizer, measure=logged or early)
         if energy is not None:
-            self._kept.add(energy)
+            fit.kept.add(energy)
         if energy is not None and logged:
-            self._energy.append(energy)
+            fit.energy.append(energy)
 
     @override
     def on_train_batch_end(
@@ -325,17 +316,17 @@ class NullSpaceProjection(Callback):
         if batch_idx == 0:  # what a step changes, the first one usually does
             self._check_buffers(trainer, pl_module)
             self._warn_of_findings(trainer)
-        if self._energy:  # at the Trainer's logging interval; nothing is read from the device in between
-            pl_module.log_dict(step_metrics(self._energy, self.certificates()), on_step=True, on_epoch=False)
-            self._energy.clear()
+        if energy := self._fit.energy:  # at the Trainer's logging interval; nothing is read from the device in between
+            pl_module.log_dict(step_metrics(energy, self.certificates()), on_step=True, on_epoch=False)
+            energy.clear()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_buffers(trainer, pl_module)
 
     def _check_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._buffers is not None:
-            self._buffers.check(trainer, pl_module, self.unprotected)
+        if self._fit.buffers is not None:
+            self._fit.buffers.check(trainer, pl_module, self.unprotected)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -343,44 +334,33 @@ class NullSpaceProjection(Callback):
         # Not at the end of training: other callbacks may put other weights in place there (averages, the best ones).
         self.measure_outputs(trainer, pl_module)
         self._warn_of_findings(trainer)
-        self._hold.release()
+        self._fit.hold.release()
 
     def _warn_of_findings(self, trainer: pl.Trainer) -> None:
         """Warn of what the null space leaves, where no callback of the run says what to look at."""
         if not any(isinstance(other, TellsFindings) for other in callbacks_of(trainer)):
-            warn_of_findings(self.null_space_facts(), self._told)
+            warn_of_findings(self.null_space_facts(), self._fit.told)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._hold.release()
-
-    def _release(self) -> None:
-        """Forget the last fit."""
-        self._hold.release()
-        self._hold, self._check, self._buffers, self._still, self._normalised = Hold(), None, None, [], False
-        self.verification = self.output_change = None
-        self._kept, self._told = KeptEnergy(), set()
+        self._fit.hold.release()
 
     def _note_growth(self) -> None:
         if self._fitted is not None and self.calibration is not None:
             self.calibration = self._fitted.grown(self.calibration)
 
-    def _held_before(self, plan: LayerPlan) -> bool:
-        before = {id(matrix) for reference in self._held if (matrix := reference()) is not None}
-        return bool(before) and before == {id(layer.matrix) for layer in plan.layers}
-
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return settings, fingerprint and path, and where full weights began; bases stay in their file."""
-        if not self._held or self.calibration is None:
+        if self._fitted is None or self.calibration is None:
             return {}
-        references = self._hold.whole_references()
+        references = self._fit.hold.whole_references()
         return {
             "started": True,
             "settings": self.settings.as_dict(),
             "fingerprint": self.calibration.fingerprint,
             "path": self.source.path,
-            "kept": self._kept.state(),
+            "kept": self._fit.kept.state(),
             **({"references": references} if references else {}),
         }
 
@@ -401,7 +381,7 @@ class NullSpaceProjection(Callback):
     def certificates(self) -> list[LayerCertificate]:
         """Return each layer's certificate: leak, update norm, bound on the output change."""
         self._start_if_over()
-        return self._hold.certificates()
+        return self._fit.hold.certificates()
 
     def _start_if_over(self) -> None:
         """Start a fit whose training was over in its checkpoint, so that no hook did: for what is said at its end."""
@@ -421,25 +401,25 @@ class NullSpaceProjection(Callback):
     def measure_outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure how far outputs moved, once a fit, with the weights as they are, and print the certificate."""
         self._start_if_over()
-        check, self._check = self._check, None
-        if check is None:
+        fit = self._fit
+        outputs, fit.outputs = fit.outputs, None
+        if outputs is None:
             return
-        self.output_change = check.change(trainer, pl_module)
-        facts = self.null_space_facts()
+        fit.output_change = outputs.change(trainer, pl_module)
+        facts, certificates = self.null_space_facts(), self.certificates()
         if facts is not None:
-            show_certificate(facts, len(self.certificates()))
+            show_certificate(facts, len(certificates))
         if self.calibration is not None:
-            change, verification = self.output_change, self.verification
-            write_record(
-                trainer, self.calibration, self.certificates(), output_change=change, verification=verification
-            )
+            change, checked = fit.output_change, fit.verification
+            write_record(trainer, self.calibration, certificates, output_change=change, verification=checked)
 
     def null_space_facts(self) -> NullSpaceFacts | None:
         """Return what the null space left of the gradients and how it was kept; None where nothing is held."""
-        if self.calibration is None or not self._held:
+        if self.calibration is None or self._fitted is None:
             return None
-        held = self.settings.form == "hard" and self.project_displacement and self.project_initialization
-        return null_space_facts(self.calibration, self.certificates(), self._kept, held=held, change=self.output_change)
+        certificates, fit = self.certificates(), self._fit  # in this order: a fit may start for them
+        change = fit.output_change
+        return null_space_facts(self.calibration, certificates, fit.kept, held=self._keeps_inside, change=change)
 
     def held_in(self) -> tuple[dict[str, Any], float] | None:
         """Return the fingerprint of the basis and the largest leak out of it; None if nothing is held."""
@@ -507,15 +487,17 @@ class NullSpaceProjection(Callback):
         self.calibration.fingerprint = job.fingerprint
         return self.calibration
 
-    def _obtain_bases(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: LayerPlan) -> Calibration:
-        """Keep the bases of an earlier fit, load them, or make them now."""
+    def _obtain_bases(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: LayerPlan, warm: WarmStart | None
+    ) -> Calibration:
+        """Keep the bases of an earlier fit, load them, or make them now: those that a warm start was trained in."""
+        found: Calibration | CalibrationJob
         if self.calibration is not None and self.source.fits(self.calibration, trainer, pl_module, plan.layers):
-            if self._warm is not None:
-                check_same_null_space(self._warm, self.calibration.fingerprint)
-            return self.calibration
-        found = self.source.find(trainer, pl_module, plan.layers, self._resumed or None)
-        if self._warm is not None:
-            check_same_null_space(self._warm, found.fingerprint)
+            found = self.calibration
+        else:
+            found = self.source.find(trainer, pl_module, plan.layers, self._resumed or None)
+        if warm is not None:
+            check_same_null_space(warm, found.fingerprint)
         if isinstance(found, Calibration):
             self.calibration = found
             return found

@@ -192,6 +192,10 @@ class Hold:
                 "warm up again in this null space, or merge the adapter and start a new one."
             )
 
+    def is_of(self, layers: Sequence[ProtectedLayer]) -> bool:
+        """Return whether these very matrices, and no others, are held."""
+        return {id(layer.matrix) for layer in self._layers} == {id(layer.matrix) for layer in layers}
+
     @property
     def holds_weights(self) -> bool:
         """Whether the displacement of whole matrices is held, and not adapters alone."""

@@ -101,6 +101,30 @@ def hold_statistics(pl_module: nn.Module, mode: Unprotected) -> list[RunningNorm
     return list(found.values()) if mode == "freeze" else []
 
 
+class StillStatistics:
+    """Keeps normalisations in eval mode in mode ``freeze``, whoever calls `train()`; see `hold_statistics`.
+
+    Args:
+        pl_module: The module, before training.
+        mode: What is done about normalisations in training.
+
+    Raises:
+        MisconfigurationException: In mode ``error``, if there are any.
+    """
+
+    def __init__(self, pl_module: nn.Module, mode: Unprotected) -> None:
+        self._mode: Unprotected = mode
+        self._norms = hold_statistics(pl_module, mode)
+        self._may_be_trained = mode != "warn" and bool(running_statistics(pl_module))
+
+    def keep(self, pl_module: nn.Module) -> None:
+        """Look before a batch for what was put into train mode since; raises as at the start."""
+        if self._may_be_trained:
+            self._norms += [norm for norm in hold_statistics(pl_module, self._mode) if norm not in self._norms]
+        for norm in self._norms:
+            norm.eval()
+
+
 class Buffers:
     """Notices buffers that training changes and outputs depend on.
 
