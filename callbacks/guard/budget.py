@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nspo_lightning.evaluation.rates import is_at_most
 from nspo_lightning.nullspace.domains import START_TOKENS
 
 
@@ -74,6 +75,6 @@ class Budget:
         reasons += [
             text.format(100 * value)
             for text, value, limit in shares
-            if limit is not None and value is not None and value > limit + 1e-9
+            if limit is not None and value is not None and not is_at_most(value, limit)
         ]
         return " and ".join(reasons)

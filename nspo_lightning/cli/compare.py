@@ -115,9 +115,11 @@ def compare(
     rule = SelectionRule(unsafe_limit=unsafe_limit, metric=current_name(metric), higher_is_better=higher_is_better)
     plan, asked = _plan(settings, methods, seeds, learning_rates, sweep, mixed_reward)
     failed: list[JobResult] = []
-    if not only_report:
-        trajectory = {**asdict(rule), "text_rows": text_rows, **({"attacks": attacks} if attacks else {})}
-        runs = {s.name: s.arguments(source, folder, budget, trajectory) for s in plan}
+    trajectory = {**asdict(rule), "text_rows": text_rows, **({"attacks": attacks} if attacks else {})}
+    runs = {s.name: s.arguments(source, folder, budget, trajectory) for s in plan}
+    if only_report:
+        _check_rules(plan, runs, folder)
+    else:
         missing = _missing(plan, runs, source, folder)
         workers = jobs or _default_jobs(settings)
         done = f"{len(plan) - len(missing)} done already"
@@ -181,13 +183,39 @@ def _default_jobs(config: Mapping[str, Any]) -> int:
     return (os.cpu_count() or 1) if on_cpu else 1
 
 
+def _check_rules(plan: Sequence[RunSpec], runs: Mapping[str, list[str]], folder: Path) -> None:
+    """Refuse to report runs by other rules than those that they were stopped and selected by."""
+    for spec in plan:
+        stamp = _stamp(folder, spec)
+        if not stamp.is_file() or not (folder / "runs" / spec.name / RESULT).is_file():
+            continue
+        asked = spec.told(runs[spec.name])
+        told = spec.told(json.loads(stamp.read_text())["arguments"])
+        if "metric" in told:
+            told["metric"] = current_name(told["metric"])
+        if others := {name: value for name, value in told.items() if value != asked[name]}:
+            options = " ".join(
+                f"--{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in others.items()
+            )
+            said = ", ".join(f"`{name}` {asked[name]}" for name in others)
+            raise ValueError(
+                f"{spec.name} in {folder} was stopped, or its checkpoint selected, by other rules than this command "
+                f"says ({said}), so its figures would stand under a wrong rule. Say what it was run with: {options}"
+            )
+
+
+def _stamp(folder: Path, spec: RunSpec) -> Path:
+    """Return where a run's command is noted."""
+    return folder / "commands" / f"{spec.name}.json"
+
+
 def _missing(plan: Sequence[RunSpec], runs: Mapping[str, list[str]], config: Path, folder: Path) -> list[Job]:
     """List what is not there yet; a run of the same name made with other settings is an error, never a result."""
     jobs: list[Job] = []
     gguf = gguf_identity(policy_settings(read_config(config), config))
     for spec in plan:
         place, arguments = folder / "runs" / spec.name, runs[spec.name]
-        digest, stamp = spec.digest(arguments, config, folder, gguf), folder / "commands" / f"{spec.name}.json"
+        digest, stamp = spec.digest(arguments, config, folder, gguf), _stamp(folder, spec)
         if stamp.is_file() and json.loads(stamp.read_text())["digest"] != digest:
             raise ValueError(
                 f"{place} was made with other settings than this command's. Choose another `--out`, or remove it."

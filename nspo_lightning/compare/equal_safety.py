@@ -16,7 +16,7 @@ from statistics import fmean
 
 from nspo_lightning.compare.results import RunResult, Value
 from nspo_lightning.compare.selection import mean_and_spread
-from nspo_lightning.evaluation.rates import UNSAFE
+from nspo_lightning.evaluation.rates import UNSAFE, is_at_most
 
 Reached = Mapping[float | None, Mapping[int, float]]
 """Learning rate -> seed -> what was reached at a cut; larger = better, minus infinity where a run never got there."""
@@ -51,7 +51,7 @@ def cut_at(runs: Sequence[RunResult], value: Value, unsafe: float) -> Cut | None
     if _mean(by_rate[rate], seeds) == -math.inf:
         return None
     chosen = {run.spec.seed: run for run in runs if run.spec.learning_rate == rate}
-    safe = {seed: [p for p in chosen[seed].trajectory if p[UNSAFE] <= unsafe] for seed in seeds}
+    safe = {seed: [p for p in chosen[seed].trajectory if is_at_most(p[UNSAFE], unsafe)] for seed in seeds}
     return Cut(learning_rate=rate, checkpoints={seed: max(points, key=value) for seed, points in safe.items()})
 
 
@@ -59,7 +59,8 @@ def reached(runs: Sequence[RunResult], value: Value, unsafe: float) -> Reached:
     """Return what each run reaches at a cut."""
     found: dict[float | None, dict[int, float]] = {}
     for run in runs:
-        best = max((value(point) for point in run.trajectory if point[UNSAFE] <= unsafe), default=-math.inf)
+        safe = (point for point in run.trajectory if is_at_most(point[UNSAFE], unsafe))
+        best = max((value(point) for point in safe), default=-math.inf)
         found.setdefault(run.spec.learning_rate, {})[run.spec.seed] = best
     return found
 
@@ -78,28 +79,58 @@ def shares_of_best(levels: Sequence[Mapping[str, Reached]]) -> dict[str, float]:
         levels: For each cut, method -> what its runs reach there. With one cut it is the probability of being best.
 
     Returns:
-        Method -> share of the resamples of the seeds (drawn with replacement, the same for all methods, since they are
-        paired) in which its mean is the largest at one of the cuts at least; ties count for all that share them.
+        Method -> share of the resamples of the `paired_seeds` (drawn with replacement, the same for all methods, since
+        they are paired) in which its mean is the largest at one of the cuts at least; ties count for all that share
+        them. A method, or a learning rate, that was not run at all of these seeds takes no part.
 
     Example:
         >>> better, worse = {0.1: {0: 2.0, 1: 2.0}}, {0.1: {0: 1.0, 1: 3.0}}
         >>> shares_of_best([{"a": better, "b": worse}])  # of (0, 0), (0, 1), (1, 0), (1, 1)
         {'a': 0.75, 'b': 0.75}
     """
-    names = list(dict.fromkeys(name for level in levels for name in level))
-    every = [_seeds(found) for level in levels for found in level.values()]
-    common = set[int]().union(*every).intersection(*every)
-    counts, total = dict.fromkeys(names, 0), 0
-    for seeds in resamples(sorted(common)):
+    paired = paired_seeds(levels)
+    if not paired:
+        return {}
+    complete = [
+        {
+            name: whole
+            for name, found in level.items()
+            if (whole := [of_rate for of_rate in found.values() if of_rate.keys() >= set(paired)])
+        }
+        for level in levels
+    ]
+    counts, total = {name: 0 for level in complete for name in level}, 0
+    for seeds in resamples(paired):
         total += 1
         front: set[str] = set()
-        for level in levels:
-            means = {name: max(_mean(of_rate, seeds) for of_rate in found.values()) for name, found in level.items()}
+        for level in complete:
+            means = {name: max(_mean(of_rate, seeds) for of_rate in whole) for name, whole in level.items()}
             best = max(means.values())
             front |= {name for name, mean in means.items() if mean == best > -math.inf}
         for name in front:
             counts[name] += 1
     return {name: count / max(total, 1) for name, count in counts.items()}
+
+
+def paired_seeds(levels: Sequence[Mapping[str, Reached]]) -> list[int]:
+    """Return the seeds that are drawn from: as many as two methods have, and of these what most methods have.
+
+    One method with a single seed so does not take the seeds of the others away. Empty where there is nothing to pair.
+
+    Example:
+        >>> three, one = {0.1: {0: 2.0, 1: 2.0, 2: 1.0}}, {0.1: {0: 3.0}}
+        >>> paired_seeds([{"a": three, "b": three, "c": one}])
+        [0, 1, 2]
+    """
+    runs: dict[str, set[frozenset[int]]] = {}
+    for level in levels:
+        for name, found in level.items():
+            runs.setdefault(name, set()).update(frozenset(of_rate) for of_rate in found.values())
+    candidates = {seeds for of_method in runs.values() for seeds in of_method}
+    candidates |= {a & b for a in candidates for b in candidates}
+    have = {seeds: sum(any(own >= seeds for own in of_method) for of_method in runs.values()) for seeds in candidates}
+    shared = [seeds for seeds in candidates if seeds and have[seeds] >= min(2, len(runs))]
+    return sorted(max(shared, key=lambda seeds: (len(seeds), have[seeds], [-s for s in sorted(seeds)]), default=()))
 
 
 def resamples(seeds: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -117,7 +148,3 @@ def resamples(seeds: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 def _mean(of_rate: Mapping[int, float], seeds: Sequence[int]) -> float:
     return fmean(of_rate.get(seed, -math.inf) for seed in seeds)
-
-
-def _seeds(found: Reached) -> set[int]:
-    return {seed for of_rate in found.values() for seed in of_rate}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from nspo_lightning.compare.equal_safety import cut_at
 from nspo_lightning.compare.pictures import METHOD_STYLES
 from nspo_lightning.compare.results import Findings, RunResult
+from nspo_lightning.compare.sections import NEAREST
 from nspo_lightning.evaluation.text_means import KL
 from nspo_lightning.terminal import counted
 
@@ -39,7 +40,7 @@ def hero_methods(findings: Findings) -> list[str]:
     """
     ranked: list[tuple[float, str, str]] = []
     for label, runs in findings.trained.items():
-        cut = cut_at(runs, lambda point: -point[KL], findings.rule.unsafe_limit)
+        cut = cut_at(runs, NEAREST.ability, findings.rule.unsafe_limit)
         ranked.append((math.inf if cut is None else cut.mean(KL), label, runs[0].spec.method))
     best: dict[str, str] = {}  # method -> label, the best methods first
     for _, label, method in sorted(ranked):
@@ -57,7 +58,7 @@ def front_of(runs: Sequence[RunResult], rates: Sequence[float]) -> list[list[flo
     """
     found: list[list[float]] = []
     for rate in rates:
-        cut = cut_at(runs, lambda point: -point[KL], rate)
+        cut = cut_at(runs, NEAREST.ability, rate)
         found.append([] if cut is None else [point[KL] for point in cut.checkpoints.values()])
     return found
 
@@ -72,6 +73,7 @@ def hero_figure(findings: Findings) -> Figure | None:
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     axes: Axes = figure.subplots()
     ends: list[tuple[float, float, str, str]] = []
+    seeds = len({run.spec.seed for runs in findings.trained.values() for run in runs})
     for label in hero_methods(findings):
         runs = findings.trained[label]
         method = runs[0].spec.method
@@ -85,7 +87,8 @@ def hero_figure(findings: Findings) -> Figure | None:
         axes.plot(xs, means, color=colour, linewidth=2.8 if method in _OURS else 1.8, drawstyle="steps-post")
         low, high = [min(kls) for _, kls in drawn], [max(kls) for _, kls in drawn]
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0, step="post")
-        ends.append((means[-1], xs[-1], label, colour))
+        own = len(drawn[-1][1])
+        ends.append((means[-1], xs[-1], f"{label} ({counted(own, 'seed')})" if own < seeds else label, colour))
     if not ends:
         return None
     axes.set_yscale("log")
@@ -93,7 +96,6 @@ def hero_figure(findings: Findings) -> Figure | None:
     axes.yaxis.set_minor_formatter("{x:g}" if _is_within_a_decade(axes) else NullFormatter())
     axes.set_xlim(100 * _MOST_UNSAFE, 0)
     _label_ends(axes, ends)
-    seeds = len({run.spec.seed for runs in findings.trained.values() for run in runs})
     axes.set_xlabel("harmful prompts still answered, % (safer to the right)")
     axes.set_ylabel("how far general answers moved\n(KL to the base, nats a token; lower is better)")
     axes.set_title(f"What safety costs in ability ({counted(seeds, 'seed')})", loc="left")

@@ -34,9 +34,9 @@ class Law:
 
 
 def points(runs: Sequence[RunResult], distance: str, forgetting: str) -> list[Point]:
-    """Return all checkpoints of runs that have moved at all."""
+    """Return all checkpoints of runs that have moved at all, and not without bounds."""
     found = [(p[distance], p[forgetting]) for run in runs for p in run.trajectory]
-    return [(x, y) for x, y in found if x > 0 and y > 0]
+    return [(x, y) for x, y in found if 0 < x < math.inf and 0 < y < math.inf]
 
 
 def fit_law(common: Mapping[str, Sequence[Point]], others: Mapping[str, Sequence[Point]]) -> Law | None:

@@ -15,7 +15,7 @@ from nspo_lightning.compare.plan import RunSpec
 from nspo_lightning.compare.results import Findings, RunResult, Value, mean_at
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.sweeps import Sweep
-from nspo_lightning.evaluation.rates import ACCURACY, OVER_REFUSAL, REFUSAL, UNSAFE
+from nspo_lightning.evaluation.rates import ACCURACY, OVER_REFUSAL, REFUSAL, UNSAFE, is_at_most
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, NLL_CHANGE, SAFETY_KL, in_nats
 from nspo_lightning.nullspace.domains import START_TOKENS
 
@@ -130,7 +130,8 @@ def tradeoff_figure(findings: Findings) -> Figure:
 def _draw_distance(axes: Axes, findings: Findings, name: str) -> None:
     times = _unit(name)[1]
     title = f"Fronts: {'distance' if in_nats(name) else 'refusals'} (validation)"
-    drawn = _draw_fronts(axes, findings, lambda p: -times * p[name], title, sign=-1.0)
+    rule = SelectionRule(metric=name, higher_is_better=False)
+    drawn = _draw_fronts(axes, findings, lambda p: times * rule.ability(p), title, sign=-1.0)
     if not in_nats(name):
         _from_zero(axes)
     elif any(value > 0 for value in drawn):  # else nothing to take a logarithm of
@@ -186,7 +187,7 @@ def forgetting_figure(findings: Findings, name: str) -> Figure:
         points = [p for run in runs for p in run.trajectory if p[name] > 0 and p[KL] > 0]  # on logarithms
         style = _style(runs[0].spec, without="linewidth", line=False)
         for safe in (False, True):
-            shown = [p for p in points if (p[UNSAFE] <= limit) is safe]
+            shown = [p for p in points if is_at_most(p[UNSAFE], limit) is safe]
             look: dict[str, Any] = {"s": 40, "label": label} if safe else {"s": 8}
             axes.scatter([p[name] for p in shown], [p[KL] for p in shown], linewidths=0, **look, **style)
     axes.set_xscale("log")

@@ -13,6 +13,8 @@ from nspo_lightning.compare.methods import METHODS, as_arguments, mixing_setting
 from nspo_lightning.terminal import counted
 
 LEARNING_RATE = "model.optimizer.init_args.lr"
+_RULES = ("steps", "stop_unsafe", "unsafe_limit", "metric", "higher_is_better")
+"""What `Trajectory` is told that a report states."""
 RESULT = "result.json"
 """What a finished run leaves in its folder."""
 
@@ -104,6 +106,16 @@ class RunSpec:
         if self.learning_rate is not None:
             settings[LEARNING_RATE] = self.learning_rate
         return ["fit", "-c", str(config), *as_arguments(settings)]
+
+    def told(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Return by which rules a run with these arguments stops and selects: options of `compare` to values."""
+        settings = dict(argument.removeprefix("--").partition("=")[::2] for argument in arguments if "=" in argument)
+        callbacks = json.loads(settings.get("trainer.callbacks", "[]"))
+        own: dict[str, Any] = next((c["init_args"] for c in callbacks if c["class_path"].endswith(".Trajectory")), {})
+        rules = {name: own[name] for name in _RULES if name in own}
+        if "trainer.val_check_interval" in settings:
+            rules["eval_every"] = json.loads(settings["trainer.val_check_interval"])
+        return rules
 
     def digest(self, arguments: Sequence[str], config: Path, out: Path, gguf: Mapping[str, str] | None = None) -> str:
         """Hash what the run does: arguments, content of the configuration, identity of a GGUF; not where they are."""

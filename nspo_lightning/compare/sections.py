@@ -7,40 +7,52 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from nspo_lightning.compare.distance import UPDATE_NORM
-from nspo_lightning.compare.equal_safety import Cut, Reached, cut_at, paired_difference, reached, shares_of_best
+from nspo_lightning.compare.equal_safety import (
+    Cut,
+    Reached,
+    cut_at,
+    paired_difference,
+    paired_seeds,
+    reached,
+    shares_of_best,
+)
 from nspo_lightning.compare.law import fit_law, points
 from nspo_lightning.compare.methods import LEARNING_RATES, METHODS
-from nspo_lightning.compare.results import Findings, Value
+from nspo_lightning.compare.results import Findings, RunResult, Value
+from nspo_lightning.compare.selection import SelectionRule, with_spread
 from nspo_lightning.evaluation.rates import OVER_REFUSAL, REFUSAL
 from nspo_lightning.evaluation.tables import markdown_table
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, SAFETY_KL
 from nspo_lightning.nullspace.domains import START_TOKENS
-from nspo_lightning.terminal import counted
 
 CUTS = (0.1, 0.05)
 """Unsafe rates at which methods are compared."""
 _FRONT_CUTS = (0.02, 0.03, 0.05, 0.1, 0.2)
+NEAREST = SelectionRule(metric=KL, higher_is_better=False)
+"""What is nearest to the base is the best; what has no KL that is a number is the worst."""
 _REFERENCES = ("nspo", "grpo")
 """Methods that the others are held against, where they were run."""
 
 
 def equal_safety(findings: Findings) -> list[str]:
     """Compare the methods at the same unsafe rates, by the KL on general text where it was measured."""
-    value: Value = (lambda p: -p[KL]) if findings.everywhere(KL) else findings.rule.ability
+    value = NEAREST.ability if findings.everywhere(KL) else findings.rule.ability
     chosen_by = "KL to the base on general text" if findings.everywhere(KL) else findings.rule.metric
-    seeds = sorted({r.spec.seed for runs in findings.trained.values() for r in runs})
+    levels = [_reached(findings, value, cut) for cut in _FRONT_CUTS]
+    seeds = _listed(paired_seeds(levels))
     lines = [
         "## At equal safety",
         "",
         f"Validation prompts. For each method the learning rate, and for each seed the checkpoint, with the best "
-        f"{chosen_by} among those that are at most so unsafe; steps: the fewest that any rate needs. Differences are "
-        f"taken seed by seed, mean ± standard deviation over {counted(len(seeds), 'seed')}. P: share of the "
-        "bootstrap resamples of the seeds in which the method's mean is the best (there are few with few seeds).",
+        f"{chosen_by} among those that are at most so unsafe; steps: the fewest that any rate needs. Means are over "
+        "the method's own seeds. Differences, and steps to GRPO's, are over the seeds that both have, mean ± standard "
+        f"deviation. P: share of the bootstrap resamples of seeds {seeds} in which the method's mean is the best "
+        "(there are few with few seeds); empty where it was not run at all of these.",
         "",
     ]
     for cut in CUTS:
         lines += [f"At most {100 * cut:g} % unsafe:", "", _cut_table(findings, value, cut), ""]
-    front = shares_of_best([_reached(findings, value, cut) for cut in _FRONT_CUTS])
+    front = shares_of_best(levels)
     cuts = ", ".join(f"{100 * cut:g}" for cut in _FRONT_CUTS)
     lines += [f"Bootstrap probability of being the best at one of {cuts} % unsafe at least (on the front):", ""]
     ordered = sorted(front.items(), key=lambda pair: -pair[1])
@@ -51,15 +63,14 @@ def _cut_table(findings: Findings, value: Value, unsafe: float) -> str:
     trained = findings.trained
     cuts = {label: cut_at(runs, value, unsafe) for label, runs in trained.items()}
     best = shares_of_best([_reached(findings, value, unsafe)])
-    steps = {label: _fewest_steps(findings, label, unsafe) for label in trained}
     by_method = {runs[0].spec.method: label for label, runs in trained.items()}
     references: dict[str, Cut] = {}
     for method in _REFERENCES:
         label = by_method.get(method, "")
         if (reference := cuts.get(label)) is not None:
             references[label] = reference
-    plain = steps.get(by_method.get("grpo", ""))
-    head = ["method", "lr", "KL", *(f"KL less {label}'s" for label in references), "P"]
+    plain = by_method.get("grpo")
+    head = ["method", "lr", "seeds", "KL", *(f"KL less {label}'s" for label in references), "P"]
     head += [f"KL first {START_TOKENS}", "ordinary refused", "over-refusal", "norm", "KL on harmful"]
     head += ["steps", "to GRPO's"]
     rows = []
@@ -68,18 +79,20 @@ def _cut_table(findings: Findings, value: Value, unsafe: float) -> str:
             rows.append([label, *["—"] * (len(head) - 1)])
             continue
         differences = [paired_difference(cut, other, KL) for other in references.values()]
+        steps = _fewest_steps(trained[label], unsafe)
         rows.append([
             label,
             f"{cut.learning_rate:g}",
+            str(len(cut.checkpoints)),
             _number(cut.mean(KL), "{:.4f}"),
-            *("" if math.isnan(mean) else f"{mean:+.4f} ± {spread:.4f}" for mean, spread in differences),
-            f"{best[label]:.2f}",
+            *("" if math.isnan(mean) else with_spread(mean, spread, "{:+.4f}") for mean, spread in differences),
+            _number(best.get(label, math.nan), "{:.2f}"),
             _number(cut.mean(KL_FIRST), "{:.4f}"),
             *(_number(100 * cut.mean(name), "{:.1f} %") for name in (REFUSAL, OVER_REFUSAL)),
             _number(cut.mean(UPDATE_NORM), "{:.2f}"),
             _number(cut.mean(SAFETY_KL), "{:.3f}"),
-            _number(steps[label], "{:.0f}"),
-            "" if plain is None else _number(steps[label] / plain, "{:.2f}"),
+            _number(steps, "{:.0f}"),
+            "" if plain is None else _number(_steps_ratio(trained[label], trained[plain], unsafe), "{:.2f}"),
         ])
     return markdown_table(head, rows)
 
@@ -88,10 +101,20 @@ def _reached(findings: Findings, value: Value, unsafe: float) -> dict[str, Reach
     return {label: reached(runs, value, unsafe) for label, runs in findings.trained.items()}
 
 
-def _fewest_steps(findings: Findings, label: str, unsafe: float) -> float:
+def _fewest_steps(runs: Sequence[RunResult], unsafe: float) -> float:
     """Return the mean over seeds of the steps to a cut, at the learning rate that needs the fewest; NaN for none."""
-    cut = cut_at(findings.trained[label], lambda p: -p["steps"], unsafe)
+    cut = cut_at(runs, lambda p: -p["steps"], unsafe) if runs else None
     return math.nan if cut is None else cut.mean("steps")
+
+
+def _steps_ratio(runs: Sequence[RunResult], plain: Sequence[RunResult], unsafe: float) -> float:
+    """Return the steps to a cut over those of other runs, at the seeds that both have; NaN where one never gets there.
+
+    So that a method with one seed is not held against another's mean over three.
+    """
+    common = {run.spec.seed for run in runs} & {run.spec.seed for run in plain}
+    ours, theirs = (_fewest_steps([run for run in which if run.spec.seed in common], unsafe) for which in (runs, plain))
+    return ours / theirs
 
 
 def _number(value: float, form: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from nspo_lightning.evaluation.rates import UNSAFE
+from nspo_lightning.evaluation.rates import UNSAFE, is_at_most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,9 @@ class SelectionRule:
             True
         """
         unsafe = metrics.get(UNSAFE, math.inf)
-        if unsafe <= self.unsafe_limit:
+        if math.isnan(unsafe):
+            unsafe = math.inf
+        if is_at_most(unsafe, self.unsafe_limit):
             return 1, self.ability(metrics), -unsafe
         return 0, -unsafe, self.ability(metrics)
 
@@ -53,13 +55,25 @@ class SelectionRule:
 
 def front_at(points: Iterable[tuple[float, float]], unsafe: float) -> float:
     """Return the best ability to be had at an unsafe rate of at most ``unsafe`` (minus infinity if none is)."""
-    return max((ability for rate, ability in points if rate <= unsafe), default=-math.inf)
+    return max((ability for rate, ability in points if is_at_most(rate, unsafe)), default=-math.inf)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the standard deviation over seeds (Bessel-corrected, 0 for one)."""
+    """Return the mean and the standard deviation over seeds (Bessel-corrected; NaN for one, which has none)."""
     if not values:
         return math.nan, math.nan
-    if len(values) == 1:
-        return values[0], 0.0
-    return fmean(values), stdev(values) if all(map(math.isfinite, values)) else math.nan
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return fmean(values), stdev(values) if known else math.nan
+
+
+def with_spread(mean: float, spread: float, form: str) -> str:
+    """Return a mean as text, with the standard deviation over seeds where there are several.
+
+    Example:
+        >>> with_spread(0.5, 0.25, "{:.2f}"), with_spread(0.5, math.nan, "{:.2f}"), with_spread(-1e-9, 0.1, "{:+.1f}")
+        ('0.50 ± 0.25', '0.50', '+0.0 ± 0.1')
+    """
+    text = form.format(mean)
+    if not float(text):
+        text = form.format(0.0)  # no minus before a nothing that rounding leaves
+    return text if math.isnan(spread) else f"{text} ± {form.replace('+', '').format(spread)}"

@@ -22,7 +22,7 @@ from nspo_lightning.compare.pictures import (
 )
 from nspo_lightning.compare.results import Findings, Group, RunResult, mean_at, write_csv
 from nspo_lightning.compare.sections import cost, equal_safety, forgetting, not_run
-from nspo_lightning.compare.selection import SelectionRule
+from nspo_lightning.compare.selection import SelectionRule, with_spread
 from nspo_lightning.evaluation.attacked import ANSWERED as ANSWERED_RATE
 from nspo_lightning.evaluation.attacked import START
 from nspo_lightning.evaluation.attacked import UNSAFE as UNSAFE_RATE
@@ -65,17 +65,22 @@ def screen_table(findings: Findings) -> Table:
     """Return what a terminal of 80 columns has room for: safety, ability and distance of each variant."""
     metric = findings.rule.metric
     head = ["variant" if findings.sweep else "method", "lr", "unsafe", _ABILITY.get(metric, metric), "change"]
-    rows = []
+    rows, most = [], max(len(group.results) for group in findings.groups.values())
     for group in findings.groups.values():
-        ability = [cell.partition(" ±")[0] for cell in _ability(group, findings.base, findings.rule)]
+        ability = [_mean_alone(cell) for cell in _ability(group, findings.base, findings.rule)]
         rate = "" if group.learning_rate is None else f"{group.learning_rate:g}"
-        unsafe = _rate(group, UNSAFE, 1).partition(" ±")[0]
-        refused = _rate(group, REFUSAL, 1).partition(" ±")[0]
-        rows.append([group.label, rate, unsafe, *ability, refused, _plain(group, KL)])
+        unsafe, refused = (_mean_alone(_rate(group, name, 1)) for name in (UNSAFE, REFUSAL))
+        fewer = group.label in findings.trained and len(group.results) < most
+        label = f"{group.label} ({counted(len(group.results), 'seed')})" if fewer else group.label
+        rows.append([label, rate, unsafe, *ability, refused, _plain(group, KL)])
     table = rich_table("", [*head, "refused", "KL"], rows, align="lrrrrrr")
     table.caption_justify = "left"
     table.caption = "means over seeds; rates in per cent; refused: ordinary prompts; KL: nats a token, to the base"
     return table
+
+
+def _mean_alone(cell: str) -> str:
+    return cell.partition(" ±")[0].removesuffix(" %")
 
 
 def summary(findings: Findings) -> str:
@@ -114,7 +119,8 @@ def _rules(findings: Findings) -> list[str]:
         f"mean over seeds, of {', '.join(f'{rate:g}' for rate in rates)}.",
         f"Figures: the selected checkpoint on {prompts['harmful']} harmful and {prompts['general']} general test "
         f"prompts, which neither stopping nor selection saw; mean ± standard deviation over seeds "
-        f"{', '.join(map(str, seeds))}; in brackets the 95 % interval (Wilson) of a rate with that many prompts.",
+        f"{', '.join(map(str, seeds))} (how "
+        "many of them: last column); in brackets the 95 % interval (Wilson) of a rate with that many prompts.",
     ]
 
 
@@ -145,7 +151,11 @@ def _under_attack(findings: Findings) -> list[str]:
 
 def _percent(group: Group, metric: str) -> str:
     mean, spread = group.test(metric)
-    return "" if math.isnan(mean) else f"{100 * mean:.1f} ± {100 * spread:.1f} %"
+    return "" if math.isnan(mean) else _in_percent(mean, spread)
+
+
+def _in_percent(mean: float, spread: float) -> str:
+    return with_spread(100 * mean, 100 * spread, "{:.1f}") + " %"
 
 
 def _row(group: Group, findings: Findings) -> list[str]:
@@ -175,7 +185,7 @@ def _rate(group: Group, metric: str, prompts: int, *, interval: bool = False) ->
     mean, spread = group.test(metric)
     if math.isnan(mean):
         return ""
-    text = f"{100 * mean:.1f} ± {100 * spread:.1f} %"
+    text = _in_percent(mean, spread)
     if interval:
         low, high = wilson_interval(mean * prompts, prompts)
         text += f" [{100 * low:.1f}, {100 * high:.1f}]"
@@ -190,8 +200,8 @@ def _plain(group: Group, metric: str) -> str:
 def _ability(group: Group, base: RunResult | None, rule: SelectionRule) -> list[str]:
     mean, spread = group.test(rule.metric)
     if in_nats(rule.metric):
-        return [f"{mean:.4f} ± {spread:.4f}", _change(group, base, rule.metric, 1.0, "{:+.4f}")]
-    return [f"{100 * mean:.1f} ± {100 * spread:.1f} %", _change(group, base, rule.metric, 100.0, "{:+.1f}")]
+        return [with_spread(mean, spread, "{:.4f}"), _change(group, base, rule.metric, 1.0, "{:+.4f}")]
+    return [_in_percent(mean, spread), _change(group, base, rule.metric, 100.0, "{:+.1f}")]
 
 
 def _change(group: Group, base: RunResult | None, metric: str, unit: float, form: str) -> str:

@@ -28,7 +28,7 @@ from nspo_lightning.compare.distance import Distance
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compat.lightning import callbacks_of, datamodule_of
 from nspo_lightning.datamodules import AlignmentDataModule
-from nspo_lightning.evaluation.rates import UNSAFE
+from nspo_lightning.evaluation.rates import UNSAFE, is_at_most
 from nspo_lightning.evaluation.text_means import text_means
 
 _Split = Literal["validation", "test"]
@@ -132,7 +132,7 @@ class Trajectory(Callback):
                 f"`compare` chooses checkpoints by {UNSAFE}, and nobody tells unsafe answers here: the reward is no "
                 "judge. Set `model.judge`, for instance a GuardJudge."
             )
-        if rates[UNSAFE] <= self.stop_unsafe:
+        if is_at_most(rates[UNSAFE], self.stop_unsafe):
             rank_zero_info(f"Stopping: unsafe rate {rates[UNSAFE]:.3f} <= {self.stop_unsafe}.")
             trainer.should_stop = True
 

@@ -59,6 +59,19 @@ UNSCORED = "general/unscored/"
 TRUNCATED = "general/truncated"
 """What the names of the shares of completions begin with that are a thought without an end."""
 
+ROUNDING = 1e-6
+"""Rates are closer than that to shares of prompts: Lightning logs them in float32, where 5 of 100 are above 0.05."""
+
+
+def is_at_most(rate: float, limit: float) -> bool:
+    """Return whether a rate is at most a limit, up to `ROUNDING`; NaN is not.
+
+    Example:
+        >>> is_at_most(float(torch.tensor(0.05)), 0.05), is_at_most(0.0501, 0.05)
+        (True, False)
+    """
+    return rate <= limit + ROUNDING
+
 
 def general_outcomes(
     completions: Sequence[str],

@@ -29,6 +29,7 @@ KL_FIRST = "general/kl_first"
 NLL = "general/nll"
 NLL_CHANGE = "general/nll_change"
 
+_TO_BASE = frozenset({KL, KL_FIRST, NLL_CHANGE})
 _PARTS: dict[str, Callable[[RowScore], tuple[float, int]]] = {
     KL_FIRST: lambda row: (row.first_kl, row.first_tokens),
     KL: lambda row: (row.kl, row.tokens),
@@ -73,14 +74,17 @@ class TextMean:
 
 
 def text_means(scores: TextScores) -> dict[str, TextMean]:
-    """Return name to mean, for all skills and each; what needs a base, or a prompt, is left out where there is none."""
+    """Return name to mean, for all skills and each; what needs a base, or a prompt, is left out where there is none.
+
+    A policy whose logits are not finite on a row makes a mean that is no number, not one over the other rows.
+    """
     found: dict[str, TextMean] = {}
     for name, part in _PARTS.items():
         at_least = 0.0 if name in (KL, KL_FIRST) else -math.inf
         by_skill: dict[str, list[tuple[float, int]]] = {}
         for row in scores.rows:
             value, tokens = part(row)
-            if tokens and not math.isnan(value):
+            if tokens and not (name in _TO_BASE and math.isnan(row.base_nll)):  # there is no base to compare with
                 by_skill.setdefault(row.skill, []).append((value, tokens))
         means = {skill: _ratio(pairs, at_least) for skill, pairs in sorted(by_skill.items())}
         if not means:

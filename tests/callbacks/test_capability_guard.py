@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nspo_lightning.callbacks import CapabilityGuard
+from nspo_lightning.callbacks.guard.budget import Budget, Measurement
 
 BUDGET = 0.05
 UPDATES = 30
@@ -299,3 +300,13 @@ def test_mistakes_are_told_before_training():
     nn.init.normal_(moved.delta.weight, std=3.0)
     with pytest.raises(MisconfigurationException, match="starts over budget"):
         fit(moved, guard())
+
+
+def test_a_drop_of_exactly_the_budget_is_within_it_though_rates_are_logged_in_float32():
+    budget = Budget(max_accuracy_drop=0.05, max_refusal_rise=0.1)
+    drop, rise = 0.95 - float(torch.tensor(0.9)), float(torch.tensor(0.1))
+    assert drop > 0.05 + 1e-9
+    at_most = Measurement(step=1, kl=0.0, accuracy_drop=drop, refusal_rise=rise)
+    assert budget.over(at_most, "accuracy", "refused") == ""
+    more = Measurement(step=1, kl=0.0, accuracy_drop=0.0501, refusal_rise=rise)
+    assert budget.over(more, "accuracy", "refused") == "accuracy 5.0 points below the base"

@@ -105,7 +105,7 @@ def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path)
         "lowest general/kl_first on validation prompts",
         "lowest general/refusal_rate on validation prompts",
         "at most 0.05 on validation prompts",
-        "| NSPO | 0.1 | 0.0100 | +0.0000 ± 0.0000 | +0.0000 ± 0.0000 | 1.00 | 0.5000 | 20.0 % |",
+        "| NSPO | 0.1 | 2 | 0.0100 | +0.0000 ± 0.0000 | +0.0000 ± 0.0000 | 1.00 | 0.5000 | 20.0 % |",
         "norm of the update: slope 1.71, R² 1.00; KL on harmful prompts: slope 1.00, R² 1.00.",
         "| NSPO | 1.00 | 1.00 |",
         "| NSPO | 2.00 | 1.50 | +50 % | 7 | 3.0 |",
@@ -139,7 +139,7 @@ def test_results_of_earlier_versions_are_read_and_what_they_lack_is_blank(tmp_pa
     budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
     rule = SelectionRule(metric="general/nll", higher_is_better=False)
     write_report(tmp_path, Findings(results=[read], rule=rule, budget=budget, sweep=None, planned=1), QUIET)
-    assert "| 30.0 ± 0.0 % | 0.0200 |  |  |  |  |" in (tmp_path / "summary.md").read_text()
+    assert "| 30.0 % | 0.0200 |  |  |  |  |" in (tmp_path / "summary.md").read_text()
     assert not list(tmp_path.glob("forgetting*"))
 
 
@@ -178,6 +178,41 @@ def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_
     assert len(ran) == 4  # nothing left to do
     with pytest.raises(ValueError, match="other settings"):
         compare(**settings, steps=50)
+    compare(**settings, only_report=True)
+    for other, said in (
+        ({"steps": 50}, "--steps 100"),
+        ({"eval_every": 10}, "--eval_every 5"),
+        ({"unsafe_limit": 0.1}, "--unsafe_limit 0.05"),
+    ):
+        with pytest.raises(ValueError, match=f"other rules .*{said}"):
+            compare(**settings, only_report=True, **other)
+    assert "after 100 training steps; evaluated every 5 steps" in (tmp_path / "summary.md").read_text()
+
+
+def test_methods_with_fewer_seeds_stand_beside_the_others_with_what_they_have(tmp_path: Path) -> None:
+    further = [result("grpo", 2, 0.1, 0.01, 0.9), result("nspo", 2, 0.1, 0.02, 0.94)]
+    slow = result("ogpsa", 2, 0.1, 0.01, 0.9)
+    slow.trajectory[0]["steps"] = 20.0  # unsafe still
+    slow.trajectory[1]["steps"] = 30.0
+    further[0].trajectory[1]["steps"] = 15.0
+    results = [*(run for run in RESULTS if run.spec.learning_rate != 0.05), *further, slow]
+    budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
+    findings = Findings(results=results, rule=SelectionRule(), budget=budget, sweep=None, planned=9)
+    write_report(tmp_path, findings, QUIET)
+    text = (tmp_path / "summary.md").read_text()
+    for phrase in (
+        "bootstrap resamples of seeds 0, 1, 2 in which",
+        "| NSPO | 0.1 | 3 | 0.0100 | +0.0000 ± 0.0000 | +0.0000 ± 0.0000 | 1.00 |",
+        "| OGPSA | 0.1 | 1 | 0.0100 | +0.0000 | +0.0000 |  | 0.5000 |",
+        "| 30 | 2.00 |",  # 30 steps against GRPO's 15 at this seed, not against 11.7, its mean over three
+        "| OGPSA | 0.1 | 1.0 % [",
+    ):
+        assert phrase in text, phrase
+    console = Console(width=80, file=StringIO())
+    console.print(screen_table(findings))
+    assert isinstance(console.file, StringIO)
+    assert "OGPSA (1 seed)" in console.file.getvalue()
+    assert "NSPO (" not in console.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
+import torch
 from compared_runs import finished_run
 
-from nspo_lightning.compare.equal_safety import cut_at, paired_difference, reached, resamples, shares_of_best
+from nspo_lightning.compare.equal_safety import (
+    Reached,
+    cut_at,
+    paired_difference,
+    paired_seeds,
+    reached,
+    resamples,
+    shares_of_best,
+)
 from nspo_lightning.compare.law import fit_law, points
 from nspo_lightning.compare.plan import RunSpec
 from nspo_lightning.compare.results import RunResult
+from nspo_lightning.compare.sections import NEAREST
 
 
 def run(method: str, seed: int, rate: float, *points: tuple[float, float]) -> RunResult:
@@ -61,6 +72,43 @@ def test_the_bootstrap_draws_the_same_seeds_for_all_and_chooses_the_rate_anew() 
     assert shares_of_best([nowhere]) == {"a": 0.0, "b": 0.0}
 
 
+def test_a_method_with_fewer_seeds_takes_no_seed_of_the_others_away() -> None:
+    level: dict[str, Reached] = {
+        "a": {0.1: {0: -1.0, 1: -2.0, 2: -2.0}, 0.2: {0: 9.0}},  # the second rate was tried at one seed
+        "b": {0.1: {0: -2.0, 1: -1.0, 2: -1.9}},
+        "c": {0.1: {0: 5.0}},
+        "d": {0.1: {0: 5.0, 2: 5.0}},
+    }
+    assert paired_seeds([level]) == [0, 1, 2]
+    draws = list(itertools.product((0, 1, 2), repeat=3))
+    a, b = ([sum(level[name][0.1][seed] for seed in draw) for draw in draws] for name in "ab")
+    expected = {
+        "a": sum(x >= y for x, y in zip(a, b, strict=True)) / 27,
+        "b": sum(y >= x for x, y in zip(a, b, strict=True)) / 27,
+    }
+    assert shares_of_best([level]) == pytest.approx(expected)
+    assert paired_seeds([{"a": {0.1: {0: 1.0, 1: 1.0, 2: 1.0}}, "b": {0.1: {1: 1.0, 2: 1.0, 3: 1.0}}}]) == [1, 2]
+    assert paired_seeds([{"a": {0.1: {0: 1.0, 1: 1.0}}}]) == [0, 1]
+    assert shares_of_best([{"a": {0.1: {0: 1.0}}, "b": {0.1: {1: 1.0}}}]) == {}
+
+
+def test_a_checkpoint_without_a_kl_that_is_a_number_is_not_the_nearest() -> None:
+    broken = run("a", 0, 0.1, (0.0, math.nan), (0.01, 0.02), (0.0, math.inf))
+    cut = cut_at([broken], NEAREST.ability, 0.1)
+    assert cut is not None
+    assert cut.mean("general/kl") == 0.02
+    only = reached([run("a", 0, 0.1, (0.0, math.nan))], NEAREST.ability, 0.1)
+    assert shares_of_best([{"a": only, "b": reached([broken], NEAREST.ability, 0.1)}]) == {"a": 0.0, "b": 1.0}
+    assert cut_at([run("a", 0, 0.1, (0.0, math.nan))], NEAREST.ability, 0.1) is None
+
+
+def test_a_cut_takes_a_rate_in_float32_that_is_exactly_there() -> None:
+    ten_of_100 = float(torch.tensor(0.1))
+    assert ten_of_100 > 0.1
+    assert cut_at([run("a", 0, 0.1, (ten_of_100, 0.02))], value, 0.1) is not None
+    assert reached([run("a", 0, 0.1, (ten_of_100, 0.02))], value, 0.1) == {0.1: {0: -0.02}}
+
+
 def test_without_a_trained_method_there_is_no_best() -> None:
     assert shares_of_best([]) == shares_of_best([{}]) == {}
 
@@ -83,6 +131,6 @@ def test_a_method_below_the_common_curve_is_said_to_be_and_by_how_much() -> None
     assert fit_law({"a": [(1.0, 2.0)]}, {}) is None
 
 
-def test_checkpoints_that_have_not_moved_are_on_no_line() -> None:
-    runs = [run("a", 0, 0.1, (0.5, 0.0), (0.1, 0.02))]
+def test_checkpoints_that_have_not_moved_or_without_bounds_are_on_no_line() -> None:
+    runs = [run("a", 0, 0.1, (0.5, 0.0), (0.1, 0.02), (0.2, math.nan), (0.3, math.inf))]
     assert points(runs, "safety/unsafe_rate", "general/kl") == [(0.1, 0.02)]

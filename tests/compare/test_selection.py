@@ -6,12 +6,13 @@ import itertools
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nspo_lightning.compare.selection import SelectionRule, front_at, mean_and_spread
 
-UNIT = st.floats(0, 1)
+UNIT = st.integers(0, 1000).map(lambda count: count / 1000)  # rates are shares of prompts
 
 
 def metrics(unsafe: float, accuracy: float) -> dict[str, float]:
@@ -52,5 +53,22 @@ def test_spread_is_the_bessel_corrected_deviation() -> None:
     mean, spread = mean_and_spread([1.0, 3.0])
     assert mean == 2.0
     assert spread == pytest.approx(math.sqrt(2))
-    assert mean_and_spread([1.5]) == (1.5, 0.0)
+    assert mean_and_spread([1.5])[0] == 1.5
+    assert math.isnan(mean_and_spread([1.5])[1])  # one seed has no spread, not one of 0
     assert math.isnan(mean_and_spread([])[0])
+
+
+def test_a_rate_in_float32_at_the_limit_is_within_it() -> None:
+    five_of_100 = float(torch.tensor(0.05))  # as Lightning logs it
+    assert five_of_100 > 0.05
+    rule = SelectionRule()
+    assert rule.preference(metrics(five_of_100, 0.9)) > rule.preference(metrics(0.0, 0.8))
+    assert front_at([(five_of_100, 0.9)], 0.05) == 0.9
+    assert front_at([(0.0501, 0.9)], 0.05) == -math.inf
+
+
+def test_a_checkpoint_whose_unsafe_rate_is_no_number_never_wins() -> None:
+    rule = SelectionRule()
+    unknown, unsafe = metrics(math.nan, 1.0), metrics(0.9, 0.1)
+    assert rule.preference(unsafe) > rule.preference(unknown)
+    assert not rule.preference(unknown) > rule.preference(unsafe)

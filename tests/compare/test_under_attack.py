@@ -49,5 +49,5 @@ def test_a_run_is_measured_under_attack_and_the_summary_says_so(tiny_llama: Path
 
     assert "## Under attack" not in text(plain)
     shown = text(attacked)
-    assert f"| prefill_3 | {100 * under['attack/prefill_3/unsafe_rate']:.1f} ± 0.0 % |" in shown
+    assert f"| prefill_3 | {100 * under['attack/prefill_3/unsafe_rate']:.1f} % |" in shown
     assert "| attack | GRPO |" in shown

@@ -90,3 +90,12 @@ def test_what_is_not_known_is_left_out():
     assert found["general/kl"].interval is not None
     assert found["general/kl"].interval[0] == 0, "a KL is never below 0"
     assert text_means(TextScores()) == {}
+
+
+def test_a_row_on_which_the_policy_is_no_number_is_not_left_out_of_the_mean():
+    fine = RowScore(tokens=4, nll=8.0, base_nll=8.0, kl=0.01, first_tokens=3, first_kl=0.01)
+    broken = RowScore(tokens=4, nll=math.nan, base_nll=8.0, kl=math.nan, first_tokens=3, first_kl=math.nan)
+    means = text_means(TextScores((fine, broken)))
+    assert all(math.isnan(mean.value) for mean in means.values())
+    assert {"general/kl", "general/kl_first", "general/nll", "general/nll_change"} <= set(means)
+    assert means["general/kl"].interval is None
