@@ -35,12 +35,12 @@ from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, l
 from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.diagnosis import TrainingFacts
 from nspo_lightning.evaluation.rates import ACCURACY, Answers, Rate, Seen, with_accuracy
-from nspo_lightning.evaluation.thoughts import is_unfinished
 from nspo_lightning.grpo import AdvantageScale, ObjectiveConfig, loss_mask, rows_with_signal
+from nspo_lightning.module.base_answers import BaseAnswers
 from nspo_lightning.module.checkpoint_content import check_adapter_base, check_checkpoint, keep_trained_
 from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.dynamic import DynamicSampling
-from nspo_lightning.module.evaluator import EVALUATION_SEED, Evaluator
+from nspo_lightning.module.evaluator import Evaluator
 from nspo_lightning.module.experience import ExperienceBuffer, Minibatch
 from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank, scale_gradients_
 from nspo_lightning.module.guided import GuidedSampling
@@ -74,14 +74,12 @@ from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.module.victim import PolicyVictim
-from nspo_lightning.nullspace.modes import adapters_off
-from nspo_lightning.policy.adapter import has_adapter, load_adapter_
+from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextLoss, TextScores
 from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
 from nspo_lightning.policy.loading_progress import loading_progress
-from nspo_lightning.policy.parts import causal_model
-from nspo_lightning.policy.scoring import positions
 from nspo_lightning.policy.settings import PolicySettings
+from nspo_lightning.policy.text_forward import run_trained_layers, text_logits
 from nspo_lightning.policy.text_scores import BaseStates, score_text, text_loss
 from nspo_lightning.policy.warm_start import WarmStart
 from nspo_lightning.rewards import Judge, NonFiniteRewardError, Reward, RewardSet
@@ -90,13 +88,6 @@ from nspo_lightning.rewards.rules.refusal import RefusalPatterns
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.graphs import check_decoding
 from nspo_lightning.rollout.server_config import ServerSettings
-from nspo_lightning.rollout.texts import written_texts
-
-
-def _text_inputs(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
-    """Return what a model is given of text: its places too, which some models would count from the padding on."""
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    return inputs if attention_mask is None else {**inputs, "position_ids": positions(attention_mask.bool())}
 
 
 def _default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -215,7 +206,6 @@ class GRPOModule(pl.LightningModule):
         self._loaded_step: int | None = None  # global step of the checkpoint that is measured
         self.text_policy = TextPolicy(policy, share_prefix=share_prefix)
         self.base_states = BaseStates()
-        self._base_answers: dict[tuple[tuple[str, ...], int], list[str]] = {}
         rollouts = make_rollouts(self.text_policy, self.settings)
         self.prefixes = Prefixes(
             policy=self.text_policy,
@@ -239,6 +229,11 @@ class GRPOModule(pl.LightningModule):
             general=self.general_sampling,
             over_refusal_skills=tuple(over_refusal_skills),
             prefixes=self.prefixes,
+        )
+        self.base_answers = BaseAnswers(
+            policy=self.text_policy,
+            sampling=self.general_sampling,
+            tell_of_thoughts=self.evaluator.tell_of_thoughts,
         )
         self.progress = Progress(
             max_nonfinite=self.settings.max_nonfinite_updates,
@@ -547,19 +542,11 @@ class GRPOModule(pl.LightningModule):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Run the policy over text, shape (batch, length), and return logits, shape (batch, length, vocabulary)."""
-        output = self.require_policy()(**_text_inputs(input_ids, attention_mask))
-        logits: Tensor = output.logits
-        return logits
+        return text_logits(self.require_policy(), input_ids, attention_mask)
 
     def calibration_forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Run the policy over text for calibration: with logits of the last token only, if only the decoder trains."""
-        policy = self.require_policy()
-        model = causal_model(policy)
-        head = model.get_output_embeddings()
-        in_decoder = {id(p) for p in model.base_model.parameters()} - {id(p) for p in head.parameters()}
-        decoder_only = all(id(p) in in_decoder for p in self.text_policy.trainable_parameters())
-        few = {"logits_to_keep": 1} if decoder_only else {}
-        policy(**_text_inputs(input_ids, attention_mask), **few)
+        """Run the policy over text for calibration, see `run_trained_layers`."""
+        run_trained_layers(self.require_policy(), input_ids, attention_mask)
 
     @property
     def rollouts(self) -> int:
@@ -635,32 +622,8 @@ class GRPOModule(pl.LightningModule):
         record.write(Path(folder))
 
     def calibration_answers(self, prompts: Sequence[Any], max_new_tokens: int | None = None) -> list[str]:
-        """Continue rendered texts or chats greedily, as `calibration_text: prompt_and_model_answer` wants it.
-
-        It is the base that answers: what is calibrated on is the same before training, after a warm start, and where a
-        run goes on. Its answers are kept: a null space and a penalty beside it read the same text.
-
-        Args:
-            prompts: As `TextPolicy.render` takes them.
-            max_new_tokens: Of an answer, at most; None = as `general_sampling` says.
-
-        Returns:
-            The answers, one a prompt.
-        """
-        batch, sampling = self.text_policy.render(prompts), self.general_sampling
-        if max_new_tokens is not None:
-            most = min(max_new_tokens, sampling.max_new_tokens)
-            sampling = replace(sampling, max_new_tokens=most, min_new_tokens=min(most, sampling.min_new_tokens))
-        key = (tuple(map(str, prompts)), sampling.max_new_tokens)
-        if (known := self._base_answers.get(key)) is not None:
-            return known
-        with adapters_off(self.require_policy()):
-            rollout, texts = self.text_policy.generate(batch, sampling, 1, EVALUATION_SEED, exact=True)
-        self.evaluator.tell_of_thoughts(sum(map(is_unfinished, texts)), len(texts))
-        answers = written_texts(self.tokenizer, rollout, sampling)
-        if has_adapter(self.require_policy()):  # full weights move: there the base is gone
-            self._base_answers[key] = answers
-        return answers
+        """Answer as the base does, as `calibration_text: prompt_and_model_answer` wants it; see `BaseAnswers`."""
+        return self.base_answers.to(prompts, max_new_tokens)
 
     @property
     def tokens_per_microbatch(self) -> int | None:

@@ -100,7 +100,7 @@ def test_with_a_weight_the_penalty_sees_the_starts_of_the_policys_own_answers(ti
     # No row of text is a start, and nobody answered a prompt that is to be learnt.
     assert {d for batch in penalty._batches for d in batch["domain"]} == {"say"}
     assert len(penalty._starts) == 3
-    assert sum(len(prompts) for prompts, _ in policy._base_answers) == 3
+    assert sum(len(prompts) for prompts, _ in policy.base_answers.known) == 3
     # Scored is what stands behind the prompt alone: three tokens of an answer, by the scores of their rows.
     scores = [policy.text_scores(batch) for batch in penalty.starts_of(1)]
     assert {row.tokens for found in scores for row in found.rows} == {3}
@@ -149,7 +149,7 @@ def test_text_without_starts_is_refused_before_anything_is_measured(tiny_llama, 
     ):
         trainer(tmp_path, 1, callbacks=[started, GeneralKL(start_weight=0.5)]).fit(job, data())
     assert not started.training
-    assert not job._base_answers
+    assert not job.base_answers.known
 
 
 def test_text_of_ones_own_datamodule_without_starts_is_refused_too(tiny_llama, tmp_path):

@@ -143,7 +143,7 @@ def test_it_is_the_base_that_answers_calibration_prompts(tiny_llama):
     before = job.calibration_answers(prompts)
     move_adapter_(job.require_policy(), 0.5)
     assert job.calibration_answers(prompts) is before, "asked once"
-    job._base_answers.clear()
+    job.base_answers.known.clear()
     assert job.calibration_answers(prompts) == before
     batch = job.text_policy.render(prompts)
     _, moved = job.text_policy.generate(batch, job.general_sampling, 1, 0, exact=True)
