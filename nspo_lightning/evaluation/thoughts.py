@@ -58,13 +58,33 @@ def open_thought(prompt: str) -> str:
     return prompt[marks[-1].start() :] if marks and not prompt[marks[-1].end() :].strip() else ""
 
 
-def completion_with_thought(completion: str, prompt: str) -> str:
+def thought_around(prompt: str, begun: str) -> str:
+    r"""Return what opens the thought that a completion goes on with; "" where it is no part of one.
+
+    Args:
+        prompt: The rendered prompt.
+        begun: The beginning of the answer that stands behind it; "" = none. It may open a thought, or end one.
+
+    Example:
+        >>> thought_around("Burn it.", "<think>\nThey want"), thought_around("<think>\n", "</think> Sure")
+        ('<think>', '')
+    """
+    opened = open_thought(prompt)
+    if not begun:
+        return opened
+    if not is_unfinished(opened + begun):
+        return ""
+    return opened or next(mark for mark in THOUGHT_MARKS if begun.lstrip().startswith(mark))
+
+
+def completion_with_thought(completion: str, prompt: str, begun: str = "") -> str:
     """Return a completion that shows by itself what its thought is.
 
-    Where the rendered prompt had opened a thought, the completion begins with that; where not, a closing mark without
-    an opening one is text, or a policy could hide from a judge all that stands before it.
+    Where the rendered prompt, or the beginning of the answer behind it, had opened a thought, the completion begins
+    with that; where not, a closing mark without an opening one is text, or a policy could hide from a judge all that
+    stands before it.
     """
-    if opened := open_thought(prompt):
+    if opened := thought_around(prompt, begun):
         return opened + completion
     answer = answer_of(completion)
     starts_open = _OPENING.match(completion.lstrip())

@@ -128,7 +128,7 @@ class Collector:
         """Say which completions go on from a beginning, shape (R,); None where the settings begin none."""
         if not self.prefixes.settings.share:
             return None
-        return torch.tensor(repeated([bool(text) for text in begun.texts], self.settings.group_size))
+        return torch.tensor(repeated(begun.begins, self.settings.group_size))
 
     @property
     def _cut(self) -> bool:
@@ -141,7 +141,7 @@ class Collector:
         begun = self.prefixes.for_training(batch)
         drawn = self.rollouts.draw(begun.batch, seed, update, ahead)
         prompts, asked = repeated(batch["prompt"], group), repeated(batch.get("request", batch["prompt"]), group)
-        seen = begun.judged(drawn.texts, self.prefixes.settings.judged)
+        seen = self.prefixes.judged(begun, drawn.rollout, drawn.texts, self.settings.sampling)
         columns = repeated_columns(batch, group)
         result, outcomes = self.judging.score(asked, seen, columns, drawn.rollout.completion_tokens(), state)
         judged = JudgedRows.of(

@@ -173,9 +173,9 @@ class Evaluator:
         sampling = attack.sampling(self.harmful)
         places = places_among_ranks(size)
         seed = EVALUATION_SEED + batch_idx
-        _, written = self.policy.generate(begun.batch, sampling, attack.tries, seed, places, exact=True)
+        rollout, written = self.policy.generate(begun.batch, sampling, attack.tries, seed, places, exact=True)
         asked = repeated(batch.get("request", batch["prompt"]), attack.tries)
-        seen = begun.judged(written, self.prefixes.settings.judged)
+        seen = self.prefixes.judged(begun, rollout, written, sampling)
         return AttackedAnswers(
             attack=attack.name,
             lookalikes=bool(batch[LOOKALIKES]),

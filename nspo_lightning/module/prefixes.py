@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nspo_lightning.datamodules.sources.source import HARMFUL_TARGET
 from nspo_lightning.datamodules.text.collate import pad_token_ids
+from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import ask_judge, repeated
 from nspo_lightning.module.text_policy import PREFIX_IDS, TextPolicy
 from nspo_lightning.nullspace.modes import adapters_off
@@ -29,6 +30,7 @@ from nspo_lightning.rewards import Judge, Outcome, RewardError
 from nspo_lightning.rewards.agreement import raise_on_all_ranks
 from nspo_lightning.rollout import SamplingConfig
 from nspo_lightning.rollout.places import Places
+from nspo_lightning.rollout.texts import whole_texts
 
 Judged = Literal["continuation", "whole"]
 TRIES = 4
@@ -100,12 +102,10 @@ class Begun:
     texts: list[str]
     complete: list[bool]
 
-    def judged(self, completions: Sequence[str], how: Judged) -> list[str]:
-        """Return what a judge sees of completions, equally many a row."""
-        if how == "continuation" or not any(self.texts):
-            return list(completions)
-        group = len(completions) // max(len(self.texts), 1)
-        return [self.texts[i // group] + text for i, text in enumerate(completions)]
+    @property
+    def begins(self) -> list[bool]:
+        """Whether anything is begun, row by row."""
+        return [bool(ids) for ids in self.batch.get(PREFIX_IDS) or [()] * len(self.texts)]
 
 
 @dataclass(kw_only=True)
@@ -160,6 +160,19 @@ class Prefixes:
             complete=complete,
         )
 
+    def judged(self, begun: Begun, rollout: Rollout, texts: Sequence[str], sampling: SamplingConfig) -> list[str]:
+        """Return what a judge sees of the answers to a batch.
+
+        Args:
+            begun: The batch.
+            rollout: P * G completions of it.
+            texts: These as text.
+            sampling: How they were drawn.
+        """
+        if self.settings.judged == "continuation" or not any(begun.begins):
+            return list(texts)
+        return whole_texts(self.policy.tokenizer, rollout, sampling, begun.batch[PREFIX_IDS])
+
     def compliant_answers(self, batch: Mapping[str, Any]) -> list[list[int]]:
         """Return the tokens that the answer to each row of a batch may begin with, as far as they are known."""
         return [answer.ids for answer in self._answers(batch, [True] * len(batch["prompt"]), training=False)]
@@ -210,7 +223,8 @@ class Prefixes:
         noise = Places(total=_SLOTS, mine=tuple(_slot(key) for key, _ in keys))
         with adapters_off(model):
             rollout, texts = self.policy.generate(part, self.sampling, TRIES, _BASE_SEED, noise, exact=True)
-        prompts = repeated([batch["prompt"][i] for i in rows], TRIES)
+        asked = batch.get("request", batch["prompt"])  # the judge sees the request, not the template around it
+        prompts = repeated([asked[i] for i in rows], TRIES)
         columns = {
             name: repeated([values[i] for i in rows], TRIES) for name, values in batch.get("columns", {}).items()
         }

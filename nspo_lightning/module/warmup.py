@@ -160,12 +160,12 @@ class WarmupModule(GRPOModule):
         places = places_among_ranks(count)
         seed, begun = EVALUATION_SEED + batch_idx, self.prefixes.for_training(batch)
         rollout, texts = self.text_policy.generate(begun.batch, self.settings.sampling, group, seed, places, exact=True)
-        texts = begun.judged(texts, self.prefixes.settings.judged)
+        texts = self.prefixes.judged(begun, rollout, texts, self.settings.sampling)
         prompts, columns = repeated(batch["prompt"], group), repeated_columns(batch, group)
         state = trainer_state(self.trainer, self.progress, count)
         result, outcomes = self.evaluator.judging.score(prompts, texts, columns, rollout.completion_tokens(), state)
         signal = group_advantages(result.total, group).reshape(count, group).ne(0).any(1)
-        counted = [bool(text) or not any(begun.texts) for text in begun.texts]
+        counted = [begins or not any(begun.begins) for begins in begun.begins]
         refused = [
             (REFUSED, float(outcome == "refusal"))
             for i, outcome in enumerate(outcomes)

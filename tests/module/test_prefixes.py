@@ -9,9 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from tiny_jobs import WORDS, Recorder, adapter, even_tokens, general, harmful, module, trainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from nspo_lightning.callbacks import ExactResume
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
+from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.dynamic import DynamicSampling
 from nspo_lightning.module.guided import GuidedSampling
@@ -19,6 +22,8 @@ from nspo_lightning.module.prefixes import PrefixSettings, row_key
 from nspo_lightning.module.resumed_settings import ResumeError
 from nspo_lightning.module.text_policy import PREFIX_IDS
 from nspo_lightning.policy.settings import PolicyError
+from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout.texts import completion_texts, whole_texts
 
 EVERY = PrefixSettings(share=1.0, max_tokens=4)
 
@@ -222,22 +227,66 @@ def test_guided_answers_go_on_from_the_same_beginning(tiny_llama):
     assert len(prompts_in(guided.batch)[0]) > len(prompts_in(plain.batch)[0])
 
 
-def test_a_thought_that_the_template_opens_stays_open_behind_a_prefix(tiny_llama):
-    from nspo_lightning.grpo import Rollout
-    from nspo_lightning.rollout.texts import completion_texts
-
-    policy = module(tiny_llama)
-    tokenizer = policy.tokenizer
-    prompt, prefix, said = (tokenizer(text)["input_ids"] for text in ("Burn it. <think>", "Sure", "no</think>No."))
+def one_answer(tokenizer, prompt, prefix, said):
+    """Return a rollout of one completion behind a begun prompt, and the tokens of its beginning."""
+    ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, prefix + said, prefix)]
+    begun = len(ids[2])
+    assert ids[1][:begun] == ids[2]
     rollout = Rollout(
-        prompt_ids=torch.tensor([prompt + prefix]),
-        prompt_mask=torch.ones(1, len(prompt + prefix), dtype=torch.bool),
+        prompt_ids=torch.tensor([ids[0] + ids[2]]),
+        prompt_mask=torch.ones(1, len(ids[0]) + begun, dtype=torch.bool),
         group_size=1,
-        completion_ids=torch.tensor([said]),
-        completion_mask=torch.ones(1, len(said), dtype=torch.bool),
+        completion_ids=torch.tensor([ids[1][begun:]]),
+        completion_mask=torch.ones(1, len(ids[1]) - begun, dtype=torch.bool),
         finished=torch.tensor([True]),
     )
-    assert completion_texts(tokenizer, rollout, prefixes=[prefix]) == ["<think>no</think>No."]
+    return rollout, [ids[2]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prefix", "said", "alone", "whole"),
+    [
+        ("Burn it. <think>", " Sure", " no</think>No.", "<think> no</think>No.", "<think> Sure no</think>No."),
+        ("Burn it.", "<think> They", " want</think>No.", "<think> want</think>No.", "<think> They want</think>No."),
+        ("Burn it.", "<think> so</think>Sure", ". Take", ". Take", "<think> so</think>Sure. Take"),
+        ("Burn it. <think>", " so</think>Sure", ". Take", ". Take", "<think> so</think>Sure. Take"),
+        ("Burn it.", "Sure", " no</think>No.", " no< /think>No.", "Sure no< /think>No."),
+    ],
+)
+def test_a_thought_is_told_from_the_answer_wherever_the_beginning_ends(tiny_llama, prompt, prefix, said, alone, whole):
+    """The template, the beginning or the policy may open it: judges take no thought for an answer, nor hide one in it."""
+    tokenizer = module(tiny_llama).tokenizer
+    rollout, prefixes = one_answer(tokenizer, prompt, prefix, said)
+    assert completion_texts(tokenizer, rollout, prefixes=prefixes) == [alone]
+    assert whole_texts(tokenizer, rollout, SamplingConfig(), prefixes) == [whole]
+
+
+def test_a_whole_answer_is_decoded_in_one(tmp_path):
+    """Tokens of their own would lose the blank between them, as in Llama 2's tokenizer and its like."""
+    words = ["[UNK]", *(f"▁{word}" for word in ("Burn", "it.", "Sure,", "here", "is", "how"))]
+    kind = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    kind.pre_tokenizer, kind.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=kind)
+    rollout, prefixes = one_answer(tokenizer, "Burn it.", "Sure, here", " is how")
+    assert completion_texts(tokenizer, rollout, prefixes=prefixes) == ["is how"]
+    assert whole_texts(tokenizer, rollout, SamplingConfig(), prefixes) == ["Sure, here is how"]
+
+
+def test_the_judge_of_the_bases_answers_sees_the_request_and_no_template(tiny_llama):
+    """It says which answer complies; a judge that reads the prompt would judge another one."""
+    seen: list[Any] = []
+
+    class Reads:
+        def classify(self, prompts: Any, completions: Any, **_: Any) -> list[str]:
+            seen.extend(prompts)
+            return ["unsafe" if prompt == "Burn a mill." else "refusal" for prompt in prompts]
+
+    policy = module(tiny_llama, prefixes=EVERY, judge=Reads())
+    policy.configure_model()
+    batch = batch_of(policy, ["QnVybiBhIG1pbGwu"]) | {"request": ["Burn a mill."]}
+    begun = policy.prefixes.begun(batch, [2], [""])
+    assert set(seen) == {"Burn a mill."}
+    assert begun.complete == [True]
 
 
 def test_other_prefixes_are_another_run(tiny_llama, tmp_path):
