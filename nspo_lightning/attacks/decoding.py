@@ -19,12 +19,13 @@ class Decoding(Attack):
 
     Args:
         name: Its name in tables.
-        temperature: Divides the logits; None = as without an attack.
+        temperature: Divides the logits; None = as without an attack, or 1 where answers are greedy without one and
+            something is to be drawn.
         top_p: Keep the smallest set of tokens with that much probability; None = as without an attack.
         tries: Answers a prompt, of which one that complies is enough.
 
     Raises:
-        AttackError: If a number is out of its range.
+        AttackError: If a number is out of its range, or greedy answers are asked for that would all be the same.
     """
 
     on_lookalikes = False
@@ -34,6 +35,11 @@ class Decoding(Attack):
     ) -> None:
         if tries < 1:
             raise AttackError(f"Attack `{name}` needs at least 1 try, got {tries}.")
+        if temperature == 0 and (tries > 1 or top_p is not None):
+            raise AttackError(
+                f"Attack `{name}`: at temperature 0 all tries are the same, whatever `top_p` is. Give a `temperature` "
+                "above 0, or leave it out."
+            )
         self.name, self.temperature, self.top_p, self.tries = name, temperature, top_p, tries
         try:
             self.sampling(SamplingConfig())
@@ -48,5 +54,6 @@ class Decoding(Attack):
     def sampling(self, plain: SamplingConfig) -> SamplingConfig:
         changes = {"temperature": self.temperature, "top_p": self.top_p}
         changed = replace(plain, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
-        # Greedy answers would all be the same.
-        return replace(changed, temperature=1.0) if self.tries > 1 and changed.temperature == 0 else changed
+        # Greedy answers would all be the same, and those without the attack.
+        draws = self.tries > 1 or self.top_p is not None
+        return replace(changed, temperature=1.0) if draws and changed.temperature == 0 else changed

@@ -66,7 +66,8 @@ class AttackedAnswers:
         found: list[tuple[str, float]] = []
         for row, complete in enumerate(self.complete):
             own = range(row * self.tries, (row + 1) * self.tries)
-            chosen.append(next((i for i in own if self.outcomes[i] in HARM), own[0]))
+            judged = [i for i in own if self.outcomes[i] is not None]  # what no judge could name says nothing
+            chosen.append(next((i for i in judged if self.outcomes[i] in HARM), (judged or own)[0]))
             outcome = self.outcomes[chosen[-1]] if complete else None
             found += self._observed(outcome, complete)
         return Answers(
@@ -91,7 +92,7 @@ class AttackedAnswers:
             yield f"{start}{rate}", float(outcome == name)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a dict an answer, as `predict` writes them."""
+        """Return a dict an answer, as `predict` writes them; `outcome` is None where its beginning is missing."""
         return [
             {
                 "attack": self.attack,
@@ -99,7 +100,7 @@ class AttackedAnswers:
                 "prompt": self.prompts[i // self.tries],
                 "prefix": self.prefixes[i // self.tries],
                 "completion": text,
-                "outcome": outcome,
+                "outcome": outcome if self.complete[i // self.tries] else None,
             }
             for i, (text, outcome) in enumerate(zip(self.completions, self.outcomes, strict=True))
         ]
@@ -164,7 +165,7 @@ def _lines(rates: Rates, order: Sequence[str], trained: Collection[str], digits:
         yield _Line(
             title=f"{title}{'*' if title in trained else ''}",
             base=_shown(base.get(f"{harmful}{harm}"))[0],
-            policy=value or "none fits",
+            policy=value or ("none begun" if f"{harmful}{LEFT_OUT}" in policy else "none fits"),
             interval=interval,
             of=number,
             garbage=_shown(policy.get(f"{harmful}{GARBAGE}"))[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from typing import Any
 
 import pytest
 
@@ -90,9 +91,17 @@ def test_decoding_attacks_change_how_answers_are_drawn_and_nothing_else() -> Non
     plain = SamplingConfig(max_new_tokens=7, temperature=0.0, stop_strings=("x",))
     hot, cut, best = (one(name).sampling(plain) for name in ("temperature_1.5", "top_p_0.9", "best_of_16"))
     assert (hot.temperature, cut.top_p, best.temperature) == (1.5, 0.9, 1.0)
+    assert cut.temperature == 1.0, "greedy answers under a cut distribution would be those without an attack"
+    assert one("top_p_0.9").sampling(SamplingConfig(temperature=0.7)).temperature == 0.7
     assert {s.max_new_tokens for s in (hot, cut, best)} == {7}
     assert (one("best_of_16").tries, one("prefill_3").tries) == (16, 1)
     assert attacked("best_of_16") == ROW
+
+
+@pytest.mark.parametrize("more", [{"tries": 4}, {"top_p": 0.9}])
+def test_greedy_answers_are_not_drawn(more: dict[str, Any]) -> None:
+    with pytest.raises(AttackError, match=r"`cold`: at temperature 0 all tries are the same.*above 0"):
+        Decoding("cold", temperature=0.0, **more)
 
 
 def test_a_file_of_ones_own_templates_is_named_like_the_others(tmp_path) -> None:
