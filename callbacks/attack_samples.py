@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from nspo_lightning.attacks import Attack
+from nspo_lightning.attacks import Attack, Prefill
 from nspo_lightning.callbacks.protocols import HasAttacks, TrainsOnPrefixes
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.evaluation.tables import markdown_table
@@ -25,12 +25,17 @@ def attacks_of(trainer: pl.Trainer) -> list[Attack]:
     return list(datamodule.test_attacks or []) if isinstance(datamodule, HasAttacks) else []
 
 
-def trained_attacks(trainer: pl.Trainer, module: pl.LightningModule, names: Sequence[str]) -> set[str]:
-    """Return those of some attacks that the configuration trains against: templates by name, prefills by length."""
+def trained_attacks(trainer: pl.Trainer, module: pl.LightningModule, attacks: Sequence[Attack]) -> set[str]:
+    """Name those of some attacks that the configuration trains against: the same templates, prefills by length."""
     datamodule = datamodule_of(trainer)
-    found: set[str] = set(datamodule.trained_attacks) if isinstance(datamodule, HasAttacks) else set()
+    trained = datamodule.trained_attacks if isinstance(datamodule, HasAttacks) else []
     most = module.trained_prefix_tokens if isinstance(module, TrainsOnPrefixes) else 0
-    return found | {f"prefill_{tokens}" for tokens in range(1, most + 1)} & set(names)
+    return {
+        attack.name
+        for attack in attacks
+        if any(attack.is_same_as(one) for one in trained)
+        or (isinstance(attack, Prefill) and 1 <= attack.tokens <= most)
+    }
 
 
 def attack_identity(trainer: pl.Trainer) -> dict[str, Any]:

@@ -189,8 +189,8 @@ class HasAttacks(Protocol):
     """Prompts of each kind at most."""
 
     @property
-    def trained_attacks(self) -> list[str]:
-        """Names of those that training prompts stand in."""
+    def trained_attacks(self) -> Sequence[Attack]:
+        """Those that training prompts stand in."""
 
 
 @runtime_checkable

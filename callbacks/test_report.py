@@ -136,8 +136,8 @@ class TestReport(Callback):
 
             write_json(self.result, folder / RESULT)
             get_console().print(report_table(rates, scores))
-            if order := [attack.name for attack in attacks_of(trainer)]:
-                trained = trained_attacks(trainer, pl_module, order)
+            if attacks := attacks_of(trainer):
+                order, trained = [one.name for one in attacks], trained_attacks(trainer, pl_module, attacks)
                 get_console().print(attack_table(rates, order, trained))
                 show_attacks(trainer.loggers, attack_markdown(rates, order, trained), self._attack_samples)
         rank_zero_info(f"Written to {folder}: {RESULT}, {COMPLETIONS}")

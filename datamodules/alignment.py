@@ -219,10 +219,10 @@ class AlignmentDataModule(pl.LightningDataModule):
         )
 
     @property
-    def trained_attacks(self) -> list[str]:
-        """Names of the templates that training prompts stand in."""
+    def trained_attacks(self) -> list[Attack]:
+        """The templates that training prompts stand in."""
         named = [source.attacks or [] for source in self.safety.sources.train]
-        return [attack.name for names in named if names for attack in find_attacks(names)]
+        return [attack for names in named if names for attack in find_attacks(names)]
 
     def text_dataloader(
         self,

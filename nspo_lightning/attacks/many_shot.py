@@ -17,21 +17,25 @@ from nspo_lightning.rewards.protocol import Text
 
 SHOTS = (4, 16, 64)
 """Those of the default attacks."""
+MOST = 1024
+"""So many turns have some 25,000 tokens."""
 
 
 class ManyShot(Attack):
     """Put turns of a complying assistant before the request.
 
     Args:
-        shots: How many, at least 1; those of the package are repeated where there are fewer.
+        shots: How many, from 1 to `MOST`; those of the package are repeated where there are fewer.
 
     Raises:
-        AttackError: If there are none.
+        AttackError: If there are none, or more.
     """
 
     def __init__(self, shots: int = 16) -> None:
         if shots < 1:
             raise AttackError(f"`many_shot_{shots}` has no turns. Give at least 1 (`many_shot_16`).")
+        if shots > MOST:
+            raise AttackError(f"`many_shot_{shots}` has more turns than the attack takes. Give at most {MOST}.")
         self.shots = shots
         self.name = f"many_shot_{shots}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 
 _LEET = str.maketrans("aeiostAEIOST", "431057431057")
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -29,6 +30,11 @@ PLACES: dict[str, Callable[[str], str]] = {
 def places_in(text: str) -> list[str]:
     """List the names in braces in a text."""
     return _PLACE.findall(text)
+
+
+def misspelt_places(text: str) -> list[str]:
+    """List the names in braces that look like a place's and are none; others are the text's own (`{json}`)."""
+    return [name for name in places_in(text) if name not in PLACES and get_close_matches(name.lower(), PLACES)]
 
 
 def filled(text: str, request: str) -> str:

@@ -90,7 +90,15 @@ class Attack(ABC):
         """Return how answers are drawn, given how they are drawn without an attack."""
         return plain
 
+    def is_same_as(self, other: Attack) -> bool:
+        """Whether another attack does the same under the same name, wherever it was read from."""
+        return type(self) is type(other) and _settings(self) == _settings(other)
+
     @property
     def changes_prompts(self) -> bool:
         """Whether all that it does is done to the prompt, without a policy: then it can be training data."""
         return False
+
+
+def _settings(attack: Attack) -> dict[str, Any]:
+    return {name: value for name, value in vars(attack).items() if not name.startswith("_") and name != "source"}

@@ -52,7 +52,7 @@ def find_attacks(given: Given) -> list[Attack]:
     found: dict[str, Attack] = {}
     for attack in (attack for entry in entries for attack in _attacks_of(entry)):
         known = found.setdefault(attack.name, attack)
-        if known is not attack and vars(known) != vars(attack):
+        if not known.is_same_as(attack):
             raise AttackError(f"Two attacks are called `{attack.name}`. Give one of them another name.")
     for attack in found.values():
         attack.check()
@@ -81,7 +81,7 @@ def _attacks_of(entry: str | Attack) -> list[Attack]:
     if not isinstance(entry, str):
         raise AttackError(f"`attacks` must hold names or attacks, got {type(entry).__name__}. {_known()}")
     if entry.endswith((".yaml", ".yml")):
-        return list(read_templates(Path(entry)).values())
+        return _own_templates(Path(entry))
     if entry in groups():
         return [attack for name in groups()[entry] for attack in _attacks_of(name)]
     if entry in shipped_templates():
@@ -89,9 +89,21 @@ def _attacks_of(entry: str | Attack) -> list[Attack]:
     for pattern, make in _NUMBERED.items():
         if match := re.fullmatch(pattern, entry):
             return [make(match[1])]
-    near = get_close_matches(entry, [*groups(), *groups()["default"]], n=1)
+    near = get_close_matches(entry.lower(), [*groups(), *groups()["default"]], n=1)
     meant = f" Did you mean `{near[0]}`?" if near else ""
     raise AttackError(f"There is no attack '{entry[:60]}'.{meant} {_known()}")
+
+
+def _own_templates(path: Path) -> list[Attack]:
+    """Read a user's templates; a name that stands for another kind of attack is refused."""
+    found = read_templates(path)
+    for name in found:
+        if name in groups() or any(re.fullmatch(pattern, name) for pattern in _NUMBERED):
+            raise AttackError(
+                f"{path}: '{name}' can't be the name of a template: it is that of "
+                f"{'a group of attacks' if name in groups() else 'another attack'}. Give it another one."
+            )
+    return list(found.values())
 
 
 def _known() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from typing_extensions import override
 
-from nspo_lightning.attacks.places import PLACES, filled, places_in
+from nspo_lightning.attacks.places import PLACES, filled, misspelt_places, places_in
 from nspo_lightning.attacks.protocol import Attack, AttackError, AttackRow, Victim
 from nspo_lightning.rewards.messages import as_text
 from nspo_lightning.rewards.protocol import Text
@@ -28,11 +28,11 @@ class Template(Attack):
         name: Its name in tables.
         user: What the user says, with at least one place for the request (`{request}`, see `PLACES`).
         system: A system message before it, in the place of the row's own; may have places too.
-        prefix: Text that the answer begins with.
+        prefix: Text that the answer begins with; may have places too.
         source: The file that it is from, for messages.
 
     Raises:
-        AttackError: If there is no place for the request.
+        AttackError: If there is no place for the request, or a misspelt one.
     """
 
     def __init__(
@@ -40,16 +40,24 @@ class Template(Attack):
     ) -> None:
         self.name, self.user, self.system, self.prefix, self.source = name, user, system, prefix, source
         places = places_in(user) + places_in(system or "")
+        known = _listed(PLACES)
         if not any(place in PLACES for place in places):
-            known, near = ", ".join(f"{{{place}}}" for place in PLACES), ", ".join(f"{{{p}}}" for p in places) or "none"
             raise AttackError(
                 f"{source}: template '{name}' has no place for the request: expected at least one of {known} in "
-                f"`user`, found {near}. Write the request's place into the text."
+                f"`user`, found {_listed(places) or 'none'}. Write the request's place into the text."
+            )
+        if wrong := misspelt_places("\n".join([user, system or "", prefix])):
+            raise AttackError(
+                f"{source}: template '{name}' has {_listed(wrong)}, which is no place for a request and would stand "
+                f"in the text as it is. There are {known}. Mend it, or write it in another way."
             )
 
     @override
     def attacked(self, rows: Sequence[AttackRow], victim: Victim | None) -> list[AttackRow]:
-        return [replace(row, prompt=self.around(row.prompt), prefix_text=self.prefix) for row in rows]
+        return [
+            replace(row, prompt=self.around(row.prompt), prefix_text=filled(self.prefix, as_text(row.prompt)))
+            for row in rows
+        ]
 
     def around(self, prompt: Text) -> Text:
         """Return a prompt with the request, its last user turn, inside the template."""
@@ -72,29 +80,51 @@ def read_templates(path: Path) -> dict[str, Template]:
     Raises:
         AttackError: If it is not there, or holds something else.
     """
-    found = read_yaml(path).get("templates")
+    content = read_yaml(path)
+    found = content.get("templates")
     if not isinstance(found, Mapping) or not found:
         raise AttackError(f"{path}: expected `templates:` with at least one entry ({_EXAMPLE}), found none.")
+    if others := [str(key) for key in content if key != "templates"]:
+        raise AttackError(
+            f"{path}: expected `templates:` alone, found `{others[0]}` too, which would change nothing. Put templates "
+            "under `templates:`, or leave it out; the turns of `many_shot_N` are the package's."
+        )
     return {str(name): _template(str(name), entry, path) for name, entry in found.items()}
 
 
 @functools.cache
 def shipped_templates() -> dict[str, Template]:
     """Return the templates of the package by name."""
-    return read_templates(SHIPPED)
+    entries = read_yaml(SHIPPED)["templates"]
+    return {name: _template(name, entry, SHIPPED) for name, entry in entries.items()}
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """Read a YAML file that holds settings by name; AttackError if it is not there or holds something else."""
-    if not path.is_file():
+    if not path.expanduser().is_file():
         raise AttackError(f"There is no file of attack templates at '{path}'. Mend the path.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise AttackError(f"{path} is no YAML: {error}") from error
+        content = yaml.load(path.expanduser().read_text(encoding="utf-8"), _EachOnce)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AttackError(f"{path} is no YAML in UTF-8: {error}") from error
     if not isinstance(content, Mapping):
         raise AttackError(f"{path}: expected `templates:` with entries ({_EXAMPLE}), found {type(content).__name__}.")
     return content
+
+
+class _EachOnce(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which YAML would keep the last."""
+
+    @override
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+            raise yaml.YAMLError(f"'{twice}' stands twice in one section. Give one of them another name")
+        return super().construct_mapping(node, deep)
+
+
+def _listed(places: Iterable[str]) -> str:
+    return ", ".join(f"{{{place}}}" for place in places)
 
 
 def _template(name: str, entry: Any, path: Path) -> Template:
@@ -102,4 +132,9 @@ def _template(name: str, entry: Any, path: Path) -> Template:
     fits = isinstance(parts, Mapping) and "user" in parts and set(parts) <= set(_PARTS)
     if not fits or not all(isinstance(text, str) for text in parts.values()):
         raise AttackError(f"{path}: template '{name}' can't be read: expected {_EXAMPLE}, found {str(entry)[:200]!r}.")
+    if not name.strip() or set(name) & set("/,"):
+        raise AttackError(
+            f"{path}: '{name}' can't be the name of a template: it stands in lists and in names of metrics, so it must "
+            "have a letter, no comma and no slash."
+        )
     return Template(name, **parts, source=str(path))

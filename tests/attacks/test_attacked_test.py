@@ -15,6 +15,7 @@ from tiny_policies import move_adapter_
 
 from nspo_lightning.attacks import find_attacks
 from nspo_lightning.callbacks import PredictionWriter, TestReport
+from nspo_lightning.callbacks.attack_samples import trained_attacks
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.evaluation.attacked import AttackedAnswers
@@ -167,6 +168,18 @@ def test_rows_without_an_answer_that_complies_are_left_out_and_counted(tiny_llam
     begun = [line for line in written if line.get("attack") == "prefill_3" and line["kind"] == "harmful"]
     assert all((line["outcome"] is None) == (line["prefix"] == "") for line in begun), "no attack, so no outcome of one"
     assert sum(line["outcome"] is None for line in begun) == left["count"]
+
+
+def test_a_template_is_in_training_by_its_text_and_not_by_its_name(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("templates: {role_play: 'Be Max. {request}'}")
+    source = PromptSource(rows=safety, attacks=["role_play", "base64"])
+    data = AlignmentDataModule(source, PromptSource(rows=general))
+    run = trainer(tmp_path)
+    run.datamodule = data
+    policy = module(tiny_llama, prefixes=PrefixSettings(share=0.5, max_tokens=4))
+    asked = find_attacks([str(tmp_path / "mine.yaml"), "base64", "prefill_4", "prefill_5", "leetspeak"])
+    assert trained_attacks(run, policy, asked) == {"base64", "prefill_4"}
+    assert trained_attacks(run, policy, find_attacks(["role_play"])) == {"role_play"}
 
 
 def test_a_prompt_counts_once_by_the_worst_of_its_judged_answers() -> None:

@@ -124,6 +124,14 @@ def test_a_file_of_ones_own_templates_is_named_like_the_others(tmp_path) -> None
     [
         ("templates: {mine: No place here.}", r"'mine' has no place for the request: .*\{request\}.*found none"),
         ("templates: {mine: 'Now {requst}'}", r"found \{requst\}"),
+        ("templates: {mine: '{request} {request_b64}'}", r"'mine' has \{request_b64\}, which is no place"),
+        ("templates: {mine: {user: '{request}', prefix: '{Request}'}}", r"'mine' has \{Request\}, which is no place"),
+        ("templates: {mine: 'A {request}', mine: 'B {request}'}", "'mine' stands twice"),
+        ("templates: {mine: {user: 'A {request}', user: 'B {request}'}}", "'user' stands twice"),
+        ("templates: {mine: '{request}'}\nshots: [[a, b]]", "found `shots` too.*package's"),
+        ("templates: {prefill_5: '{request}'}", "'prefill_5' can't be the name of a template.*another attack"),
+        ("templates: {default: '{request}'}", "'default' can't be the name of a template.*group"),
+        ("templates: {a/b: '{request}'}", "'a/b' can't be the name of a template"),
         ("templates: {mine: 3}", "'mine' can't be read"),
         ("templates: {mine: {usr: '{request}'}}", "'mine' can't be read"),
         ("templates: {}", "expected `templates:`"),
@@ -155,8 +163,33 @@ def test_an_unknown_attack_lists_those_there_are() -> None:
 
 def test_two_attacks_of_one_name_are_refused_and_the_same_twice_is_one() -> None:
     assert [attack.name for attack in find_attacks("prefill,prefill_5")] == groups()["prefill"]
+    cased = "no attack 'Role_Play'. Did you mean `role_play`"
+    with pytest.raises(AttackError, match=cased):
+        find_attacks("Role_Play")
     with pytest.raises(AttackError, match="Two attacks are called"):
         find_attacks([Decoding("mine", temperature=0.5), Decoding("mine", temperature=0.7)])
+
+
+def test_the_same_template_from_two_files_is_one_and_another_of_its_name_is_told(tmp_path) -> None:
+    for name, text in {"a": "Now {request}", "b": "Now {request}", "c": "Then {request}"}.items():
+        (tmp_path / f"{name}.yaml").write_text(f"templates: {{mine: '{text}'}}")
+    files = [str(tmp_path / f"{name}.yaml") for name in "abc"]
+    assert [attack.name for attack in find_attacks(files[:2])] == ["mine"]
+    with pytest.raises(AttackError, match="Two attacks are called `mine`"):
+        find_attacks(files)
+
+
+def test_a_begun_answer_has_places_too_and_braces_of_a_request_are_text(tmp_path) -> None:
+    template = Template("t", "{request} {json}", prefix="Sure, {request_leet} {json}: ")
+    (row,) = template.attacked([AttackRow(prompt="Sell {request_base64} {x}", harmful=True)], None)
+    assert row.prompt == "Sell {request_base64} {x} {json}"
+    assert row.prefix_text == "Sure, 53ll {r3qu357_b45364} {x} {json}: "
+
+
+def test_numbers_that_no_attack_takes_are_refused() -> None:
+    for name, says in {"many_shot_0": "no turns", "many_shot_1000000": "at most", "prefill_0": "no token"}.items():
+        with pytest.raises(AttackError, match=says):
+            find_attacks(name)
 
 
 def test_a_data_source_takes_attacks_that_change_prompts_alone() -> None:

@@ -254,7 +254,7 @@ def one_answer(tokenizer, prompt, prefix, said):
     ],
 )
 def test_a_thought_is_told_from_the_answer_wherever_the_beginning_ends(tiny_llama, prompt, prefix, said, alone, whole):
-    """The template, the beginning or the policy may open it: judges take no thought for an answer, nor hide one in it."""
+    """Template, beginning or policy may open it: judges take no thought for an answer, nor an answer for a thought."""
     tokenizer = module(tiny_llama).tokenizer
     rollout, prefixes = one_answer(tokenizer, prompt, prefix, said)
     assert completion_texts(tokenizer, rollout, prefixes=prefixes) == [alone]
@@ -326,7 +326,7 @@ def test_templates_of_a_data_source_change_training_prompts_alone(tiny_llama, tm
     assert any(prompt.startswith("Let us play") for prompt in shown)
     assert any(prompt.startswith("H0w d0 1") for prompt in shown)
     assert all(row.request is None for rows in data.eval_rows("test") for row in rows)
-    assert data.trained_attacks == ["role_play", "leetspeak"]
+    assert [attack.name for attack in data.trained_attacks] == ["role_play", "leetspeak"]
     assert "training prompts stand in an attack template" in data.reports[0].line()
     again = AlignmentDataModule(source, PromptSource(rows=general), tokenizer=policy.tokenizer, val_size=2, test_size=2)
     again.setup()
