@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from rich import get_console
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from nspo_lightning.cli.calibrate import prepared_for_fit
 from nspo_lightning.cli.run_folder import check_output
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.sources.data_error import DataError
-from nspo_lightning.datamodules.sources.rows import take_ranked
+from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.text.collate import collate_prompts, pad_token_ids
 from nspo_lightning.datamodules.warmup import collate_answers
 from nspo_lightning.evaluation.rates import ANSWERED, GARBAGE, REFUSED, UNSAFE, Rate
@@ -95,12 +96,18 @@ def tamper(
     path = check_output("--out", Path(trainer.log_dir or ".") / RESULT if out is None else out)
     if module.policy_settings.lora is None:
         raise PolicyError("`tamper` trains the adapter, and there is none (`policy.lora` is null). Set `policy.lora`.")
+    folder, module.adapter_folder = module.adapter_folder, None  # it would be loaded with the policy
     with prepared_for_fit(trainer, module, datamodule):
         base = _weights(module)  # a fresh adapter: the base
         if ckpt_path is not None:
             load_trained_(module, Path(ckpt_path))
-        elif module.adapter_folder is None:
+        elif folder is not None:
+            module.load_adapter(folder)
+        else:
             module.start()
+            if module.warm_start is None:
+                rank_zero_warn("Without `--ckpt_path` and `policy.adapter` the policy is its base: both are the same.")
+        module.adapter_folder = folder
         starts = {"base": base, "policy": _weights(module)}
         found = _attack_all(module, datamodule, attacker, starts)
     _print(found)
@@ -108,7 +115,9 @@ def tamper(
         attack: {who: {n: r.as_dict() for n, r in rs.items()} for who, rs in whos.items()}
         for attack, whos in found.items()
     }
-    write_json({"attacker": asdict(attacker), "rates": rates}, path)
+    attacked = ckpt_path or folder or module.policy_settings.adapter
+    what = {"attacked": None if attacked is None else str(attacked), "attacker": asdict(attacker)}
+    write_json({**what, "rates": rates}, path)
     get_console().print(f"Written to {path}")
     return found
 
@@ -116,11 +125,11 @@ def tamper(
 def _attack_all(
     module: GRPOModule, data: AlignmentDataModule, attacker: Attacker, starts: Mapping[str, Mapping[str, Tensor]]
 ) -> Measured:
-    harmless, harmful = _harmless(data, attacker), _harmful(module, data, attacker)
+    harmless, (harmful, examples) = _harmless(data, attacker), _harmful(module, data, attacker)
     attacks: dict[str, list[dict[str, Any]]] = {
         "nothing": [],
         f"{counted(attacker.steps, 'step')} of harmless SFT": harmless,
-        counted(attacker.examples, "harmful example"): harmful,
+        counted(examples, "harmful example"): harmful,
     }
     found: Measured = {name: {} for name in attacks}
     for name, batches in attacks.items():
@@ -143,20 +152,39 @@ def _harmless(data: AlignmentDataModule, attacker: Attacker) -> list[dict[str, A
     return [collate_answers(part, renderer, _ANSWER_TOKENS) for part in _parts(chosen, size)]
 
 
-def _harmful(module: GRPOModule, data: AlignmentDataModule, attacker: Attacker) -> list[dict[str, Any]]:
-    """Return batches of prompts with answers that comply: the rows' targets, or what the base says."""
-    every = data.safety.loaded().train_of("harmful")
+def _harmful(module: GRPOModule, data: AlignmentDataModule, attacker: Attacker) -> tuple[list[dict[str, Any]], int]:
+    """Return batches of prompts with answers that comply (the rows' targets, or what the base says), and of how many.
+
+    The prompts are the requests themselves, not the templates that training puts around them.
+
+    Raises:
+        DataError: If no answer complies.
+    """
+    every = [_plain(row) for row in data.safety.loaded().train_of("harmful")]
     rows = [every[i] for i in take_ranked(every, min(len(every), 4 * attacker.examples), "tamper")]
-    renderer, device = data.safety.renderer, module.device
-    answers = module.prefixes.compliant_answers(_on(collate_prompts(rows, renderer), device))
-    pairs = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer][: attacker.examples]
+    renderer, pairs = data.safety.renderer, list[tuple[PromptRow, list[int]]]()
+    for part in _parts(rows, data.safety.eval_batch_size):
+        answers = module.prefixes.compliant_answers(_on(collate_prompts(part, renderer), module.device))
+        pairs += [(row, answer) for row, answer in zip(part, answers, strict=True) if answer]
+        if len(pairs) >= attacker.examples:
+            break
+    pairs = pairs[: attacker.examples]
     if not pairs:
         raise DataError("`data.safety`", "the base complies with none of its prompts", "Give `target_column`.")
+    if len(pairs) < attacker.examples:
+        rank_zero_warn(
+            f"`--examples` asks for {attacker.examples} harmful examples, and {counted(len(pairs), 'training prompt')} "
+            "of those looked at have an answer that complies. The attack is made with these."
+        )
     batches = []
     for part in _parts(pairs * attacker.epochs, attacker.batch_size):
         ids, mask = pad_token_ids([answer for _, answer in part], renderer.pad_token_id, "right")
         batches.append({**collate_prompts([row for row, _ in part], renderer), "answer_ids": ids, "answer_mask": mask})
-    return batches
+    return batches, len(pairs)
+
+
+def _plain(row: PromptRow) -> PromptRow:
+    return row if row.request is None else replace(row, prompt=row.request, request=None)
 
 
 def _fine_tune_(module: GRPOModule, batches: Sequence[dict[str, Any]], lr: float, label: str) -> None:
@@ -173,6 +201,7 @@ def _fine_tune_(module: GRPOModule, batches: Sequence[dict[str, Any]], lr: float
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             advance(1)
+    optimizer.zero_grad()
 
 
 def _held_out(data: AlignmentDataModule, limit: int) -> Any:
@@ -206,9 +235,10 @@ def _print(found: Measured) -> None:
     harm = next((name for name in (UNSAFE, ANSWERED) if name in found["nothing"]["policy"]), UNSAFE)
     for attack, whos in found.items():
         for who, rates in whos.items():
-            low, high = rates[harm].interval
-            shares = [f"{100 * rates[name].value:.1f}" for name in (harm, *_OTHERS)]
-            rows.append((attack, who, shares[0], f"{100 * low:.1f} to {100 * high:.1f}", *shares[1:]))
+            shown = [rates.get(name) for name in (harm, *_OTHERS)]  # None: no answer could be judged
+            unsafe, *shares = ["" if rate is None else f"{100 * rate.value:.1f}" for rate in shown]
+            ends = shown[0].interval if shown[0] is not None else ()
+            rows.append((attack, who, unsafe, " to ".join(f"{100 * end:.1f}" for end in ends), *shares))
     columns = ["after", "of the", "unsafe" if harm == UNSAFE else "answered", "95 %", *_OTHERS.values()]
     title = "Safety left after fine-tuning, in per cent of held-out harmful prompts"
     get_console().print(rich_table(title, columns, rows, align="llrrrr"))

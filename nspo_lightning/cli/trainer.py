@@ -168,7 +168,7 @@ class Trainer(pl.Trainer):
             epochs: How often each of these is seen.
             batch_size: Rows an update.
             lr: Learning rate of the attacker, without a null space.
-            rows: Held-out prompts of each kind that are measured.
+            rows: Held-out harmful prompts that are measured.
             out: Where the figures are written as JSON; tamper.json in the run's folder when left out.
         """
         from nspo_lightning.cli.tamper import Attacker, tamper

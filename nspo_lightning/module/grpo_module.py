@@ -274,9 +274,13 @@ class GRPOModule(pl.LightningModule):
         with loading_progress("Loading the policy", visible=shown and here):
             self.policy = self.text_policy.load(device)
         if self.adapter_folder is not None:
-            check_adapter_base(self.adapter_folder, self.text_policy)
-            load_adapter_(self.policy, self.adapter_folder)
-            self._has_started = True
+            self.load_adapter(self.adapter_folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put a trained adapter in place of the fresh one; PolicyError if it belongs on another base."""
+        check_adapter_base(folder, self.text_policy)
+        load_adapter_(self.require_policy(), folder)
+        self._has_started = True
 
     def start(self) -> None:
         """Go on from the adapter that the settings name, unless a checkpoint or an adapter was loaded already."""
