@@ -28,7 +28,7 @@ def attacks_of(trainer: pl.Trainer) -> list[Attack]:
 def trained_attacks(trainer: pl.Trainer, module: pl.LightningModule, attacks: Sequence[Attack]) -> set[str]:
     """Name those of some attacks that the configuration trains against: the same templates, prefills by length."""
     datamodule = datamodule_of(trainer)
-    trained = datamodule.trained_attacks if isinstance(datamodule, HasAttacks) else []
+    trained: Sequence[Attack] = datamodule.trained_attacks if isinstance(datamodule, HasAttacks) else ()
     most = module.trained_prefix_tokens if isinstance(module, TrainsOnPrefixes) else 0
     return {
         attack.name
