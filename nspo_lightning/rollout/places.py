@@ -41,8 +41,8 @@ def places(counts: Sequence[int], rank: int) -> Places:
         Its places.
 
     Example:
-        >>> places([2, 1], rank=0), places([2, 1], rank=1)
-        (Places(total=3, mine=(0, 2)), Places(total=3, mine=(1,)))
+        >>> places([2, 1], rank=0).mine, places([2, 1], rank=1).mine
+        ((0, 2), (1,))
     """
     mine = [
         sum(min(count, turn) for count in counts) + sum(count > turn for count in counts[:rank])
