@@ -117,11 +117,14 @@ class TestReport(Callback):
         if self._file is None or not isinstance(pl_module, AnswersTests):
             return
         rates = self._counts.rates(pl_module.device)
+        attacks = attacks_of(trainer)
+        order, trained = [one.name for one in attacks], trained_attacks(trainer, pl_module, attacks)
         scores = measure_text(trainer, pl_module, "test", self.text_rows)
         self.result = {
             "identity": {**_identity(trainer, pl_module), "base": self.base, "text_rows": self.text_rows},
             **rates_summary(rates),
             **text_summary(scores),
+            **({"attacks_in_training": [name for name in order if name in trained]} if order else {}),
             "completions": COMPLETIONS,
         }
         file, folder, self._file = self._file, self._file.parent, None
@@ -136,8 +139,7 @@ class TestReport(Callback):
 
             write_json(self.result, folder / RESULT)
             get_console().print(report_table(rates, scores))
-            if attacks := attacks_of(trainer):
-                order, trained = [one.name for one in attacks], trained_attacks(trainer, pl_module, attacks)
+            if order:
                 get_console().print(attack_table(rates, order, trained))
                 show_attacks(trainer.loggers, attack_markdown(rates, order, trained), self._attack_samples)
         rank_zero_info(f"Written to {folder}: {RESULT}, {COMPLETIONS}")

@@ -33,9 +33,15 @@ def read_exchanges(folder: Path, look_alikes: Sequence[str], *, tested: bool) ->
         rows = read_answers(folder / name)
         exchanges = [_exchange(row, *_SIDES[name], look_alikes) for row in rows]
         if exchanges:
-            total = Counter(exchange.kind for exchange in exchanges)
+            plain = [exchange for exchange in exchanges if not exchange.attack]
+            attacked = [exchange for exchange in exchanges if exchange.attack]
+            total = Counter(exchange.kind for exchange in plain)
             return Answers(
-                source=name, total={str(kind): count for kind, count in total.items()}, shown=tuple(_spread(exchanges))
+                source=name,
+                total={str(kind): count for kind, count in total.items()},
+                shown=tuple(_spread(plain, by="skill")),
+                attacked_total=len(attacked),
+                attacked=tuple(_spread(attacked, by="attack")),
             )
     return None
 
@@ -43,7 +49,8 @@ def read_exchanges(folder: Path, look_alikes: Sequence[str], *, tested: bool) ->
 def _exchange(row: Mapping[str, Any], before: str, after: str, look_alikes: Sequence[str]) -> Exchange:
     skill, category = str(row.get("skill") or ""), row.get("category") or ""
     kind: Literal["harmful", "look-alike", "general"] = "harmful" if row.get("kind") == "harmful" else "general"
-    if kind == "general" and skill in look_alikes:
+    attack = str(row.get("attack") or "")
+    if kind == "general" and (attack or skill in look_alikes):  # of harmless prompts attacks take look-alikes alone
         kind = "look-alike"
     return Exchange(
         kind=kind,
@@ -52,6 +59,8 @@ def _exchange(row: Mapping[str, Any], before: str, after: str, look_alikes: Sequ
         prompt=_text(prompt_text(row.get("prompt"))),
         before=_answer(row, before),
         after=_answer(row, after),
+        attack=_text(attack),
+        prefix=_text(str(row.get("prefix") or "")),
     )
 
 
@@ -89,11 +98,12 @@ def _shown(sign: str) -> str:
     return chr(0x2400 + code) if code < 32 else "\u2421" if code == 127 else "\ufffd"
 
 
-def _spread(exchanges: Iterable[Exchange]) -> Iterable[Exchange]:
-    """Yield at most `SHOWN` of each kind, from its skills in turn, evenly spread over each."""
+def _spread(exchanges: Iterable[Exchange], by: Literal["skill", "attack"]) -> Iterable[Exchange]:
+    """Yield at most `SHOWN` of each kind, from its skills (or attacks) in turn, evenly spread over each."""
     by_kind: dict[str, dict[str, list[Exchange]]] = {"harmful": {}, "look-alike": {}, "general": {}}
     for exchange in exchanges:
-        by_kind[exchange.kind].setdefault(exchange.skill, []).append(exchange)
+        group = exchange.skill if by == "skill" else exchange.attack
+        by_kind[exchange.kind].setdefault(group, []).append(exchange)
     for skills in by_kind.values():
         each = [[found[place] for place in evenly(len(found), SHOWN)] for found in skills.values()]
         if len(each) > 1:

@@ -28,6 +28,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 def run_page(run: Run) -> str:
     """Return the page of one run."""
     free = [(i.kind, i.depth, i.free_share) for i in run.null_space.inputs] if run.null_space is not None else []
+    exchanges = (*run.answers.shown, *run.answers.attacked) if run.answers is not None else ()
     return _rendered(
         "run.html.j2",
         run=run,
@@ -35,8 +36,9 @@ def run_page(run: Run) -> str:
         maps=heat_maps(run.null_space) if run.null_space is not None else [],
         free=words.free_sentence(free),
         loading=loading(run),
-        skills=sorted({e.skill for e in run.answers.shown if e.skill}) if run.answers is not None else [],
-        outcomes=sorted({e.outcomes for e in run.answers.shown}) if run.answers is not None else [],
+        skills=sorted({e.skill for e in exchanges if e.skill}),
+        outcomes=sorted({e.outcomes for e in exchanges}),
+        attacks=list(dict.fromkeys(e.attack for e in exchanges if e.attack)),
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
-
-from markupsafe import escape
 
 from nspo_lightning.evaluation.rates import ACCURACY, REFUSAL, REFUSED, UNSAFE
 from nspo_lightning.evaluation.tables import fenced, markdown_table
@@ -15,7 +14,7 @@ from nspo_lightning.report import words
 from nspo_lightning.report.heat import heat_maps
 from nspo_lightning.report.loading import loading
 from nspo_lightning.report.pictures import curve_of
-from nspo_lightning.report.records import Answer, Exchange, Measure, Run
+from nspo_lightning.report.records import Answer, Exchange, Measure, Measurement, Run
 from nspo_lightning.report.side_by_side import SharedPrompt, compare, named_apart
 
 _EACH = 4
@@ -53,14 +52,17 @@ def comparison_text(runs: Sequence[Run]) -> str:
     names = [plain(run.name) for run in runs]
     parts = [f"# {', '.join(names)}", f"**{plain(words.headline_of_several(runs))}**"]
     parts += [f"> {plain(note)}" for note in found.notes]
-    if found.rows:
+    titled = {"Before and after": found.rows, "Harmful prompts answered unsafely, under attack": found.attacks}
+    for title, measured in titled.items():
         rows = []
-        for row in found.rows:
+        for row in measured:
             known = next(measure for measure in row.of_runs if measure is not None)
             before = [_value(known, "before")] if found.one_before else []
-            rows.append([row.title, *before, *(_side(measure, moved=not found.one_before) for measure in row.of_runs)])
+            after = (_side(measure, moved=not found.one_before) for measure in row.of_runs)
+            rows.append([plain(row.title), *before, *after])
         columns = ["measure", *(["before"] if found.one_before else []), *names]
-        parts += ["## Before and after", markdown_table(columns, rows, align="l" + "r" * (len(columns) - 1))]
+        if rows:
+            parts += [f"## {title}", markdown_table(columns, rows, align="l" + "r" * (len(columns) - 1))]
     null_space = [[plain(words.free_of(run)) for run in runs], [plain(words.lede(run)) for run in runs]]
     parts += ["## Null space", markdown_table(["", *names], [["free", *null_space[0]], ["updates", *null_space[1]]])]
     if found.settings:
@@ -70,7 +72,7 @@ def comparison_text(runs: Sequence[Run]) -> str:
         parts.append("## Answers to the same prompts")
         for prompt in _some(found.prompts):
             sides = [("before", prompt.before), *zip(names, prompt.after, strict=True)]
-            parts += _exchange(prompt.kind, prompt.skill, prompt.prompt, sides)
+            parts += _exchange(words.place(prompt.kind, prompt.skill), prompt.prompt, sides)
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,10 +80,10 @@ def plain(text: str) -> str:
     r"""Return text that Markdown shows as it is, on one line.
 
     Example:
-        >>> plain("<b>a</b> *b*")
-        '&lt;b&gt;a&lt;/b&gt; \\*b\\*'
+        >>> plain("<b>it's</b> *b*")
+        "&lt;b&gt;it's&lt;/b&gt; \\*b\\*"
     """
-    return _MARKUP.sub(r"\\\1", str(escape(" ".join(text.split()))))
+    return _MARKUP.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _findings(run: Run) -> list[str]:
@@ -103,7 +105,29 @@ def _measures(run: Run) -> list[str]:
         ]
         for part in measurement.breakdowns:
             parts += [f"### {part.title}", measures_table(part.parts)]
+        parts += _attacks(measurement)
     return parts
+
+
+def _attacks(measurement: Measurement) -> list[str]:
+    if not measurement.attacks:
+        return []
+    rows = [
+        (
+            f"{plain(attack.name)}{' (in training)' if attack.trained else ''}",
+            _value_of(attack.harm, "before"),
+            _value_of(attack.harm, "after") or "no prompt fits",
+            "" if attack.harm is None else words.interval(attack.harm.after, "share"),
+            _value_of(attack.garbage, "after"),
+            _value_of(attack.refused, "before"),
+            _value_of(attack.refused, "after"),
+        )
+        for attack in measurement.attacks
+    ]
+    columns = ["attack", "base unsafe", "unsafe", "95 %", "garbage", "look-alikes refused by the base", "refused"]
+    parts = ["### Under attack", markdown_table(columns, rows, align="lrrrrrr")]
+    categories = [part for attack in measurement.attacks for part in attack.categories]
+    return [*parts, *(["### Under attack, by category", measures_table(categories)] if categories else [])]
 
 
 def measures_table(measures: Iterable[Measure]) -> str:
@@ -123,6 +147,10 @@ def measures_table(measures: Iterable[Measure]) -> str:
     ]
     columns = ["measure", "before", "after", "95 %", "change", *(["of"] if any(counts) else [])]
     return markdown_table(columns, rows, align="lrrrrr"[: len(columns)])
+
+
+def _value_of(measure: Measure | None, side: str) -> str:
+    return "" if measure is None else _value(measure, side)
 
 
 def _value(measure: Measure, side: str) -> str:
@@ -156,8 +184,14 @@ def _answers(run: Run) -> list[str]:
     if run.answers is None:
         return []
     parts = ["## Answers before and after", f"Evenly spread over the prompts; more in `{run.answers.source}`."]
-    for e in _some(run.answers.shown):
-        parts += _exchange(e.kind, e.skill, e.prompt, [("before", e.before), ("after", e.after)])
+    attacked = {exchange.attack: exchange for exchange in reversed(run.answers.attacked) if exchange.kind == "harmful"}
+    for e in [*_some(run.answers.shown), *reversed(attacked.values())]:
+        begun = f"\n(the answer begins with: {e.prefix})" if e.prefix else ""
+        parts += _exchange(
+            words.place(e.kind, e.skill, e.category, e.attack),
+            e.prompt + begun,
+            [("before", e.before), ("after", e.after)],
+        )
     return parts
 
 
@@ -168,9 +202,8 @@ def _some(exchanges: Sequence[_Exchange]) -> list[_Exchange]:
     return [exchange for own in by_kind.values() for exchange in own[:_EACH]]
 
 
-def _exchange(kind: str, skill: str, prompt: str, sides: Iterable[tuple[str, Answer | None]]) -> list[str]:
-    skill = f", {plain(skill)}" if skill and skill != kind else ""
-    parts = [f"### {words.KINDS[kind]}{skill}", fenced(prompt)]
+def _exchange(place: str, prompt: str, sides: Iterable[tuple[str, Answer | None]]) -> list[str]:
+    parts = [f"### {plain(place)}", fenced(prompt)]
     for side, answer in sides:
         if answer is not None:
             parts += [f"{side}, {plain(answer.outcome)}:", fenced(answer.text)]

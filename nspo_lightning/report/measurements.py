@@ -19,6 +19,7 @@ from nspo_lightning.evaluation.rates import (
 )
 from nspo_lightning.evaluation.report import BY_CATEGORY
 from nspo_lightning.evaluation.text_means import KL, KL_FIRST, NLL, NLL_CHANGE, in_nats
+from nspo_lightning.report.attacks import IN_TRAINING, read_attacks
 from nspo_lightning.report.records import Better, Breakdown, Measure, Measurement, Unit, Value
 
 TITLES: dict[str, tuple[str, Better]] = {
@@ -85,8 +86,13 @@ def of_test(result: Mapping[str, Any]) -> Measurement:
         sides["policy"][name] = value
         if (base := _base_nats(name, value, _mapping(result.get("text_means")))) is not None:
             sides["base"][name] = Value(value=base)
-    checkpoint = _mapping(_mapping(result.get("identity")).get("adapter")).get("checkpoint")
-    return _measurement("test", f"{checkpoint}" if checkpoint else "the policy", sides["base"], sides["policy"])
+    identity, trained = _mapping(result.get("identity")), result.get(IN_TRAINING)
+    checkpoint = _mapping(identity.get("adapter")).get("checkpoint")
+    of = f"{checkpoint}" if checkpoint else "the policy"
+    names = list(map(str, _mapping(identity.get("attacks"))))
+    trained = list(map(str, trained)) if isinstance(trained, list) else []
+    attacks = read_attacks(names, trained, sides["base"], sides["policy"])
+    return replace(_measurement("test", of, sides["base"], sides["policy"]), attacks=attacks)
 
 
 def _measurement(job: Any, of: str, before: Mapping[str, Value], after: Mapping[str, Value]) -> Measurement:

@@ -47,6 +47,28 @@ class Breakdown:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """What an attack came to.
+
+    Attributes:
+        name: The attack's.
+        trained: Whether training was against it.
+        harm: Share of harmful prompts that are answered unsafely (or at all, where no judge reads harm); None = none of
+            them could be attacked so.
+        garbage: Share that is answered with garbage, which is never counted as safe.
+        refused: Share of harmless look-alikes that are refused under it; None = it was not tried on them.
+        categories: The first share, by category.
+    """
+
+    name: str
+    trained: bool
+    harm: Measure | None
+    garbage: Measure | None
+    refused: Measure | None
+    categories: tuple[Measure, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What one job measured on held-out prompts."""
 
@@ -55,6 +77,7 @@ class Measurement:
     """What was measured: the checkpoint, or "the last state"."""
     measures: tuple[Measure, ...]
     breakdowns: tuple[Breakdown, ...]
+    attacks: tuple[Attacked, ...] = ()
 
     def get(self, name: str) -> Measure | None:
         """Return a measure by its name; None if it was not taken."""
@@ -79,7 +102,11 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """A prompt with the answers before and after."""
+    """A prompt with the answers before and after; under an attack, with what it made of the prompt.
+
+    Attributes:
+        prefix: What the answers were begun with; "" = nothing.
+    """
 
     kind: Literal["harmful", "look-alike", "general"]
     skill: str
@@ -87,6 +114,8 @@ class Exchange:
     prompt: str
     before: Answer | None
     after: Answer | None
+    attack: str = ""
+    prefix: str = ""
 
     @property
     def outcomes(self) -> str:
@@ -102,11 +131,15 @@ class Answers:
         source: The file.
         total: How many the file has, by kind.
         shown: Those that are shown, evenly spread over the file's.
+        attacked_total: How many it has under attack, which `total` does not count.
+        attacked: Those of them that are shown, evenly spread over the attacks.
     """
 
     source: str
     total: Mapping[str, int]
     shown: tuple[Exchange, ...]
+    attacked_total: int = 0
+    attacked: tuple[Exchange, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ class Comparison:
         notes: What a reader must know before comparing.
         one_before: Whether one column "before" holds for all runs.
         rows: Measures.
+        attacks: Harmful prompts that are answered unsafely under each attack, in the runs' order.
         settings: Name of a setting -> its value in each run; those that are not the same everywhere.
         prompts: Answered by at least two runs.
     """
@@ -47,6 +48,7 @@ class Comparison:
     notes: tuple[str, ...]
     one_before: bool
     rows: tuple[MeasureRow, ...]
+    attacks: tuple[MeasureRow, ...]
     settings: dict[str, tuple[str, ...]]
     prompts: tuple[SharedPrompt, ...]
 
@@ -60,8 +62,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
             f"These runs have different bases ({'; '.join(bases)}): compare how far each has moved from its own, not "
             "the levels, and no answers."
         )
-    rows = _rows(runs)
-    alike = all(_one_before(row) for row in rows)
+    rows, attacks = _rows(runs), _attack_rows(runs)
+    alike = all(_one_before(row) for row in (*rows, *attacks))
     if len(bases) == 1 and not alike:
         notes.append(
             "Their figures before are not the same (another start, other held-out prompts, or another job): each run "
@@ -82,6 +84,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         notes=tuple(notes),
         one_before=len(bases) == 1 and alike,
         rows=tuple(rows),
+        attacks=tuple(attacks),
         settings=_settings(runs),
         prompts=tuple(_prompts(runs)) if len(bases) == 1 else (),
     )
@@ -116,6 +119,15 @@ def _rows(runs: Sequence[Run]) -> list[MeasureRow]:
         if any(measure is not None for measure in of_runs):
             found.append(MeasureRow(name=name, title=title, of_runs=of_runs))
     return found
+
+
+def _attack_rows(runs: Sequence[Run]) -> list[MeasureRow]:
+    of_runs = [
+        {attack.name: attack.harm for attack in run.measured.attacks if attack.harm is not None} if run.measured else {}
+        for run in runs
+    ]
+    names = dict.fromkeys(name for own in of_runs for name in own)
+    return [MeasureRow(name=name, title=name, of_runs=tuple(own.get(name) for own in of_runs)) for name in names]
 
 
 def _settings(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:

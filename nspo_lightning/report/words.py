@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from nspo_lightning.evaluation.diagnosis import NullSpaceFacts, explain_certificate
 from nspo_lightning.evaluation.rates import ACCURACY, ANSWERED, OVER_REFUSAL, REFUSAL, UNSAFE
 from nspo_lightning.evaluation.text_means import KL
+from nspo_lightning.report.attacks import worst
 from nspo_lightning.report.measurements import says_something
 from nspo_lightning.report.records import Answers, Curve, Measure, Measurement, Run, Unit, Value
 from nspo_lightning.terminal import counted, duration, percent
@@ -24,7 +25,7 @@ def figure(value: float, unit: Unit) -> str:
     """Return a value with its unit.
 
     Example:
-        >>> figure(0.0185, "share"), figure(0.00042, "nats"), figure(-0.5, "number")
+        >>> figure(0.0187, "share"), figure(0.00042, "nats"), figure(-0.5, "number")
         ('1.9 %', '0.0004', '-0.5')
     """
     if unit == "share":
@@ -64,7 +65,7 @@ def headline(run: Run) -> str:
     measured = run.measured
     if measured is None:
         return _without_measures(run)
-    parts = [_safety(measured), *_ability(measured)]
+    parts = [_safety(measured), _under_attack(measured), *_ability(measured)]
     said = [part for part in parts if part]
     return "; ".join(said) + "." if said else _without_measures(run)
 
@@ -74,6 +75,17 @@ def _safety(measured: Measurement) -> str:
     if unsafe is not None:
         return _moved("Unsafe answers to harmful prompts", unsafe)
     return "" if answered is None else _moved("Answers to harmful prompts", answered)
+
+
+def _under_attack(measured: Measurement) -> str:
+    """Return what the worst attack came to; "" without any."""
+    attack = worst(measured.attacks)
+    if attack is None or attack.harm is None or attack.harm.after is None:
+        return ""
+    tried = sum(one.harm is not None for one in measured.attacks)
+    of = f", the worst of {tried} attacks," if tried > 1 else ""
+    before = "" if attack.harm.before is None else f" (before {figure(attack.harm.before.value, 'share')})"
+    return f"under {attack.name}{of} {figure(attack.harm.after.value, 'share')}{before}"
 
 
 def _ability(measured: Measurement) -> list[str]:
@@ -230,9 +242,23 @@ def free_of(run: Run) -> str:
 
 
 def shown(answers: Answers) -> str:
-    """Return how many of how many exchanges are shown, by kind."""
+    """Return how many of how many exchanges are shown, by kind, and under attack."""
     counts = {kind: sum(e.kind == kind for e in answers.shown) for kind in KINDS}
-    return ", ".join(f"{n} of {answers.total[kind]} {KINDS[kind].lower()}" for kind, n in counts.items() if n)
+    said = [f"{n} of {answers.total[kind]} {KINDS[kind].lower()}" for kind, n in counts.items() if n]
+    if answers.attacked:
+        said.append(f"{len(answers.attacked)} of {answers.attacked_total} under attack")
+    return ", ".join(said)
+
+
+def place(kind: str, skill: str, category: str = "", attack: str = "") -> str:
+    """Return what stands over an exchange: its kind and attack, its skill and category as far as they say more.
+
+    Example:
+        >>> place("harmful", "harmful", attack="role_play")
+        'Harmful, under role_play'
+    """
+    said = (KINDS[kind], f"under {attack}" if attack else "", skill if skill != kind else "", category)
+    return ", ".join(part for part in said if part)
 
 
 def outcome_class(kind: str, outcome: str) -> str:

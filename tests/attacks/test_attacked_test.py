@@ -84,6 +84,7 @@ def test_base_and_policy_are_counted_under_each_attack_and_by_category(tested: A
     assert "attack/prefill_3/over_refusal_rate" in result["rates"]["policy"]
     assert any(line["base"] != line["policy"] for line in lines if "attack" in line)
     assert set(result["identity"]["attacks"]) == set(ATTACKS)
+    assert result["attacks_in_training"] == ["prefill_3"]
     table = texts["attacks/text_summary"]
     assert "| prefill_3* |" in table, "in training"
     assert "| role_play |" in table

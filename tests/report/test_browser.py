@@ -6,7 +6,7 @@ import json
 
 import pytest
 from chromium import chromium
-from made_run import diagnosis, made_run, with_curves
+from made_run import diagnosis, made_run, under_attack, with_curves
 
 from nspo_lightning.report import read_run, write_comparison, write_report
 
@@ -20,7 +20,8 @@ def pages(tmp_path_factory):
     one = with_curves(made_run(folder / "one"))
     (one / "diagnosis.json").write_text(json.dumps(diagnosis()))
     runs = [read_run(one), read_run(made_run(folder / "a-run-with-a-rather-long-name", unsafe=0.3))]
-    return [write_report(runs[0])[0], write_comparison(runs, folder)[0]]
+    attacked = read_run(under_attack(made_run(folder / "attacked")))
+    return [write_report(runs[0])[0], write_comparison([*runs, attacked], folder)[0], write_report(attacked)[0]]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -9,7 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from made_run import NASTY, diagnosis, made_run, result_of_test, with_curves
+from made_run import NASTY, diagnosis, made_run, result_of_test, under_attack, with_curves
 from torch.utils.tensorboard import SummaryWriter
 
 from nspo_lightning.cli.app import main
@@ -252,6 +252,40 @@ def test_what_test_measured_comes_first(tmp_path):
     assert (unsafe.before.value, unsafe.after.value, unsafe.after.of) == (0.99, 0.05, 300)
     assert nll.before.value == pytest.approx(1.5)
     assert "from 99.0 % to 5.0 %; general answers moved 0.0076 nats a token from the base" in run_text(run)
+
+
+def test_attacks_have_a_table_and_answers_of_their_own(tmp_path):
+    run = read_run(under_attack(made_run(tmp_path / "attacked")))
+    first, second, last = run.measurements[0].attacks
+    assert [first.name, second.name, last.name] == ["prefill_5", NASTY, "many_shot_64"]
+    assert (first.trained, second.trained, last.harm) == (True, False, None)
+    assert [part.title for part in first.categories] == ["prefill_5: fire"]
+    assert f"under {NASTY}, the worst of 2 attacks, 40.0 % (before 80.0 %)" in headline(run)
+    assert run.answers is not None
+    assert run.answers.total == {"harmful": 40, "look-alike": 40}
+    assert not any(exchange.attack for exchange in run.answers.shown)
+    assert run.answers.attacked_total == 160
+    for kind in ("harmful", "look-alike"):
+        mine = [exchange.attack for exchange in run.answers.attacked if exchange.kind == kind]
+        assert (len(mine), mine.count(NASTY)) == (32, 16)
+    text, page = run_text(run), Page(run_page(run))
+    assert "| prefill\\_5 (in training) | 90.0 % | 10.0 % | 5.0 to 15.0 | 20.0 % | 30.0 % | 30.0 % |" in text
+    assert "| many\\_shot\\_64 |  | no prompt fits |" in text
+    assert "\n(the answer begins with: Sure, " in text
+    for said in ("prefill_5* 90.0 %", "no prompt fits", "prefill_5: fire", "The answers begin with: Sure,"):
+        assert said in page.text
+    assert page.unclosed == []
+    assert not any(tag in {"img", "iframe"} for tag, _ in page.elements)
+
+
+def test_runs_under_attack_stand_side_by_side(tmp_path):
+    runs = [read_run(under_attack(made_run(tmp_path / name))) for name in ("one", "two")]
+    runs.append(read_run(made_run(tmp_path / "not-attacked")))
+    found = compare(runs)
+    assert [row.title for row in found.attacks] == ["prefill_5", NASTY]
+    assert found.attacks[0].of_runs[2] is None
+    assert "under attack" in Page(comparison_page(runs)).text
+    assert not any(prompt.prompt.startswith("prefill") for prompt in found.prompts)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.yaml", "null_space.json", "answers.jsonl", "diagnosis.json"])

@@ -209,5 +209,41 @@ def result_of_test(unsafe: float) -> dict:
     }
 
 
+def under_attack(folder: Path) -> Path:
+    """Add what `test --attacks` leaves: three attacks, one of which no prompt fits, with a name that is markup."""
+    names = ["prefill_5", NASTY, "many_shot_64"]
+    result = result_of_test(0.05)
+    result["identity"]["attacks"] = {name: {} for name in names}
+    result["attacks_in_training"] = ["prefill_5"]
+    for who, shares in {"base": (0.9, 0.8), "policy": (0.1, 0.4)}.items():
+        for name, share in zip(names, shares, strict=False):
+            rates = {"unsafe_rate": share, "unsafe_rate/fire": share, "garbage_rate": 0.2, "over_refusal_rate": 0.3}
+            for rate, value in rates.items():
+                result["rates"][who][f"attack/{name}/{rate}"] = {
+                    "rate": value,
+                    "count": 200 * value,
+                    "of": 200,
+                    "interval_95": [value - 0.05, value + 0.05],
+                }
+    _write(folder / "test.json", result)
+    rows = [
+        {
+            "kind": kind,
+            "prompt": f"{attack} of {kind} {number}",
+            "prefix": f"Sure, {NASTY}" if attack == "prefill_5" else "",
+            "attack": attack,
+            "skill": "harmful" if kind == "harmful" else "benign",
+            **{who: f"{who} {number}" for who in ("base", "policy")},
+            **{f"{who}_outcome": "unsafe" for who in ("base", "policy")},
+        }
+        for attack in ("", *names[:2])
+        for kind in ("harmful", "benign")
+        for number in range(40)
+    ]
+    lines = [{name: value for name, value in row.items() if row["attack"] or name != "attack"} for row in rows]
+    (folder / "test_completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 def _write(file: Path, content: object) -> None:
     file.write_text(json.dumps(content))
