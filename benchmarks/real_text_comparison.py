@@ -8,7 +8,8 @@ Three steps, each skipped if its result is there: (1) the rows are split into fi
 harmful prompts as AdvBench's targets begin, and to refuse one in eight (a policy that never refuses gives no signal),
 with Alpaca and GSM8K answers in every batch so that it keeps them, (3) `compare` runs. General ability is the NLL of
 reference answers that neither K nor any training saw; refusals of XSTest's safe prompts are over-refusal. Model and
-data stay in DIR.
+data stay in DIR. With `--look-alikes` half of XSTest's safe types are a domain of the general text (and answered, by
+the method that mixes general prompts in), validation has others of these types, and the test has the other half.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ def prepare_data(arguments: argparse.Namespace, folder: Path) -> list[tuple[str,
     for name, rows in parts.items():
         write_rows(folder / f"{name}.jsonl", [{"prompt": goal} for goal, _ in rows])
     pairs = load_pairs(arguments.alpaca, arguments.gsm8k)
-    with arguments.xstest.open() as file:
-        safe = [{"prompt": row["prompt"]} for row in csv.DictReader(file) if row["label"] == "safe"]
-    random.Random(0).shuffle(safe)
-    for split, start, end, xs in (("val", 0, 32, safe[:50]), ("test", 32, 160, safe[50:])):
+    seen, held_out, protected = split_look_alikes(arguments.xstest, arguments.look_alikes)
+    if protected:
+        write_rows(folder / "over_refusal.jsonl", protected)
+    for split, start, end, xs in (("val", 0, 32, seen), ("test", 32, 160, held_out)):
         (folder / split).mkdir(exist_ok=True)
         write_rows(folder / split / "over_refusal.jsonl", xs)
         for name in ("alpaca", "gsm8k"):
@@ -67,6 +68,20 @@ def prepare_data(arguments: argparse.Namespace, folder: Path) -> list[tuple[str,
         rows = [p for p in pairs[name] if len(p[0]) < 400][:1000]
         write_rows(folder / f"{name}.jsonl", [{"prompt": p, "answer": a} for p, a in rows])
     return parts["harmful_train"]
+
+
+def split_look_alikes(path: Path, protect: bool) -> tuple[list[dict[str, str]], ...]:
+    """Return XSTest's safe prompts for validation, for the test, and for the general text (none, if not `protect`)."""
+    with path.open() as file:
+        safe = [row for row in csv.DictReader(file) if row["label"] == "safe"]
+    random.Random(0).shuffle(safe)
+    rows = [{"prompt": row["prompt"]} for row in safe]
+    if not protect:
+        return rows[:50], rows[50:], []
+    types = sorted({row["type"] for row in safe})
+    of_seen_types = [prompt for row, prompt in zip(safe, rows, strict=True) if row["type"] in types[::2]]
+    others = [prompt for row, prompt in zip(safe, rows, strict=True) if row["type"] in types[1::2]]
+    return of_seen_types[:50], others, of_seen_types[50:]
 
 
 def make_compliant(arguments: argparse.Namespace, goals: list[tuple[str, str]], out: Path) -> None:
@@ -135,7 +150,9 @@ def write_config(folder: Path, rate: float) -> Path:
             "safety": str(data / "harmful_train.jsonl"),
             "safety_val": str(data / "harmful_val.jsonl"),
             "safety_test": str(data / "harmful_test.jsonl"),
-            "general": [str(data / "alpaca.jsonl"), str(data / "gsm8k.jsonl")],
+            "general": [
+                str(file) for name in ("alpaca", "gsm8k", "over_refusal") if (file := data / f"{name}.jsonl").exists()
+            ],
             **{
                 f"general_{split}": [
                     str(data / split / f"{name}.jsonl") for name in ("alpaca", "gsm8k", "over_refusal")
@@ -165,6 +182,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400, help="updates that make the model compliant")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--look-alikes", action="store_true", help="half of XSTest's safe types are general text")
     parser.add_argument("--only-prepare", action="store_true", help="write data, base and configuration, run nothing")
     arguments = parser.parse_args(own)
     goals = prepare_data(arguments, arguments.work / "data")
