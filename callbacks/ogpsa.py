@@ -33,6 +33,10 @@ class OGPSA(Callback):
     of the general rows, and orthonormalised parameter by parameter. Before each optimizer step, before clipping, the
     training gradient loses what lies in the span. A run that goes on does so to the bit.
 
+    The B of a fresh adapter is zero, and so are all gradients of its A: they say nothing of what is to be kept, and A
+    would go unheld until the gradients are taken anew. So where some parameter has none, all are taken once more before
+    the second update, and every `every_n_updates` from there.
+
     Args:
         rows: General training rows that the gradients are taken on, of all skills together.
         every_n_updates: Updates for which a set of gradients serves.
@@ -49,6 +53,7 @@ class OGPSA(Callback):
         self._texts: dict[str, list[dict[str, Any]]] = {}
         self._bases: list[Tensor] = []
         self._taken = -1
+        self._again = False
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,8 +81,10 @@ class OGPSA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer | LightningOptimizer
     ) -> None:
         parameters = trained_by(optimizer)
-        if self._taken < 0 or trainer.global_step - self._taken >= self.every_n_updates:
+        first = self._taken < 0
+        if first or self._again or trainer.global_step - self._taken >= self.every_n_updates:
             self._take(pl_module, parameters, trainer.global_step)
+            self._again = first and not all(map(len, self._bases))
         for parameter, basis in zip(parameters, self._bases, strict=True):
             if parameter.grad is not None:
                 remove_(parameter.grad, basis.to(parameter.device))
@@ -96,11 +103,12 @@ class OGPSA(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"bases": [basis.cpu() for basis in self._bases], "taken": self._taken}
+        return {"bases": [basis.cpu() for basis in self._bases], "taken": self._taken, "again": self._again}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._bases, self._taken = list(state_dict["bases"]), int(state_dict["taken"])
+        self._again = bool(state_dict.get("again", False))  # earlier checkpoints lack it
 
 
 def by_skill(batches: Any) -> dict[str, list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning import ranks
 from nspo_lightning.nullspace.shapes import base_of, input_width, is_conv1d, weight_of
 
 _CHUNK = 1024
@@ -21,7 +22,7 @@ _CHUNK = 1024
 def weight_directions(modules: Sequence[nn.Module]) -> Tensor:
     """Return the right singular vectors of weights that read one input, stacked on one another.
 
-    Weights are read by what they make of unit vectors, so packed 4-bit ones need no unpacking of their own.
+    Packed (4-bit) weights are read by what they make of unit vectors, so they need no unpacking of their own.
 
     Args:
         modules: The layers, adapted or not.
@@ -41,13 +42,27 @@ def weight_directions(modules: Sequence[nn.Module]) -> Tensor:
             )
         weight = weight_of(layer)
         assert weight is not None  # a linear layer has one
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        units = torch.eye(input_width(layer), dtype=dtype, device=weight.device)
-        at_zero = layer(torch.zeros_like(units[:1]))  # the bias
-        parts = [units[start : start + _CHUNK] for start in range(0, len(units), _CHUNK)]
-        columns = torch.cat([(layer(part) - at_zero).to(torch.float64) for part in parts])
+        if weight.dtype.is_floating_point:
+            columns = ranks.full_tensor(weight.detach()).to(torch.float64)
+            columns = columns if is_conv1d(layer) else columns.mT
+        else:
+            columns = _columns(layer, weight.device)
         gram = columns @ columns.mT if gram is None else gram + columns @ columns.mT
     if gram is None:
         raise ValueError("subspace='weights' needs at least one layer.")
     vectors: Tensor = torch.linalg.eigh(gram)[1]
     return vectors.flip(1)
+
+
+def _columns(layer: nn.Module, device: torch.device) -> Tensor:
+    """Return what a layer makes of unit vectors, shape ``(width, out)``, float64, without its bias.
+
+    The bias is taken away, not subtracted: one of 100 in 16 bits leaves nothing of weights of 0.02.
+    """
+    units = torch.eye(input_width(layer), device=device)
+    bias = layer._parameters.get("bias")
+    layer._parameters["bias"] = None
+    try:
+        return torch.cat([layer(part).to(torch.float64) for part in units.split(_CHUNK)])
+    finally:
+        layer._parameters["bias"] = bias

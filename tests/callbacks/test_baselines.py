@@ -212,6 +212,24 @@ def test_ogpsa_leaves_no_part_of_the_gradient_in_the_span_of_the_general_ones(ti
     assert projection.held_bytes() == sum(4 * basis.numel() for basis in projection._bases)
 
 
+def test_ogpsa_holds_a_fresh_adapters_a_from_its_second_update_on_also_where_a_run_goes_on_there(tiny_llama, tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    before, after, projection = Watched(), Watched(), OGPSA(rows=6)
+    parts = [before, projection, after, ExactResume()]
+    _, policy = fit(tiny_llama, tmp_path, [*parts, keep], 3, enable_checkpointing=True)
+    named = [n for n, p in policy.named_parameters() if p.requires_grad]
+    bases = dict(zip(named, projection._bases, strict=True))
+    for name in (n for n in named if "lora_A" in n):
+        assert len(bases[name]) > 0
+        for seen in after.seen[1:]:
+            part = bases[name].flatten(1) @ seen[name].flatten()
+            assert float(part.norm()) <= 1e-5 * float(before.seen[1][name].norm())
+    resumed = OGPSA(rows=6)
+    _, other = fit(tiny_llama, tmp_path, [resumed, ExactResume()], 3, checkpoint=str(tmp_path / "step=1.ckpt"))
+    assert all(torch.equal(value, adapter(other)[name]) for name, value in adapter(policy).items())
+    assert resumed._taken == projection._taken == 1, "once more, not before each update"
+
+
 def test_directions_that_say_nothing_new_are_left_out():
     one, other = torch.randn(3, 4), torch.randn(3, 4)
     basis = orthonormal([torch.zeros(3, 4), one, other, 2 * one - other])

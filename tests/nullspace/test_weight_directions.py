@@ -14,6 +14,7 @@ from nspo_lightning.nullspace import BasisSettings, ForwardCall, calibrate_modul
 from nspo_lightning.nullspace.domains import TO_LEARN
 from nspo_lightning.nullspace.projection import project_start
 from nspo_lightning.nullspace.weight_directions import weight_directions
+from nspo_lightning.policy.unpacked import HeldProduct
 
 
 class Pair(nn.Module):
@@ -41,6 +42,35 @@ def test_they_are_the_right_singular_vectors_of_the_stacked_weights():
     assert torch.allclose((stacked @ found).norm(dim=0)[: len(values)], values, atol=1e-5)
     leading = (vectors[:4] @ found[:, :4]).abs()
     assert torch.allclose(leading, torch.eye(4, dtype=torch.float64), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_large_bias_takes_nothing_from_them(dtype):
+    layer = nn.Linear(12, 20)
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.normal_(layer.bias, std=100.0)  # Qwen2's k_proj has such
+    layer = layer.to(dtype)
+    found = weight_directions([layer])
+    _, _, vectors = torch.linalg.svd(layer.weight.detach().double())
+    leading, expected = found[:, :4], vectors[:4].mT
+    assert torch.linalg.matrix_norm(leading @ leading.mT - expected @ expected.mT, 2) < 1e-6
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_those_of_packed_weights_are_of_what_they_unpack_to_and_the_bias_stays(unpacked):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 48, quant_type="nf4", compute_dtype=torch.float32)
+    nn.init.normal_(layer.bias, std=100.0)
+    layer = layer.to("cpu")
+    whole = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    if unpacked:
+        HeldProduct(layer).weight()
+    bias = layer.bias
+    found = weight_directions([layer])
+    assert layer.bias is bias
+    _, values, vectors = torch.linalg.svd(whole)
+    assert torch.allclose((whole @ found).norm(dim=0)[:48], values, atol=1e-5)
+    assert torch.linalg.matrix_norm(found[:, :8] @ found[:, :8].mT - vectors[:8].mT @ vectors[:8], 2) < 1e-4
 
 
 def test_the_base_is_read_and_not_what_an_adapter_adds():
