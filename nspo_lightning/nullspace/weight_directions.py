@@ -63,6 +63,7 @@ def _columns(layer: nn.Module, device: torch.device) -> Tensor:
     bias = layer._parameters.get("bias")
     layer._parameters["bias"] = None
     try:
-        return torch.cat([layer(part).to(torch.float64) for part in units.split(_CHUNK)])
+        parts = [units[start : start + _CHUNK] for start in range(0, len(units), _CHUNK)]
+        return torch.cat([layer(part).to(torch.float64) for part in parts])
     finally:
         layer._parameters["bias"] = bias
