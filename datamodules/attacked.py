@@ -10,10 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from nspo_lightning import ranks
 from nspo_lightning.attacks import ATTACK, LOOKALIKES, Attack, AttackError, Victim
 from nspo_lightning.datamodules.loader import PromptLoader
-from nspo_lightning.datamodules.sources.attacked import attacked_rows
+from nspo_lightning.datamodules.sources.attacked import Show, attacked_rows
 from nspo_lightning.datamodules.sources.rows import PromptRow, take_ranked
 from nspo_lightning.datamodules.text.collate import collate_prompts
 from nspo_lightning.datamodules.text.render import ChatRenderer
+from nspo_lightning.rewards import RewardError
 from nspo_lightning.terminal import counted
 
 MakeLoader = Callable[[Sequence[PromptRow], Callable[[list[PromptRow]], dict[str, Any]]], PromptLoader]
@@ -70,22 +71,22 @@ def attack_loaders(
         for rows, lookalikes in ((harmful, False), (alike if attack.on_lookalikes else [], True)):
             most = min([len(rows), *(size for size in (limit, attack.limit) if size is not None)])
             some = [rows[i] for i in take_ranked(rows, most, "attack")]
-            fitting = _that_fit(_attacked(some, attack, victim), attack, renderer, victim)
+            fitting = _that_fit(_attacked(some, attack, victim, renderer.as_shown), attack, renderer, victim)
             if fitting:
                 loaders.append(make_loader(fitting, _collate(attack, lookalikes, renderer)))
     return loaders
 
 
-def _attacked(rows: list[PromptRow], attack: Attack, victim: AttackedPolicy | None) -> list[PromptRow]:
+def _attacked(rows: list[PromptRow], attack: Attack, victim: AttackedPolicy | None, show: Show) -> list[PromptRow]:
     """Attack rows; what is searched for is searched once, for all ranks."""
     if not attack.searches:
-        return attacked_rows(rows, attack, victim)
+        return attacked_rows(rows, attack, victim, show)
     found, problem = list[PromptRow](), ""
     if ranks.rank() == 0:
         try:
             rank_zero_info(f"Attack {attack.name} searches on {counted(len(rows), 'prompt')}. This takes a while.")
-            found = attacked_rows(rows, attack, victim) if rows else []
-        except AttackError as error:
+            found = attacked_rows(rows, attack, victim, show) if rows else []
+        except (AttackError, RewardError) as error:
             problem = str(error)
     found, problem = ranks.broadcast_object((found, problem), 0)
     if problem:
@@ -99,12 +100,16 @@ def _that_fit(
     room = None if victim is None else victim.prompt_room
     if room is None or not rows:
         return rows
-    lengths = [len(ids) for ids in renderer.encode_prompts(rows)]
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length + row.prefix_tokens <= room]
+    prompts, begun = renderer.encode_prompts(rows), renderer.encode([row.prefix_text for row in rows])
+    lengths = [
+        len(prompt) + (len(own) if row.prefix_text else row.prefix_tokens)
+        for row, prompt, own in zip(rows, prompts, begun, strict=True)
+    ]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
     if len(kept) < len(rows):
         rank_zero_info(
-            f"Attack {attack.name}: {len(rows) - len(kept)} of {len(rows)} prompts have more than {room} tokens, which "
-            "leaves no room for the answer in the policy's context. They are left out."
+            f"Attack {attack.name}: {len(rows) - len(kept)} of {len(rows)} prompts are left out. With what answers "
+            f"begin with they have more than {room} tokens, so the policy's context has no room for the answer."
         )
     return kept
 

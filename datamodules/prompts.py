@@ -164,7 +164,7 @@ class PromptDataModule(pl.LightningDataModule):
                     self.longest_prompt_tokens = max(self.longest_prompt_tokens, length)
             return reasons
 
-        self.rows = load_domain(self.sources, unfit)
+        self.rows = load_domain(self.sources, unfit, renderer.as_shown)
         announce(self.rows.reports)
 
     def loaded(self) -> DomainRows:

@@ -186,6 +186,12 @@ class WarmupDataModule(AlignmentDataModule):
 
     def _answered(self, source: PromptSource, held_out: list[PromptRow]) -> list[PromptRow]:
         (source,) = as_sources(source, "warmup.refusals")
+        if source.attacks is not None:
+            raise DataError(
+                source.label,
+                "`attacks` of `warmup.refusals` would change nothing: its prompts are taught as they are",
+                "Leave it out.",
+            )
         read, report = usable_rows(source, "harmful")
         report.role = "warmup"
         rows = without([row for row in read if row.answer], held_out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from nspo_lightning.attacks import data_attacks
-from nspo_lightning.datamodules.sources.attacked import in_templates
+from nspo_lightning.datamodules.sources.attacked import Show, as_it_is, in_templates
 from nspo_lightning.datamodules.sources.data_error import DataError
 from nspo_lightning.datamodules.sources.hub import read_hub
 from nspo_lightning.datamodules.sources.opening import is_builtin, origin_of
@@ -29,7 +29,7 @@ class DomainSources:
         seed: Decides what is held out.
 
     Raises:
-        ValueError: If a size is negative.
+        ValueError: If a size is negative, or a source has attacks that is not trained on.
     """
 
     train: list[PromptSource]
@@ -41,6 +41,17 @@ class DomainSources:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        held_out = [*self.validation, *self.test]
+        if wrong := [source for source in held_out if source.attacks is not None]:
+            raise ValueError(
+                f"{wrong[0].label}: `attacks` puts training prompts into templates, and this source is held out. Leave "
+                "`attacks` out, and measure under attack by `test --attacks` or `data.val_attacks`."
+            )
+        if self.kind == "benign" and (wrong := [source for source in self.train if source.attacks is not None]):
+            raise ValueError(
+                f"{wrong[0].label}: `attacks` puts training prompts of `data.safety` into templates, and this is "
+                "general data, which is not trained on. Leave `attacks` out, or give it to a source of `data.safety`."
+            )
         for name, size in {"val_size": self.validation_size, "test_size": self.test_size}.items():
             if size is not None and size < 0:
                 raise ValueError(f"`{name}` must not be negative, got {size}. 0 holds nothing out, null a tenth.")
@@ -70,8 +81,13 @@ class DomainRows:
         return [row for rows in self.train for row in rows if row.kind == kind]
 
 
-def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows:
+def load_domain(sources: DomainSources, reject: Reject = keep_all, show: Show = as_it_is) -> DomainRows:
     """Return a domain's rows; no training row has a held-out row's prompt.
+
+    Args:
+        sources: What it is read from.
+        reject: Gives the reasons why rows are left out.
+        show: Sees to it that system messages of attack templates are shown.
 
     Raises:
         DataError: If a source cannot be used, or nothing is left to train on.
@@ -104,18 +120,18 @@ def load_domain(sources: DomainSources, reject: Reject = keep_all) -> DomainRows
             raise DataError(
                 source.label, "every row is held out", "Lower `val_size` and `test_size`, or give more rows."
             )
-        result.train.append(_in_templates(choose(kept, source), source, sources.seed, report, reject))
+        result.train.append(_in_templates(choose(kept, source), source, sources.seed, report, reject, show))
         report.splits = {"train": len(result.train[-1]), **report.splits}
     return result
 
 
 def _in_templates(
-    rows: list[PromptRow], source: PromptSource, seed: int, report: SourceReport, reject: Reject
+    rows: list[PromptRow], source: PromptSource, seed: int, report: SourceReport, reject: Reject, show: Show
 ) -> list[PromptRow]:
     """Put training rows into their source's attack templates, if it names any; what is too long then stays plain."""
     if not source.attacks:
         return rows
-    attacked = in_templates(rows, data_attacks(source.attacks, source.label), seed)
+    attacked = in_templates(rows, data_attacks(source.attacks, source.label), seed, show)
     reasons = reject(attacked, source)
     found = [new if reason is None else row for row, new, reason in zip(rows, attacked, reasons, strict=True)]
     count = sum(row.request is not None for row in found)

@@ -8,7 +8,15 @@ from typing import Any, Protocol
 from nspo_lightning.datamodules.sources.data_error import DataError, clip
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
 from nspo_lightning.policy.chat_template import read_chat_template
-from nspo_lightning.policy.turns import SpecialTokens, answer_place, common_start, end_of_turn, special_ids
+from nspo_lightning.policy.turns import (
+    SpecialTokens,
+    answer_place,
+    common_start,
+    end_of_turn,
+    folds_system,
+    special_ids,
+    with_system,
+)
 
 
 class Tokenizer(SpecialTokens, Protocol):
@@ -82,6 +90,15 @@ class ChatRenderer:
                 "If it knows no system role, leave `system_prompt` out; otherwise give another `policy.chat_template`.",
             ) from error
         return str(text)
+
+    def as_shown(self, prompt: Prompt) -> Prompt:
+        """Return a prompt whose system message the template shows: where it has no place for one, before the user's."""
+        if isinstance(prompt, str) or prompt[0]["role"] != "system":
+            return prompt
+        system, *turns = prompt
+        if not folds_system(self.text, str(system["content"])):
+            return prompt
+        return with_system(turns, str(system["content"]), fold=True)
 
     def text_behind_answer(self, prompt: Prompt) -> str:
         """Return what the template puts behind an answer: the end of its turn."""

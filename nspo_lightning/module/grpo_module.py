@@ -647,6 +647,7 @@ class GRPOModule(pl.LightningModule):
             judge=self.judge,
             sampling=self.evaluation_sampling,
             over_refusal_skills=self.evaluator.over_refusal_skills,
+            start=self.start,
         )
 
     def base_answer(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers | None:

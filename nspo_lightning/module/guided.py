@@ -22,6 +22,7 @@ from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.prefixes import with_prefix_ids
 from nspo_lightning.module.text_policy import PREFIX_IDS, TextPolicy
 from nspo_lightning.policy.settings import PolicyError
+from nspo_lightning.policy.turns import folds_system, with_system
 from nspo_lightning.rollout.places import Places
 
 SAFETY_PROMPT = (
@@ -123,41 +124,26 @@ class Guidance:
 
     def _guided(self, prompt: Any) -> list[dict[str, Any]]:
         assert self.settings is not None
-        return _with_system(prompt, self.settings.system_prompt, fold=self._folds)
+        return with_system(prompt, self.settings.system_prompt, fold=self._folds)
 
     @cached_property
     def _folds(self) -> bool:
         """Whether the system prompt goes into the user's turn, as the chat template has no system role."""
         text = "" if self.settings is None else self.settings.system_prompt
-        for fold in (False, True):
-            try:
-                shown = self.policy.tokenizer.apply_chat_template(
-                    _with_system("x", text, fold=fold), tokenize=False, add_generation_prompt=True
-                )
-            except Exception:  # Jinja raises its own types, and a template may raise anything
-                continue
-            if text.strip() in shown:
-                if fold:
-                    rank_zero_info(
-                        "The chat template has no system role: `guided.system_prompt` begins the user's turn."
-                    )
-                return fold
+        folds = folds_system(
+            lambda chat: str(
+                self.policy.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            ),
+            text,
+        )
+        if folds:
+            rank_zero_info("The chat template has no system role: `guided.system_prompt` begins the user's turn.")
+        if folds is not None:
+            return folds
         raise PolicyError(
             "The chat template leaves `guided.system_prompt` out, as a system message and in the user's turn, so the "
             "guided part of a group would not be guided. Give another `policy.chat_template`, or set `guided: null`."
         )
-
-
-def _with_system(prompt: Any, text: str, *, fold: bool) -> list[dict[str, Any]]:
-    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns: list[dict[str, Any]] = [dict(turn) for turn in chat]
-    role = "user" if fold else "system"
-    place = next((i for i, turn in enumerate(turns) if turn["role"] == role), None)
-    if place is None:
-        return [{"role": role, "content": text}, *turns]
-    own = turns[place]["content"]
-    turns[place]["content"] = f"{text}\n\n{own}" if isinstance(own, str) else [{"type": "text", "text": text}, *own]
-    return turns
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,15 @@ class PolicyVictim:
         judge: Names the answers.
         sampling: How harmful prompts are answered.
         over_refusal_skills: Skills of look-alikes.
+        start: Puts the weights that training goes on from in place, if that was not done yet: a search may be the first
+            to ask for the policy.
     """
 
     policy: TextPolicy
     judge: Judge
     sampling: SamplingConfig
     over_refusal_skills: Sequence[str]
+    start: Callable[[], None]
 
     @property
     def prompt_room(self) -> int | None:
@@ -38,10 +41,12 @@ class PolicyVictim:
 
     def attack_model(self) -> tuple[Any, Any]:
         """Return the model and its tokenizer."""
+        self.start()
         return self.policy.require(), self.policy.tokenizer
 
     def attack_answers(self, prompts: Sequence[Text]) -> list[str]:
         """Answer prompts, one answer each."""
+        self.start()
         return self.policy.generate(self.policy.render(prompts), self.sampling, 1, _SEED, exact=True)[1]
 
     def attack_outcomes(self, prompts: Sequence[Text], completions: Sequence[str]) -> list[Outcome | None]:

@@ -77,6 +77,34 @@ def test_what_is_refused_is_rewritten_until_it_is_answered_or_the_rounds_are_ove
     assert "No to request 9 round 2" in last[-1]["content"]
 
 
+def test_the_turns_before_the_request_stay(server: str) -> None:
+    before = [
+        {"role": "system", "content": "Be safe."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hello!"},
+    ]
+
+    class Complies:
+        def __init__(self) -> None:
+            self.asked: list[Any] = []
+
+        def attack_answers(self, prompts: Sequence[Any]) -> list[str]:
+            self.asked += prompts
+            return ["Sure."] * len(prompts)
+
+        def attack_outcomes(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[Any]:
+            return ["unsafe"] * len(prompts)
+
+    victim: Any = Complies()
+    row = AttackRow(prompt=[*before, {"role": "user", "content": "request 1"}], harmful=True)
+    (found,) = Pair("attacker", base_url=server, rounds=1).attacked([row], victim)
+    assert not isinstance(found.prompt, str)
+    assert list(found.prompt[:-1]) == before
+    assert found.prompt[-1]["role"] == "user"
+    assert found.prompt[-1]["content"].endswith("request 1 round 1")
+    assert victim.asked == [found.prompt], "it is searched with what is measured"
+
+
 def test_an_attacker_that_is_down_is_said_on_one_screen() -> None:
     attack = Pair("attacker", base_url="http://127.0.0.1:9/v1", max_retries=0, request_timeout_s=2)
     with pytest.raises(AttackError, match=r"attacker at http://127.0.0.1:9/v1 gave no prompt.*Start or mend") as found:
