@@ -243,8 +243,8 @@ class Prefixes:
         if note not in self._told:
             self._told.add(note)
             rank_zero_info(
-                "Where a row has no column with a harmful answer's beginning (`target_column`), its answer is begun with "
-                f"what the base itself says{note}: the first of {TRIES} sampled answers that complies."
+                "Where a row has no column with a harmful answer's beginning (`target_column`), its answer is begun "
+                f"with what the base itself says{note}: the first of {TRIES} sampled answers that complies."
             )
 
 
