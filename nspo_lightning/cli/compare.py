@@ -20,7 +20,7 @@ from nspo_lightning.cli.jobs import run_job
 from nspo_lightning.cli.parser import KeylessParser
 from nspo_lightning.cli.run_config import policy_settings, read_config
 from nspo_lightning.compare.methods import LEARNING_RATES, METHODS, as_dicts
-from nspo_lightning.compare.plan import RESULT, Budget, RunSpec, main_grid
+from nspo_lightning.compare.plan import RESULT, Budget, RunSpec, as_planned, main_grid
 from nspo_lightning.compare.pool import Job, JobResult, run_all
 from nspo_lightning.compare.results import Findings, RunResult, current_name
 from nspo_lightning.compare.selection import SelectionRule
@@ -152,11 +152,11 @@ def _plan(
     own = _learning_rate(settings)
     if sweep is not None:
         asked = make_sweep(sweep, settings, calibration_domains(settings) if sweep == "calibration" else [])
-        return asked.plan(seeds, (learning_rates or [own])[0]), asked
+        return as_planned(asked.plan(seeds, (learning_rates or [own])[0]), settings), asked
     reward = None if mixed_reward is None else yaml.safe_load(Path(mixed_reward).read_text())
     check_no_key(str(mixed_reward), reward)
     rates = learning_rates or [r * own for r in LEARNING_RATES]
-    return main_grid(settings, methods or list(METHODS), seeds, rates, reward), None
+    return as_planned(main_grid(settings, methods or list(METHODS), seeds, rates, reward), settings), None
 
 
 def _complete(plan: Sequence[RunSpec], folder: Path) -> list[RunResult]:

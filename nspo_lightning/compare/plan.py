@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,28 @@ def main_grid(
     base = [spec for name in methods if not METHODS[name].trains for spec in specs(name, seeds[0], None)]
     trained = [name for name in methods if METHODS[name].trains]
     return base + [spec for rate in rates for seed in seeds for name in trained for spec in specs(name, seed, rate)]
+
+
+def as_planned(specs: Sequence[RunSpec], config: Mapping[str, Any]) -> list[RunSpec]:
+    """Return the runs with the settings that make them what they are called, whatever the configuration has there.
+
+    A configuration of plain GRPO has its null space off, so that NSPO would be GRPO under another name; its threshold
+    is of its own criterion; and its `max_steps` or `max_time` would end runs before the budget says.
+    """
+    trainer, nullspace = config.get("trainer") or {}, config.get("nullspace") or {}
+    off = nullspace.get("enabled") is False
+    ends: dict[str, Any] = {} if trainer.get("max_steps") in (None, -1) else {"trainer.max_steps": -1}
+    ends |= {} if trainer.get("max_time") is None else {"trainer.max_time": None}
+
+    def more(spec: RunSpec) -> dict[str, Any]:
+        own = dict(ends) if METHODS[spec.method].trains else {}
+        if off:
+            own["nullspace.enabled"] = True
+        if nullspace.get("threshold") is not None and "nullspace.criterion" in spec.settings:
+            own["nullspace.threshold"] = None
+        return own
+
+    return [replace(spec, settings={**more(spec), **spec.settings}) for spec in specs]
 
 
 def _named(class_path: str, **init_args: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 
 from nspo_lightning.cli.jobs import CLI, cli_arguments
 from nspo_lightning.compare.methods import METHODS, mixing_settings
-from nspo_lightning.compare.plan import Budget, RunSpec, main_grid
+from nspo_lightning.compare.plan import Budget, RunSpec, as_planned, main_grid
 from nspo_lightning.compare.sweeps import make_sweep
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -61,6 +61,33 @@ def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> N
     assert not on_starts or callbacks["GeneralKL"].start_weight == 1.0
     if spec.method in trained:
         assert spec.label == f"{trained[spec.method]} + {callbacks['GeneralKL'].coefficient:g} KL on general text"
+
+
+def test_a_method_is_what_it_is_called_whatever_the_configuration_has(tmp_path: Path) -> None:
+    other = {**CONFIG, "nullspace": {"enabled": False, "criterion": "energy", "threshold": 0.1}}
+    other["trainer"] = {**CONFIG["trainer"], "max_steps": 7, "max_time": "00:00:10:00"}
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump(other))
+    plan = as_planned(main_grid(other, ["base", "grpo", "nspo", "contrast", "init_contrast"], [0], [1e-3]), other)
+    seen: dict[str, Any] = {}
+    for spec in plan:
+        arguments = spec.arguments(path, tmp_path, BUDGET, {})
+        cli = CLI(**cli_arguments(), args=arguments[1:], run=False)
+        held = projection(cli)
+        seen[spec.method] = (held.enabled, held.settings.criterion, held.settings.threshold, cli.trainer.max_steps)
+        assert (
+            not any(type(callback).__name__ == "Timer" for callback in cli.trainer.callbacks) or spec.method == "base"
+        )  # type: ignore[attr-defined]
+        assert spec.is_projected is (spec.method in {"nspo", "contrast"})
+    assert seen == {
+        "base": (False, "energy", 0.1, 0),
+        "grpo": (False, "energy", 0.1, -1),
+        "nspo": (True, "energy", 0.1, -1),
+        "contrast": (True, "contrast", None, -1),
+        "init_contrast": (True, "rank", 4, -1),
+    }
+    plain = main_grid(CONFIG, list(METHODS), [0], [1e-3])
+    assert as_planned(plain, CONFIG) == plain, "what needs no change has the name and the digest that it had"
 
 
 def test_coefficients_are_runs_of_their_own_with_names_of_their_own() -> None:
