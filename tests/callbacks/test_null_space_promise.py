@@ -86,23 +86,6 @@ class TwoOptimizers(Net):
             optimizer.step()
 
 
-class TwoDenseOptimizers(DenseNet):
-    """Two dense layers, one optimizer each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.other = nn.Linear(WIDTH, OUT, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x) + 0.1 * self.other(x)
-
-    def configure_optimizers(self) -> Any:
-        return [adamw(self.layer.parameters()), adamw(self.other.parameters())]
-
-    training_step = TwoOptimizers.training_step  # type: ignore[assignment]
-
-
 def test_adapters_split_over_two_optimizers_are_held(tmp_path: Any) -> None:
     model = TwoOptimizers()
     trainer(tmp_path, projection()).fit(model)

@@ -51,10 +51,6 @@ def fit(policy, folder, steps=4, data=None, callbacks=(), ckpt_path=None, **kwar
     return recorder.steps, run
 
 
-def asked_prompts(server):
-    return [tuple(request["prompt"]) for request in server.requests]
-
-
 class WaitsForRequest(Callback):
     """Before each backward pass but the last, see that the next batch was asked for already."""
 
