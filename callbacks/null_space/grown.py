@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
 
-from nspo_lightning.callbacks.null_space.hold import LEAK_OF_THE_HELD, Hold
+from nspo_lightning.callbacks.null_space.hold import Hold
+from nspo_lightning.evaluation.diagnosis import LEAKED
 from nspo_lightning.nullspace import Calibration
 from nspo_lightning.nullspace.fingerprint import model_fingerprint
 from nspo_lightning.nullspace.store import model_differences
@@ -42,7 +43,7 @@ class Fitted:
         with self.hold.at_start():
             began = model_fingerprint(module, names, self.precision)
         del began["buffers"]  # what training changed of them has no effect, or it was refused
-        if model_differences(calibration, began) or any(c.leak > LEAK_OF_THE_HELD for c in self.hold.certificates()):
+        if model_differences(calibration, began) or any(c.leak > LEAKED for c in self.hold.certificates()):
             return calibration
         now = model_fingerprint(module, names, self.precision)
         if not model_differences(calibration, now):

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from nspo_lightning import ranks
+from nspo_lightning.evaluation.diagnosis import LEAKED
 from nspo_lightning.nullspace import Basis, Calibration, LayerCertificate, ProtectedLayer
 from nspo_lightning.nullspace.diagnostics import certify
 from nspo_lightning.nullspace.keeper import (
@@ -28,9 +29,6 @@ from nspo_lightning.nullspace.keeper import (
     whole_reference,
 )
 from nspo_lightning.terminal import counted
-
-LEAK_OF_THE_HELD = 1e-4
-"""What was held sits at about 1e-7; anything above this was trained without this basis."""
 
 
 @runtime_checkable
@@ -182,7 +180,7 @@ class Hold:
         Raises:
             MisconfigurationException: Naming the layer with the largest leak.
         """
-        leaking = [c for c in (*self.certificates(), *self._without_output()) if c.leak > LEAK_OF_THE_HELD]
+        leaking = [c for c in (*self.certificates(), *self._without_output()) if c.leak > LEAKED]
         if leaking:
             worst, layers = max(leaking, key=lambda c: c.leak), len({c.name for c in leaking})
             raise MisconfigurationException(

@@ -28,7 +28,7 @@ MANY_TIGHT = 0.25
 """Share of such inputs from which it matters."""
 ALL_CUT = 0.98
 LEAKED = 1e-4
-"""Rounding in float32 leaks 1e-7."""
+"""Leak above which an update was not held: rounding in float32 leaks 1e-7."""
 LEFT = "An update left the null space"
 """Title of what is found above `LEAKED`."""
 ROSE = 0.02
