@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from nspo_lightning.cli.run_record import CONFIG
 from nspo_lightning.keys import check_no_key
 from nspo_lightning.policy.chat_template import with_chat_template
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
@@ -21,10 +22,10 @@ class ConfigError(ValueError):
 def config_of_run(checkpoint: Path) -> Path:
     """Return the `config.yaml` of a checkpoint's run, beside or above it; PolicyError if there is none."""
     for folder in (checkpoint.absolute().parent, checkpoint.absolute().parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
+        if (folder / CONFIG).is_file():
+            return folder / CONFIG
     raise PolicyError(
-        f"There is no config.yaml beside or above {checkpoint}, so the model is not known. Give the one of its run as "
+        f"There is no {CONFIG} beside or above {checkpoint}, so the model is not known. Give the one of its run as "
         "`--config`."
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nspo_lightning.callbacks.run_report import SUMMARY
 from nspo_lightning.checkpoints import FOLDER, last_in, read_checkpoint
 from nspo_lightning.compat.peft import DOWN, UP
 from nspo_lightning.nullspace import Calibration, load_calibration
@@ -157,7 +158,7 @@ def export_source(
 
 def read_summary(run: Path) -> dict[str, Any]:
     """Return the figures that a run wrote, {} without any."""
-    file = run / "summary.json"
+    file = run / SUMMARY
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return content
 

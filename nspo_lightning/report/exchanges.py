@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nspo_lightning.atomic import without_surrogates
+from nspo_lightning.callbacks.run_report import ANSWERS
+from nspo_lightning.callbacks.test_report import COMPLETIONS
 from nspo_lightning.evaluation.kept_answers import evenly, read_answers
 from nspo_lightning.report.records import Answer, Answers, Exchange
 from nspo_lightning.terminal import counted
@@ -17,7 +19,7 @@ SHOWN = 32
 """Exchanges of each kind on a page."""
 LONGEST = 4000
 """Characters of a text on a page; what is cut is said."""
-_SIDES = {"test_completions.jsonl": ("base", "policy"), "answers.jsonl": ("before", "after")}
+_SIDES = {COMPLETIONS: ("base", "policy"), ANSWERS: ("before", "after")}
 
 
 def read_exchanges(folder: Path, look_alikes: Sequence[str], *, tested: bool) -> Answers | None:
@@ -28,7 +30,7 @@ def read_exchanges(folder: Path, look_alikes: Sequence[str], *, tested: bool) ->
         look_alikes: Skills whose prompts only look harmful.
         tested: Whether `test`'s are wanted; else, and where there are none, those of `fit`.
     """
-    names = list(_SIDES) if tested else ["answers.jsonl"]
+    names = list(_SIDES) if tested else [ANSWERS]
     for name in names:
         rows = read_answers(folder / name)
         exchanges = [_exchange(row, *_SIDES[name], look_alikes) for row in rows]

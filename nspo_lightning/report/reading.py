@@ -10,6 +10,10 @@ from typing import Any
 
 import yaml
 
+from nspo_lightning.callbacks.diagnosis import DIAGNOSIS
+from nspo_lightning.callbacks.null_space.logs import RECORD as NULL_SPACE
+from nspo_lightning.callbacks.run_report import SUMMARY
+from nspo_lightning.callbacks.test_report import RESULT as TEST
 from nspo_lightning.checkpoints import FOLDER, last_in
 from nspo_lightning.evaluation.diagnosis import SEVERITIES, RunFacts, diagnose
 from nspo_lightning.keys import mask_keys
@@ -20,13 +24,8 @@ from nspo_lightning.report.measurements import of_fit, of_test
 from nspo_lightning.report.records import Finding, LayerInput, Measurement, NullSpace, Run
 from nspo_lightning.report.settings import non_default_settings
 
-CONFIG, SUMMARY, TEST, NULL_SPACE, DIAGNOSIS = (
-    "config.yaml",
-    "summary.json",
-    "test.json",
-    "null_space.json",
-    "diagnosis.json",
-)
+CONFIG = "config.yaml"
+"""What a run was trained with."""
 _HPARAMS = {
     "lr": "model.optimizer.init_args.lr",
     "seed": "seed_everything",
