@@ -17,7 +17,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from nspo_lightning.callbacks.null_space.basis_source import general_batches
-from nspo_lightning.callbacks.protocols import CountsCalibrationStarts, HasCalibrationText, LearnsFromText
+from nspo_lightning.callbacks.protocols import (
+    CountsCalibrationStarts,
+    HasCalibrationText,
+    KeepsBaseStates,
+    LearnsFromText,
+)
 from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, rows_of, trained_by
 from nspo_lightning.compat.lightning import datamodule_of
 from nspo_lightning.nullspace.domains import are_starts, is_apart
@@ -65,6 +70,7 @@ class GeneralKL(Callback):
         self._batches: list[Any] = []
         self._starts: list[Any] = []
         self._logged = True
+        self._states_bytes = 0
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -115,7 +121,7 @@ class GeneralKL(Callback):
     ) -> None:
         assert isinstance(pl_module, LearnsFromText)  # `on_fit_start` has looked
         parameters = trained_by(optimizer)
-        self.kl = 0.0
+        self.kl, before = 0.0, _states_of(pl_module)
         for batches_of, share in (
             (self.batches_of, 1 - self.start_weight),
             (self.starts_of, self.start_weight),
@@ -128,6 +134,7 @@ class GeneralKL(Callback):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 pull = gradient.mul_(self.coefficient * share)
                 parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+        self._states_bytes += _states_of(pl_module) - before
         self._logged = False
 
     @override
@@ -139,9 +146,13 @@ class GeneralKL(Callback):
         self._logged = True
 
     def held_bytes(self) -> int:
-        """Return the bytes of the text."""
+        """Return the bytes of the text, and of the base's hidden states of it that the module keeps."""
         parts = (part for batch in (*self._batches, *self._starts) for part in batch.values())
-        return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        return sum(part.nbytes for part in parts if isinstance(part, Tensor)) + self._states_bytes
+
+
+def _states_of(module: pl.LightningModule) -> int:
+    return module.base_states_bytes if isinstance(module, KeepsBaseStates) else 0
 
 
 def in_turn(items: Sequence[Any], count: int, update: int) -> list[Any]:

@@ -129,6 +129,15 @@ class LearnsFromText(Protocol):
 
 
 @runtime_checkable
+class KeepsBaseStates(Protocol):
+    """A module that keeps the base's hidden states of texts that it saw."""
+
+    @property
+    def base_states_bytes(self) -> int:
+        """How much it keeps of all texts, on this rank, now."""
+
+
+@runtime_checkable
 class BoundsMicrobatches(Protocol):
     """A module that says how many tokens may be in one forward and backward pass."""
 

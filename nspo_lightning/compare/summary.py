@@ -214,7 +214,7 @@ def _change(group: Group, base: RunResult | None, metric: str, unit: float, form
 def _fronts(findings: Findings, rule: SelectionRule) -> list[str]:
     """Best ability at each unsafe rate over all checkpoints and learning rates, the mean over seeds."""
     rows = [
-        [label, *(_shown(mean_at(runs, rule.ability, level), rule) for level in _LEVELS)]
+        [label, str(len({r.spec.seed for r in runs})), *(_shown(mean_at(runs, rule.ability, x), rule) for x in _LEVELS)]
         for label, runs in findings.trained.items()
     ]
     return [
@@ -223,7 +223,7 @@ def _fronts(findings: Findings, rule: SelectionRule) -> list[str]:
         "",
         "Over all evaluated checkpoints and learning rates, the mean over seeds; — where a seed never got there.",
         "",
-        markdown_table(["method", *(f"x = {100 * x:g} %" for x in _LEVELS)], rows),
+        markdown_table(["method", "seeds", *(f"x = {100 * x:g} %" for x in _LEVELS)], rows),
         "",
     ]
 

@@ -630,6 +630,11 @@ class GRPOModule(pl.LightningModule):
         return self.base_answers.to(prompts, max_new_tokens)
 
     @property
+    def base_states_bytes(self) -> int:
+        """Bytes of the base's hidden states that are kept of texts which are scored again and again."""
+        return self.base_states.nbytes
+
+    @property
     def tokens_per_microbatch(self) -> int | None:
         """Most tokens in one forward and backward pass; None = no bound."""
         return self.settings.tokens_per_microbatch

@@ -43,6 +43,11 @@ class BaseStates:
         self._room = room
         self._kept: dict[bytes, Tensor] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(states.nbytes for states in self._kept.values())
+
     def get(self, key: bytes) -> Tensor | None:
         """Return the states of a text, on the CPU; None if they are not kept."""
         return self._kept.get(key)

@@ -57,6 +57,9 @@ def penalised(tiny_llama, tmp_path_factory):
 def test_the_penalty_adds_the_gradient_of_the_mean_kl_on_the_calibration_text(penalised):
     _run, policy, penalty, before, after = penalised
     named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    tensors = [part for batch in penalty._batches for part in batch.values() if isinstance(part, torch.Tensor)]
+    assert policy.base_states_bytes > 0
+    assert penalty.held_bytes() == sum(part.nbytes for part in tensors) + policy.base_states_bytes
     # Of a fresh adapter, which is the base, there is nothing to pull at.
     assert all(torch.allclose(before.seen[0][n], after.seen[0][n], atol=1e-5) for n in named)
     # What the third update was given, by hand at the weights that it began with: twice the mean over its rows' tokens.
