@@ -72,19 +72,22 @@ def fit(model: Digits, data: TensorDataset, *callbacks: pl.Callback) -> None:
     trainer.fit(model, DataLoader(data, batch_size=64, shuffle=True))
 
 
+def tasks() -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
+    """Return images, shape ``(rows, 64)``, and labels by task and split: digits 0-4 and 5-9, ``train`` and ``test``."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+    test, first = torch.arange(len(x)) % 5 == 0, y < 5
+    return {
+        (task, split): (x[mask], y[mask])
+        for task, of_task in ((0, first), (1, ~first))
+        for split, mask in (("train", of_task & ~test), ("test", of_task & test))
+    }
+
+
 def main() -> dict[str, float]:
     """Train both ways, print and return the accuracies."""
     pl.seed_everything(0, verbose=False)
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
-    test = torch.arange(len(x)) % 5 == 0
-    first = y < 5
-    sets = {
-        (t, s): (x[m], y[m])
-        for t, a in ((0, first), (1, ~first))
-        for s, m in (("train", a & ~test), ("test", a & test))
-    }
-
+    sets = tasks()
     model = Digits()
     model.learn(0)
     fit(model, TensorDataset(*sets[0, "train"]))
