@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from nspo_lightning import ranks
 from nspo_lightning.attacks import ATTACK, LOOKALIKES, Attack, AttackError, Victim
@@ -62,7 +62,7 @@ def attack_loaders(
         limit: Rows of each kind at most; None = all.
 
     Returns:
-        One or two loaders an attack; none where no prompt fits into the policy's context.
+        One or two loaders an attack; none where no prompt fits into the policy's context, or fewer than processes.
     """
     skills = victim.over_refusal_skills if victim is not None else ()
     alike = [row for row in benign if row.skill in skills] or list(benign)
@@ -72,7 +72,12 @@ def attack_loaders(
             most = min([len(rows), *(size for size in (limit, attack.limit) if size is not None)])
             some = [rows[i] for i in take_ranked(rows, most, "attack")]
             fitting = _that_fit(_attacked(some, attack, victim, renderer.as_shown), attack, renderer, victim)
-            if fitting:
+            if 0 < len(fitting) < ranks.world_size():
+                rank_zero_warn(
+                    f"Attack {attack.name}: {counted(len(fitting), 'prompt')} can't be shared by {ranks.world_size()} "
+                    "processes, so none is measured. Use fewer devices, or give more held-out rows."
+                )
+            elif fitting:
                 loaders.append(make_loader(fitting, _collate(attack, lookalikes, renderer)))
     return loaders
 

@@ -128,6 +128,26 @@ class ChatRenderer:
         ends = end_of_turn(ids[last:], special_ids(self.tokenizer))
         return ids, first, len(ids) if ends is None else last + ends + 1
 
+    def encode_beginning(self, prompt: Prompt, beginning: str) -> list[int]:
+        """Encode what an answer begins with, as it stands behind the prompt: its first token may hold a blank.
+
+        Args:
+            prompt: The prompt.
+            beginning: Text.
+
+        Returns:
+            Tokens that go on from the prompt's own. Where those would change behind it, or the template shows an answer
+            in another way, the text's alone.
+        """
+        try:
+            text, start, end = answer_place(lambda given: self.text(prompt, given), beginning)
+        except DataError:  # a template may know no answers
+            return self.encode([beginning])[0]
+        whole, before, asked, alone = self.encode([text[:end], text[:start], self.text(prompt), beginning])
+        first = common_start(whole, before)
+        goes_on = first >= len(asked) and whole[: len(asked)] == asked
+        return whole[first:] if goes_on and text[start:end].strip() == beginning.strip() else alone
+
     def encode_prompts(self, rows: Sequence[PromptRow]) -> list[list[int]]:
         """Render and encode the prompts of rows, without their answers."""
         return self.encode([self.text(row.prompt) for row in rows])

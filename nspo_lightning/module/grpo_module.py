@@ -300,11 +300,11 @@ class GRPOModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.start()
         longest, policy = longest_prompt_tokens(self.trainer), self.text_policy
-        if self.prefixes.settings.share:
-            longest += self.prefixes.settings.max_tokens
-        policy.check_room(longest, max(self.settings.sampling.max_new_tokens, self.evaluation_sampling.max_new_tokens))
+        drawn, begun = self.settings.sampling.max_new_tokens, self.trained_prefix_tokens
+        policy.check_room(longest, max(drawn, self.evaluation_sampling.max_new_tokens))
+        policy.check_room(longest, drawn, begun=begun)
         if extra := self.collector.rollouts.guidance.extra_tokens():
-            policy.check_room(longest + extra, self.settings.sampling.max_new_tokens)
+            policy.check_room(longest + extra, drawn, begun=begun)
         policy.check_room(longest, self.general_sampling.max_new_tokens, "general_max_new_tokens")
 
     @override

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nspo_lightning.datamodules.sources.source import HARMFUL_TARGET
 from nspo_lightning.datamodules.text.collate import pad_token_ids
+from nspo_lightning.datamodules.text.render import ChatRenderer
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import ask_judge, repeated
 from nspo_lightning.module.text_policy import PREFIX_IDS, TextPolicy
@@ -128,12 +129,15 @@ class Prefixes:
     _known: dict[tuple[str, bool], _Answer] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
-    def for_training(self, batch: Mapping[str, Any]) -> Begun:
-        """Begin the answers to a training batch where the settings say so; look-alikes among them like the others."""
+    def for_training(self, batch: Mapping[str, Any], *, alike: bool = True) -> Begun:
+        """Begin the answers to a training batch where the settings say so; those to look-alikes too, if `alike`."""
         if not self.settings.share or not batch["prompt"]:
             return Begun(batch=batch, texts=[""] * len(batch["prompt"]), complete=[True] * len(batch["prompt"]))
         seed = self.run_seed()
-        wanted = [self.settings.tokens_for(row_key(prompt), seed) for prompt in batch["prompt"]]
+        wanted = [
+            self.settings.tokens_for(row_key(prompt), seed) if alike or bad else 0
+            for prompt, bad in zip(batch["prompt"], _are_harmful(batch), strict=True)
+        ]
         return self.begun(batch, wanted, [""] * len(wanted), training=True)
 
     def begun(
@@ -151,7 +155,7 @@ class Prefixes:
             The batch and what was done; a row of whose answers none complies, or none is longer, stays as it is.
         """
         answers = self._answers(batch, [bool(n) and not text for n, text in zip(tokens, texts, strict=True)], training)
-        begun = list(zip(self._encode(texts), answers, tokens, strict=True))
+        begun = list(zip(self._encode(batch["prompt"], texts), answers, tokens, strict=True))
         ids = [fixed or answer.ids[:number] for fixed, answer, number in begun]
         complete = [bool(fixed) or len(answer.ids) >= number or answer.is_target for fixed, answer, number in begun]
         return Begun(
@@ -180,10 +184,10 @@ class Prefixes:
     def _answers(self, batch: Mapping[str, Any], wanted: Sequence[bool], training: bool) -> list[_Answer]:
         """Return what the answers may begin with, row by row: nothing where nothing is wanted, or there is nothing."""
         columns, size = batch.get("columns", {}), len(batch["prompt"])
-        harmful = [kind != "benign" for kind in columns.get("kind") or ["harmful"] * size]
+        harmful = _are_harmful(batch)
         targets, references = (columns.get(name) or [None] * size for name in (HARMFUL_TARGET, "answer"))
         given = [targets[i] if harmful[i] else references[i] for i in range(size)]
-        told = self._encode([str(given[i]) if wanted[i] and given[i] else "" for i in range(size)])
+        told = self._encode(batch["prompt"], [str(given[i]) if wanted[i] and given[i] else "" for i in range(size)])
         keys = [(row_key(prompt), bad) for prompt, bad in zip(batch["prompt"], harmful, strict=True)]
         missing = [i for i in range(size) if wanted[i] and not told[i] and keys[i] not in self._known]
         self._sample_base(batch, missing, [keys[i] for i in missing], training)
@@ -235,9 +239,11 @@ class Prefixes:
             answers = [ids[i][:-2] if finished[i] else ids[i] for i in own if _complies(outcomes[i], key[1])]
             self._known[key] = _Answer(next(filter(None, answers), []))
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        tokenizer = self.policy.tokenizer
-        return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else [] for text in texts]
+    def _encode(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[list[int]]:
+        renderer = ChatRenderer(self.policy.tokenizer, check=self.policy.check_tokens)
+        return [
+            renderer.encode_beginning(prompt, text) if text else [] for prompt, text in zip(prompts, texts, strict=True)
+        ]
 
     def _tell(self, note: str) -> None:
         if note not in self._told:
@@ -265,6 +271,11 @@ def with_prefix_ids(batch: Mapping[str, Any], ids: Sequence[Sequence[int]], pad_
 def row_key(prompt: Any) -> str:
     """Return what makes two rows the same prompt, as `PromptRow.key` does."""
     return prompt.strip() if isinstance(prompt, str) else json.dumps(list(prompt), sort_keys=True)
+
+
+def _are_harmful(batch: Mapping[str, Any]) -> list[bool]:
+    kinds = batch.get("columns", {}).get("kind") or ["harmful"] * len(batch["prompt"])
+    return [kind != "benign" for kind in kinds]
 
 
 def _slot(key: str) -> int:

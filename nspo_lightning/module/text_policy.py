@@ -227,14 +227,24 @@ class TextPolicy:
         if self._vocabulary is not None:
             self._vocabulary.check(texts)
 
-    def check_room(self, prompt_tokens: int, max_new_tokens: int, setting: str = "max_new_tokens") -> None:
-        """Refuse prompts that leave no room in the policy's context for completions, whose length `setting` limits."""
+    def check_room(
+        self, prompt_tokens: int, max_new_tokens: int, setting: str = "max_new_tokens", begun: int = 0
+    ) -> None:
+        """Refuse prompts that leave no room in the policy's context for completions, whose length `setting` limits.
+
+        `begun` is how many tokens answers may begin with, behind the prompt.
+
+        Raises:
+            PolicyError: If there is no room.
+        """
         limit = self.context_tokens
-        if limit is None or prompt_tokens + max_new_tokens <= limit:
+        if limit is None or prompt_tokens + begun + max_new_tokens <= limit:
             return
-        room = limit - max_new_tokens
+        room = limit - max_new_tokens - begun
         shorten = f"leave longer prompts out (`data.max_prompt_tokens: {room}`), or " if room > 0 else ""
+        beginning = f"up to {begun} more begin its answer (`prefixes.max_tokens`), " if begun else ""
+        lower = f"`prefixes.max_tokens` or `{setting}`" if begun else f"`{setting}`"
         raise PolicyError(
-            f"No room left for completions: the longest prompt has {prompt_tokens} tokens, `{setting}` is "
-            f"{max_new_tokens}, and the policy's context holds {limit}. To mend it, {shorten}lower `{setting}`."
+            f"No room left for completions: the longest prompt has {prompt_tokens} tokens, {beginning}`{setting}` is "
+            f"{max_new_tokens}, and the policy's context holds {limit}. To mend it, {shorten}lower {lower}."
         )

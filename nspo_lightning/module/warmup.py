@@ -106,7 +106,8 @@ class WarmupModule(GRPOModule):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         start, window = time.perf_counter(), self.progress.window
-        batch = dict(self.prefixes.for_training(batch).batch)
+        # A look-alike is taught its own answer, which must not come again behind its beginning.
+        batch = dict(self.prefixes.for_training(batch, alike=False).batch)
         rollout = given_answers(batch)
         normaliser = window.add(*step_counts(rollout.completion_mask, self._by_tokens), "dapo")
         window.has_signal = True

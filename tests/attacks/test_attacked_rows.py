@@ -14,6 +14,7 @@ from tiny_jobs import datamodule, general, harmful, module, trainer
 from tiny_policies import move_adapter_
 from typing_extensions import override
 
+from nspo_lightning import ranks
 from nspo_lightning.attacks import Attack, AttackRow, Template, Victim, find_attacks
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
@@ -89,6 +90,17 @@ def test_what_an_answer_begins_with_takes_room(tokenizer: Any) -> None:
         return sum(len(batch["prompt"]) for loader in loaders for batch in loader)
 
     assert (fitting("Sure."), fitting("Sure. " * 30)) == (2, 0)
+
+
+def test_fewer_prompts_than_processes_are_said(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = AlignmentDataModule(
+        PromptSource(rows=harmful), PromptSource(rows=general), tokenizer=tokenizer, val_size=2, test_size=2
+    )
+    data.test_attacks = find_attacks(["base64"])
+    data.setup()
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    with pytest.warns(UserWarning, match="Attack base64: 2 prompts can't be shared by 3 processes"):
+        assert len(data.test_dataloader()) == 2
 
 
 @pytest.mark.parametrize("where", ["safety_val", "safety_test", "general", "general_val"])

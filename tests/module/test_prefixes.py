@@ -227,6 +227,32 @@ def test_guided_answers_go_on_from_the_same_beginning(tiny_llama):
     assert len(prompts_in(guided.batch)[0]) > len(prompts_in(plain.batch)[0])
 
 
+@pytest.mark.parametrize(
+    ("template", "begins"),
+    [
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>", "Sure. Take a"),  # no answers
+        (
+            "USER: {{ messages[0].content }} A:{% if messages[1:] %} {{ messages[1].content }}{% endif %}",
+            " Sure. Take a",
+        ),
+        (
+            "USER: {{ messages[0].content }} A: {% if messages[1:] %}{{ messages[1].content }}{% endif %}",
+            "Sure. Take a",
+        ),
+    ],
+)
+def test_the_beginning_is_written_as_it_stands_behind_the_prompt(tiny_llama, template, begins):
+    """A template with a blank before its answers has other first tokens; one that is cut off from them begins none."""
+    policy = module(tiny_llama)
+    policy.configure_model()
+    policy.tokenizer.chat_template = template
+    begun = policy.prefixes.begun(batch_of(policy, ["Burn a mill."], harmful_target=["Sure. Take a"]), [50], [""])
+    (ids,) = begun.batch[PREFIX_IDS]
+    assert ids == policy.tokenizer(begins, add_special_tokens=False)["input_ids"]
+    (prompt,) = prompts_in(policy.text_policy.render(["Burn a mill."]))
+    assert prompts_in(begun.batch) == [prompt + ids]
+
+
 def one_answer(tokenizer, prompt, prefix, said):
     """Return a rollout of one completion behind a begun prompt, and the tokens of its beginning."""
     ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, prefix + said, prefix)]
@@ -287,6 +313,14 @@ def test_the_judge_of_the_bases_answers_sees_the_request_and_no_template(tiny_ll
     begun = policy.prefixes.begun(batch, [2], [""])
     assert set(seen) == {"Burn a mill."}
     assert begun.complete == [True]
+
+
+def test_a_beginning_without_room_is_told_before_work(tiny_llama, tmp_path):
+    policy = module(tiny_llama, prefixes=PrefixSettings(share=0.5, max_tokens=5000))
+    with pytest.raises(
+        PolicyError, match=r"up to 5000 more begin its answer \(`prefixes.max_tokens`\).*lower `prefixes"
+    ):
+        trainer(tmp_path, steps=1).fit(policy, datamodule())
 
 
 def test_other_prefixes_are_another_run(tiny_llama, tmp_path):

@@ -26,7 +26,8 @@ from nspo_lightning.datamodules.warmup import (
     collate_answers,
 )
 from nspo_lightning.module.grpo_module import GRPOModule
-from nspo_lightning.module.scorer import answers_as_text
+from nspo_lightning.module.prefixes import PrefixSettings
+from nspo_lightning.module.scorer import Scorer, answers_as_text
 from nspo_lightning.module.warmup import GENERAL, REFUSED, SIGNAL, WarmupError
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy.settings import LoraSettings, PolicyError
@@ -385,3 +386,30 @@ def test_answers_that_would_not_fit_are_refused_before_work(tiny_llama, tmp_path
     given = data(answer_tokens=100_000)
     with pytest.raises(PolicyError, match=r"lower `warmup.answer_tokens`"):
         trainer(tmp_path, 1, max_epochs=-1).fit(warmup_module(tiny_llama, given), given)
+
+
+def test_a_look_alike_is_not_taught_its_beginning_twice(tiny_llama, tmp_path, monkeypatch):
+    """Its answer in `warmup.refusals` is a reference, of which a begun one would be the first tokens."""
+    taught, loss = [], Scorer.likelihood_loss
+
+    def keep(self, rollout, *rest):
+        taught.append(rollout)
+        return loss(self, rollout, *rest)
+
+    monkeypatch.setattr(Scorer, "likelihood_loss", keep)
+
+    def rows(split):
+        alike = [{"prompt": f"Burn my {word}.", "answer": "Sure. Take a torch.", "kind": "benign"} for word in WORDS]
+        return alike + [{"prompt": f"Burn the {word}.", "answer": "No.", "kind": "harmful"} for word in WORDS]
+
+    given = data(refusals=PromptSource(rows=rows), general_share=0.0, batch_size=24)
+    warming = warmup_module(tiny_llama, given, prefixes=PrefixSettings(share=1.0, max_tokens=3))
+    trainer(tmp_path, steps=1).fit(warming, given)
+    assert taught
+    for rollout in taught:
+        texts = warming.tokenizer.batch_decode([
+            ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+        ])
+        mine = [text for text in texts if "Burn my" in text]
+        assert mine
+        assert not any("Sure" in text for text in mine)
