@@ -60,10 +60,12 @@ def _columns(layer: nn.Module, device: torch.device) -> Tensor:
     The bias is taken away, not subtracted: one of 100 in 16 bits leaves nothing of weights of 0.02.
     """
     units = torch.eye(input_width(layer), device=device)
-    bias = layer._parameters.get("bias")
-    layer._parameters["bias"] = None
+    bias = dict(layer.named_parameters(recurse=False)).get("bias")
+    if bias is not None:
+        layer.register_parameter("bias", None)
     try:
         parts = [units[start : start + _CHUNK] for start in range(0, len(units), _CHUNK)]
         return torch.cat([layer(part).to(torch.float64) for part in parts])
     finally:
-        layer._parameters["bias"] = bias
+        if bias is not None:
+            layer.register_parameter("bias", bias)
