@@ -14,7 +14,7 @@ from nspo_lightning.nullspace.basis import Basis
 from nspo_lightning.nullspace.basis_builder import BasisBuilder, directions_for, domain_moments, moment_to_learn
 from nspo_lightning.nullspace.basis_settings import BasisSettings
 from nspo_lightning.nullspace.domain_limits import Promise
-from nspo_lightning.nullspace.domains import combine, is_apart
+from nspo_lightning.nullspace.domains import STARTS, combine, is_apart
 
 
 @dataclass(kw_only=True)
@@ -67,10 +67,17 @@ class Calibration:
         """Return bases for other settings (another criterion, a domain left out) from the kept moments.
 
         Raises:
-            ValueError: If the moments were not kept.
+            ValueError: If the moments were not kept, or the starts of answers are those of other domains.
         """
         if set(self.moments) != set(self.bases):
             raise ValueError("The moments of this calibration were not kept. Calibrate with `keep_moments=True`.")
+        seen = {domain for by_domain in self.moments.values() for domain in by_domain}
+        others = sorted(d for d in seen if settings.leaves_out(d) != self.settings.leaves_out(d))
+        if others and settings.starts > 0 and STARTS in seen:
+            raise ValueError(
+                f"The starts of answers were summed over all domains that were not left out, and these settings leave "
+                f"out others ({', '.join(others)} differ). Calibrate with these settings, or with `start_weight` 0."
+            )
         builder = BasisBuilder(settings)
         for name, by_domain in self.moments.items():
             shares = settings.shares(by_domain)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nspo_lightning.nullspace.basis import Form, Subspace
 from nspo_lightning.nullspace.criteria import Criterion, RankChoice, check_threshold, choose_rank
-from nspo_lightning.nullspace.domains import STARTS, domain_shares, is_apart
+from nspo_lightning.nullspace.domains import STARTS, domain_shares, is_apart, text_of
 
 CONTRAST_START_WEIGHT = 0.9
 """Default `start_weight` of settings that ask what is to be learnt: whether a policy answers is decided at the start of
@@ -129,6 +129,14 @@ class BasisSettings:
                 "`answer_starts` (True there, shape as the mask) in each batch, or leave `start_weight` out."
             )
         return domain_shares(domains, self.domain_weights, without=self.without_domains, start_weight=self.starts)
+
+    def leaves_out(self, domain: str) -> bool:
+        """Return whether a domain has no share in what is protected, and so its answers' starts have none either."""
+        name = text_of(domain)
+        if is_apart(name):
+            return False
+        weights = self.domain_weights
+        return name in self.without_domains or (weights is not None and not weights.get(name, 0.0) > 0)
 
     def choose(self, values: Tensor, dead: int = 0) -> RankChoice:
         """Return how many directions of a spectrum are protected, in the hard form; see `choose_rank`."""

@@ -102,6 +102,7 @@ def calibrate_modules(
         allow_unreached=allow_unreached,
         starts=settings.starts > 0 or keep_moments,
         starts_apart=tuple(settings.domain_limits or ()),
+        leaves_out=settings.leaves_out,
         limits=len(settings.domain_limits or ()) if settings.needs_text_to_learn else None,
     )
     result = Calibration(bases={}, groups={}, settings=settings)

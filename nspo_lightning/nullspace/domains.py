@@ -35,6 +35,16 @@ def starts_of(domain: str) -> str:
     return _OF + domain
 
 
+def text_of(domain: str) -> str:
+    """Return the domain whose answers' starts a name is of (`starts_of`); any other name as it is.
+
+    Example:
+        >>> text_of(starts_of("code")), text_of("code")
+        ('code', 'code')
+    """
+    return domain.removeprefix(_OF)
+
+
 def are_starts(domain: str) -> bool:
     """Return whether a name is that of answers' starts, of all text to protect or of one domain."""
     return domain == STARTS or domain.startswith(_OF)
@@ -76,7 +86,8 @@ def domain_shares(
         domains: All that calibration saw.
         weights: Domain -> weight; None = equal.
         without: Domains to leave out.
-        start_weight: The share of `STARTS`, if there are any; the other domains have the rest.
+        start_weight: The share of `STARTS`, if there are any; the other domains have the rest. Weights say nothing of
+            how the domains' starts are mixed there; a domain that is left out has none among them (`leaves_out`).
 
     Raises:
         ValueError: If a name is unknown or nothing is left to combine.

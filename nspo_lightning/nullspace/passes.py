@@ -62,6 +62,8 @@ class CalibrationText:
     """The starts of answers are summed too, as domains of their own."""
     starts_apart: tuple[str, ...] = ()
     """Domains whose answers' starts are summed on their own too."""
+    leaves_out: Callable[[str], bool] = lambda _: False
+    """Says of a domain whether it is left out of what is protected: its answers' starts are then not summed."""
     limits: int | None = None
     """Domains with limits under `contrast`, see `peak_bytes`; None = another criterion."""
 
@@ -86,9 +88,16 @@ class CalibrationText:
             raise ValueError(_NO_BATCHES)
 
     def _forward(self, collector: InputCollector[Any], call: ForwardCall, counting: bool) -> None:
-        collector.begin(call.mask, call.domains, starts=call.starts if self.starts else None, counting=counting)
+        collector.begin(call.mask, call.domains, starts=self._starts(call), counting=counting)
         self.forward(*call.args, **call.kwargs)
         collector.end()
+
+    def _starts(self, call: ForwardCall) -> Tensor | None:
+        if not self.starts or call.starts is None:
+            return None
+        names = call.domains or [DEFAULT_DOMAIN] * len(call.starts)
+        out = [row for row, name in enumerate(names) if self.leaves_out(name)]
+        return call.starts.index_fill(0, torch.tensor(out, device=call.starts.device), 0) if out else call.starts
 
     def _turns(self) -> Iterator[tuple[ForwardCall, bool]]:
         """Yield this rank's batches; all ranks run equally many, since a sharded model's forward is a collective."""

@@ -23,7 +23,7 @@ from nspo_lightning.nullspace import (
     save_calibration,
 )
 from nspo_lightning.nullspace.contrast import NEGLIGIBLE_SHARE, candidates, choose_free, contrast_basis
-from nspo_lightning.nullspace.domains import APART, STARTS, STARTS_TO_LEARN
+from nspo_lightning.nullspace.domains import APART, STARTS, STARTS_TO_LEARN, starts_of
 from nspo_lightning.nullspace.projection import apply, protected_component
 
 
@@ -238,6 +238,22 @@ def test_moments_are_those_of_each_text_and_of_its_answers_starts(side):
     wanted = contrast_basis(of, choose_free({"linear": of})["linear"])
     probe = torch.randn(3, 6)
     torch.testing.assert_close(apply(found.bases["linear"], probe), apply(wanted, probe), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("out", [{"without_domains": ("code",)}, {"domain_weights": {"maths": 2.0}}])
+def test_a_domain_that_is_left_out_has_no_answers_starts_in_what_is_protected_either(out):
+    settings = BasisSettings(criterion="contrast", start_weight=0.75, **out)
+    alone = replace(next(calls()), domains=[starts_of("code")] * 2 + [TO_LEARN] * 2)
+    torch.manual_seed(0)
+    model = EmbeddedLinear(11, 6)
+    batches = [*calls(), alone]  # the last has starts alone, of the domain that is left out too
+    found = calibrate_modules({"linear": model.linear}, model, lambda: batches, settings, keep_moments=True)
+    kept = {name: m.double() for name, m in found.moments["linear"].items()}
+    torch.testing.assert_close(kept[STARTS], by_hand(model, "right", {"maths"}, starts=True), atol=1e-6, rtol=1e-6)
+    everything = BasisSettings(criterion="contrast", start_weight=0.75)
+    with pytest.raises(ValueError, match=r"starts of answers were summed .* \(code differ\)"):
+        found.recombined(everything)
+    assert found.recombined(replace(everything, start_weight=0.0)).bases
 
 
 def test_where_no_starts_are_known_all_of_the_text_is_learnt_from():
