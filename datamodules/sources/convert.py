@@ -13,6 +13,7 @@ from nspo_lightning.datamodules.sources.presets import Preset, Row, TextField
 from nspo_lightning.datamodules.sources.references import FINAL_ANSWER
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, RawRow
 from nspo_lightning.datamodules.sources.source import HARMFUL_TARGET, Kind, PromptSource
+from nspo_lightning.policy.chats import as_turns
 
 RESERVED_COLUMNS = ("prompt", "prompts", "completion", "completions", "prompt_ids", "completion_ids", "trainer_state")
 
@@ -60,7 +61,7 @@ def convert(plan: RowPlan, raw: RawRow) -> PromptRow | str:
     system = plan.source.system_prompt
     if system is None:
         return result
-    turns = [{"role": "user", "content": result.prompt}] if isinstance(result.prompt, str) else result.prompt
+    turns = as_turns(result.prompt)
     if turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
     return replace(result, prompt=turns)

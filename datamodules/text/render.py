@@ -8,14 +8,13 @@ from typing import Any, Protocol
 from nspo_lightning.datamodules.sources.data_error import DataError, clip
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow
 from nspo_lightning.policy.chat_template import read_chat_template
+from nspo_lightning.policy.chats import as_turns, folds_system, with_system
 from nspo_lightning.policy.turns import (
     SpecialTokens,
     answer_place,
     common_start,
     end_of_turn,
-    folds_system,
     special_ids,
-    with_system,
 )
 
 
@@ -74,7 +73,7 @@ class ChatRenderer:
         Raises:
             DataError: If the template fails on these roles.
         """
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turns = as_turns(prompt)
         if answer is not None:
             turns = [*turns, {"role": "assistant", "content": answer}]
         options = {} if self.template is None else {"chat_template": self.template}

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from nspo_lightning.attacks.protocol import Attack, AttackError, AttackRow, Victim
 from nspo_lightning.nullspace.modes import evaluation_mode
+from nspo_lightning.policy.chats import as_turns
 from nspo_lightning.rewards.protocol import Text
 
 
@@ -80,7 +81,7 @@ class GCG(Attack):
 
 
 def _turns(prompt: Text) -> list[dict[str, Any]]:
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    turns = as_turns(prompt)
     return [*turns[:-1], {**turns[-1], "content": f"{turns[-1]['content']} {{optim_str}}"}]
 
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from nspo_lightning.attacks.protocol import Attack, AttackError, AttackRow, Victim
 from nspo_lightning.attacks.templates import SHIPPED, read_yaml
+from nspo_lightning.policy.chats import as_turns
 from nspo_lightning.rewards.protocol import Text
 
 SHOTS = (4, 16, 64)
@@ -45,7 +46,7 @@ class ManyShot(Attack):
 
     def before(self, prompt: Text) -> Text:
         """Return a prompt with the turns before it, behind its system message."""
-        own = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        own = as_turns(prompt)
         pairs = _pairs()
         turns = [
             {"role": role, "content": text}

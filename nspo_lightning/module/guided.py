@@ -21,8 +21,8 @@ from torch import Tensor
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.prefixes import with_prefix_ids
 from nspo_lightning.module.text_policy import PREFIX_IDS, TextPolicy
+from nspo_lightning.policy.chats import folds_system, with_system
 from nspo_lightning.policy.settings import PolicyError
-from nspo_lightning.policy.turns import folds_system, with_system
 from nspo_lightning.rollout.places import Places
 
 SAFETY_PROMPT = (

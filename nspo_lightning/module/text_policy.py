@@ -14,6 +14,7 @@ from nspo_lightning.atomic import give_ordinary_permissions, write_json
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.policy.base_record import RECORD, base_record
 from nspo_lightning.policy.chat_template import set_chat_template_, with_chat_template
+from nspo_lightning.policy.chats import as_turns
 from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.parts import causal_model, text_setting
@@ -215,7 +216,7 @@ class TextPolicy:
 
     def render(self, prompts: Sequence[Any]) -> dict[str, Any]:
         """Render texts or chats with the chat template, as a batch that `generate` takes."""
-        chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+        chats = map(as_turns, prompts)
         texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         encoded = self.tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
         self.check_tokens(encoded["input_ids"].tolist())

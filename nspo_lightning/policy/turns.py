@@ -51,36 +51,3 @@ def common_start(first: Sequence[object], second: Sequence[object]) -> int:
 def end_of_turn(ids: Iterable[int], special: frozenset[int]) -> int | None:
     """Return the index of the first special token among those that a template puts behind an answer; None without."""
     return next((i for i, token in enumerate(ids) if token in special), None)
-
-
-def with_system(prompt: Any, text: str, *, fold: bool) -> list[dict[str, Any]]:
-    """Return a prompt, text or a chat, with a system message before its own, or before its first user turn (`fold`)."""
-    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns: list[dict[str, Any]] = [dict(turn) for turn in chat]
-    role = "user" if fold else "system"
-    place = next((i for i, turn in enumerate(turns) if turn["role"] == role), None)
-    if place is None:
-        return [{"role": role, "content": text}, *turns]
-    own = turns[place]["content"]
-    turns[place]["content"] = f"{text}\n\n{own}" if isinstance(own, str) else [{"type": "text", "text": text}, *own]
-    return turns
-
-
-def folds_system(render: Callable[[list[dict[str, Any]]], str], text: str) -> bool | None:
-    """Find where a chat template shows a system message.
-
-    Args:
-        render: From a chat to what the policy reads; may raise anything.
-        text: The message.
-
-    Returns:
-        False = as a system turn, True = only before the user's words, None = nowhere.
-    """
-    for fold in (False, True):
-        try:
-            shown = render(with_system("x", text, fold=fold))
-        except Exception:  # Jinja raises its own types, and a template may raise anything
-            continue
-        if text.strip() in shown:
-            return fold
-    return None

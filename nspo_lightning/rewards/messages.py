@@ -7,6 +7,7 @@ from typing import Any
 
 from nspo_lightning.atomic import without_surrogates
 from nspo_lightning.evaluation.thoughts import answer_of
+from nspo_lightning.policy.chats import as_turns
 from nspo_lightning.rewards.protocol import Text
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -69,11 +70,11 @@ def transcript(prompt: Text) -> str:
 
 def as_chat(prompt: Text, completion: Text) -> list[dict[str, Any]]:
     """Join a prompt and the answer to it, each a string or messages, into one conversation with string contents."""
-    head: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = without_thought(completion)
     tail: Any = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     return [
-        {"role": str(turn.get("role", "user")), "content": content_text(turn.get("content"))} for turn in [*head, *tail]
+        {"role": str(turn.get("role", "user")), "content": content_text(turn.get("content"))}
+        for turn in [*as_turns(prompt), *tail]
     ]
 
 
