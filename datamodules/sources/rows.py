@@ -63,12 +63,17 @@ class PromptRow:
     @property
     def key(self) -> str:
         """What makes two rows the same prompt: their text, less the white space around it."""
-        return self.prompt.strip() if isinstance(self.prompt, str) else json.dumps(self.prompt, sort_keys=True)
+        return prompt_key(self.prompt)
 
     def all_columns(self) -> dict[str, Any]:
         """Every column but the prompt, as rewards receive them; `answer`, `skill`, `kind` and `source` always."""
         standard = {"answer": self.answer, "skill": self.skill, "kind": self.kind, "source": self.source}
         return {**self.columns, **standard}
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Return what makes two prompts the same, see `PromptRow.key`."""
+    return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def hash_rank(key: str, salt: str) -> bytes:

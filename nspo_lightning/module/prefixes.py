@@ -9,7 +9,6 @@ run, other ranks and prompts that dynamic sampling takes find the same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from nspo_lightning.datamodules.sources.rows import prompt_key
 from nspo_lightning.datamodules.sources.source import HARMFUL_TARGET
 from nspo_lightning.datamodules.text.collate import pad_token_ids
 from nspo_lightning.datamodules.text.render import ChatRenderer
@@ -135,7 +135,7 @@ class Prefixes:
             return Begun(batch=batch, texts=[""] * len(batch["prompt"]), complete=[True] * len(batch["prompt"]))
         seed = self.run_seed()
         wanted = [
-            self.settings.tokens_for(row_key(prompt), seed) if alike or bad else 0
+            self.settings.tokens_for(prompt_key(prompt), seed) if alike or bad else 0
             for prompt, bad in zip(batch["prompt"], _are_harmful(batch), strict=True)
         ]
         return self.begun(batch, wanted, [""] * len(wanted), training=True)
@@ -188,7 +188,7 @@ class Prefixes:
         targets, references = (columns.get(name) or [None] * size for name in (HARMFUL_TARGET, "answer"))
         given = [targets[i] if harmful[i] else references[i] for i in range(size)]
         told = self._encode(batch["prompt"], [str(given[i]) if wanted[i] and given[i] else "" for i in range(size)])
-        keys = [(row_key(prompt), bad) for prompt, bad in zip(batch["prompt"], harmful, strict=True)]
+        keys = [(prompt_key(prompt), bad) for prompt, bad in zip(batch["prompt"], harmful, strict=True)]
         missing = [i for i in range(size) if wanted[i] and not told[i] and keys[i] not in self._known]
         self._sample_base(batch, missing, [keys[i] for i in missing], training)
         return [
@@ -266,11 +266,6 @@ def with_prefix_ids(batch: Mapping[str, Any], ids: Sequence[Sequence[int]], pad_
         device = batch["prompt_ids"].device
         new |= {"prompt_ids": padded.to(device), "prompt_mask": mask.to(device)}
     return new
-
-
-def row_key(prompt: Any) -> str:
-    """Return what makes two rows the same prompt, as `PromptRow.key` does."""
-    return prompt.strip() if isinstance(prompt, str) else json.dumps(list(prompt), sort_keys=True)
 
 
 def _are_harmful(batch: Mapping[str, Any]) -> list[bool]:

@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 from nspo_lightning.callbacks import ExactResume
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
+from nspo_lightning.datamodules.sources.rows import prompt_key
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.collector import Collector
 from nspo_lightning.module.dynamic import DynamicSampling
 from nspo_lightning.module.guided import GuidedSampling
-from nspo_lightning.module.prefixes import PrefixSettings, row_key
+from nspo_lightning.module.prefixes import PrefixSettings
 from nspo_lightning.module.resumed_settings import ResumeError
 from nspo_lightning.module.text_policy import PREFIX_IDS
 from nspo_lightning.policy.settings import PolicyError
@@ -95,7 +96,7 @@ def test_a_prefix_is_shared_by_its_group_kept_out_of_the_loss_and_rewarded_for_w
     for one in collected:
         rollout, rows = one.buffer.experience.rollout, one.judged.rows()
         for place, prompt in enumerate(one.judged.prompts[::4]):
-            number = EVERY.tokens_for(row_key(prompt), policy.progress.seed)
+            number = EVERY.tokens_for(prompt_key(prompt), policy.progress.seed)
             word = prompt.split()[-1].rstrip("?")
             target = policy.tokenizer(f"Sure. Take a torch, then burn the {word}.", add_special_tokens=False)[
                 "input_ids"
