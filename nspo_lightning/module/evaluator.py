@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -88,12 +88,14 @@ class Evaluator:
     def base_text(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Return harmful prompts with the base's answers, as text whose answers are to be scored (see `score_text`).
 
-        They are drawn as in validation, with the same noise; None without an adapter.
+        They are drawn from the base's own distribution, whatever temperature validation answers at, with the same noise
+        each time: the mean of a KL to the base is over what the base says. None without an adapter.
         """
         if not has_adapter(self.policy.require()):
             return None
+        own = replace(self.harmful, temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
         with adapters_off(self.policy.require()):
-            rollout, _ = self._complete(batch, HARMFUL, batch_idx)
+            rollout, _ = self._drawn(batch, own, batch_idx)
         return answers_as_text(rollout)
 
     def count(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> Answers:
@@ -188,6 +190,8 @@ class Evaluator:
         )
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:
-        sampling = self.harmful if dataloader_idx == HARMFUL else self.general
+        return self._drawn(batch, self.harmful if dataloader_idx == HARMFUL else self.general, batch_idx)
+
+    def _drawn(self, batch: Mapping[str, Any], sampling: SamplingConfig, batch_idx: int) -> tuple[Rollout, list[str]]:
         places = places_among_ranks(len(batch["prompt_ids"])) if sampling.temperature > 0 else None
         return self.policy.generate(batch, sampling, 1, EVALUATION_SEED + batch_idx, places, exact=True)

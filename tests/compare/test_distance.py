@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,9 @@ def test_the_answers_are_the_bases_and_the_kl_is_over_their_tokens_alone(finishe
     move_adapter_(fresh.policy, 0.3)  # moves what the policy says, not what its base does
     again = fresh.base_text(prompts, 0)
     assert torch.equal(again["input_ids"], rows["input_ids"])
+    # Nor does it matter how validation answers: the KL is a mean over what the base says.
+    fresh.evaluator.harmful = replace(fresh.evaluator.harmful, temperature=0.0, repetition_penalty=1.5)
+    assert torch.equal(fresh.base_text(prompts, 0)["input_ids"], rows["input_ids"])
     assert {tuple(r[m.bool()].tolist()) for r, m in zip(text["input_ids"], text["attention_mask"], strict=True)} == ids
     scores = policy.text_scores(text)
     total, tokens = 0.0, 0
