@@ -108,7 +108,9 @@ class ChatRenderer:
         """Turn rendered texts into ids, one list a text; the template has placed all special tokens already."""
         if not texts:
             return []
-        found = [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        # Lengths are checked by who asks: no word of the library about what is too long.
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        found = [list(ids) for ids in encoded]
         if self._check is not None:
             self._check(found)
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from chat_templates import FAMILIES, family_tokenizer
 from hypothesis import given, settings
@@ -95,3 +97,13 @@ def test_a_cut_text_keeps_the_beginning_of_its_answer():
     cut = scored(tokenizer, [row("The answer is 42.")], batch["input_ids"].shape[1] - 2)
     assert cut[0] == whole[0][:-2]
     assert tokenizer.decode(whole[1]).startswith("<|begin_of_text|>")  # all of a row without an answer
+
+
+def test_a_long_text_is_encoded_without_a_word_of_the_library(tokenizer, caplog, monkeypatch):
+    """It would say that running the text ends in indexing errors, of rows that are left out."""
+    tokenizer.model_max_length = 8
+    library = logging.getLogger("transformers")
+    monkeypatch.setattr(library, "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        assert len(ChatRenderer(tokenizer).encode(["a" * 50])[0]) == 50
+    assert not caplog.records
