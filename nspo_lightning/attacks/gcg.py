@@ -17,6 +17,7 @@ from typing_extensions import override
 from nspo_lightning.attacks.protocol import Attack, AttackError, AttackRow, Victim
 from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.chats import as_turns
+from nspo_lightning.rewards.messages import as_text, with_last
 from nspo_lightning.rewards.protocol import Text
 
 
@@ -75,20 +76,14 @@ class GCG(Attack):
             for number, row in enumerate(rows):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(self.seed + number)
-                    best = library.run(model, tokenizer, _turns(row.prompt), self.target, settings).best_string
+                    turns = as_turns(_with_suffix(row.prompt, "{optim_str}"))
+                    best = library.run(model, tokenizer, turns, self.target, settings).best_string
                 found.append(replace(row, prompt=_with_suffix(row.prompt, best)))
         return found
 
 
-def _turns(prompt: Text) -> list[dict[str, Any]]:
-    turns = as_turns(prompt)
-    return [*turns[:-1], {**turns[-1], "content": f"{turns[-1]['content']} {{optim_str}}"}]
-
-
 def _with_suffix(prompt: Text, suffix: str) -> Text:
-    if isinstance(prompt, str):
-        return f"{prompt} {suffix}"
-    return [*prompt[:-1], {**prompt[-1], "content": f"{prompt[-1]['content']} {suffix}"}]
+    return with_last(prompt, f"{as_text(prompt)} {suffix}")
 
 
 def _nanogcg() -> Any:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from nspo_lightning.attacks.places import PLACES, filled, misspelt_places, places_in
 from nspo_lightning.attacks.protocol import Attack, AttackError, AttackRow, Victim
-from nspo_lightning.rewards.messages import as_text
+from nspo_lightning.rewards.messages import as_text, with_last
 from nspo_lightning.rewards.protocol import Text
 
 SHIPPED = Path(__file__).parent / "templates.yaml"
@@ -64,7 +64,7 @@ class Template(Attack):
         request = as_text(prompt)
         user = filled(self.user, request)
         if self.system is None:
-            return user if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": user}]
+            return with_last(prompt, user)
         turns = [] if isinstance(prompt, str) else [turn for turn in prompt[:-1] if turn.get("role") != "system"]
         return [{"role": "system", "content": filled(self.system, request)}, *turns, {"role": "user", "content": user}]
 

@@ -38,7 +38,7 @@ def without_thought(completion: Text) -> Text:
     """Return a completion that is its answer alone: text, unless it has more than one message."""
     if isinstance(completion, str) or len(completion) <= 1:
         return answer_text(completion)
-    return [*completion[:-1], {**completion[-1], "content": answer_text(completion)}]
+    return with_last(completion, answer_text(completion))
 
 
 def as_text(text: Text) -> str:
@@ -46,6 +46,16 @@ def as_text(text: Text) -> str:
     if isinstance(text, str):
         return without_surrogates(text)
     return content_text(text[-1].get("content")) if text else ""
+
+
+def with_last(text: Text, said: str) -> Text:
+    """Return a prompt or completion whose last turn says something else.
+
+    Example:
+        >>> with_last("Hi", "Ho"), with_last([{"role": "user", "content": "Hi"}], "Ho")
+        ('Ho', [{'role': 'user', 'content': 'Ho'}])
+    """
+    return said if isinstance(text, str) else [*text[:-1], {**text[-1], "content": said}]
 
 
 def as_plain_text(arguments: Mapping[str, Any]) -> dict[str, Any]:
