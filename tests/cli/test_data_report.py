@@ -32,7 +32,7 @@ class Characters:
     def apply_chat_template(self, turns, tokenize, add_generation_prompt):
         return "".join(f"<{t['role']}>{t['content']}" for t in turns) + ("<assistant>" if add_generation_prompt else "")
 
-    def __call__(self, texts, add_special_tokens):
+    def __call__(self, texts, **_):
         return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
 
