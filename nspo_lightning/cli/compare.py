@@ -104,6 +104,7 @@ def compare(
     if not out:
         raise ValueError("`--out` must name the folder of the results, got ''. Give one, such as runs/compare.")
     check_at_least_one(seeds=len(seeds), steps=steps, eval_every=eval_every, jobs=jobs)
+    _check_all_differ(methods=methods, seeds=seeds, learning_rates=learning_rates)
     if attacks is not None:
         find_attacks(attacks)  # an unknown one is found here, before any run
     if eval_every > steps:
@@ -138,6 +139,13 @@ def compare(
         raise ValueError(
             f"{len(failed)} of {counted(len(plan), 'run')} failed; the others are kept and reported:\n{listing}"
         )
+
+
+def _check_all_differ(**lists: Sequence[Any] | None) -> None:
+    """Refuse what is named twice: one run would count as two, and three times the same seed as three seeds."""
+    for name, values in lists.items():
+        if twice := [value for i, value in enumerate(values or ()) if value in (values or ())[:i]]:
+            raise ValueError(f"`{name}` has {twice[0]!r} twice, and each run is made once. Name it once.")
 
 
 def _plan(

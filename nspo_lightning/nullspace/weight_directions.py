@@ -28,7 +28,8 @@ def weight_directions(modules: Sequence[nn.Module]) -> Tensor:
         modules: The layers, adapted or not.
 
     Returns:
-        Shape ``(width, width)``, float64, orthonormal columns, the largest singular value first.
+        Shape ``(width, width)``, float64, orthonormal columns, the largest singular value first. Behind the weights'
+        rank (a down projection has fewer outputs than inputs) they are any directions that the weights don't see.
 
     Raises:
         ValueError: If one of them is not a linear layer.

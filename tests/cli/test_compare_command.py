@@ -223,6 +223,8 @@ def test_methods_with_fewer_seeds_stand_beside_the_others_with_what_they_have(tm
         ({"eval_every": 50, "steps": 20}, "`eval_every` must be at most"),
         ({"only_report": True}, "nothing to report"),
         ({"jobs": 0}, "`jobs` must be at least 1"),
+        ({"seeds": [0, 1, 0]}, "`seeds` has 0 twice"),
+        ({"learning_rates": [1e-4, 0.0001]}, "`learning_rates` has 0.0001 twice"),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(options: dict[str, Any], phrase: str, tmp_path: Path) -> None:
