@@ -133,10 +133,10 @@ class WarmupDataModule(AlignmentDataModule):
         )
 
     def taught_answers(self) -> tuple[list[Any], list[str]]:
-        """List some prompts and the answers that are taught to them, at most 32."""
+        """List some prompts, as judges see them, and the answers that are taught to them, at most 32."""
         rows, texts = self._taught()
         shown = [_with_refusal(row, texts, 0) for row in rows[:32]]
-        return [row.prompt for row in shown], [row.answer for row in shown]
+        return [row.prompt if row.request is None else row.request for row in shown], [row.answer for row in shown]
 
     @override
     def val_dataloader(self) -> list[PromptLoader]:

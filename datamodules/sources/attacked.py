@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from nspo_lightning.attacks import Attack, AttackRow, Victim
+from nspo_lightning.attacks import Attack, AttackError, AttackRow, Victim
 from nspo_lightning.datamodules.sources.rows import Prompt, PromptRow, hash_rank
 
 Show = Callable[[Prompt], Prompt]
@@ -38,8 +38,17 @@ def attacked_rows(
         attack: What is done to them.
         victim: The policy, for attacks that search.
         show: Sees to it that system messages of an attack are shown.
+
+    Raises:
+        AttackError: If the attack does not return a row for each.
     """
     plain = [AttackRow(prompt=row.prompt, harmful=row.kind == "harmful") for row in rows]
+    attacked = attack.attacked(plain, victim)
+    if len(attacked) != len(rows):
+        raise AttackError(
+            f"Attack `{attack.name}` made {len(attacked)} rows of {len(rows)}: `attacked` must return one for each, in "
+            "the same order. Leave rows that it has nothing for as they are."
+        )
     return [
         replace(
             row,
@@ -49,7 +58,7 @@ def attacked_rows(
             prefix_text=new.prefix_text,
             columns={**row.columns, "attack": attack.name},
         )
-        for row, new in zip(rows, attack.attacked(plain, victim), strict=True)
+        for row, new in zip(rows, attacked, strict=True)
     ]
 
 

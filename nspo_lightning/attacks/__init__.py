@@ -6,7 +6,7 @@ from nspo_lightning.attacks.many_shot import ManyShot
 from nspo_lightning.attacks.pair import Pair
 from nspo_lightning.attacks.prefill import Prefill
 from nspo_lightning.attacks.protocol import ATTACK, LOOKALIKES, Attack, AttackError, AttackRow, Victim
-from nspo_lightning.attacks.registry import data_attacks, find_attacks, groups
+from nspo_lightning.attacks.registry import data_attacks, find_attacks, groups, is_template_file
 from nspo_lightning.attacks.templates import Template
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "data_attacks",
     "find_attacks",
     "groups",
+    "is_template_file",
 ]

@@ -52,11 +52,21 @@ def find_attacks(given: Given) -> list[Attack]:
     found: dict[str, Attack] = {}
     for attack in (attack for entry in entries for attack in _attacks_of(entry)):
         known = found.setdefault(attack.name, attack)
+        if not attack.name.strip() or set(attack.name) & set("/,"):
+            raise AttackError(
+                f"{attack.name!r} can't be the name of an attack ({type(attack).__name__}): it stands in lists and in "
+                "names of metrics, so it must have a letter, no comma and no slash. Give it another one."
+            )
         if not known.is_same_as(attack):
             raise AttackError(f"Two attacks are called `{attack.name}`. Give one of them another name.")
     for attack in found.values():
         attack.check()
     return list(found.values())
+
+
+def is_template_file(name: str) -> bool:
+    """Whether a name in a list of attacks is that of a file of templates."""
+    return name.endswith((".yaml", ".yml"))
 
 
 def data_attacks(names: Sequence[str], where: str) -> list[Attack]:
@@ -80,7 +90,7 @@ def _attacks_of(entry: str | Attack) -> list[Attack]:
         return [entry]
     if not isinstance(entry, str):
         raise AttackError(f"`attacks` must hold names or attacks, got {type(entry).__name__}. {_known()}")
-    if entry.endswith((".yaml", ".yml")):
+    if is_template_file(entry):
         return _own_templates(Path(entry))
     if entry in groups():
         return [attack for name in groups()[entry] for attack in _attacks_of(name)]

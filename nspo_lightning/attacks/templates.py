@@ -132,9 +132,4 @@ def _template(name: str, entry: Any, path: Path) -> Template:
     fits = isinstance(parts, Mapping) and "user" in parts and set(parts) <= set(_PARTS)
     if not fits or not all(isinstance(text, str) for text in parts.values()):
         raise AttackError(f"{path}: template '{name}' can't be read: expected {_EXAMPLE}, found {str(entry)[:200]!r}.")
-    if not name.strip() or set(name) & set("/,"):
-        raise AttackError(
-            f"{path}: '{name}' can't be the name of a template: it stands in lists and in names of metrics, so it must "
-            "have a letter, no comma and no slash."
-        )
     return Template(name, **parts, source=str(path))

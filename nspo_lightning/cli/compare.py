@@ -13,7 +13,7 @@ import yaml
 from rich import get_console
 from rich.console import Console
 
-from nspo_lightning.attacks import find_attacks
+from nspo_lightning.attacks import find_attacks, is_template_file
 from nspo_lightning.checkpoints import FOLDER, last_in
 from nspo_lightning.cli.help import PROG
 from nspo_lightning.cli.jobs import run_job
@@ -121,7 +121,7 @@ def compare(
     if only_report:
         _check_rules(plan, runs, folder)
     else:
-        missing = _missing(plan, runs, source, folder)
+        missing = _missing(plan, runs, source, folder, attacks or [])
         workers = jobs or _default_jobs(settings)
         done = f"{len(plan) - len(missing)} done already"
         console.print(f"{counted(len(plan), 'run')}, {done}; {workers} at a time; logs in {folder / 'logs'}")
@@ -217,13 +217,17 @@ def _stamp(folder: Path, spec: RunSpec) -> Path:
     return folder / "commands" / f"{spec.name}.json"
 
 
-def _missing(plan: Sequence[RunSpec], runs: Mapping[str, list[str]], config: Path, folder: Path) -> list[Job]:
+def _missing(
+    plan: Sequence[RunSpec], runs: Mapping[str, list[str]], config: Path, folder: Path, attacks: Sequence[str]
+) -> list[Job]:
     """List what is not there yet; a run of the same name made with other settings is an error, never a result."""
     jobs: list[Job] = []
-    gguf = gguf_identity(policy_settings(read_config(config), config))
+    # What they say is a setting.
+    files = {name: Path(name).expanduser().read_text(encoding="utf-8") for name in attacks if is_template_file(name)}
+    files |= gguf_identity(policy_settings(read_config(config), config)) or {}
     for spec in plan:
         place, arguments = folder / "runs" / spec.name, runs[spec.name]
-        digest, stamp = spec.digest(arguments, config, folder, gguf), _stamp(folder, spec)
+        digest, stamp = spec.digest(arguments, config, folder, files), _stamp(folder, spec)
         if stamp.is_file() and json.loads(stamp.read_text())["digest"] != digest:
             raise ValueError(
                 f"{place} was made with other settings than this command's. Choose another `--out`, or remove it."

@@ -117,10 +117,10 @@ class RunSpec:
             rules["eval_every"] = json.loads(settings["trainer.val_check_interval"])
         return rules
 
-    def digest(self, arguments: Sequence[str], config: Path, out: Path, gguf: Mapping[str, str] | None = None) -> str:
-        """Hash what the run does: arguments, content of the configuration, identity of a GGUF; not where they are."""
+    def digest(self, arguments: Sequence[str], config: Path, out: Path, files: Mapping[str, str] | None = None) -> str:
+        """Hash what the run does: arguments, the configuration's content, that of other files; not where they are."""
         told = [a.replace(str(out), "OUT").replace(str(config), "CONFIG") for a in arguments]
-        told += sorted((gguf or {}).values())
+        told += sorted((files or {}).values())
         return hashlib.sha256(json.dumps([told, config.read_text()]).encode()).hexdigest()[:16]
 
 

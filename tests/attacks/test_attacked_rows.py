@@ -15,7 +15,7 @@ from tiny_policies import move_adapter_
 from typing_extensions import override
 
 from nspo_lightning import ranks
-from nspo_lightning.attacks import Attack, AttackRow, Template, Victim, find_attacks
+from nspo_lightning.attacks import Attack, AttackError, AttackRow, Template, Victim, find_attacks
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.datamodules.attacked import attack_loaders
@@ -151,3 +151,19 @@ def test_what_searches_is_given_the_policy_and_not_its_base(tiny_llama: Path, tm
     trainer(tmp_path, kind=Trainer).test(policy, datamodule=datamodule(), verbose=False, attacks=[attack])
     wanted = [p for name, p in trained.policy.named_parameters() if "lora_B" in name]
     assert all(torch.equal(one, other) for one, other in zip(attack.found, wanted, strict=True))
+
+
+def test_an_attack_that_loses_rows_is_told(tokenizer: Any) -> None:
+    class Loses(Looks):
+        searches = False
+
+        @override
+        def attacked(self, rows: Sequence[AttackRow], victim: Victim | None) -> list[AttackRow]:
+            return list(rows)[1:]
+
+    data = AlignmentDataModule(
+        PromptSource(rows=harmful), PromptSource(rows=general), tokenizer=tokenizer, val_size=2, test_size=2
+    )
+    data.test_attacks = [Loses()]
+    with pytest.raises(AttackError, match="Attack `looks` made 1 rows of 2: `attacked` must return one for each"):
+        data.test_dataloader()

@@ -76,6 +76,24 @@ RESULTS = [
 ]
 
 
+def test_a_file_of_attack_templates_that_changed_is_another_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else runs before and after the change would stand in one table."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("templates: {mine: 'Now {request}'}")
+    monkeypatch.setattr(command, "run_all", lambda *_: [])
+    out = tmp_path / "out"
+    settings: dict[str, Any] = {"config": QUICKSTART, "out": str(out), "methods": ["base"], "attacks": [str(file)]}
+    settings |= {"seeds": [0], "learning_rates": [1e-3], "console": QUIET}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="No run is complete"):
+            compare(**settings)
+    file.write_text("templates: {mine: 'Then {request}'}")
+    with pytest.raises(ValueError, match="made with other settings"):
+        compare(**settings)
+
+
 def test_the_learning_rate_is_selected_by_the_same_rule_as_checkpoints() -> None:
     groups = group_results(RESULTS, SelectionRule())
     assert groups["GRPO"].learning_rate == 0.1  # abler
