@@ -59,18 +59,20 @@ from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
 from nspo_lightning.module.scores import Scores
 from nspo_lightning.module.signal import Signal
 from nspo_lightning.module.start_checks import (
-    another_step_follows,
     check_accumulation,
     check_optimizer,
-    check_repetitions,
     check_strategy,
-    longest_prompt_tokens,
-    look_ahead,
     make_optimizer,
-    take_on_demand,
     warn_if_none_ended,
 )
 from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.module.training_data import (
+    another_step_follows,
+    check_repetitions,
+    longest_prompt_tokens,
+    look_ahead,
+    take_on_demand,
+)
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.module.victim import PolicyVictim

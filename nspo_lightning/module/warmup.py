@@ -30,7 +30,7 @@ from nspo_lightning.module.finite import loss_scale, nonfinite_in, on_any_rank
 from nspo_lightning.module.grpo_module import GRPOModule
 from nspo_lightning.module.judging import repeated, repeated_columns
 from nspo_lightning.module.scorer import given_answers, step_counts
-from nspo_lightning.module.start_checks import longest_prompt_tokens
+from nspo_lightning.module.training_data import longest_prompt_tokens
 from nspo_lightning.module.training_settings import TrainingSettings
 from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.nullspace.modes import adapters_off

@@ -20,7 +20,7 @@ from nspo_lightning.datamodules.loader import FOLLOWING, PromptLoader
 from nspo_lightning.datamodules.sources.rows import PromptRow
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.ahead import Ahead
-from nspo_lightning.module.start_checks import look_ahead
+from nspo_lightning.module.training_data import look_ahead
 from nspo_lightning.rollout.server_client import RolloutServerError
 from nspo_lightning.rollout.server_config import ServerSettings
 
