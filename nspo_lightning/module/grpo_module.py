@@ -55,8 +55,8 @@ from nspo_lightning.module.resumed_settings import (
     warn_of_other_weights,
 )
 from nspo_lightning.module.rollouts import StopOnException, make_rollouts
+from nspo_lightning.module.scored_rollouts import ScoredRollouts
 from nspo_lightning.module.scorer import Scorer, step_counts, zero_loss
-from nspo_lightning.module.scores import Scores
 from nspo_lightning.module.signal import Signal
 from nspo_lightning.module.start_checks import (
     check_accumulation,
@@ -239,7 +239,7 @@ class GRPOModule(pl.LightningModule):
         )
         self.progress = Progress(
             max_nonfinite=self.settings.max_nonfinite_updates,
-            scores=Scores(max_unscored=self.settings.max_unscored_rollouts),
+            scored=ScoredRollouts(max_unscored=self.settings.max_unscored_rollouts),
             signal=Signal(max_without=self.settings.max_rollouts_without_signal or None),
         )
         self.last_rollout: JudgedRollout | None = None
@@ -329,7 +329,7 @@ class GRPOModule(pl.LightningModule):
 
     @override
     def on_train_end(self) -> None:
-        self.progress.scores.check_end(self.progress.rollouts)
+        self.progress.scored.check_end(self.progress.rollouts)
         self.progress.signal.check_end()
         self.progress.warn_without_update(self.trainer.global_step)
 
@@ -394,7 +394,7 @@ class GRPOModule(pl.LightningModule):
             self._log_step({**collected.metrics, "num_tokens": float(progress.num_tokens)})
             progress.rollouts += 1
             rewards, said = collected.rows.rewards.total, collected.judged.completions
-            progress.scores.count(rewards, self.reward.names, progress.rollouts, said)
+            progress.scored.count(rewards, self.reward.names, progress.rollouts, said)
             cut = self.settings.objective.mask_truncated
             progress.signal.count(collected.rows, self.settings.group_size, mask_truncated=cut)
         return buffer

@@ -14,7 +14,7 @@ from nspo_lightning import ranks
 from nspo_lightning.module.ahead import Ahead
 from nspo_lightning.module.finite import NonFiniteError, nonfinite_gradient, nonfinite_message, on_any_rank
 from nspo_lightning.module.open_rollouts import OpenRollouts
-from nspo_lightning.module.scores import Scores
+from nspo_lightning.module.scored_rollouts import ScoredRollouts
 from nspo_lightning.module.signal import Signal
 from nspo_lightning.module.update_window import UpdateWindow
 from nspo_lightning.terminal import counted
@@ -39,7 +39,7 @@ class Progress:
         updates_skipped: Updates without signal.
         updates_nonfinite: Updates that were skipped because something was not finite.
         nonfinite_in_a_row: Of those, the ones since the last update that was taken.
-        scores: Which rollouts had one.
+        scored: Which rollouts had a score.
         signal: Which had something to learn from.
         window: What the batches since the last update have come to.
         open_rollouts: What is left of the last rollouts.
@@ -57,7 +57,7 @@ class Progress:
     updates_skipped: int = 0
     updates_nonfinite: int = 0
     nonfinite_in_a_row: int = 0
-    scores: Scores = field(default_factory=Scores)
+    scored: ScoredRollouts = field(default_factory=ScoredRollouts)
     signal: Signal = field(default_factory=Signal)
     window: UpdateWindow = field(default_factory=UpdateWindow)
     open_rollouts: OpenRollouts = field(default_factory=OpenRollouts)
@@ -119,7 +119,7 @@ class Progress:
     def snapshot(self) -> dict[str, Any]:
         """Copy what a training step changes, cheaply: the rollouts' tensors are shared."""
         counters = {name: value for name, value in vars(self).items() if name in COUNTERS}
-        counters |= self.window.to_counters() | self.scores.to_counters() | self.signal.to_counters()
+        counters |= self.window.to_counters() | self.scored.to_counters() | self.signal.to_counters()
         return {"counters": counters, "rollouts": self.open_rollouts.snapshot(), "ahead": self.ahead}
 
     def state_dict(self, snapshot: Mapping[str, Any] | None, *, wait: bool = True) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Progress:
         for name in COUNTERS:
             setattr(self, name, state["counters"].get(name, 0))
         self.window = UpdateWindow.from_counters(state["counters"])
-        self.scores.load_counters(state["counters"])
+        self.scored.load_counters(state["counters"])
         self.signal.load_counters(state["counters"])
 
     def load_rollouts(self, device: torch.device) -> None:

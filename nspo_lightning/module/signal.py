@@ -169,7 +169,7 @@ class Signal:
     def count(self, rows: JudgedRows, group_size: int, *, mask_truncated: bool) -> None:
         """Count a rollout, and see whether there is anything to learn; ranks must ask with the same, of all ranks.
 
-        One without any score is left to `Scores`.
+        One without any score is left to `ScoredRollouts`.
 
         Raises:
             NoSignalError: If too many in a row had no signal, and the policy isn't safe already.

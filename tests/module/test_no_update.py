@@ -16,7 +16,7 @@ from nspo_lightning.checkpoints import read_checkpoint
 from nspo_lightning.cli.errors import is_users_mistake
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.rollout_metrics import JudgedRows
-from nspo_lightning.module.scores import Scores
+from nspo_lightning.module.scored_rollouts import ScoredRollouts
 from nspo_lightning.module.signal import NoSignalError, Signal
 from nspo_lightning.policy.identity import updates_in
 from nspo_lightning.rewards import RewardError, RewardResult
@@ -218,7 +218,7 @@ def test_what_a_policy_whose_thoughts_are_cut_needs_is_room_and_not_another_judg
 
 
 def test_one_rank_with_a_score_is_enough():
-    scores = Scores(max_unscored=1)
+    scores = ScoredRollouts(max_unscored=1)
     scores.count(torch.tensor([float("nan"), 0.0, 1.0, float("nan")]), ("r",), rollout=1)
     assert (scores.rollouts_scored, scores.unscored_in_a_row) == (1, 0)
 
@@ -230,15 +230,15 @@ def test_the_limit_is_checked(tiny_llama, value):
 
 
 def test_a_checkpoint_holds_the_counts_of_scores():
-    before = Progress(max_nonfinite=1, scores=Scores(max_unscored=9))
-    before.scores.count(torch.tensor([0.0, 1.0]), ("r",), rollout=1)
+    before = Progress(max_nonfinite=1, scored=ScoredRollouts(max_unscored=9))
+    before.scored.count(torch.tensor([0.0, 1.0]), ("r",), rollout=1)
     with pytest.warns(UserWarning, match="gave None"):
-        before.scores.count(torch.full((2,), torch.nan), ("r",), rollout=2)
+        before.scored.count(torch.full((2,), torch.nan), ("r",), rollout=2)
     counted(before.signal, judged([0.0, 1.0], "unsafe"), judged([0.5, 0.5], "refusal"))
     state = before.state_dict(before.snapshot())
     assert {"rollouts_scored": 1, "unscored_in_a_row": 1}.items() <= state["counters"].items()
     again = Progress(max_nonfinite=1)
     again.load_state_dict(state)
-    assert again.scores.to_counters() == before.scores.to_counters()
+    assert again.scored.to_counters() == before.scored.to_counters()
     assert again.signal == before.signal
     assert (again.signal.low, again.signal.high, again.signal.stretch.refused) == (0.0, 1.0, 2)

@@ -42,7 +42,7 @@ class UnscoredError(RewardError):
 
 
 @dataclass(kw_only=True)
-class Scores:
+class ScoredRollouts:
     """Counts of rollouts with a score.
 
     Attributes:
