@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -27,6 +28,8 @@ from nspo_lightning.nullspace.domains import START_TOKENS
 
 CUTS = (0.1, 0.05)
 """Unsafe rates at which methods are compared."""
+_LISTED = 12
+"""Missing runs that are named one by one, at most."""
 _FRONT_CUTS = (0.02, 0.03, 0.05, 0.1, 0.2)
 NEAREST = SelectionRule(metric=KL, higher_is_better=False)
 """What is nearest to the base is the best; what has no KL that is a number is the worst."""
@@ -192,7 +195,7 @@ def not_run(findings: Findings) -> list[str]:
     seeds = {r.spec.seed for r in findings.results}
     lines = [f"Methods: {', '.join(sorted(set(METHODS) - found))}."] if set(METHODS) - found else []
     if findings.missing:
-        lines.append(f"Runs of this plan that are not done, or failed: {', '.join(findings.missing)}.")
+        lines.append(f"Runs of this plan that are not done, or failed: {_missing(findings.missing)}.")
     if len(rates) < len(LEARNING_RATES):
         lines.append(f"Other learning rates than {_listed(sorted(rates))}: four are the default.")
     if len(seeds) < 3:
@@ -201,6 +204,14 @@ def not_run(findings: Findings) -> list[str]:
     if edges and len(rates) > 2:
         lines.append(f"A rate beyond the grid, where the edge of it was chosen: {', '.join(edges)}.")
     return ["## What was not run", "", *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def _missing(names: Sequence[str]) -> str:
+    """List runs by name, and many by what they are runs of (without rate and seed)."""
+    if len(names) <= _LISTED:
+        return ", ".join(names)
+    counts = Counter(name.rpartition("-seed")[0].partition("-lr")[0] for name in names)
+    return f"{len(names)}, of " + ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
 def _at_edge(rate: float | None, rates: set[float]) -> bool:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from nspo_lightning.cli.jobs import run_job
 from nspo_lightning.compare.plan import Budget, RunSpec
 from nspo_lightning.compare.pool import Job, JobResult, Run, run_one
 from nspo_lightning.compare.results import Findings, RunResult, group_results
+from nspo_lightning.compare.sections import not_run
 from nspo_lightning.compare.selection import SelectionRule
 from nspo_lightning.compare.summary import screen_table, write_report
 
@@ -205,6 +207,17 @@ def test_methods_run_are_kept_and_a_run_made_with_other_settings_is_never_taken_
         with pytest.raises(ValueError, match=f"other rules .*{said}"):
             compare(**settings, only_report=True, **other)
     assert "after 100 training steps; evaluated every 5 steps" in (tmp_path / "summary.md").read_text()
+
+
+def test_many_runs_that_are_not_there_are_counted_by_method() -> None:
+    budget = Budget(steps=10, eval_every=5, stop_unsafe=0.01)
+    names = [
+        f"{method}-lr{rate:g}-seed{seed}" for method in ("soft", "b_only") for rate in (1e-4, 2e-4) for seed in range(4)
+    ]
+    findings = Findings(results=RESULTS, rule=SelectionRule(), budget=budget, sweep=None, planned=30, missing=names)
+    assert "- Runs of this plan that are not done, or failed: 16, of soft (8), b_only (8)." in not_run(findings)
+    few = replace(findings, missing=names[:2])
+    assert "- Runs of this plan that are not done, or failed: soft-lr0.0001-seed0, soft-lr0.0001-seed1." in not_run(few)
 
 
 def test_methods_with_fewer_seeds_stand_beside_the_others_with_what_they_have(tmp_path: Path) -> None:
