@@ -30,6 +30,10 @@ FOLDER = CHECKPOINTS
 LAST_FILE = "last.ckpt"
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder a PEFT adapter."""
+STATE_KEY = "nspo_lightning"
+"""Entry of a checkpoint that says which base it belongs to, and where training was."""
+PREFIX = "policy."
+"""Parameters of the policy are named so in a checkpoint's ``state_dict``."""
 BEST, LAST, LAST_IF_ANY = "best", "last", "last-if-any"
 """What `--ckpt_path` says for a checkpoint of the run of that name; the third, of `fit`: the last one, or a new run."""
 _WORDS = (BEST, LAST, LAST_IF_ANY, "hpc", "registry")  # the latter two are Lightning's
@@ -176,6 +180,13 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not isinstance(content, dict):
         raise CheckpointError(_unreadable(path, TypeError("no dictionary")))
     return content
+
+
+def updates_in(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many updates were taken up to a checkpoint; earlier ones hold only the steps and what was skipped."""
+    counters = checkpoint.get(STATE_KEY, {}).get("counters", {})
+    skipped = counters.get("updates_skipped", 0) + counters.get("updates_nonfinite", 0)
+    return int(counters.get("updates", checkpoint.get("global_step", 0) - skipped))
 
 
 def write_checkpoint(content: bytes | memoryview, path: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
+from nspo_lightning.checkpoints import PREFIX
 from nspo_lightning.compat.peft import MODEL_PREFIX
 from nspo_lightning.evaluation.tables import markdown_table
 from nspo_lightning.export.merge import MergedLayer
 from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.nullspace import LayerCertificate
 from nspo_lightning.policy.base_record import gguf_identity
-from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.loading import loadable_folder
 from nspo_lightning.policy.settings import TOY
 from nspo_lightning.terminal import counted

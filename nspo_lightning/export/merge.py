@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.checkpoints import PREFIX
 from nspo_lightning.compat.peft import MODEL_PREFIX
 from nspo_lightning.export.trained import ExportSource, LowRank
 from nspo_lightning.nullspace import Calibration, LayerCertificate, certify
 from nspo_lightning.policy.adapter import merge_adapter
-from nspo_lightning.policy.identity import PREFIX, policy_fingerprint
+from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import TORCH_DTYPES, from_pretrained, load_base
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 from nspo_lightning.policy.tied import untie_

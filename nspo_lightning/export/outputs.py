@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from nspo_lightning.checkpoints import PREFIX
 from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.nullspace.modes import evaluation_mode
 from nspo_lightning.policy.adapter import add_adapter
-from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.terminal import counted
 

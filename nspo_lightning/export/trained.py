@@ -17,11 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from nspo_lightning.callbacks.run_report import SUMMARY
-from nspo_lightning.checkpoints import FOLDER, last_in, read_checkpoint
+from nspo_lightning.checkpoints import FOLDER, STATE_KEY, last_in, read_checkpoint, updates_in
 from nspo_lightning.compat.peft import DOWN, UP
 from nspo_lightning.nullspace import Calibration, load_calibration
 from nspo_lightning.policy.base_record import gguf_identity, settings_difference
-from nspo_lightning.policy.identity import STATE_KEY, updates_in
 from nspo_lightning.policy.settings import PolicyError, PolicySettings
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nspo_lightning.atomic import replacing_folder, write_json
+from nspo_lightning.checkpoints import PREFIX
 from nspo_lightning.compat.bitsandbytes import hide_missing_kernel
 from nspo_lightning.compat.peft import DOWN, MODEL_PREFIX, UP, name_in_file
 from nspo_lightning.export.card import (
@@ -25,7 +26,6 @@ from nspo_lightning.export.outputs import OutputsBefore
 from nspo_lightning.export.trained import ExportSource
 from nspo_lightning.policy.adapter import lora_config
 from nspo_lightning.policy.base_record import RECORD, base_record
-from nspo_lightning.policy.identity import PREFIX
 from nspo_lightning.policy.loading import loadable_folder
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.policy.tokenizer import load_tokenizer

@@ -10,11 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
-from nspo_lightning.checkpoints import ADAPTER_CONFIG, read_checkpoint
+from nspo_lightning.checkpoints import ADAPTER_CONFIG, PREFIX, STATE_KEY, read_checkpoint
 from nspo_lightning.module.resumed_settings import adapter_settings, changed_in_words
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.policy.base_record import RECORD, base_difference
-from nspo_lightning.policy.identity import PREFIX, STATE_KEY
 from nspo_lightning.policy.settings import PolicyError
 
 

@@ -31,6 +31,7 @@ from typing_extensions import override
 
 from nspo_lightning import ranks
 from nspo_lightning.callbacks.protocols import HoldsInNullSpace
+from nspo_lightning.checkpoints import STATE_KEY, updates_in
 from nspo_lightning.compat.lightning import callbacks_of, forget_step_metrics, logs_this_batch, trainer_of
 from nspo_lightning.datamodules.loader import FOLLOWING
 from nspo_lightning.evaluation.diagnosis import TrainingFacts
@@ -78,7 +79,7 @@ from nspo_lightning.module.training_state import trainer_state
 from nspo_lightning.module.victim import PolicyVictim
 from nspo_lightning.policy.adapter import load_adapter_
 from nspo_lightning.policy.divergence import TextLoss, TextScores
-from nspo_lightning.policy.identity import STATE_KEY, policy_identity, updates_in
+from nspo_lightning.policy.identity import policy_identity
 from nspo_lightning.policy.loading_progress import loading_progress
 from nspo_lightning.policy.settings import PolicySettings
 from nspo_lightning.policy.text_forward import run_trained_layers, text_logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
@@ -30,12 +30,6 @@ PACKAGES = (
     "torchmetrics",
     "lm-eval",
 )
-
-
-STATE_KEY = "nspo_lightning"
-"""Entry of a checkpoint that says which base it belongs to, and where training was."""
-PREFIX = "policy."
-"""Parameters of the policy are named so in a checkpoint's ``state_dict``."""
 
 
 class _HasPolicy(Protocol):
@@ -154,10 +148,3 @@ def describe(thing: Any) -> Any:
         and (value is None or isinstance(value, (str, int, float, bool, dict, list, tuple)) or is_dataclass(value))
     }
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **plain}
-
-
-def updates_in(checkpoint: Mapping[str, Any]) -> int:
-    """Return how many updates were taken up to a checkpoint; earlier ones hold only the steps and what was skipped."""
-    counters = checkpoint.get(STATE_KEY, {}).get("counters", {})
-    skipped = counters.get("updates_skipped", 0) + counters.get("updates_nonfinite", 0)
-    return int(counters.get("updates", checkpoint.get("global_step", 0) - skipped))

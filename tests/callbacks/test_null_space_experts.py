@@ -16,13 +16,14 @@ from tiny_policies import largest_change, logits
 from transformers import AutoModelForCausalLM
 
 from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.checkpoints import STATE_KEY
 from nspo_lightning.export.card import rounding_sentences
 from nspo_lightning.export.merge import merge_, unquantised_base
 from nspo_lightning.export.trained import ExportSource, export_source
 from nspo_lightning.nullspace import SecondMoment, plan_layers
 from nspo_lightning.nullspace.collect import InputCollector
 from nspo_lightning.policy.adapter import load_adapter_
-from nspo_lightning.policy.identity import STATE_KEY, policy_fingerprint
+from nspo_lightning.policy.identity import policy_fingerprint
 from nspo_lightning.policy.loading import load_base, load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 

@@ -12,7 +12,7 @@ from lora_server import BASE, LoraServer
 from tiny_jobs import Recorder, adapter, datamodule, module, trainer
 
 from nspo_lightning.callbacks import CapabilityGuard, ExactResume, RunReport
-from nspo_lightning.policy.identity import updates_in
+from nspo_lightning.checkpoints import updates_in
 from nspo_lightning.rollout.server_config import ServerSettings
 
 

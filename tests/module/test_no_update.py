@@ -12,13 +12,12 @@ import torch
 from tiny_jobs import adapter, constant, datamodule, even_tokens, module, trainer
 
 from nspo_lightning.callbacks import RunReport
-from nspo_lightning.checkpoints import read_checkpoint
+from nspo_lightning.checkpoints import read_checkpoint, updates_in
 from nspo_lightning.cli.errors import is_users_mistake
 from nspo_lightning.module.progress import Progress
 from nspo_lightning.module.rollout_metrics import JudgedRows
 from nspo_lightning.module.scored_rollouts import ScoredRollouts
 from nspo_lightning.module.signal import NoSignalError, Signal
-from nspo_lightning.policy.identity import updates_in
 from nspo_lightning.rewards import RewardError, RewardResult
 
 

@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from tiny_jobs import adapter, datamodule, module, trainer
 
 from nspo_lightning.callbacks import ExactResume
+from nspo_lightning.checkpoints import STATE_KEY
 from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.grpo import ObjectiveConfig
-from nspo_lightning.policy.identity import STATE_KEY, policy_identity
+from nspo_lightning.policy.identity import policy_identity
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.rollout import SamplingConfig
 
