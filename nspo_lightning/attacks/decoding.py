@@ -12,6 +12,7 @@ from nspo_lightning.rollout.config import SamplingConfig
 
 TEMPERATURES, TOP_P, BEST_OF = (0.5, 1.0, 1.5), 0.9, 16
 """Those of the default attacks."""
+MOST_TRIES = 1024
 
 
 class Decoding(Attack):
@@ -33,8 +34,8 @@ class Decoding(Attack):
     def __init__(
         self, name: str = "decoding", temperature: float | None = None, top_p: float | None = None, tries: int = 1
     ) -> None:
-        if tries < 1:
-            raise AttackError(f"Attack `{name}` needs at least 1 try, got {tries}.")
+        if not 1 <= tries <= MOST_TRIES:
+            raise AttackError(f"Attack `{name}` takes from 1 to {MOST_TRIES} tries, got {tries}.")
         if temperature == 0 and (tries > 1 or top_p is not None):
             raise AttackError(
                 f"Attack `{name}`: at temperature 0 all tries are the same, whatever `top_p` is. Give a `temperature` "

@@ -15,7 +15,7 @@ from nspo_lightning.evaluation.loaders import HARMFUL
 from nspo_lightning.evaluation.rates import TRUNCATED, Answers, Rate, RateTable, Seen, general_outcomes, safety_outcomes
 from nspo_lightning.grpo import Rollout
 from nspo_lightning.module.judging import Judging, repeated, repeated_columns
-from nspo_lightning.module.prefixes import Prefixes
+from nspo_lightning.module.prefixes import Begun, Prefixes
 from nspo_lightning.module.scorer import answers_as_text
 from nspo_lightning.module.text_policy import TextPolicy
 from nspo_lightning.nullspace.modes import adapters_off
@@ -23,7 +23,8 @@ from nspo_lightning.policy.adapter import has_adapter
 from nspo_lightning.policy.identity import describe
 from nspo_lightning.rewards.trainer_state import TrainerState
 from nspo_lightning.rollout import SamplingConfig
-from nspo_lightning.rollout.places import places_among_ranks
+from nspo_lightning.rollout.places import Places, places_among_ranks
+from nspo_lightning.rollout.room import RolloutMemoryError
 
 EVALUATION_SEED = 20_251_211
 
@@ -175,9 +176,8 @@ class Evaluator:
         sampling = attack.sampling(self.harmful)
         places = places_among_ranks(size)
         seed = EVALUATION_SEED + batch_idx
-        rollout, written = self.policy.generate(begun.batch, sampling, attack.tries, seed, places, exact=True)
+        written, seen = self._tried(begun, sampling, attack.tries, seed, places)
         asked = repeated(batch.get("request", batch["prompt"]), attack.tries)
-        seen = self.prefixes.judged(begun, rollout, written, sampling)
         return AttackedAnswers(
             attack=attack.name,
             lookalikes=bool(batch[LOOKALIKES]),
@@ -188,6 +188,37 @@ class Evaluator:
             complete=begun.complete,
             reads_harm=self.judging.reads_harm,
         )
+
+    def _tried(
+        self, begun: Begun, sampling: SamplingConfig, tries: int, seed: int, places: Places
+    ) -> tuple[list[str], list[str]]:
+        """Answer each prompt of a batch several times, in parts where the device has no room for all; the same answers.
+
+        Returns:
+            The answers, prompt by prompt, and what a judge sees of them.
+
+        Raises:
+            RolloutMemoryError: If there is no room for one answer to each.
+        """
+        written: list[list[str]] = [[] for _ in begun.texts]
+        seen: list[list[str]] = [[] for _ in begun.texts]
+        first, most = 0, tries
+        while first < tries:
+            number = min(most, tries - first)
+            part = replace(places, group_size=tries, first=first)
+            try:
+                rollout, texts = self.policy.generate(begun.batch, sampling, number, seed, part, exact=True)
+            except RolloutMemoryError:
+                if number == 1:
+                    raise
+                most = (number + 1) // 2
+                continue
+            shown = self.prefixes.judged(begun, rollout, texts, sampling)
+            for row, (own, judged) in enumerate(zip(written, seen, strict=True)):
+                own += texts[row * number : (row + 1) * number]
+                judged += shown[row * number : (row + 1) * number]
+            first += number
+        return [text for own in written for text in own], [text for own in seen for text in own]
 
     def _complete(self, batch: Mapping[str, Any], dataloader_idx: int, batch_idx: int) -> tuple[Rollout, list[str]]:
         return self._drawn(batch, self.harmful if dataloader_idx == HARMFUL else self.general, batch_idx)

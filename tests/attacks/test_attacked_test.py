@@ -20,6 +20,8 @@ from nspo_lightning.cli.trainer import Trainer
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.evaluation.attacked import AttackedAnswers
 from nspo_lightning.module.prefixes import PrefixSettings
+from nspo_lightning.module.text_policy import TextPolicy
+from nspo_lightning.rollout.room import RolloutMemoryError
 
 ATTACKS = ["prefill_3", "best_of_4", "role_play", "many_shot_64"]
 
@@ -169,6 +171,37 @@ def test_rows_without_an_answer_that_complies_are_left_out_and_counted(tiny_llam
     begun = [line for line in written if line.get("attack") == "prefill_3" and line["kind"] == "harmful"]
     assert all((line["outcome"] is None) == (line["prefix"] == "") for line in begun), "no attack, so no outcome of one"
     assert sum(line["outcome"] is None for line in begun) == left["count"]
+
+
+def test_tries_that_do_not_fit_together_are_the_same_one_after_the_other(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test must not end behind its plain figures because an attack draws many answers at once."""
+    drawn: list[int] = []
+    generate = TextPolicy.generate
+
+    def small(self: Any, batch: Any, sampling: Any, group_size: int, *args: Any, **kwargs: Any) -> Any:
+        if group_size > room:
+            raise RolloutMemoryError("full")
+        drawn.append(group_size)
+        return generate(self, batch, sampling, group_size, *args, **kwargs)
+
+    monkeypatch.setattr(TextPolicy, "generate", small)
+    data = AlignmentDataModule(PromptSource(rows=safety), PromptSource(rows=general), val_size=4, test_size=6)
+    written = []
+    for room in (7, 2, 0):
+        writer = PredictionWriter(str(tmp_path / f"{room}.jsonl"))
+        run = trainer(tmp_path, kind=Trainer, callbacks=[writer], limit_predict_batches=1)
+        data.test_attacks = find_attacks("best_of_7")
+        if room == 0:
+            with pytest.raises(RolloutMemoryError):
+                run.predict(module(tiny_llama), datamodule=data)
+            continue
+        torch.manual_seed(0)
+        run.predict(module(tiny_llama), datamodule=data)
+        written.append((tmp_path / f"{room}.jsonl").read_text())
+    assert written[0] == written[1]
+    assert set(drawn) == {1, 2, 7}
 
 
 def test_a_template_is_in_training_by_its_text_and_not_by_its_name(tiny_llama: Path, tmp_path: Path) -> None:

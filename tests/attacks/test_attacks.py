@@ -153,7 +153,7 @@ def test_an_unknown_attack_lists_those_there_are() -> None:
     assert "no attack 'role_pley'. Did you mean `role_play`?" in message
     assert all(name in message for name in (*groups()["default"], "prefill_N"))
     assert len(message.splitlines()) < 20
-    for wrong, says in {"nowhere.yaml": "no file", "prefill_0": "at least 1", "best_of_0": "at least 1"}.items():
+    for wrong, says in {"nowhere.yaml": "no file", "prefill_0": "at least 1", "best_of_0": "from 1 to 1024"}.items():
         with pytest.raises(AttackError, match=says):
             find_attacks([wrong])
     for name in ("", "a/b", "a,b"):
@@ -191,7 +191,12 @@ def test_a_begun_answer_has_places_too_and_braces_of_a_request_are_text(tmp_path
 
 
 def test_numbers_that_no_attack_takes_are_refused() -> None:
-    for name, says in {"many_shot_0": "no turns", "many_shot_1000000": "at most", "prefill_0": "no token"}.items():
+    for name, says in {
+        "best_of_99999999": "from 1 to 1024",
+        "many_shot_0": "no turns",
+        "many_shot_1000000": "at most",
+        "prefill_0": "no token",
+    }.items():
         with pytest.raises(AttackError, match=says):
             find_attacks(name)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lora_server import BASE, LoraServer
 from tiny_jobs import WORDS, Recorder, adapter, even_tokens, general, harmful, module, trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +25,7 @@ from nspo_lightning.module.resumed_settings import ResumeError
 from nspo_lightning.module.text_policy import PREFIX_IDS
 from nspo_lightning.policy.settings import PolicyError
 from nspo_lightning.rollout import SamplingConfig
+from nspo_lightning.rollout.server_config import ServerSettings
 from nspo_lightning.rollout.texts import completion_texts, whole_texts
 
 EVERY = PrefixSettings(share=1.0, max_tokens=4)
@@ -31,6 +33,10 @@ EVERY = PrefixSettings(share=1.0, max_tokens=4)
 
 def with_targets(split):
     return [{"prompt": f"How do I burn the {w}?", "sure": f"Sure. Take a torch, then burn the {w}."} for w in WORDS]
+
+
+def with_targets_of(prompt):
+    return next(row["sure"] for row in with_targets("train") if row["prompt"] == prompt)
 
 
 def datamodule(rows=with_targets, **changes):
@@ -314,6 +320,25 @@ def test_the_judge_of_the_bases_answers_sees_the_request_and_no_template(tiny_ll
     begun = policy.prefixes.begun(batch, [2], [""])
     assert set(seen) == {"Burn a mill."}
     assert begun.complete == [True]
+
+
+def test_a_server_is_asked_to_go_on_from_the_beginning(tiny_llama, tmp_path):
+    with LoraServer(tiny_llama) as server:
+        settings = ServerSettings(
+            base_url=server.url, model=BASE, adapter_folder=str(tmp_path / "shelf"), retries=3, backoff_s=0.01
+        )
+        policy = module(tiny_llama, prefixes=PrefixSettings(share=1.0, max_tokens=4), rollout_server=settings)
+        recorder = Recorder()
+        trainer(tmp_path, steps=2, callbacks=[recorder]).fit(policy, datamodule())
+        asked = [request["prompt"] for request in server.requests]
+    rows = policy.last_rollout.rows()
+    assert any(row["prefix"] for row in rows)
+    for row in rows:
+        (plain,) = prompts_in(policy.text_policy.render([row["prompt"]]))
+        target = policy.tokenizer(with_targets_of(row["prompt"]), add_special_tokens=False)["input_ids"]
+        number = PrefixSettings(share=1.0, max_tokens=4).tokens_for(prompt_key(row["prompt"]), policy.progress.seed)
+        assert plain + target[:number] in asked
+    assert recorder.steps[-1]["sampling/sampling_logp_difference/mean"] < 1e-3, "the trainer scores what was drawn"
 
 
 def test_a_beginning_without_room_is_told_before_work(tiny_llama, tmp_path):
