@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from nspo_lightning.attacks import Attack, find_attacks
+from nspo_lightning.attacks import Attack, AttackError, find_attacks
 from nspo_lightning.callbacks import EndTogether, NullSpaceProjection
-from nspo_lightning.compat.lightning import callbacks_of
+from nspo_lightning.compat.lightning import callbacks_of, datamodule_of
 from nspo_lightning.datamodules import AlignmentDataModule
 from nspo_lightning.datamodules.warmup import WarmupDataModule
 from nspo_lightning.module.grpo_module import GRPOModule
@@ -49,8 +51,8 @@ class Trainer(pl.Trainer):
         Returns:
             The metrics of each loader.
         """
-        _put_under(attacks, datamodule)
-        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        with self._under(attacks, dataloaders, datamodule):
+            return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     @override
     def predict(
@@ -77,8 +79,31 @@ class Trainer(pl.Trainer):
         Returns:
             The completions, if asked for.
         """
-        _put_under(attacks, datamodule)
-        return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+        with self._under(attacks, dataloaders, datamodule):
+            return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+
+    @contextmanager
+    def _under(self, attacks: Attacks, dataloaders: Any, datamodule: pl.LightningDataModule | None) -> Iterator[None]:
+        """Tell a datamodule which attacks are tried, for one call.
+
+        Raises:
+            AttackError: If there is none of a name, or no datamodule that could put rows under one.
+        """
+        if attacks is None:
+            yield
+            return
+        data = datamodule or datamodule_of(self)
+        if dataloaders is not None or not isinstance(data, AlignmentDataModule):
+            found = "dataloaders" if dataloaders is not None else type(data).__name__
+            raise AttackError(
+                f"`attacks` puts the rows of an AlignmentDataModule under attack, and there is none, but {found}. Give "
+                "it as `datamodule`."
+            )
+        before, data.test_attacks = data.test_attacks, find_attacks(attacks)
+        try:
+            yield
+        finally:
+            data.test_attacks = before
 
     def warmup(self, model: WarmupModule, datamodule: WarmupDataModule, ckpt_path: str | None = None) -> None:
         """Teach a few refusals inside the null space, for `fit` to go on from.
@@ -191,9 +216,3 @@ class Trainer(pl.Trainer):
         datamodule.trainer = self
         datamodule.setup()
         data_report(datamodule, examples=examples)
-
-
-def _put_under(attacks: Attacks, datamodule: pl.LightningDataModule | None) -> None:
-    """Tell a datamodule which attacks are tried; AttackError if there is none of a name."""
-    if attacks is not None and isinstance(datamodule, AlignmentDataModule):
-        datamodule.test_attacks = find_attacks(attacks)

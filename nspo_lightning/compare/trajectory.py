@@ -145,6 +145,7 @@ class Trajectory(Callback):
             pl_module.load_state_dict(self._weights, strict=False)
         _datamodule(trainer).test_attacks = self.attacks
         test = self._measure(trainer, pl_module, "test")
+        _datamodule(trainer).test_attacks = None
         test |= self.distance.measure(trainer, pl_module, _datamodule(trainer), "test")
         harmful, general = _datamodule(trainer).eval_rows("test")
         result = {

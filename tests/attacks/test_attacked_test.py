@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_jobs import module, trainer
 from tiny_policies import move_adapter_
 
-from nspo_lightning.attacks import find_attacks
+from nspo_lightning.attacks import AttackError, find_attacks
 from nspo_lightning.callbacks import PredictionWriter, TestReport
 from nspo_lightning.callbacks.attack_samples import trained_attacks
 from nspo_lightning.cli.trainer import Trainer
@@ -202,6 +202,16 @@ def test_tries_that_do_not_fit_together_are_the_same_one_after_the_other(
         written.append((tmp_path / f"{room}.jsonl").read_text())
     assert written[0] == written[1]
     assert set(drawn) == {1, 2, 7}
+
+
+def test_attacks_are_for_one_call_and_need_rows(tested: Any, tmp_path: Path) -> None:
+    policy, data, _, _, _ = tested
+    assert data.test_attacks is None, "what is tested next is not under attack"
+    run = trainer(tmp_path, kind=Trainer)
+    with pytest.raises(AttackError, match="there is none, but dataloaders. Give it as `datamodule`"):
+        run.test(policy, dataloaders=data.test_dataloader(), attacks=["prefill_3"])
+    with pytest.raises(AttackError, match="there is none, but NoneType"):
+        run.predict(policy, attacks=["prefill_3"])
 
 
 def test_a_template_is_in_training_by_its_text_and_not_by_its_name(tiny_llama: Path, tmp_path: Path) -> None:
