@@ -104,7 +104,9 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     if not path.expanduser().is_file():
         raise AttackError(f"There is no file of attack templates at '{path}'. Mend the path.")
     try:
-        content = yaml.load(path.expanduser().read_text(encoding="utf-8"), _EachOnce)
+        text = path.expanduser().read_text(encoding="utf-8")
+        _refuse_doubles(yaml.compose(text, Loader=yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise AttackError(f"{path} is no YAML in UTF-8: {error}") from error
     if not isinstance(content, Mapping):
@@ -112,15 +114,18 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     return content
 
 
-class _EachOnce(yaml.SafeLoader):
-    """Refuses a name that stands twice, of which YAML would keep the last."""
-
-    @override
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
+def _refuse_doubles(node: yaml.Node | None) -> None:
+    """Raise YAMLError where a name stands twice in one section, of which YAML would keep the last."""
+    left, seen = [node], set[int]()
+    while left:
+        section = left.pop()
+        if not isinstance(section, yaml.MappingNode) or id(section) in seen:  # an alias may name what it stands in
+            continue
+        seen.add(id(section))
+        names = [key.value for key, _ in section.value]
         if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
             raise yaml.YAMLError(f"'{twice}' stands twice in one section. Give one of them another name")
-        return super().construct_mapping(node, deep)
+        left += [inner for _, inner in section.value]
 
 
 def _listed(places: Iterable[str]) -> str:
