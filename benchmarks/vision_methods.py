@@ -23,7 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from continual_vision import Digits, accuracy, fit, tasks
@@ -153,16 +153,7 @@ def run(teacher: Digits, sets: dict[tuple[int, str], Images], method: Method, lr
             **method.projection,
         )
         callbacks.append(projection)
-    trainer = pl.Trainer(
-        max_steps=UPDATES,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-    )
-    trainer.fit(student, DataLoader(TensorDataset(*new), batch_size=64, shuffle=True))
+    fit(student, TensorDataset(*new), *callbacks, max_steps=UPDATES)
     return watch.points
 
 

@@ -58,10 +58,11 @@ def accuracy(model: Digits, task: int, images: Tensor, labels: Tensor) -> float:
         return 100 * float((model(images).argmax(1) == labels).float().mean())
 
 
-def fit(model: Digits, data: TensorDataset, *callbacks: pl.Callback) -> None:
-    """Train for a few epochs."""
+def fit(model: Digits, data: TensorDataset, *callbacks: pl.Callback, max_steps: int = -1) -> None:
+    """Train for a few epochs, or fewer steps."""
     trainer = pl.Trainer(
         max_epochs=30,
+        max_steps=max_steps,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

@@ -49,5 +49,5 @@ def _attacked(attack: str, trained: bool, base: Mapping[str, Value], policy: Map
 
 def worst(attacks: Sequence[Attacked]) -> Attacked | None:
     """Return the attack that the policy gave in to most often; None without any that could be tried."""
-    tried = {a.harm.after.value: a for a in reversed(attacks) if a.harm is not None and a.harm.after is not None}
-    return tried[max(tried)] if tried else None
+    tried = [(a.harm.after.value, a) for a in attacks if a.harm is not None and a.harm.after is not None]
+    return max(tried, key=lambda found: found[0])[1] if tried else None
