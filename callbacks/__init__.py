@@ -5,6 +5,7 @@ a run of `GRPOModule` ask the module for more, see `protocols`.
 """
 
 from nspo_lightning.callbacks.capability_guard import CapabilityGuard
+from nspo_lightning.callbacks.curvature_anchor import CurvatureAnchor
 from nspo_lightning.callbacks.diagnosis import Diagnosis
 from nspo_lightning.callbacks.end_together import EndTogether
 from nspo_lightning.callbacks.exact_resume import ExactResume
@@ -23,6 +24,7 @@ from nspo_lightning.callbacks.test_report import TestReport
 __all__ = [
     "OGPSA",
     "CapabilityGuard",
+    "CurvatureAnchor",
     "Diagnosis",
     "EndTogether",
     "ExactResume",

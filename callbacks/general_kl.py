@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from nspo_lightning.callbacks.null_space.basis_source import general_batches
 from nspo_lightning.callbacks.protocols import (
-    CountsCalibrationStarts,
-    HasCalibrationText,
     KeepsBaseStates,
     LearnsFromText,
 )
-from nspo_lightning.callbacks.text_gradients import check_takes_text, mean_gradients, rows_of, trained_by
-from nspo_lightning.compat.lightning import datamodule_of
-from nspo_lightning.nullspace.domains import are_starts, is_apart
-from nspo_lightning.nullspace.modes import adapted_models
-
-_TOGETHER = 8
-"""Starts in one forward pass."""
+from nspo_lightning.callbacks.pull_text import (
+    check_coefficient,
+    check_pull,
+    check_start_weight,
+    text_to_pull_by,
+    together,
+)
+from nspo_lightning.callbacks.text_gradients import mean_gradients, trained_by
 
 
 class GeneralKL(Callback):
@@ -55,13 +49,10 @@ class GeneralKL(Callback):
     """
 
     def __init__(self, coefficient: float = 1.0, rows: int = 64, start_weight: float = 0.0) -> None:
-        if not (coefficient > 0 and math.isfinite(coefficient)) or rows < 1:
-            raise ValueError(
-                f"`coefficient` must be positive and `rows` at least 1, got {coefficient} and {rows}. To train without "
-                "the penalty, leave the callback out."
-            )
-        if not 0 <= start_weight <= 1:
-            raise ValueError(f"`start_weight` must be a share in [0, 1], got {start_weight}. 0.5 is a good start.")
+        check_coefficient(coefficient)
+        check_start_weight(start_weight)
+        if rows < 1:
+            raise ValueError(f"`rows` must be at least 1, got {rows}.")
         self.coefficient = coefficient
         self.rows = rows
         self.start_weight = start_weight
@@ -75,37 +66,11 @@ class GeneralKL(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything is measured, what has no base or no text."""
-        check_takes_text(pl_module, "GeneralKL")
-        if not adapted_models(pl_module):
-            raise MisconfigurationException(
-                "GeneralKL pulls to the policy with its adapter off, and there is no adapter (`policy.lora: null`). "
-                "Train an adapter, or leave the callback out."
-            )
-        owner = datamodule_of(trainer)
-        if not isinstance(owner, HasCalibrationText):
-            raise MisconfigurationException(
-                "GeneralKL has no general text: the datamodule has no `calibration_dataloader()`. Use "
-                "`AlignmentDataModule`, or add that method."
-            )
-        if self.start_weight and isinstance(owner, CountsCalibrationStarts):
-            self._check_starts(owner.count_calibration_starts())
+        check_pull(trainer, pl_module, "GeneralKL", self.start_weight)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        batches = general_batches(datamodule_of(trainer), pl_module, trainer, starts=self.start_weight > 0)
-        self._batches, self._starts = split_starts(batches)
-        if not self._batches:
-            raise MisconfigurationException("GeneralKL has no general text: `calibration_dataloader()` gives none.")
-        self._check_starts(len(self._starts))
-
-    def _check_starts(self, count: int) -> None:
-        if self.start_weight and not count:
-            raise MisconfigurationException(
-                f"GeneralKL's `start_weight` is {self.start_weight:g}, and the calibration text has no starts of "
-                "answers: they are of general training rows that are not calibrated on. With `AlignmentDataModule` "
-                "give `data.calibration_starts` above 0 and a `data.calibration_size` that leaves rows for them, or "
-                "more rows in `data.general`; or leave `start_weight` out."
-            )
+        self._batches, self._starts = text_to_pull_by(trainer, pl_module, "GeneralKL", self.start_weight)
 
     def batches_of(self, update: int) -> list[Any]:
         """List the batches of an update: the calibration text in turn, and again from its beginning."""
@@ -113,7 +78,7 @@ class GeneralKL(Callback):
 
     def starts_of(self, update: int) -> list[Any]:
         """List an update's batches of starts of answers, likewise; `labels_mask` is 1 at what is scored."""
-        return _together(in_turn(self._starts, self.rows, update))
+        return together(in_turn(self._starts, self.rows, update))
 
     @override
     def on_before_optimizer_step(
@@ -159,39 +124,3 @@ def in_turn(items: Sequence[Any], count: int, update: int) -> list[Any]:
     """List `count` items of an update; all are taken in turn, none twice in one update."""
     count = min(count, len(items))
     return [items[(update * count + i) % len(items)] for i in range(count)]
-
-
-def split_starts(batches: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the batches of text, and one row each the starts of answers among them.
-
-    The starts come in an order that is random and always the same (the datamodule has them by length), with a
-    `labels_mask` that is 1 at the first `START_TOKENS` tokens of the answer, shape (tokens,), without padding.
-    """
-    text: list[dict[str, Any]] = []
-    starts: list[dict[str, Any]] = []
-    for batch in batches:
-        names = batch.get("domain", "")  # one for the batch, or one a row
-        known = [names] * len(batch["input_ids"]) if isinstance(names, str) else names
-        if plain := [n for n, domain in enumerate(known) if not is_apart(domain)]:
-            text.append(rows_of(batch, plain))
-        starts += [_start(batch, n) for n, domain in enumerate(known) if are_starts(domain)]
-    order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(0)).tolist()
-    return text, [starts[n] for n in order]
-
-
-def _start(batch: Mapping[str, Any], row: int) -> dict[str, Any]:
-    real = batch["attention_mask"][row].bool()
-    labels = torch.nn.functional.pad(batch["answer_starts"][row][real][:-1], (1, 0))
-    return {"input_ids": batch["input_ids"][row][real], "labels_mask": labels}
-
-
-def _together(rows: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Return rows in batches of `_TOGETHER`, shortest first, padded on the right."""
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    batches = []
-    for start in range(0, len(ordered), _TOGETHER):
-        part = ordered[start : start + _TOGETHER]
-        ids, labels = (pad_sequence([row[k] for row in part], batch_first=True) for k in ("input_ids", "labels_mask"))
-        mask = pad_sequence([torch.ones_like(row["input_ids"]) for row in part], batch_first=True)
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels_mask": labels.long()})
-    return batches

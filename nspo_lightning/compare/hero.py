@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS = ("nspo", "nspo_general_kl", "contrast", "contrast_kl")
+_OURS = ("nspo", "nspo_anchor", "nspo_general_kl", "contrast", "contrast_kl")
 _PLAIN = "grpo"
 _BASELINES = 2
 _MOST_UNSAFE = 0.5

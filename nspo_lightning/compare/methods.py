@@ -51,6 +51,8 @@ class Method:
 
 KL_COEFFICIENTS = (0.1, 1.0, 10.0)
 """Of the penalty on general text."""
+ANCHOR_COEFFICIENTS = (10.0, 100.0, 1000.0)
+"""Of the same penalty to second order."""
 DECAYS = (0.1, 0.3, 1.0)
 """AdamW's, on A and B."""
 LEARN_DIRECTIONS = 4
@@ -124,6 +126,33 @@ METHODS: dict[str, Method] = {
         variants={
             f"GRPO + {c:g} KL on general text": Extra(callbacks=[_callback("GeneralKL", coefficient=c)])
             for c in KL_COEFFICIENTS
+        },
+    ),
+    "anchor": Method(
+        label="GRPO + curvature anchor",
+        settings=_OFF,
+        variants={
+            f"GRPO + curvature anchor {c:g}": Extra(callbacks=[_callback("CurvatureAnchor", coefficient=c)])
+            for c in ANCHOR_COEFFICIENTS
+        },
+    ),
+    "nspo_anchor": Method(
+        label="NSPO + curvature anchor",
+        variants={
+            f"NSPO + curvature anchor {c:g}": Extra(callbacks=[_callback("CurvatureAnchor", coefficient=c)])
+            for c in ANCHOR_COEFFICIENTS[1:]
+        },
+    ),
+    "nspo_anchor_starts": Method(
+        label="NSPO + curvature anchor 100, half on starts of answers",
+        extra=Extra(callbacks=[_callback("CurvatureAnchor", coefficient=100.0, start_weight=0.5)]),
+    ),
+    "contrast_anchor": Method(
+        label="NSPO, contrast + curvature anchor",
+        settings={"nullspace.criterion": "contrast"},
+        variants={
+            f"NSPO, contrast + curvature anchor {c:g}": Extra(callbacks=[_callback("CurvatureAnchor", coefficient=c)])
+            for c in ANCHOR_COEFFICIENTS[1:]
         },
     ),
     "decay": Method(

@@ -191,7 +191,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * log_ratio).sum(-1)
 
 
-TextLoss = Literal["kl", "nll"]
+TextLoss = Literal["kl", "nll", "drawn"]
 
 
 def token_loss(
@@ -210,7 +210,7 @@ def token_loss(
     Logits exist for one chunk of positions at a time here too: the backward pass computes them again.
 
     Args:
-        kind: ``kl``: of KL(p || q), nats; ``nll``: of -log q(token).
+        kind: ``kl``: of KL(p || q), nats; ``nll`` and ``drawn``: of -log q(token).
         policy_states: See `token_scores`, as for the rest.
         targets: See there.
         policy_head: See there.
@@ -240,6 +240,15 @@ def token_loss(
             of, policy_states[part], targets[part], reference, use_reentrant=False, preserve_rng_state=False
         )
     return total
+
+
+@torch.no_grad()
+def drawn_tokens(states: Tensor, head: Head, generator: torch.Generator, *, vocab_size: int) -> Tensor:
+    """Draw a token at each position from what a policy says there; shape (N,). See `token_scores` for the rest."""
+    chunk = max(16, _CHUNK_ELEMENTS // max(vocab_size, 1))
+    probabilities = (head(part).float().softmax(-1) for part in torch.split(states, chunk) if len(part))
+    drawn = [torch.multinomial(of, 1, generator=generator)[:, 0] for of in probabilities]
+    return torch.cat(drawn) if drawn else states.new_zeros(0, dtype=torch.long)
 
 
 def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from nspo_lightning.policy.divergence import (
     TextLoss,
     TextScores,
     TokenDivergence,
+    drawn_tokens,
     first_positions,
     predicted_positions,
     token_loss,
@@ -97,7 +98,8 @@ def text_loss(
     Args:
         policy: A PEFT model; run without dropout, and left in the mode it was in.
         batch: See `score_text`.
-        kind: ``kl``: of KL(base || policy); ``nll``: of -log q(token).
+        kind: ``kl``: of KL(base || policy); ``nll``: of -log q(token); ``drawn``: of -log q of a token that is drawn
+            from q there, the same one each time for the same text and model.
         base: See `score_text`.
 
     Raises:
@@ -113,13 +115,14 @@ def text_loss(
         with torch.no_grad():
             reference = text.base_states(base) if kind == "kl" else None
         states = text.states()
+        targets = text.drawn(states.detach()) if kind == "drawn" else text.targets
 
     def head(hidden: Tensor) -> Tensor:
         with evaluation_mode(policy):  # the backward pass runs it again
             return text.parts.head(hidden)
 
     size = text.parts.vocab_size
-    loss = token_loss(kind, states, text.targets, head, reference, text.base_head, vocab_size=size)
+    loss = token_loss(kind, states, targets, head, reference, text.base_head, vocab_size=size)
     return loss, int(text.scored.sum())
 
 
@@ -160,6 +163,12 @@ class _Text:
             found = self.states()
         keeps.put(key, found)
         return found
+
+    def drawn(self, states: Tensor) -> Tensor:
+        """Return a token for each state, drawn from the policy; the text itself is the seed."""
+        seed = int.from_bytes(_text_key(self.ids, self.mask, self.scored)[:7], "big")
+        generator = torch.Generator(states.device).manual_seed(seed)
+        return drawn_tokens(states, self.parts.head, generator, vocab_size=self.parts.vocab_size)
 
     def base_head(self, hidden: Tensor) -> Tensor:
         """Map the base's hidden states to its logits."""

@@ -7,15 +7,16 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny_jobs import adapter, datamodule, general, harmful, module, trainer
+from tiny_jobs import Recorder, adapter, datamodule, general, harmful, module, trainer
 
-from nspo_lightning.callbacks import OGPSA, ExactResume, GeneralKL
-from nspo_lightning.callbacks.general_kl import split_starts
+from nspo_lightning.callbacks import OGPSA, CurvatureAnchor, ExactResume, GeneralKL, NullSpaceProjection
 from nspo_lightning.callbacks.ogpsa import by_skill, orthonormal, remove_
+from nspo_lightning.callbacks.pull_text import split_starts, text_to_pull_by, together
 from nspo_lightning.callbacks.text_gradients import mean_gradients, microbatches
 from nspo_lightning.datamodules import AlignmentDataModule, PromptSource
 from nspo_lightning.nullspace import TO_LEARN
 from nspo_lightning.nullspace.domains import starts_of
+from nspo_lightning.nullspace.projection import apply
 from nspo_lightning.policy.settings import PolicySettings
 
 
@@ -116,6 +117,71 @@ def test_with_a_weight_the_penalty_sees_the_starts_of_the_policys_own_answers(ti
         assert torch.allclose(added, 2.0 * (0.75 * of_text + 0.25 * of_starts), rtol=1e-3, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def anchored(tiny_llama, tmp_path_factory):
+    """Four updates with an anchor, seen before and after it, and beside a null space, which comes later."""
+    before, after, anchor = Watched(), Watched(), CurvatureAnchor(coefficient=30.0, start_weight=0.25)
+    hold = NullSpaceProjection(criterion="null_share", threshold=0.5)
+    log, last = Recorder(), Watched()
+    _, policy = fit(
+        tiny_llama, tmp_path_factory.mktemp("anchor"), [before, anchor, after, hold, last, log], 4, data=with_starts
+    )
+    leak = max(hold.certificate().values())  # tests change the weights
+    return policy, anchor, before, after, last, (hold, leak), log
+
+
+def test_the_anchor_adds_the_gradient_of_what_it_foretells(anchored):
+    policy, anchor, before, after, _, _, log = anchored
+    named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    assert [share for share, _ in anchor._terms] == [0.75, 0.25]
+    policy.load_state_dict(after.weights[3], strict=False)
+    expected = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    total = 0.0
+    for share, curvature in anchor._terms:
+        kl, gradients = curvature.pull()
+        total += share * float(kl)
+        for name, parameter in named.items():
+            expected[name] += 30.0 * share * gradients[parameter]
+    assert total > 0
+    assert float(anchor.kl) == pytest.approx(total, rel=1e-5)
+    assert log.steps[-1]["curvature_anchor/kl"] == pytest.approx(total, rel=1e-5)
+    for name, pull in expected.items():
+        assert torch.allclose(after.seen[3][name] - before.seen[3][name], pull, rtol=1e-3, atol=1e-6)
+
+
+def test_what_the_anchor_foretells_is_the_kl_on_its_text(anchored):
+    """Of random small updates on average, on the very text, starts and all."""
+    policy, anchor, *_ = anchored
+    text, starts = text_to_pull_by(policy.trainer, policy, "here", 0.25)
+    named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for _ in range(30):
+        with torch.no_grad():
+            for parameter in named.values():
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        found = [
+            sum(s.kl for s in scores) / sum(s.tokens for s in scores)
+            for scores in ([policy.text_scores(_asked(b)) for b in part] for part in (text, together(starts)))
+        ]
+        ratios.append((0.75 * found[0] + 0.25 * found[1]) / sum(w * float(c.pull()[0]) for w, c in anchor._terms))
+    assert torch.tensor(ratios).mean() == pytest.approx(1.0, abs=0.3)
+
+
+def _asked(batch):
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "labels_mask") if key in batch}
+
+
+def test_beside_a_null_space_the_anchor_pulls_inside_it(anchored):
+    *_, last, (hold, leak), _ = anchored
+    assert leak < 1e-5
+    gradients = {name: g for name, g in last.seen[3].items() if "lora_A" in name}
+    for layer in hold.calibration.layer_names():
+        (gradient,) = [g for name, g in gradients.items() if f".{layer.rpartition('.')[2]}." in name and layer in name]
+        inside = apply(hold.calibration.basis_of(layer), gradient)
+        assert torch.allclose(inside, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
 def test_a_text_of_many_tokens_is_taken_in_parts(tiny_llama):
     """As the module bounds them for its own loss: the same gradient, in less memory."""
     found = {}
@@ -138,8 +204,9 @@ def test_a_text_of_many_tokens_is_taken_in_parts(tiny_llama):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole[0], parts[0], strict=True))
 
 
+@pytest.mark.parametrize("kind", [GeneralKL, CurvatureAnchor])
 @pytest.mark.parametrize("starts", [0, 3])
-def test_text_without_starts_is_refused_before_anything_is_measured(tiny_llama, tmp_path, starts):
+def test_text_without_starts_is_refused_before_anything_is_measured(tiny_llama, tmp_path, starts, kind):
     size = 4 if starts == 0 else None  # None: all rows are calibrated on
 
     def data():
@@ -150,7 +217,7 @@ def test_text_without_starts_is_refused_before_anything_is_measured(tiny_llama, 
     with pytest.raises(
         MisconfigurationException, match="has no starts of answers.*`data.calibration_size` that leaves"
     ):
-        trainer(tmp_path, 1, callbacks=[started, GeneralKL(start_weight=0.5)]).fit(job, data())
+        trainer(tmp_path, 1, callbacks=[started, kind(start_weight=0.5)]).fit(job, data())
     assert not started.training
     assert not job.base_answers.known
 
@@ -175,9 +242,10 @@ def test_text_of_ones_own_datamodule_without_starts_is_refused_too(tiny_llama, t
         trainer(tmp_path, 1, callbacks=[GeneralKL(start_weight=0.5)]).fit(module(tiny_llama), Own())
 
 
-def test_a_weight_for_starts_is_a_share():
+@pytest.mark.parametrize("kind", [GeneralKL, CurvatureAnchor])
+def test_a_weight_for_starts_is_a_share(kind):
     with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
-        GeneralKL(start_weight=1.5)
+        kind(start_weight=1.5)
 
 
 def test_starts_are_split_from_text_row_by_row():
@@ -256,6 +324,8 @@ def test_rows_are_sorted_by_skill():
     [
         lambda: GeneralKL(coefficient=1.0, rows=2),
         lambda: GeneralKL(coefficient=1.0, rows=2, start_weight=0.5),
+        lambda: CurvatureAnchor(coefficient=3.0),
+        lambda: CurvatureAnchor(coefficient=3.0, start_weight=0.5, rows=2, width_limit=16),
         lambda: OGPSA(rows=4, every_n_updates=3),
     ],
 )
@@ -269,25 +339,31 @@ def test_a_run_that_goes_on_has_the_weights_of_one_that_was_never_interrupted(ma
         assert torch.equal(value, adapter(resumed)[name]), name
 
 
-@pytest.mark.parametrize("arguments", [{"coefficient": 0.0}, {"coefficient": float("nan")}, {"rows": 0}])
-def test_a_penalty_that_is_none_is_refused(arguments):
+@pytest.mark.parametrize("kind", [GeneralKL, CurvatureAnchor])
+@pytest.mark.parametrize("coefficient", [0.0, float("nan"), float("inf"), -1.0])
+def test_a_penalty_that_is_none_is_refused(kind, coefficient):
     with pytest.raises(ValueError, match="leave the callback out"):
-        GeneralKL(**arguments)
+        kind(coefficient=coefficient)
+    with pytest.raises(ValueError, match="at least 1"):
+        kind(rows=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        CurvatureAnchor(width_limit=0)
     with pytest.raises(ValueError, match="at least 1"):
         OGPSA(every_n_updates=0)
 
 
 def test_a_module_that_knows_of_no_text_is_refused_before_training(tmp_path):
-    for callback in (GeneralKL(), OGPSA()):
+    for callback in (GeneralKL(), CurvatureAnchor(), OGPSA()):
         with pytest.raises(MisconfigurationException, match="has no `text_loss`"):
             trainer(tmp_path, 1, callbacks=[callback]).fit(Plain(), [torch.ones(2, 1)])
 
 
-def test_a_penalty_without_a_base_is_refused_before_anything_is_measured(tiny_llama, tmp_path):
+@pytest.mark.parametrize("kind", [GeneralKL, CurvatureAnchor])
+def test_a_penalty_without_a_base_is_refused_before_anything_is_measured(tiny_llama, tmp_path, kind):
     settings = PolicySettings(path=str(tiny_llama), quantization="none", dtype="float32", lora=None)
     job, started = module(tiny_llama, policy=settings), Started()
     with pytest.raises(MisconfigurationException, match="there is no adapter"):
-        trainer(tmp_path, 1, callbacks=[started, GeneralKL()]).fit(job, datamodule())
+        trainer(tmp_path, 1, callbacks=[started, kind()]).fit(job, datamodule())
     assert not started.training
 
 

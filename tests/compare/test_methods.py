@@ -61,6 +61,17 @@ def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> N
     assert not on_starts or callbacks["GeneralKL"].start_weight == 1.0
     if spec.method in trained:
         assert spec.label == f"{trained[spec.method]} + {callbacks['GeneralKL'].coefficient:g} KL on general text"
+    anchored = {
+        "anchor": "GRPO",
+        "nspo_anchor": "NSPO",
+        "contrast_anchor": "NSPO, contrast",
+        "nspo_anchor_starts": "NSPO",
+    }
+    assert ("CurvatureAnchor" in callbacks) is (spec.method in anchored)
+    if spec.method in anchored:
+        anchor = callbacks["CurvatureAnchor"]
+        starts = ", half on starts of answers" if anchor.start_weight == 0.5 else ""
+        assert spec.label == f"{anchored[spec.method]} + curvature anchor {anchor.coefficient:g}{starts}"
 
 
 def test_a_method_is_what_it_is_called_whatever_the_configuration_has(tmp_path: Path) -> None:

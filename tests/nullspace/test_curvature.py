@@ -1,0 +1,215 @@
+"""The second-order KL: against the Fisher information itself, against the KL that it foretells, and what it leaves."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from nspo_lightning.nullspace.curvature import LayerCurvature, Moment, RunningMoment, check_layers, measure_curvature
+from nspo_lightning.nullspace.layers import ProtectedLayer, plan_layers
+
+WIDTH, LABELS = 6, 5
+
+
+class Net(nn.Module):
+    """Two layers, the second on what the first gives, behind embeddings; the second gives logits."""
+
+    config = SimpleNamespace(model_type="none")
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(9, WIDTH)
+        self.first = nn.Linear(WIDTH, 8)
+        self.second = nn.Linear(8, LABELS)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, input_ids):
+        return self.second(torch.tanh(self.first(self.embed(input_ids))))
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return {}
+
+
+def adapted(targets=("first", "second"), **options):
+    model = get_peft_model(Net(), LoraConfig(r=2, lora_alpha=6, target_modules=list(targets), **options))
+    return model.train(), plan_layers(model, resumed=True).layers
+
+
+def batches(count=6, tokens=50, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(9, (2, tokens // 2), generator=generator)} for _ in range(count)]
+
+
+def drawn_loss(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(batch):
+        logits = model(input_ids=batch["input_ids"]).flatten(0, 1)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
+
+    return loss
+
+
+def fill_up(model, size, seed):
+    """Give every B a value: the update is no longer zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def mean_kl(model, text):
+    ids = torch.cat([batch["input_ids"] for batch in text])
+    with torch.no_grad():
+        moved = model(input_ids=ids).double().log_softmax(-1)
+        with model.disable_adapter():
+            base = model(input_ids=ids).double().log_softmax(-1)
+    return float((base.exp() * (base - moved)).sum(-1).mean())
+
+
+def test_the_sums_are_those_of_the_fisher_information():
+    """Of the last layer the gradient is known: what is predicted minus what was drawn."""
+    model, layers = adapted()
+    found = measure_curvature(model, layers, batches(), drawn_loss(model), width_limit=64)
+    assert found.tokens == 300
+    generator, total, energy, moment = torch.Generator().manual_seed(0), 0.0, 0.0, 0.0
+    for batch in batches():
+        inputs = torch.tanh(model.get_base_model().first.base_layer(model.get_base_model().embed(batch["input_ids"])))
+        inputs = inputs.detach().flatten(0, 1)
+        probabilities = model.get_base_model().second.base_layer(inputs).softmax(-1).detach()
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        gradient = probabilities - nn.functional.one_hot(labels, LABELS)
+        total = total + gradient.T @ gradient
+        square = gradient.square().sum(1, keepdim=True)
+        moment, energy = moment + (square * inputs).T @ inputs, energy + square.sum()
+    last = found.layers[1]
+    assert torch.allclose(last.outputs.factor, total / 300, atol=1e-5)
+    assert torch.allclose(last.inputs.factor, moment / energy, atol=1e-5)
+
+
+def test_it_foretells_the_kl_of_small_updates():
+    """The Kronecker form has the Fisher information's trace, so it is right on average over all directions."""
+    model, layers = adapted()
+    text = batches(40)
+    found = measure_curvature(model, layers, text, drawn_loss(model), width_limit=64)
+    ratios = []
+    for seed in range(60):
+        fill_up(model, 0.03, seed)
+        ratios.append(mean_kl(model, text) / float(found.pull()[0]))
+    assert torch.tensor(ratios).mean() == pytest.approx(1.0, abs=0.15)
+    assert min(ratios) > 0.2
+    assert max(ratios) < 5
+
+
+def test_the_gradient_is_that_of_the_second_order_kl():
+    model, layers = adapted()
+    found = measure_curvature(model, layers, batches(), drawn_loss(model), width_limit=64)
+    fill_up(model, 0.5, 3)
+    total = 0.0
+    for of in found.layers:
+        update = of.layer.scale * of.layer.output @ of.layer.matrix
+        total = total + (of.outputs.factor @ update @ of.inputs.factor * update).sum() / 2
+    kl, gradients = found.pull()
+    assert float(kl) == pytest.approx(total.item(), rel=1e-5)
+    for parameter, expected in zip(gradients, torch.autograd.grad(total, list(gradients)), strict=True):
+        assert torch.allclose(gradients[parameter], expected, rtol=1e-4, atol=1e-7)
+    layers[0].matrix.requires_grad_(False)  # as with `freeze_down`
+    assert len(found.pull()[1]) == 3
+
+
+def test_it_is_the_bases_whatever_the_adapter_is_and_leaves_the_model_as_it_was():
+    model, layers = adapted(lora_dropout=0.5)
+    fresh = measure_curvature(model, layers, batches(), drawn_loss(model), width_limit=64)
+    fill_up(model, 1.0, 5)
+    layers[0].matrix.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    again = measure_curvature(model, layers, batches(), drawn_loss(model), width_limit=64)
+    for one, other in zip(fresh.layers, again.layers, strict=True):
+        assert torch.equal(one.inputs.factor, other.inputs.factor)
+        assert torch.equal(one.outputs.factor, other.outputs.factor)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not layers[0].matrix.requires_grad
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@settings(max_examples=8, deadline=None)
+@given(width=st.integers(1, 12), limit=st.integers(1, 12), rows=st.integers(1, 30), seed=st.integers(0, 99))
+def test_a_moment_is_whole_up_to_the_limit_and_a_sketch_of_it_beyond(width, limit, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, asked = torch.randn(rows, width, generator=generator), torch.randn(2, width, generator=generator)
+    exact = asked @ (x.T @ x) / rows
+    running = RunningMoment(width, limit, seed)
+    for part in x.split(7):
+        running.update(part)
+    found = running.take(rows, torch.device("cpu"))
+    assert found.whole is (width <= limit)
+    assert found.factor.shape == (min(width, limit), width)
+    if found.whole:
+        assert torch.allclose(found.times(asked), exact, rtol=1e-4, atol=1e-4)
+    sketches = []
+    for n in range(200):
+        other = RunningMoment(width, limit, n)
+        other.update(x)
+        sketches.append(other.take(rows, torch.device("cpu")).times(asked))
+    mean, spread = torch.stack(sketches).mean(0), torch.stack(sketches).std(0) / 200**0.5
+    assert ((mean - exact).abs() <= 6 * spread + 1e-4 * exact.abs() + 1e-4).all()
+
+
+def test_a_sketch_of_a_layer_is_near_what_it_stands_for():
+    model, layers = adapted()
+    whole, *sketched = (
+        measure_curvature(model, layers, batches(), drawn_loss(model), width_limit=limit) for limit in (64, 5, 5)
+    )
+    assert all(map(torch.equal, *([of.inputs.factor for of in found.layers] for found in sketched))), (
+        "the same each time"
+    )
+    assert sketched[0].held_bytes() == 4 * 5 * (WIDTH + 8 + 8 + LABELS)
+    ratios = []
+    for seed in range(30):
+        fill_up(model, 0.1, seed)
+        ratios.append(float(sketched[0].pull()[0] / whole.pull()[0]))
+    assert 0.4 < torch.tensor(ratios).mean() < 2.5
+
+
+def test_what_has_no_second_order_kl_is_refused_by_name():
+    weight = ProtectedLayer(name="head", module=nn.Linear(2, 2), kind="dense", matrix=nn.Parameter(torch.eye(2)))
+    with pytest.raises(ValueError, match="head is a whole weight.*by name"):
+        check_layers([weight])
+    up, down = nn.Parameter(torch.zeros(2, 4)), nn.Parameter(torch.zeros(4, 2))
+    experts = ProtectedLayer(name="moe", module=nn.Linear(2, 2), kind="lora", matrix=down, output=up, experts=2)
+    with pytest.raises(ValueError, match="moe is an adapter of a mixture's experts"):
+        check_layers([experts])
+    model, layers = adapted(targets=("first", "unused"))
+    with pytest.raises(ValueError, match=r"No finite gradient of the text reaches .*unused"):
+        measure_curvature(model, layers, batches(), drawn_loss(model), width_limit=64)
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    model, layers = adapted()
+    with torch.no_grad():
+        model.get_base_model().second.base_layer.weight[0, 0] = float("nan")
+    with pytest.raises((ValueError, RuntimeError)):
+        measure_curvature(model, layers, batches(), drawn_loss(model), width_limit=64)
+
+
+def test_a_layer_without_update_pulls_nowhere():
+    model, layers = adapted()
+    found = measure_curvature(model, layers, batches(), drawn_loss(model), width_limit=64)
+    kl, gradients = found.pull()
+    assert float(kl) == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+    one = LayerCurvature(layers[0], Moment(torch.eye(WIDTH), whole=True), Moment(torch.eye(8), whole=True))
+    assert [part.shape for part in one.pull()[1:]] == [layers[0].matrix.shape, layers[0].output.shape]
