@@ -15,7 +15,7 @@ import copy
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from continual_vision import Digits, accuracy, fit, tasks
 
 from nspo_lightning.callbacks import NullSpaceProjection
+from nspo_lightning.nullspace.curvature import Curvature, measure_curvature
 from nspo_lightning.nullspace.domains import TO_LEARN
+from nspo_lightning.nullspace.layers import plan_layers
 
 RATES = (1e-3, 2.5e-3, 5e-3, 1e-2)
 UPDATES, EVERY, LEARNT = 340, 10, 95.0
@@ -45,12 +47,14 @@ class Method:
         penalty: Coefficient of KL(before || now) on 64 images of the old task an update.
         replay: Whether half of each batch is labelled images of the old task.
         decay: AdamW's weight decay.
+        anchor: Coefficient of the second-order KL on all images of the old task, measured once.
     """
 
     projection: dict[str, Any] | None = None
     penalty: float = 0.0
     replay: bool = False
     decay: float = 0.0
+    anchor: float = 0.0
 
 
 METHODS = {
@@ -59,11 +63,15 @@ METHODS = {
     "replay": Method(replay=True),
     "1 KL on old images": Method(penalty=1.0),
     "10 KL on old images": Method(penalty=10.0),
+    "curvature anchor 10": Method(anchor=10.0),
+    "curvature anchor 100": Method(anchor=100.0),
     "random subspace": Method(projection={"subspace": "random"}),
     "null space, auto": Method(projection={}),
     "null space, energy 1e-3": Method(projection={"criterion": "energy", "threshold": 1e-3}),
     "null space, contrast": Method(projection={"criterion": "contrast"}),
     "null space, auto + 10 KL": Method(projection={}, penalty=10.0),
+    "null space, auto + anchor 10": Method(projection={}, anchor=10.0),
+    "null space, auto + anchor 100": Method(projection={}, anchor=100.0),
 }
 
 
@@ -108,6 +116,36 @@ def moved(teacher: Digits, student: Digits, images: Tensor) -> Tensor:
 
 
 @dataclass
+class Anchor(pl.Callback):
+    """Pulls the body back by the second-order KL on the old task."""
+
+    coefficient: float
+    old: Images
+    curvature: Curvature | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure it, at the first task's head."""
+        assert isinstance(pl_module, Student)
+
+        def loss(batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+            logits = pl_module(batch["images"])
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=pl_module.generator)[:, 0]
+            return nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
+
+        layers = plan_layers(pl_module, ["body"]).layers
+        pl_module.task = 0
+        self.curvature = measure_curvature(pl_module, layers, [{"images": self.old[0]}], loss, width_limit=256)
+        pl_module.task = 1
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Add its gradient, before a projection."""
+        assert self.curvature is not None
+        for weight, gradient in self.curvature.pull()[1].items():
+            assert weight.grad is not None
+            weight.grad += self.coefficient * gradient
+
+
+@dataclass
 class Watch(pl.Callback):
     """Measures every few updates."""
 
@@ -142,6 +180,8 @@ def run(teacher: Digits, sets: dict[tuple[int, str], Images], method: Method, lr
     student = Student(teacher, method, lr, old)
     watch = Watch(teacher, sets[0, "test"], sets[1, "test"])
     callbacks: list[pl.Callback] = [watch]
+    if method.anchor:
+        callbacks.append(Anchor(method.anchor, old))
     if method.projection is not None:
         contrast = method.projection.get("criterion") == "contrast"
         projection = NullSpaceProjection(

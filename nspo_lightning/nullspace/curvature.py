@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nspo_lightning import ranks
 from nspo_lightning.nullspace.covariance import add_gram_, mirror_
+from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.layers import ProtectedLayer
 from nspo_lightning.nullspace.modes import adapters_off, evaluation_mode
 
@@ -101,31 +102,41 @@ class RunningMoment:
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """The second-order KL of one adapted layer's update D = s B A.
+    """The second-order KL of one layer's update: D = s B A of an adapter, D = W - W0 of a whole weight.
 
     Attributes:
-        layer: The layer; an adapter's.
+        layer: The layer.
         inputs: C.
         outputs: G, nats a token.
+        start: W0, of the weight's own shape; None for an adapter.
     """
 
     layer: ProtectedLayer
     inputs: Moment
     outputs: Moment
+    start: Tensor | None = None
 
     @torch.no_grad()
-    def pull(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tr(G D C D^T) / 2, nats a token, and its gradients with respect to A and B."""
-        assert self.layer.output is not None  # `check_layers` has looked
-        a, b = self.layer.matrix.detach().float(), self.layer.output.detach().float()
+    def pull(self) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        """Return tr(G D C D^T) / 2, nats a token, and its gradients with respect to A and B, or to W."""
+        matrix, output = self.layer.matrix, self.layer.output
+        if output is None:
+            moved = matrix.detach() if self.start is None else matrix.detach() - self.start
+            update = self.layer.rows(moved).float()
+            pulled = self.outputs.times(self.inputs.times(update).T).T  # G D C
+            return 0.5 * (pulled * update).sum(), {matrix: self.layer.rows(pulled)}
+        a, b = matrix.detach().float(), output.detach().float()
         right, left = self.inputs.times(a), self.outputs.times(b.T)  # A C, and (G B)^T
         inner, outer = left @ b, right @ a.T  # B^T G B, and A C A^T
         square = self.layer.scale**2
-        return 0.5 * square * (inner * outer).sum(), square * (inner @ right), square * (left.T @ outer)
+        return 0.5 * square * (inner * outer).sum(), {
+            matrix: square * (inner @ right),
+            output: square * (left.T @ outer),
+        }
 
 
 class Curvature:
-    """The second-order KL of all adapted layers' updates together, layer by layer (no term between layers).
+    """The second-order KL of all layers' updates together, layer by layer (no term between layers).
 
     Attributes:
         layers: Of each layer.
@@ -141,31 +152,29 @@ class Curvature:
         total: Tensor | None = None
         gradients: dict[nn.Parameter, Tensor] = {}
         for of in self.layers:
-            kl, *both = of.pull()
+            kl, found = of.pull()
             total = kl if total is None else total + kl
-            for parameter, gradient in zip((of.layer.matrix, of.layer.output), both, strict=True):
-                if parameter is not None and parameter.requires_grad:
-                    gradients[parameter] = gradient
+            gradients |= {parameter: gradient for parameter, gradient in found.items() if parameter.requires_grad}
         return (torch.zeros(()) if total is None else total), gradients
 
     def held_bytes(self) -> int:
-        """Return the bytes of the moments."""
-        return sum(moment.factor.nbytes for of in self.layers for moment in (of.inputs, of.outputs))
+        """Return the bytes of the moments, and of whole weights as they were."""
+        moments = sum(moment.factor.nbytes for of in self.layers for moment in (of.inputs, of.outputs))
+        return moments + sum(of.start.nbytes for of in self.layers if of.start is not None)
 
 
 def check_layers(layers: Iterable[ProtectedLayer]) -> list[ProtectedLayer]:
-    """Return layers whose update is s B A of one layer's own weight.
+    """Return layers that are linear maps of their own inputs.
 
     Raises:
-        ValueError: For others, with the way out.
+        ValueError: For a mixture's experts, with the way out.
     """
     listed = list(layers)
     for layer in listed:
-        if layer.output is None or layer.experts != 1:
-            what = "a whole weight" if layer.output is None else "an adapter of a mixture's experts"
+        if layer.experts != 1 or isinstance(layer.module, ExpertInputs):
             raise ValueError(
-                f"{layer.name} is {what}, and the second-order KL is known for adapters of linear layers. Adapt linear "
-                "layers alone, by name (LoRA: `target_modules: [q_proj, k_proj, v_proj, o_proj]`)."
+                f"{layer.name} are weights of a mixture's experts, and the second-order KL is known for linear layers. "
+                "Adapt linear layers alone, by name (LoRA: `target_modules: [q_proj, k_proj, v_proj, o_proj]`)."
             )
     return listed
 
@@ -183,7 +192,7 @@ def measure_curvature(
 
     Args:
         model: Run in eval mode, with its adapters off, and left as it was.
-        layers: Adapters inside it.
+        layers: Of it; adapters, or whole weights, which are as the base's now.
         batches: The same on all ranks, which share them out.
         loss: See `TextLoss`; must run the model.
         width_limit: Sides that are wider are kept as so many random combinations of their rows.
@@ -193,36 +202,32 @@ def measure_curvature(
         The curvature, on the device of each layer.
 
     Raises:
-        ValueError: If a layer is no adapter, if no text reaches one, or if what was found is not finite.
+        ValueError: If a layer is of a mixture's experts, if no text reaches one, or if what was found is not finite.
     """
-    adapted = check_layers(layers)
-    sums = {
-        layer.name: _Sums(layer, width_limit, seed=2 * (i + len(adapted) * ranks.rank()))
-        for i, layer in enumerate(adapted)
-    }
+    held = check_layers(layers)
+    sums = [_Sums(layer, width_limit, seed=2 * (i + len(held) * ranks.rank())) for i, layer in enumerate(held)]
     tokens = 0
     for number, batch in enumerate(batches):
         if number % ranks.world_size() == ranks.rank():
-            with evaluation_mode(model), adapters_off(model), torch.enable_grad(), _listening(sums.values()) as leaves:
+            with evaluation_mode(model), adapters_off(model), torch.enable_grad(), _listening(sums) as leaves:
                 total, count = loss(batch)
-                if leaves:
-                    torch.autograd.grad(total, leaves, allow_unused=True)
+                weights = [layer.matrix for layer in held if layer.output is None and layer.matrix.requires_grad]
+                torch.autograd.grad(total, [*leaves, *weights], allow_unused=True)
             tokens += count
         after_batch()
     tokens = int(ranks.all_reduce_sum(torch.tensor(float(tokens), dtype=torch.float64)))
-    found = [of.take(tokens) for of in sums.values()]
-    return Curvature(found, tokens)
+    return Curvature([of.take(tokens) for of in sums], tokens)
 
 
 class _Sums:
     """The running sums of one layer."""
 
     def __init__(self, layer: ProtectedLayer, limit: int, seed: int) -> None:
-        assert layer.output is not None
         self.layer = layer
         self.device = layer.matrix.device
+        outputs = layer.rows(layer.matrix).shape[0] if layer.output is None else layer.output.shape[0]
         self.inputs = RunningMoment(layer.width, limit, seed)
-        self.outputs = RunningMoment(layer.output.shape[0], limit, seed + 1)
+        self.outputs = RunningMoment(outputs, limit, seed + 1)
         self.energy = torch.zeros((), dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
@@ -240,11 +245,12 @@ class _Sums:
         if not 0 < energy < float("inf"):
             raise ValueError(
                 f"No finite gradient of the text reaches {self.layer.name} (sum of squares: {energy:g}): either the "
-                "text does not pass through that layer, or the model's predictions on it are not finite. Leave the "
+                "text does not pass through that layer, or what the model says of it is not finite. Leave the "
                 "layer out of `target_modules`, or look at the text (`python -m nspo_lightning data`)."
             )
         inputs, outputs = self.inputs.take(energy, self.device), self.outputs.take(max(tokens, 1), self.device)
-        return LayerCurvature(self.layer, inputs, outputs)
+        start = self.layer.matrix.detach().clone() if self.layer.output is None else None
+        return LayerCurvature(self.layer, inputs, outputs, start)
 
 
 @contextmanager

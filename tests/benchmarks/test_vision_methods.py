@@ -26,7 +26,9 @@ def start(bench):
     return teacher, bench.tasks()
 
 
-@pytest.mark.parametrize("name", ["null space, auto", "null space, auto + 10 KL", "10 KL on old images"])
+@pytest.mark.parametrize(
+    "name", ["null space, auto", "null space, auto + 10 KL", "10 KL on old images", "null space, auto + anchor 100"]
+)
 def test_a_method_keeps_the_old_task_closer_than_plain_training(name, bench, start, monkeypatch):
     monkeypatch.setattr(bench, "UPDATES", 20)
     plain, kept = (bench.run(*start, bench.METHODS[method], 1e-3) for method in ("plain", name))
