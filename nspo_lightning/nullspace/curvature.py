@@ -206,13 +206,14 @@ def measure_curvature(
     """
     held = check_layers(layers)
     sums = [_Sums(layer, width_limit, seed=2 * (i + len(held) * ranks.rank())) for i, layer in enumerate(held)]
+    weights = [weight for layer in held for weight in (layer.matrix, layer.output) if weight is not None]
     tokens = 0
     for number, batch in enumerate(batches):
         if number % ranks.world_size() == ranks.rank():
             with evaluation_mode(model), adapters_off(model), torch.enable_grad(), _listening(sums) as leaves:
                 total, count = loss(batch)
-                weights = [layer.matrix for layer in held if layer.output is None and layer.matrix.requires_grad]
-                torch.autograd.grad(total, [*leaves, *weights], allow_unused=True)
+                trained = [weight for weight in weights if weight.requires_grad]  # PEFT: not with its adapters off
+                torch.autograd.grad(total, [*leaves, *trained], allow_unused=True)
             tokens += count
         after_batch()
     tokens = int(ranks.all_reduce_sum(torch.tensor(float(tokens), dtype=torch.float64)))

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from null_space_problems import LoraLinear
 from torch import nn
 
+from nspo_lightning.nullspace import plan_layers
+
 WIDTH, RANK = 24, 5
 
 
@@ -53,6 +55,31 @@ def calibrate_job(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def curvature(limit: int = 64) -> Any:
+    """Measure the curvature of an adapted layer whose outputs are logits, on whatever process group exists."""
+    from nspo_lightning.nullspace.curvature import measure_curvature
+
+    model = Adapted()
+    layers = plan_layers(model).layers
+    batches = [{"x": call.args[0], "labels": torch.arange(30) % 7} for call in calls()]
+
+    def loss(batch: Any) -> tuple[torch.Tensor, int]:
+        logits = model(batch["x"])
+        return nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"), len(logits)
+
+    return measure_curvature(model, layers, batches, loss, width_limit=limit)
+
+
+def curvature_job(rank: int, folder: Path) -> dict[str, Any]:
+    """Measure it whole, and as a sketch; the sketches of ranks are of different rows and add up to one."""
+    whole, sketch = curvature(), curvature(limit=6)
+    return {
+        "tokens": whole.tokens,
+        "whole": [whole.layers[0].inputs.factor, whole.layers[0].outputs.factor],
+        "sketch": sketch.layers[0].inputs.factor,
+    }
+
+
 def routes_job(rank: int, folder: Path) -> dict[str, Any]:
     """Calibrate on text whose batches take different routes; the bases by layer."""
     from routes import PLANS_OF_RANKS, WIDTH, Routes, calibrated, calls_of
@@ -74,7 +101,6 @@ def sharded_job(rank: int, folder: Path) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    from nspo_lightning.nullspace import plan_layers
     from nspo_lightning.nullspace.keeper import NullSpaceKeeper, certify_layers, references_of
 
     mesh = init_device_mesh("cpu", (2,))
