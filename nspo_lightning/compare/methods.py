@@ -49,7 +49,7 @@ class Method:
         ]
 
 
-KL_COEFFICIENTS = (0.1, 1.0, 10.0)
+KL_COEFFICIENTS = (0.1, 1.0, 10.0, 100.0)
 """Of the penalty on general text."""
 ANCHOR_COEFFICIENTS = (10.0, 100.0, 1000.0)
 """Of the same penalty to second order."""
@@ -146,6 +146,11 @@ METHODS: dict[str, Method] = {
     "nspo_anchor_starts": Method(
         label="NSPO + curvature anchor 100, half on starts of answers",
         extra=Extra(callbacks=[_callback("CurvatureAnchor", coefficient=100.0, start_weight=0.5)]),
+    ),
+    "nspo_anchor_mixed": Method(
+        label="NSPO + curvature anchor 100, general prompts mixed in",
+        mixes_general=True,
+        extra=Extra(callbacks=[_callback("CurvatureAnchor", coefficient=100.0)]),
     ),
     "contrast_anchor": Method(
         label="NSPO, contrast + curvature anchor",

@@ -49,6 +49,7 @@ METHOD_STYLES = {
     "anchor": ("#117755", "*"),
     "nspo_anchor": ("#003366", "*"),
     "nspo_anchor_starts": ("#336699", "*"),
+    "nspo_anchor_mixed": ("#5577BB", "*"),
     "contrast_anchor": ("#6644AA", "*"),
     "decay": ("#CC6677", "H"),
     "init_only": ("#6699CC", "d"),

@@ -66,12 +66,14 @@ def test_every_method_is_a_fit_with_settings(spec: RunSpec, tmp_path: Path) -> N
         "nspo_anchor": "NSPO",
         "contrast_anchor": "NSPO, contrast",
         "nspo_anchor_starts": "NSPO",
+        "nspo_anchor_mixed": "NSPO",
     }
     assert ("CurvatureAnchor" in callbacks) is (spec.method in anchored)
     if spec.method in anchored:
         anchor = callbacks["CurvatureAnchor"]
-        starts = ", half on starts of answers" if anchor.start_weight == 0.5 else ""
-        assert spec.label == f"{anchored[spec.method]} + curvature anchor {anchor.coefficient:g}{starts}"
+        more = ", half on starts of answers" if anchor.start_weight == 0.5 else ""
+        more += ", general prompts mixed in" if METHODS[spec.method].mixes_general else ""
+        assert spec.label == f"{anchored[spec.method]} + curvature anchor {anchor.coefficient:g}{more}"
 
 
 def test_a_method_is_what_it_is_called_whatever_the_configuration_has(tmp_path: Path) -> None:
