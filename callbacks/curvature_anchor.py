@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from nspo_lightning import ranks
 from nspo_lightning.callbacks.protocols import BoundsMicrobatches
 from nspo_lightning.callbacks.pull_text import (
     check_coefficient,
@@ -24,7 +25,9 @@ from nspo_lightning.callbacks.pull_text import (
 )
 from nspo_lightning.callbacks.stopping import stop_if_told
 from nspo_lightning.callbacks.text_gradients import check_takes_text, microbatches, trained_by
-from nspo_lightning.nullspace.curvature import Curvature, check_layers, measure_curvature
+from nspo_lightning.compat.host import free_memory
+from nspo_lightning.compat.torch import memory_of
+from nspo_lightning.nullspace.curvature import Curvature, check_layers, measure_curvature, needed_bytes
 from nspo_lightning.nullspace.layers import ProtectedLayer, plan_layers
 from nspo_lightning.terminal import counted, duration, rows_progress
 
@@ -33,13 +36,14 @@ class CurvatureAnchor(Callback):
     """Add `coefficient` times the second-order KL(base || policy) on general text to the loss of every update.
 
     Before training, the text that a null space would be computed from is read once, forward and backward, with the
-    adapter off; what each layer's update would do to the model's own predictions there is kept as two small matrices a
-    layer (see `nspo_lightning.nullspace.curvature`). From then on no text is read: an update costs a few products as
+    adapter off; what each layer's update would do to the model's own predictions there is kept as two matrices a layer
+    (see `nspo_lightning.nullspace.curvature`). From then on no text is read: an update costs a few products as
     thin as the adapter, and all of the text counts in each of them, where `GeneralKL` takes some rows in turn.
 
-    Beside `NullSpaceProjection` it charges for the general energy that is left in the free directions. Its gradient is
-    added before the optimizer step, before clipping. Updates that are skipped for want of a signal pull nowhere either.
-    Logs `curvature_anchor/kl`, the second-order KL in nats a token. A run that goes on measures again, the same.
+    Beside `NullSpaceProjection` it charges for the general energy that is left in the free directions; list it before
+    that callback, so that its gradient is projected too. The gradient is added before clipping. Updates that are
+    skipped for want of a signal pull nowhere either. Logs `curvature_anchor/kl`, the second-order KL in nats a token,
+    of the adapters that are trained. A run that goes on measures again, the same; a warm start is pulled as well.
 
     With `start_weight` the starts of the base's own answers to further general prompts (the datamodule's
     `calibration_starts`), where it is decided whether a prompt is refused, have that share of the mean.
@@ -48,8 +52,9 @@ class CurvatureAnchor(Callback):
         coefficient: Of the KL, in units of the loss for a nat a token.
         start_weight: Share of the starts of answers in the mean, from 0 to 1.
         rows: Calibration rows that are read at most, rounded up to whole batches; None = all.
-        width_limit: Sides of layers with more features are kept as so many random combinations of their rows. A layer
-            takes 4 bytes times the sum, over its two sides, of width times the smaller of width and this.
+        width_limit: Sides of layers with more features are kept in so many directions, and the energy that is left is
+            spread evenly over the others. A layer takes 4 bytes times the sum, over its two sides, of width times the
+            smaller of width and this; twice that with a `start_weight` between 0 and 1.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -75,7 +80,15 @@ class CurvatureAnchor(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything is measured, what has no base, no text, or other layers than an adapter's."""
         check_pull(trainer, pl_module, "CurvatureAnchor", self.start_weight)
-        self._layers(pl_module)
+        needed = needed_bytes(self._layers(pl_module), self.width_limit) * (2 if 0 < self.start_weight < 1 else 1)
+        memory = memory_of(pl_module.device)
+        free = free_memory() if memory is None else memory[0]
+        if ranks.any_rank(needed > free):
+            raise MisconfigurationException(
+                f"CurvatureAnchor's moments take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Give it a "
+                f"smaller `width_limit` (now {self.width_limit}), a `start_weight` of 0 or 1, or train fewer layers "
+                "(`target_modules`)."
+            )
 
     @staticmethod
     def _layers(module: pl.LightningModule) -> list[ProtectedLayer]:
@@ -93,7 +106,7 @@ class CurvatureAnchor(Callback):
         if self.rows is not None:
             text = text[: -(-self.rows // len(text[0]["input_ids"]))]
         began = time.monotonic()
-        self._terms = []
+        self._terms, self.kl = [], None
         for share, batches, what in (
             (1 - self.start_weight, text, "general text"),
             (self.start_weight, together(starts), "starts of answers"),
@@ -149,6 +162,10 @@ class CurvatureAnchor(Callback):
         if not self._logged and self.kl is not None:
             pl_module.log("curvature_anchor/kl", self.kl, on_step=True, on_epoch=False, batch_size=1)
         self._logged = True
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._terms = []  # gigabytes, of a large model
 
     def held_bytes(self) -> int:
         """Return the bytes of the moments."""

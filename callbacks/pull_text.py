@@ -75,6 +75,7 @@ def text_to_pull_by(
     """
     batches = general_batches(datamodule_of(trainer), module, trainer, starts=start_weight > 0)
     text, starts = split_starts(batches)
+    starts = [start for start in starts if start["labels_mask"].any()]  # an answer may end before it begins
     if not text:
         raise MisconfigurationException(f"{name} has no general text: `calibration_dataloader()` gives none.")
     _check_starts(name, start_weight, len(starts))

@@ -68,6 +68,8 @@ def mean_gradients(
         moved = {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
         with torch.enable_grad():
             loss, tokens = module.text_loss(moved, kind)
+            if not tokens:  # a text of one token, or an answer that ends before it begins
+                continue
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         for total, gradient in zip(sums, found, strict=True):
             if gradient is not None:

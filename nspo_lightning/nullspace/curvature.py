@@ -1,24 +1,26 @@
 """What an update does to a model's own predictions, to second order, from sums that are taken once.
 
-With x an input of a linear layer and g the gradient, at the layer's output, of -log p(label) for labels that are drawn
-from the model itself, an update D of the layer moves the model's distribution by
+With x_t the inputs of a linear layer at the positions t of a text and g_t the gradients, at its outputs, of
+-log p(labels) for labels that are drawn from the model itself, an update D of the layer moves what the model says by
 
-    KL(base || moved) = E[(g^T D x)^2] / 2 + O(D^3)    nats a token,
+    KL(base || moved) = E[(sum_t g_t^T D x_t)^2] / 2 + O(D^3),
 
 the Fisher information's quadratic form. Its Kronecker factors (K-FAC, arXiv 1503.05671; as a pull back to earlier
-weights: arXiv 1805.07810) make it tr(G D C D^T) / 2, here with
+weights: arXiv 1805.07810) make it tr(G D C D^T) / 2 nats a token, here with
 
-    G = sum g g^T / N,    C = sum |g|^2 x x^T / sum |g|^2    over the positions of N tokens:
+    C = sum |g_t|^2 x_t x_t^T / sum |g_t|^2,    G ~ sum g_t g_t^T,
 
-a position counts in C as much as outputs depend on it, so G (x) C has the trace of the Fisher information itself.
-(The plain mean of x x^T counts most what enters a first token, whose inputs are huge and whose outputs hardly matter.)
+G scaled so that tr G tr C is the trace of that form, sums over a text's positions included: what is foretold of updates
+in random directions is right on average, layer by layer. A position counts in C as much as outputs depend on it. (The
+plain mean of x x^T counts most what enters a first token, whose inputs are huge and whose outputs hardly matter.)
 
-A side that is wider than a limit is kept as so many random combinations of its rows, R X, whose moment X^T R^T R X is
-that of X in expectation. Torch only.
+A side that is wider than a limit is kept as a Nystrom approximation of so many directions (arXiv 1706.05736), and the
+energy that is left spread evenly over the others: no direction is free. Torch only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from nspo_lightning import ranks
+from nspo_lightning.compat.torch import full_precision_products
+from nspo_lightning.nullspace.basis import working_dtype
 from nspo_lightning.nullspace.covariance import add_gram_, mirror_
 from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.layers import ProtectedLayer
@@ -39,27 +43,37 @@ TextLoss = Callable[[Mapping[str, Any]], tuple[Tensor, int]]
 
 @dataclass(frozen=True)
 class Moment:
-    """A second moment M, whole or as a sketch.
+    """A second moment M, whole or in its leading directions.
 
     Attributes:
-        factor: M itself, shape ``(width, width)``; or F of M = F^T F, shape ``(rows, width)``.
-        whole: Which of the two.
+        factor: M itself, shape ``(width, width)``; or orthonormal rows Q, shape ``(directions, width)``.
+        values: None for M itself; else v of M = Q^T diag(v) Q + rest I, shape ``(directions,)``.
+        rest: What a direction outside Q has.
     """
 
     factor: Tensor
-    whole: bool
+    values: Tensor | None = None
+    rest: float = 0.0
 
     def times(self, rows: Tensor) -> Tensor:
         """Return rows M; shape ``(n, width)``, as the rows.
 
         Example:
             >>> rows = torch.tensor([[1.0, 2.0]])
-            >>> Moment(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), whole=True).times(rows)
+            >>> Moment(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).times(rows)
             tensor([[2., 2.]])
-            >>> Moment(torch.tensor([[1.0, 1.0]]), whole=False).times(rows)
-            tensor([[3., 3.]])
+            >>> Moment(torch.tensor([[1.0, 0.0]]), torch.tensor([3.0]), rest=0.5).times(rows)
+            tensor([[3.5000, 1.0000]])
         """
-        return rows @ self.factor if self.whole else (rows @ self.factor.T) @ self.factor
+        if self.values is None:
+            return rows @ self.factor
+        return ((rows @ self.factor.T) * self.values) @ self.factor + self.rest * rows
+
+    def trace(self) -> float:
+        """Return tr M."""
+        if self.values is None:
+            return float(self.factor.trace())
+        return float(self.values.sum()) + self.rest * self.factor.shape[1]
 
 
 class RunningMoment:
@@ -67,37 +81,83 @@ class RunningMoment:
 
     Args:
         width: Features.
-        limit: A moment of more features is a sketch of so many rows.
-        seed: Of the sketch.
+        limit: A moment of more features is kept in so many directions.
+        seed: Of the directions that it is looked at in; the same on all ranks.
     """
 
     def __init__(self, width: int, limit: int, seed: int) -> None:
+        self._width, self._limit, self._seed = width, limit, seed
         self._whole = width <= limit
-        self._shape = (width if self._whole else limit, width)
-        self._seed = seed
-        self._generator: torch.Generator | None = None
+        self._looked: Tensor | None = None
         self._sum: Tensor | None = None
+        self._trace: Tensor | None = None
 
     def update(self, rows: Tensor) -> None:
         """Add rows, shape ``(n, width)``, float32."""
-        if self._sum is None:
-            self._sum = rows.new_zeros(self._shape)
-            self._generator = torch.Generator(rows.device).manual_seed(self._seed)
+        total, trace = self._start(rows.device)
         if self._whole:
-            add_gram_(self._sum, rows)
+            add_gram_(total, rows)
             return
-        drawn = torch.randn(self._shape[0], len(rows), device=rows.device, generator=self._generator)
-        with torch.autocast(device_type=rows.device.type, enabled=False):
-            self._sum.addmm_(drawn, rows, alpha=self._shape[0] ** -0.5)
+        assert self._looked is not None
+        with torch.autocast(device_type=rows.device.type, enabled=False), full_precision_products():
+            total.addmm_(rows.T, rows @ self._looked)
+        trace += rows.square().sum()
 
     def take(self, divisor: float, device: torch.device) -> Moment:
-        """Return the sum over rows of all ranks divided by a number, in its memory (cross-rank synchronisation)."""
-        total = torch.zeros(self._shape, device=device) if self._sum is None else self._sum
+        """Return the sum over rows of all ranks divided by a number (cross-rank synchronisation)."""
+        total, trace = self._start(device)
+        looked, self._sum, self._trace, self._looked = self._looked, None, None, None
         if self._whole:
-            mirror_(total)
-        self._sum = None
-        total = ranks.all_reduce_sum(total)
-        return Moment(total.div_(divisor if self._whole else divisor**0.5), self._whole)
+            return Moment(ranks.all_reduce_sum(mirror_(total)).div_(divisor))
+        assert looked is not None
+        return _nystrom(ranks.all_reduce_sum(total), looked, float(ranks.all_reduce_sum(trace)), divisor)
+
+    def _start(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._sum is None or self._trace is None:
+            columns = self._width if self._whole else self._limit
+            self._sum, self._trace = torch.zeros(self._width, columns, device=device), torch.zeros((), device=device)
+            if not self._whole:
+                generator = torch.Generator(device).manual_seed(self._seed)
+                self._looked = torch.randn(self._width, columns, device=device, generator=generator)
+                self._looked *= self._width**-0.5
+        return self._sum, self._trace
+
+
+def _nystrom(seen: Tensor, looked: Tensor, trace: float, divisor: float) -> Moment:
+    """Return M in the directions that S = M O shows, and the rest of its trace spread over the others.
+
+    Args:
+        seen: S, shape ``(width, directions)``, before it is divided.
+        looked: O, of the same shape.
+        trace: tr M, before it is divided.
+        divisor: Of both.
+    """
+    width, directions = seen.shape
+    dtype = working_dtype(directions, seen.device.type)
+    s, o = seen.to(dtype), looked.to(dtype)
+    shift = torch.finfo(torch.float32).eps * trace
+    s = s + shift * o
+    lower = _cholesky(o.T @ s, shift * o.square().sum(0).mean())
+    b = torch.linalg.solve_triangular(lower, s.T, upper=False).T
+    squares, vectors = torch.linalg.eigh(b.T @ b)
+    kept = squares > 10 * shift
+    squares, vectors = squares[kept], vectors[:, kept]
+    q = (b @ (vectors / squares.sqrt())).T
+    values = (squares - shift).clamp_min(0)
+    rest = max(trace - float(values.sum()), 0.0) / (width - len(values))
+    scaled = ((values - rest) / divisor).to(seen.dtype)
+    return Moment(q.to(seen.dtype).contiguous(), scaled, rest / divisor)
+
+
+def _cholesky(core: Tensor, shift: Tensor) -> Tensor:
+    """Factorise a moment that rounding may have left a little indefinite."""
+    core = (core + core.T) / 2
+    for power in range(8):
+        lower: Tensor
+        lower, failed = torch.linalg.cholesky_ex(core + (10.0**power - 1) * shift * torch.eye(len(core)).to(core))
+        if not int(failed):
+            return lower
+    raise ValueError("A second moment of gradients is not positive: what was measured is not finite.")
 
 
 @dataclass(frozen=True)
@@ -118,7 +178,11 @@ class LayerCurvature:
 
     @torch.no_grad()
     def pull(self) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
-        """Return tr(G D C D^T) / 2, nats a token, and its gradients with respect to A and B, or to W."""
+        """Return tr(G D C D^T) / 2, nats a token, and its gradients with respect to A and B, or to W, in float32."""
+        with torch.autocast(device_type=self.layer.matrix.device.type, enabled=False), full_precision_products():
+            return self._pull()
+
+    def _pull(self) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
         matrix, output = self.layer.matrix, self.layer.output
         if output is None:
             moved = matrix.detach() if self.start is None else matrix.detach() - self.start
@@ -158,9 +222,19 @@ class Curvature:
         return (torch.zeros(()) if total is None else total), gradients
 
     def held_bytes(self) -> int:
-        """Return the bytes of the moments, and of whole weights as they were."""
+        """Return the bytes of the moments' directions, and of whole weights as they were."""
         moments = sum(moment.factor.nbytes for of in self.layers for moment in (of.inputs, of.outputs))
         return moments + sum(of.start.nbytes for of in self.layers if of.start is not None)
+
+
+def needed_bytes(layers: Iterable[ProtectedLayer], width_limit: int) -> int:
+    """Return the bytes that the moments of layers take."""
+    widths = [width for layer in layers for width in (layer.width, _outputs_of(layer))]
+    return 4 * sum(width * min(width, width_limit) for width in widths)
+
+
+def _outputs_of(layer: ProtectedLayer) -> int:
+    return int((layer.rows(layer.matrix) if layer.output is None else layer.output).shape[0])
 
 
 def check_layers(layers: Iterable[ProtectedLayer]) -> list[ProtectedLayer]:
@@ -195,7 +269,7 @@ def measure_curvature(
         layers: Of it; adapters, or whole weights, which are as the base's now.
         batches: The same on all ranks, which share them out.
         loss: See `TextLoss`; must run the model.
-        width_limit: Sides that are wider are kept as so many random combinations of their rows.
+        width_limit: Sides that are wider are kept in so many directions.
         after_batch: Called after each batch.
 
     Returns:
@@ -205,15 +279,14 @@ def measure_curvature(
         ValueError: If a layer is of a mixture's experts, if no text reaches one, or if what was found is not finite.
     """
     held = check_layers(layers)
-    sums = [_Sums(layer, width_limit, seed=2 * (i + len(held) * ranks.rank())) for i, layer in enumerate(held)]
-    weights = [weight for layer in held for weight in (layer.matrix, layer.output) if weight is not None]
+    sums = [_Sums(layer, width_limit, seed=2 * i) for i, layer in enumerate(held)]
     tokens = 0
     for number, batch in enumerate(batches):
         if number % ranks.world_size() == ranks.rank():
-            with evaluation_mode(model), adapters_off(model), torch.enable_grad(), _listening(sums) as leaves:
+            with evaluation_mode(model), adapters_off(model), torch.enable_grad(), _listening(sums):
                 total, count = loss(batch)
-                trained = [weight for weight in weights if weight.requires_grad]  # PEFT: not with its adapters off
-                torch.autograd.grad(total, [*leaves, *trained], allow_unused=True)
+                if leaves := _leaves_of(total):  # none where no token is scored
+                    torch.autograd.grad(total, leaves)
             tokens += count
         after_batch()
     tokens = int(ranks.all_reduce_sum(torch.tensor(float(tokens), dtype=torch.float64)))
@@ -226,50 +299,56 @@ class _Sums:
     def __init__(self, layer: ProtectedLayer, limit: int, seed: int) -> None:
         self.layer = layer
         self.device = layer.matrix.device
-        outputs = layer.rows(layer.matrix).shape[0] if layer.output is None else layer.output.shape[0]
         self.inputs = RunningMoment(layer.width, limit, seed)
-        self.outputs = RunningMoment(outputs, limit, seed + 1)
-        self.energy = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.outputs = RunningMoment(_outputs_of(layer), limit, seed + 1)
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        self.energy = torch.zeros(2, dtype=kind, device=self.device)  # of the gradients, and of the whole form
 
     @torch.no_grad()
     def update(self, inputs: Tensor, gradients: Tensor) -> None:
-        """Add the positions of a forward pass; shapes ``(..., in)`` and ``(..., out)``."""
-        x, g = inputs.flatten(0, -2).float(), gradients.flatten(0, -2).float()
+        """Add the positions of a forward pass; shapes ``(texts, positions, in)`` and ``(texts, positions, out)``.
+
+        Other shapes are texts of one position each.
+        """
+        x, g = inputs.float(), gradients.float()
+        if x.ndim != 3 or g.ndim != 3:
+            x, g = x.reshape(-1, 1, x.shape[-1]), g.reshape(-1, 1, g.shape[-1])
+        with torch.autocast(device_type=x.device.type, enabled=False), full_precision_products():
+            whole = ((x @ x.mT) * (g @ g.mT)).sum()  # over texts, of |sum_t g_t x_t^T|^2
+        x, g = x.flatten(0, 1), g.flatten(0, 1)
         square = g.square().sum(1)
-        self.energy += square.sum(dtype=torch.float64)
+        self.energy += torch.stack([square.sum(dtype=self.energy.dtype), whole.to(self.energy.dtype)])
         self.inputs.update(x * square.sqrt().unsqueeze(1))
         self.outputs.update(g)
 
     def take(self, tokens: int) -> LayerCurvature:
         """Return what the sums of all ranks say (cross-rank synchronisation)."""
-        energy = float(ranks.all_reduce_sum(self.energy.cpu()))
-        if not 0 < energy < float("inf"):
+        energy, whole = ranks.all_reduce_sum(self.energy.cpu()).tolist()
+        if not (0 < energy < math.inf and whole > 0):
             raise ValueError(
                 f"No finite gradient of the text reaches {self.layer.name} (sum of squares: {energy:g}): either the "
                 "text does not pass through that layer, or what the model says of it is not finite. Leave the "
                 "layer out of `target_modules`, or look at the text (`python -m nspo_lightning data`)."
             )
-        inputs, outputs = self.inputs.take(energy, self.device), self.outputs.take(max(tokens, 1), self.device)
+        inputs = self.inputs.take(energy, self.device)
+        outputs = self.outputs.take(energy * inputs.trace() / whole * tokens, self.device)  # tr G tr C = whole / tokens
         start = self.layer.matrix.detach().clone() if self.layer.output is None else None
         return LayerCurvature(self.layer, inputs, outputs, start)
 
 
 @contextmanager
-def _listening(sums: Iterable[_Sums]) -> Iterator[list[Tensor]]:
+def _listening(sums: Iterable[_Sums]) -> Iterator[None]:
     """Hear inputs and output gradients of layers.
 
-    Nothing is trained with the adapters off, so the first layers' outputs are made to need a gradient.
-
-    Yields:
-        Those outputs, which the gradient must be asked for.
+    Nothing is trained with the adapters off, so outputs that need no gradient, the first ones, are made to.
     """
-    leaves: list[Tensor] = []
 
     def hook_of(of: _Sums) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not args:
+                raise TypeError(f"{of.layer.name} must be called with its input as first positional argument.")
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
-                leaves.append(output)
             inputs = args[0].detach()
             output.register_hook(lambda gradient: of.update(inputs, gradient))  # type: ignore[no-untyped-call]
             return output
@@ -278,7 +357,23 @@ def _listening(sums: Iterable[_Sums]) -> Iterator[list[Tensor]]:
 
     handles = [of.layer.module.register_forward_hook(hook_of(of)) for of in sums]
     try:
-        yield leaves
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _leaves_of(total: Tensor) -> list[Tensor]:
+    """Return what a scalar's graph begins at: weights, and outputs or embeddings that were made to need a gradient."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    stack: list[Any] = [total.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack += [following for following, _ in node.next_functions]
+    return found

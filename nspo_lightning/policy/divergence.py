@@ -244,11 +244,26 @@ def token_loss(
 
 @torch.no_grad()
 def drawn_tokens(states: Tensor, head: Head, generator: torch.Generator, *, vocab_size: int) -> Tensor:
-    """Draw a token at each position from what a policy says there; shape (N,). See `token_scores` for the rest."""
+    """Draw a token at each position from what a policy says there; see `token_scores`.
+
+    Returns:
+        Shape (N,).
+
+    Raises:
+        ValueError: If what it says is not finite.
+    """
     chunk = max(16, _CHUNK_ELEMENTS // max(vocab_size, 1))
-    probabilities = (head(part).float().softmax(-1) for part in torch.split(states, chunk) if len(part))
-    drawn = [torch.multinomial(of, 1, generator=generator)[:, 0] for of in probabilities]
-    return torch.cat(drawn) if drawn else states.new_zeros(0, dtype=torch.long)
+    drawn = [states.new_zeros(0, dtype=torch.long)]
+    for part in torch.split(states, chunk):
+        probabilities = head(part).float().softmax(-1)
+        if not bool(probabilities.isfinite().all()):
+            raise ValueError(
+                "The policy's logits on general text are not finite, so no token can be drawn from them. A 16-bit "
+                "`policy.dtype` may overflow: try `bfloat16` or `float32`; or the model's weights are damaged."
+            )
+        if len(part):
+            drawn.append(torch.multinomial(probabilities, 1, generator=generator)[:, 0])
+    return torch.cat(drawn)
 
 
 def predicted_positions(attention_mask: Tensor, labels_mask: Tensor | None = None) -> Tensor:

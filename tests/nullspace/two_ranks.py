@@ -71,12 +71,11 @@ def curvature(limit: int = 64) -> Any:
 
 
 def curvature_job(rank: int, folder: Path) -> dict[str, Any]:
-    """Measure it whole, and as a sketch; the sketches of ranks are of different rows and add up to one."""
-    whole, sketch = curvature(), curvature(limit=6)
+    """Measure it whole, and in part; both as matrices."""
+    whole, part = (curvature(limit).layers[0] for limit in (64, 6))
     return {
-        "tokens": whole.tokens,
-        "whole": [whole.layers[0].inputs.factor, whole.layers[0].outputs.factor],
-        "sketch": sketch.layers[0].inputs.factor,
+        name: [side.times(torch.eye(side.factor.shape[1])) for side in (of.inputs, of.outputs)]
+        for name, of in {"whole": whole, "part": part}.items()
     }
 
 
