@@ -210,7 +210,9 @@ def test_rows_limit_and_checkpointing(tiny_llama, tmp_path, checkpointing):
         kept = Kept(CurvatureAnchor(coefficient=1.0, **options))
         pl.seed_everything(3)
         job = module(tiny_llama, policy=settings)
-        trainer(tmp_path, 1, callbacks=[kept.anchor, kept]).fit(job, with_starts())
+        sources = PromptSource(rows=harmful), PromptSource(rows=general)
+        data = AlignmentDataModule(*sources, calibration_size=4, calibration_batch_size=1, batch_size=2)
+        trainer(tmp_path, 1, callbacks=[kept.anchor, kept]).fit(job, data)
         ((_, curvature),) = kept.terms
         found[name] = curvature.tokens, kept.bytes
     assert found["two"][0] < found["all"][0]
