@@ -58,7 +58,7 @@ def test_nspo_grpo_and_the_two_best_methods_without_a_projection_are_drawn() -> 
 
 def test_a_subspace_is_a_projection_and_a_start_in_one_is_none() -> None:
     held = {name for name in METHODS if METHODS[name].trains and run(name, "", 0, 1.0).spec.is_projected}
-    free = {"grpo", "grpo_kl", "grpo_mixed", "general_kl", "general_starts", "decay", "ogpsa", "init_only"}
+    free = {"grpo", "grpo_kl", "grpo_mixed", "general_kl", "general_starts", "anchor", "decay", "ogpsa", "init_only"}
     free.add("init_contrast")
     assert held == {name for name, method in METHODS.items() if method.trains} - free
 

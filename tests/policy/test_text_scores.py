@@ -12,7 +12,14 @@ from tiny_policies import move_adapter_
 from nspo_lightning.nullspace.modes import adapters_off
 from nspo_lightning.policy import text_scores
 from nspo_lightning.policy.adapter import has_adapter
-from nspo_lightning.policy.divergence import RowScore, TextScores, predicted_positions, token_loss, token_scores
+from nspo_lightning.policy.divergence import (
+    RowScore,
+    TextScores,
+    drawn_tokens,
+    predicted_positions,
+    token_loss,
+    token_scores,
+)
 from nspo_lightning.policy.loading import load_policy
 from nspo_lightning.policy.settings import LoraSettings, PolicyError, PolicySettings
 from nspo_lightning.policy.text_scores import BaseStates, score_text, score_texts, text_loss
@@ -250,6 +257,32 @@ def test_at_the_base_the_kl_has_no_gradient_and_dropout_none_of_its_noise(policy
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert dropping.training
     assert all(p.requires_grad == ("lora_" in name) for name, p in dropping.named_parameters())
+
+
+def test_drawn_tokens_are_the_policys_the_same_for_the_same_text_and_draw_nothing_elsewhere(policy):
+    policy.eval()
+    generator = torch.Generator().manual_seed(4)
+    likelihood = entropy = spread = 0.0
+    state = torch.get_rng_state()
+    for _ in range(40):
+        ids = torch.randint(5, 200, (2, 9), generator=generator)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        loss, tokens = text_loss(policy, given, "drawn")
+        assert tokens == 16
+        assert float(loss) == float(text_loss(policy, given, "drawn")[0])
+        log_q = policy(input_ids=ids).logits[:, :-1].double().log_softmax(-1).detach()
+        own = -(log_q.exp() * log_q).sum(-1)
+        likelihood, entropy = likelihood + float(loss), entropy + float(own.sum())
+        spread += float(((log_q.exp() * log_q.square()).sum(-1) - own.square()).sum())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert abs(likelihood - entropy) < 4 * spread**0.5
+
+
+def test_no_token_is_drawn_from_what_is_not_finite():
+    states, generator = torch.tensor([[0.0, float("nan")]]), torch.Generator()
+    with pytest.raises(ValueError, match="logits on general text are not finite"):
+        drawn_tokens(states, lambda x: x, generator, vocab_size=2)
+    assert drawn_tokens(torch.zeros(0, 2), lambda x: x, generator, vocab_size=2).shape == (0,)
 
 
 def test_a_kl_without_an_adapter_is_refused(tiny_llama):
