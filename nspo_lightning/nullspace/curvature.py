@@ -228,9 +228,9 @@ class Curvature:
 
 
 def needed_bytes(layers: Iterable[ProtectedLayer], width_limit: int) -> int:
-    """Return the bytes that the moments of layers take."""
+    """Return the bytes that measuring the moments takes; of sides over the limit half of it are kept."""
     widths = [width for layer in layers for width in (layer.width, _outputs_of(layer))]
-    return 4 * sum(width * min(width, width_limit) for width in widths)
+    return 4 * sum(width * (width if width <= width_limit else 2 * width_limit) for width in widths)
 
 
 def _outputs_of(layer: ProtectedLayer) -> int:
