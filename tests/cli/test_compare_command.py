@@ -132,7 +132,7 @@ def test_the_report_says_what_it_rests_on_and_writes_a_row_a_run(tmp_path: Path)
         "Runs of this plan that are not done, or failed: soft-seed2.",
         "Other learning rates than 0.05, 0.1: four are the default.",
         "Other seeds than 0, 1: three",
-        "Methods: b_only,",
+        "Methods: anchor, b_only,",
     ):
         assert phrase in text, phrase
     console = Console(width=80, file=StringIO())

@@ -104,9 +104,9 @@ def test_a_method_is_what_it_is_called_whatever_the_configuration_has(tmp_path: 
 
 def test_coefficients_are_runs_of_their_own_with_names_of_their_own() -> None:
     plan = main_grid(CONFIG, ["grpo", "general_kl", "decay"], [0, 1], [1e-3, 2e-3])
-    assert len({spec.name for spec in plan}) == len(plan) == (1 + 3 + 3) * 2 * 2
+    assert len({spec.name for spec in plan}) == len(plan) == (1 + 4 + 3) * 2 * 2
     coefficients = {spec.callbacks[0]["init_args"]["coefficient"] for spec in plan if spec.method == "general_kl"}
-    assert coefficients == {0.1, 1.0, 10.0}
+    assert coefficients == {0.1, 1.0, 10.0, 100.0}
     decays = {spec.settings["model.optimizer.init_args.weight_decay"] for spec in plan if spec.method == "decay"}
     assert decays == {0.1, 0.3, 1.0}
 
