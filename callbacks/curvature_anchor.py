@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -24,7 +25,7 @@ from nspo_lightning.callbacks.pull_text import (
     together,
 )
 from nspo_lightning.callbacks.stopping import stop_if_told
-from nspo_lightning.callbacks.text_gradients import check_takes_text, microbatches, trained_by
+from nspo_lightning.callbacks.text_gradients import add_pull_, check_takes_text, microbatches, trained_by
 from nspo_lightning.compat.host import free_memory
 from nspo_lightning.compat.torch import memory_of
 from nspo_lightning.nullspace.curvature import Curvature, check_layers, measure_curvature, needed_bytes
@@ -74,7 +75,6 @@ class CurvatureAnchor(Callback):
         self.kl: torch.Tensor | None = None
         """At the last update, nats a token; None before the first."""
         self._terms: list[tuple[float, Curvature]] = []
-        self._logged = True
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,7 +134,7 @@ class CurvatureAnchor(Callback):
             return measure_curvature(
                 module,
                 self._layers(module),
-                (_on(part, module.device) for part in parts),
+                (move_data_to_device(part, module.device) for part in parts),
                 lambda batch: source.text_loss(batch, "drawn"),
                 width_limit=self.width_limit,
                 after_batch=after_batch,
@@ -145,23 +145,15 @@ class CurvatureAnchor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer | LightningOptimizer
     ) -> None:
         moved = {id(parameter) for parameter in trained_by(optimizer)}
-        self.kl = None
+        total = torch.zeros((), device=pl_module.device)
         for share, curvature in self._terms:
             kl, gradients = curvature.pull()
-            self.kl = share * kl if self.kl is None else self.kl + share * kl
+            total += share * kl.to(total.device)
             for parameter, gradient in gradients.items():
                 if id(parameter) in moved:
-                    pull = gradient.mul_(self.coefficient * share).to(parameter.dtype)
-                    parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
-        self._logged = False
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not self._logged and self.kl is not None:
-            pl_module.log("curvature_anchor/kl", self.kl, on_step=True, on_epoch=False, batch_size=1)
-        self._logged = True
+                    add_pull_(parameter, gradient, self.coefficient * share)
+        self.kl = total
+        pl_module.log("curvature_anchor/kl", total, on_step=True, on_epoch=False, batch_size=1)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -170,7 +162,3 @@ class CurvatureAnchor(Callback):
     def held_bytes(self) -> int:
         """Return the bytes of the moments."""
         return sum(curvature.held_bytes() for _, curvature in self._terms)
-
-
-def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}

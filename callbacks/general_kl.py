@@ -23,7 +23,7 @@ from nspo_lightning.callbacks.pull_text import (
     text_to_pull_by,
     together,
 )
-from nspo_lightning.callbacks.text_gradients import mean_gradients, trained_by
+from nspo_lightning.callbacks.text_gradients import add_pull_, mean_gradients, trained_by
 
 
 class GeneralKL(Callback):
@@ -60,7 +60,6 @@ class GeneralKL(Callback):
         """On the rows of the last update; None before the first."""
         self._batches: list[Any] = []
         self._starts: list[Any] = []
-        self._logged = True
         self._states_bytes = 0
 
     @override
@@ -97,18 +96,9 @@ class GeneralKL(Callback):
             gradients, kl = mean_gradients(pl_module, batches, "kl", parameters, pl_module.device)
             self.kl += share * kl
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                pull = gradient.mul_(self.coefficient * share)
-                parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+                add_pull_(parameter, gradient, self.coefficient * share)
         self._states_bytes += _states_of(pl_module) - before
-        self._logged = False
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not self._logged and self.kl is not None:
-            pl_module.log("general_kl/train", self.kl, on_step=True, on_epoch=False, batch_size=1)
-        self._logged = True
+        pl_module.log("general_kl/train", self.kl, on_step=True, on_epoch=False, batch_size=1)
 
     def held_bytes(self) -> int:
         """Return the bytes of the text, and of the base's hidden states of it that the module keeps."""

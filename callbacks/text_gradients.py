@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def mean_gradients(
     for number, batch in enumerate(part for whole in batches for part in microbatches(whole, limit)):
         if number % ranks.world_size() != ranks.rank():
             continue
-        moved = {key: part.to(device) if isinstance(part, Tensor) else part for key, part in batch.items()}
+        moved = move_data_to_device(batch, device)
         with torch.enable_grad():
             loss, tokens = module.text_loss(moved, kind)
             if not tokens:  # a text of one token, or an answer that ends before it begins
@@ -84,6 +85,13 @@ def mean_gradients(
             "not finite. Lower the learning rate (or the coefficient), or look for tokens that the base rules out."
         )
     return [total / max(tokens_of_all, 1.0) for total in sums], value / max(tokens_of_all, 1.0)
+
+
+@torch.no_grad()
+def add_pull_(parameter: nn.Parameter, gradient: Tensor, weight: float) -> None:
+    """Add `weight` times a gradient to a parameter's own; the gradient is used up."""
+    pull = gradient.mul_(weight).to(parameter.dtype)
+    parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
 
 
 def microbatches(batch: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:

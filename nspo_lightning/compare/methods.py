@@ -65,10 +65,16 @@ def _callback(name: str, **init_args: Any) -> dict[str, Any]:
     return {"class_path": f"nspo_lightning.callbacks.{name}", "init_args": init_args}
 
 
+def _by_coefficient(label: str, callback: str, coefficients: Sequence[float]) -> dict[str, Extra]:
+    """Return a variant for each coefficient of a callback, called `label` with `{}` in the coefficient's place."""
+    return {label.format(f"{c:g}"): Extra(callbacks=[_callback(callback, coefficient=c)]) for c in coefficients}
+
+
 _ON_STARTS = Extra(callbacks=[_callback("GeneralKL", coefficient=2.0, rows=32, start_weight=1.0)])
 """A penalty on the starts of answers alone, which are short."""
 _SPLITS = {"val": "validation", "test": "test"}
 _OFF = {"nullspace.enabled": False}
+_CONTRAST = {"nullspace.criterion": "contrast"}
 _FREE = {"nullspace.project_gradients": False, "nullspace.project_displacement": False}
 
 METHODS: dict[str, Method] = {
@@ -93,55 +99,38 @@ METHODS: dict[str, Method] = {
     ),
     "b_only": Method(label="B only", settings={"nullspace.freeze_down": True}),
     "soft": Method(label="soft", settings={"nullspace.form": "soft"}),
-    "contrast": Method(label="NSPO, contrast", settings={"nullspace.criterion": "contrast"}),
+    "contrast": Method(label="NSPO, contrast", settings=_CONTRAST),
     "nspo_mixed": Method(label="NSPO, general prompts mixed in", mixes_general=True),
     "contrast_mixed": Method(
         label="NSPO, contrast, general prompts mixed in",
-        settings={"nullspace.criterion": "contrast"},
+        settings=_CONTRAST,
         mixes_general=True,
     ),
     "nspo_general_kl": Method(
         label="NSPO + KL on general text",
-        variants={
-            f"NSPO + {c:g} KL on general text": Extra(callbacks=[_callback("GeneralKL", coefficient=c)])
-            for c in KL_COEFFICIENTS[1:]
-        },
+        variants=_by_coefficient("NSPO + {} KL on general text", "GeneralKL", KL_COEFFICIENTS[1:]),
     ),
     "contrast_kl": Method(
         label="NSPO, contrast + KL on general text",
-        settings={"nullspace.criterion": "contrast"},
-        variants={
-            f"NSPO, contrast + {c:g} KL on general text": Extra(callbacks=[_callback("GeneralKL", coefficient=c)])
-            for c in KL_COEFFICIENTS[1:]
-        },
+        settings=_CONTRAST,
+        variants=_by_coefficient("NSPO, contrast + {} KL on general text", "GeneralKL", KL_COEFFICIENTS[1:]),
     ),
-    "contrast_starts": Method(
-        label="NSPO, contrast + KL on starts of answers", settings={"nullspace.criterion": "contrast"}, extra=_ON_STARTS
-    ),
+    "contrast_starts": Method(label="NSPO, contrast + KL on starts of answers", settings=_CONTRAST, extra=_ON_STARTS),
     "nspo_starts": Method(label="NSPO + KL on starts of answers", extra=_ON_STARTS),
     "general_starts": Method(label="GRPO + KL on starts of answers", settings=_OFF, extra=_ON_STARTS),
     "general_kl": Method(
         label="GRPO + KL on general text",
         settings=_OFF,
-        variants={
-            f"GRPO + {c:g} KL on general text": Extra(callbacks=[_callback("GeneralKL", coefficient=c)])
-            for c in KL_COEFFICIENTS
-        },
+        variants=_by_coefficient("GRPO + {} KL on general text", "GeneralKL", KL_COEFFICIENTS),
     ),
     "anchor": Method(
         label="GRPO + curvature anchor",
         settings=_OFF,
-        variants={
-            f"GRPO + curvature anchor {c:g}": Extra(callbacks=[_callback("CurvatureAnchor", coefficient=c)])
-            for c in ANCHOR_COEFFICIENTS
-        },
+        variants=_by_coefficient("GRPO + curvature anchor {}", "CurvatureAnchor", ANCHOR_COEFFICIENTS),
     ),
     "nspo_anchor": Method(
         label="NSPO + curvature anchor",
-        variants={
-            f"NSPO + curvature anchor {c:g}": Extra(callbacks=[_callback("CurvatureAnchor", coefficient=c)])
-            for c in ANCHOR_COEFFICIENTS[1:]
-        },
+        variants=_by_coefficient("NSPO + curvature anchor {}", "CurvatureAnchor", ANCHOR_COEFFICIENTS[1:]),
     ),
     "nspo_anchor_starts": Method(
         label="NSPO + curvature anchor 100, half on starts of answers",
@@ -154,11 +143,8 @@ METHODS: dict[str, Method] = {
     ),
     "contrast_anchor": Method(
         label="NSPO, contrast + curvature anchor",
-        settings={"nullspace.criterion": "contrast"},
-        variants={
-            f"NSPO, contrast + curvature anchor {c:g}": Extra(callbacks=[_callback("CurvatureAnchor", coefficient=c)])
-            for c in ANCHOR_COEFFICIENTS[1:]
-        },
+        settings=_CONTRAST,
+        variants=_by_coefficient("NSPO, contrast + curvature anchor {}", "CurvatureAnchor", ANCHOR_COEFFICIENTS[1:]),
     ),
     "decay": Method(
         label="GRPO, weight decay",

@@ -36,6 +36,7 @@ from nspo_lightning.nullspace.covariance import add_gram_, mirror_
 from nspo_lightning.nullspace.experts import ExpertInputs
 from nspo_lightning.nullspace.layers import ProtectedLayer
 from nspo_lightning.nullspace.modes import adapters_off, evaluation_mode
+from nspo_lightning.nullspace.sketch import RangeSketch, random_test_matrix
 
 TextLoss = Callable[[Mapping[str, Any]], tuple[Tensor, int]]
 """Maps a batch to the sum over its tokens of -log p(label), labels drawn from p, and how many tokens."""
@@ -82,45 +83,33 @@ class RunningMoment:
     Args:
         width: Features.
         limit: A moment of more features is kept in so many directions.
-        seed: Of the directions that it is looked at in; the same on all ranks.
+        seed: Of the random directions that a wider one is looked at in; the same on all ranks.
     """
 
     def __init__(self, width: int, limit: int, seed: int) -> None:
-        self._width, self._limit, self._seed = width, limit, seed
-        self._whole = width <= limit
-        self._looked: Tensor | None = None
+        self._width = width
+        self._test = (width, limit, seed)
+        self._sketch = RangeSketch(width, random_test_matrix(*self._test)) if width > limit else None
         self._sum: Tensor | None = None
-        self._trace: Tensor | None = None
 
     def update(self, rows: Tensor) -> None:
         """Add rows, shape ``(n, width)``, float32."""
-        total, trace = self._start(rows.device)
-        if self._whole:
-            add_gram_(total, rows)
+        if self._sketch is not None:
+            self._sketch.update(rows)
             return
-        assert self._looked is not None
-        with torch.autocast(device_type=rows.device.type, enabled=False), full_precision_products():
-            total.addmm_(rows.T, rows @ self._looked)
-        trace += rows.square().sum()
+        if self._sum is None:
+            self._sum = rows.new_zeros(self._width, self._width)
+        add_gram_(self._sum, rows)
 
     def take(self, divisor: float, device: torch.device) -> Moment:
         """Return the sum over rows of all ranks divided by a number (cross-rank synchronisation)."""
-        total, trace = self._start(device)
-        looked, self._sum, self._trace, self._looked = self._looked, None, None, None
-        if self._whole:
+        if self._sketch is None:
+            total = torch.zeros(self._width, self._width, device=device) if self._sum is None else self._sum
+            self._sum = None
             return Moment(ranks.all_reduce_sum(mirror_(total)).div_(divisor))
-        assert looked is not None
-        return _nystrom(ranks.all_reduce_sum(total), looked, float(ranks.all_reduce_sum(trace)), divisor)
-
-    def _start(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._sum is None or self._trace is None:
-            columns = self._width if self._whole else self._limit
-            self._sum, self._trace = torch.zeros(self._width, columns, device=device), torch.zeros((), device=device)
-            if not self._whole:
-                generator = torch.Generator(device).manual_seed(self._seed)
-                self._looked = torch.randn(self._width, columns, device=device, generator=generator)
-                self._looked *= self._width**-0.5
-        return self._sum, self._trace
+        self._sketch.all_reduce()
+        looked = random_test_matrix(*self._test).to(device)
+        return _nystrom(self._sketch.take().to(device), looked, self._sketch.trace, divisor)
 
 
 def _nystrom(seen: Tensor, looked: Tensor, trace: float, divisor: float) -> Moment:
@@ -178,15 +167,14 @@ class LayerCurvature:
 
     @torch.no_grad()
     def pull(self) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
-        """Return tr(G D C D^T) / 2, nats a token, and its gradients with respect to A and B, or to W, in float32."""
-        with torch.autocast(device_type=self.layer.matrix.device.type, enabled=False), full_precision_products():
-            return self._pull()
+        """Return tr(G D C D^T) / 2, nats a token, and its gradients with respect to A and B, or to W, in float32.
 
-    def _pull(self) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+        Products are as precise as the caller's context has them, see `Curvature.pull`.
+        """
         matrix, output = self.layer.matrix, self.layer.output
         if output is None:
-            moved = matrix.detach() if self.start is None else matrix.detach() - self.start
-            update = self.layer.rows(moved).float()
+            assert self.start is not None  # `_Sums.take` keeps it
+            update = self.layer.rows(matrix.detach() - self.start).float()
             pulled = self.outputs.times(self.inputs.times(update).T).T  # G D C
             return 0.5 * (pulled * update).sum(), {matrix: self.layer.rows(pulled)}
         a, b = matrix.detach().float(), output.detach().float()
@@ -208,18 +196,22 @@ class Curvature:
     """
 
     def __init__(self, layers: Sequence[LayerCurvature], tokens: int) -> None:
+        if not layers:
+            raise ValueError("There is no layer whose curvature could be measured: nothing is trained.")
         self.layers = tuple(layers)
         self.tokens = tokens
 
     def pull(self) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
         """Return the KL, nats a token, and its gradient with respect to each parameter that is trained."""
-        total: Tensor | None = None
+        device = self.layers[0].layer.matrix.device
+        total = torch.zeros((), device=device)
         gradients: dict[nn.Parameter, Tensor] = {}
-        for of in self.layers:
-            kl, found = of.pull()
-            total = kl if total is None else total + kl
-            gradients |= {parameter: gradient for parameter, gradient in found.items() if parameter.requires_grad}
-        return (torch.zeros(()) if total is None else total), gradients
+        with torch.autocast(device_type=device.type, enabled=False), full_precision_products():
+            for of in self.layers:
+                kl, found = of.pull()
+                total += kl.to(device)
+                gradients |= {parameter: gradient for parameter, gradient in found.items() if parameter.requires_grad}
+        return total, gradients
 
     def held_bytes(self) -> int:
         """Return the bytes of the moments' directions, and of whole weights as they were."""
