@@ -11,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -32,6 +32,11 @@ from nspo_lightning.nullspace.curvature import Curvature, check_layers, measure_
 from nspo_lightning.nullspace.layers import ProtectedLayer, plan_layers
 from nspo_lightning.terminal import counted, duration, rows_progress
 
+_TOO_FAR = 10.0
+"""Times what was foretold that general text may have moved, before it is said."""
+_WORTH_A_WORD = 1e-3
+"""Nats a token; less than that is no loss of ability."""
+
 
 class CurvatureAnchor(Callback):
     """Add `coefficient` times the second-order KL(base || policy) on general text to the loss of every update.
@@ -44,7 +49,8 @@ class CurvatureAnchor(Callback):
     Beside `NullSpaceProjection` it charges for the general energy that is left in the free directions; list it before
     that callback, so that its gradient is projected too. The gradient is added before clipping. Updates that are
     skipped for want of a signal pull nowhere either. Logs `curvature_anchor/kl`, the second-order KL in nats a token,
-    of the adapters that are trained. A run that goes on measures again, the same; a warm start is pulled as well.
+    of the adapters that are trained. A run that goes on measures again, the same; a warm start is pulled as well. At
+    the end what is foretold is held against the KL itself on a batch of the text; a warning says where it is far off.
 
     With `start_weight` the starts of the base's own answers to further general prompts (the datamodule's
     `calibration_starts`), where it is decided whether a prompt is refused, have that share of the mean.
@@ -75,6 +81,7 @@ class CurvatureAnchor(Callback):
         self.kl: torch.Tensor | None = None
         """At the last update, nats a token; None before the first."""
         self._terms: list[tuple[float, Curvature]] = []
+        self._sample: dict[str, Any] = {}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,7 +113,7 @@ class CurvatureAnchor(Callback):
         if self.rows is not None:
             text = text[: -(-self.rows // len(text[0]["input_ids"]))]
         began = time.monotonic()
-        self._terms, self.kl = [], None
+        self._terms, self._sample, self.kl = [], {}, None
         for share, batches, what in (
             (1 - self.start_weight, text, "general text"),
             (self.start_weight, together(starts), "starts of answers"),
@@ -124,6 +131,7 @@ class CurvatureAnchor(Callback):
         source = check_takes_text(module, "CurvatureAnchor")
         limit = source.tokens_per_microbatch if isinstance(source, BoundsMicrobatches) else None
         parts = [part for batch in batches for part in microbatches(batch, limit)]
+        self._sample = self._sample or parts[0]
         visible = trainer.is_global_zero
         with rows_progress(f"Curvature of {what}", len(parts), unit="batch", visible=visible) as advance:
 
@@ -156,8 +164,25 @@ class CurvatureAnchor(Callback):
         pl_module.log("curvature_anchor/kl", total, on_step=True, on_epoch=False, batch_size=1)
 
     @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold what the first kind of text was foretold against its KL, on a batch of it; all ranks do the same."""
+        if self.kl is None:  # no update was taken
+            return
+        with torch.no_grad():
+            sample = move_data_to_device(self._sample, pl_module.device)
+            loss, tokens = check_takes_text(pl_module, "CurvatureAnchor").text_loss(sample, "kl")
+        measured, foretold = float(loss) / max(tokens, 1), float(self._terms[0][1].pull()[0])
+        if measured > max(_TOO_FAR * foretold, _WORTH_A_WORD):
+            rank_zero_warn(
+                f"CurvatureAnchor foretold a KL to the base of {foretold:.2g} nats a token on its text, and it is "
+                f"{measured:.2g}: updates went beyond what the second order sees, or the base is certain of that text, "
+                "which has no curvature then. Lower the learning rate, raise `coefficient`, or use `GeneralKL`, which "
+                "measures in each update."
+            )
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._terms = []  # gigabytes, of a large model
+        self._terms, self._sample = [], {}  # gigabytes, of a large model
 
     def held_bytes(self) -> int:
         """Return the bytes of the moments."""

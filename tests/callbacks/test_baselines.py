@@ -219,6 +219,26 @@ def test_rows_limit_and_checkpointing(tiny_llama, tmp_path, checkpointing):
     assert found["narrow"][1] < found["all"][1] == found["two"][1]
 
 
+class Blind(pl.Callback):
+    """Makes an anchor see next to nothing, before it looks what became of its text."""
+
+    def __init__(self, anchor):
+        self.anchor = anchor
+
+    def on_train_end(self, trainer, pl_module):
+        for _, curvature in self.anchor._terms:
+            for of in curvature.layers:
+                of.outputs.factor.mul_(1e-6)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_an_anchor_that_was_wrong_by_far_says_so(tiny_llama, tmp_path, blind, recwarn):
+    anchor = CurvatureAnchor(coefficient=1e-6)
+    fit(tiny_llama, tmp_path, [*([Blind(anchor)] if blind else []), anchor], 4)
+    said = [str(w.message) for w in recwarn if "CurvatureAnchor foretold" in str(w.message)]
+    assert len(said) == (1 if blind else 0)
+
+
 def test_an_anchor_that_does_not_fit_is_refused_before_anything_is_measured(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("nspo_lightning.callbacks.curvature_anchor.free_memory", lambda: 1000)
     started = Started()
